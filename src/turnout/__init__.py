@@ -1,0 +1,37 @@
+"""Turnout: Mixture-of-Experts for PyTorch. Public names load lazily, so that planning never imports torch."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "MoE": "turnout.layers",
+    "MoEConfig": "turnout.layers",
+    "MoEOutput": "turnout.tensors",
+    "MoEStats": "turnout.tensors",
+    "LossTerm": "turnout.tensors",
+    "total_loss": "turnout.tensors",
+}
+_MODULES = (
+    "experts",
+    "losses",
+    "models",
+    "presets",
+    "routers",
+    "dispatch",
+    "layers",
+    "plan",
+    "errors",
+    "reference",
+)
+
+__all__ = [*_HOME, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"turnout.{name}")
+    raise AttributeError(f"module 'turnout' has no attribute {name!r}")

@@ -1,0 +1,240 @@
+"""Frozen dataclass <-> plain dict / TOML / dotted overrides.
+
+Knows no field of any component. A field annotated with a class that has a `TABLE` (a router, a loss, a
+corpus) is written as a table with a `name`: `router = {name = "topk", k = 2}`.
+"""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import tomli_w
+
+from turnout.errors import ConfigError
+from turnout.registry import nearest
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldDoc:
+    """One documented setting, as `--help` prints it."""
+
+    path: str  # dotted path from the root of the recipe
+    kind: str  # type as the user would write it
+    default: str  # repr of the default, or "required"
+    text: str  # meaning and unit, taken from the comment beside the field
+
+
+def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "") -> C:
+    """Build the dataclass `cls` from a plain mapping, strictly.
+
+    Raises: ConfigError for an unknown or missing field, or a value of the wrong type; `where` prefixes names.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # pyright: ignore[reportArgumentType]
+    for key in data:
+        if key not in fields:
+            legal = sorted(fields)
+            raise ConfigError(
+                f"unknown field {_join(where, key)!r}; {where or 'the top level'} has: {', '.join(legal)}"
+                f"{nearest(key, legal)}"
+            )
+    missing = [n for n, f in fields.items() if n not in data and _is_required(f)]
+    if missing:
+        raise ConfigError(f"missing field {_join(where, missing[0])!r}")
+    return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in data.items()})
+
+
+def to_dict(value: Any) -> Any:
+    """Plain dicts, lists and scalars (TOML types) for a dataclass; fields that are None are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        table = getattr(type(value), "TABLE", None)
+        head = {"name": table.name_of(type(value))} if table is not None else {}
+        body = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return head | {k: to_dict(v) for k, v in body.items() if v is not None}
+    if isinstance(value, tuple | list):
+        return [to_dict(v) for v in value]
+    if isinstance(value, dict):
+        return {k: to_dict(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The parsed TOML file.
+
+    Raises: ConfigError if it cannot be read or parsed.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+
+
+def dump_toml(value: Any) -> str:
+    """TOML text of a dataclass; `from_dict(type(value), tomllib.loads(text)) == value`."""
+    return tomli_w.dumps(to_dict(value))
+
+
+def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """`data` with dotted assignments applied: `["train.lr=3e-4", "model.router.name=switch"]`.
+
+    A value is read as TOML where that parses (numbers, true/false, lists, quoted strings), else as a string.
+    Changing the `name` of a table drops the settings of the part that was there before.
+    Raises: ConfigError if an assignment has no `=` or runs through a value that is not a table.
+    """
+    result: dict[str, Any] = _deep_copy(data)
+    for assignment in assignments:
+        path, found, text = assignment.partition("=")
+        if not found or not path.strip():
+            raise ConfigError(f"override {assignment!r} must look like a.b=value")
+        *parents, last = path.strip().split(".")
+        node = result
+        for depth, key in enumerate(parents):
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {assignment!r}: {'.'.join(parents[: depth + 1])} is not a table")
+        value = _parse_value(text.strip())
+        if last == "name" and node.get("name") != value:
+            node.clear()
+        node[last] = value
+    return result
+
+
+def describe(cls: type, prefix: str = "") -> list[FieldDoc]:
+    """Every setting reachable from `cls`, with its type, default and the comment beside it."""
+    docs = []
+    hints = typing.get_type_hints(cls)
+    comments = _field_comments(cls)
+    for field in dataclasses.fields(cls):
+        path = _join(prefix, field.name)
+        inner = _strip_optional(hints[field.name])
+        if dataclasses.is_dataclass(inner) and not hasattr(inner, "TABLE"):
+            docs += describe(typing.cast(type, inner), path)
+            continue
+        docs.append(
+            FieldDoc(
+                path=path,
+                kind=_type_name(inner),
+                default=_default_text(field),
+                text=comments.get(field.name, ""),
+            )
+        )
+    return docs
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _strip_optional(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        kept = [a for a in get_args(hint) if a is not type(None)]
+        return kept[0] if len(kept) == 1 else hint
+    return hint
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if value is None and type(None) in get_args(hint):
+        return None
+    hint = _strip_optional(hint)
+    origin, args = get_origin(hint), get_args(hint)
+    if hasattr(hint, "TABLE"):
+        return _convert_row(hint, value, where)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, _expect(value, Mapping, "a table", where), where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(
+                f"{where}={value!r} must be one of: {', '.join(map(str, args))}{nearest(str(value), [str(a) for a in args])}"
+            )
+        return value
+    if origin in (tuple, list):
+        items = _expect(value, list | tuple, "a list", where)
+        return origin(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path:
+        return Path(_expect(value, str | Path, "a path", where))
+    if hint in (int, float, str, bool):
+        if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+            raise ConfigError(f"{where}={value!r} must be {_type_name(hint)}")
+        return value
+    return value
+
+
+def _convert_row(base: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(value):
+        return value
+    data = dict(
+        _expect({"name": value} if isinstance(value, str) else value, Mapping, "a name or a table", where)
+    )
+    name = data.pop("name", None)
+    if name is None:
+        raise ConfigError(f"{where} needs a `name`; available: {', '.join(base.TABLE.names())}")
+    return from_dict(base.TABLE[name], data, where)
+
+
+def _expect(value: Any, kind: Any, words: str, where: str) -> Any:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{where}={value!r} must be {words}")
+    return value
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _deep_copy(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (tuple, list):
+        return f"list of {_type_name(get_args(hint)[0])}"
+    if hasattr(hint, "TABLE"):
+        return f"{hint.TABLE.kind} ({', '.join(hint.TABLE.names())})"
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return repr(field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return repr(to_dict(field.default_factory()))
+    return "required"
+
+
+def _field_comments(cls: type) -> dict[str, str]:
+    """Trailing `# comment` of each annotated field, over the class and its dataclass bases."""
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        source = textwrap.dedent(inspect.getsource(base))
+        lines = source.splitlines()
+        body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
+        for node in body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
+                _, found, text = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")
+                if found:
+                    comments[node.target.id] = text.strip()
+    return comments

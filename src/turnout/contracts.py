@@ -1,0 +1,138 @@
+"""The replaceable parts of a layer, each an interface on this page."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from turnout.errors import ShapeError
+from turnout.registry import Table
+from turnout.tensors import Admission, Assignment, LossTerm, MoEStats, RouterOutput, Rows
+
+
+class Router(nn.Module, ABC):
+    """Chooses experts for tokens.
+
+    `forward` is final: it takes padding out before `route` sees the tokens, and computes in at least float32,
+    so no router can count, send or give room to a padding token, or lose precision to the model's dtype.
+    """
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_experts = num_experts
+
+    def forward(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        token_ids_T: Int64[Tensor, "T"] | None = None,
+        mask_T: Bool[Tensor, "T"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> RouterOutput:
+        """Route the tokens whose mask is true (all, without a mask).
+
+        Raises: ShapeError if the width or the mask does not fit.
+        """
+        num_tokens, dim = x_TD.shape
+        if dim != self.dim:
+            raise ShapeError(f"router got width {dim}; it was built for dim={self.dim}")
+        token_R = (
+            torch.arange(num_tokens, device=x_TD.device)
+            if mask_T is None
+            else _real_tokens(mask_T, num_tokens)
+        )
+        if mask_T is not None:
+            x_TD = x_TD[token_R]
+            token_ids_T = None if token_ids_T is None else token_ids_T[token_R]
+        x_RD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self.route(x_RD, token_ids_T, token_R, num_tokens, generator)
+
+    @abstractmethod
+    def route(
+        self,
+        x_RD: Float[Tensor, "R D"],
+        token_ids_R: Int64[Tensor, "R"] | None,
+        token_R: Int64[Tensor, "R"],
+        num_tokens: int,
+        generator: torch.Generator | None,
+    ) -> RouterOutput:
+        """Route R tokens, none of them padding; `token_R` gives their places among the layer's tokens."""
+
+    def after_step(self, stats: MoEStats) -> None:
+        """Called once per optimizer step with the whole step's stats; routers that learn from load override it."""
+
+
+class RouterConfig(ABC):
+    """A row of the router table: settings without sizes; `build` adds the sizes."""
+
+    TABLE: ClassVar[Table[type["RouterConfig"]]] = Table("router")
+
+    @property
+    @abstractmethod
+    def choices(self) -> int:
+        """Most experts a token can have."""
+
+    @abstractmethod
+    def build(self, dim: int, num_experts: int) -> Router:
+        """Raises: ConfigError if the settings do not fit the sizes."""
+
+
+class CapacityPolicy(ABC):
+    """Decides which assignments are sent. A frozen dataclass of settings; pure."""
+
+    TABLE: ClassVar[Table[type["CapacityPolicy"]]] = Table("capacity policy")
+
+    @abstractmethod
+    def admit(self, assignment: Assignment) -> Admission:
+        """Admission over the same N assignments; kept + dropped = all."""
+
+
+class Loss(ABC):
+    """An auxiliary loss on routing. A frozen dataclass of settings; pure."""
+
+    TABLE: ClassVar[Table[type["Loss"]]] = Table("loss")
+
+    @abstractmethod
+    def term(
+        self,
+        routing: RouterOutput,
+        admission: Admission,
+        *,
+        sequence_length: int,
+        group: "torch.distributed.ProcessGroup | None" = None,
+    ) -> LossTerm:
+        """The term for one call of the layer; tokens t of one sequence share t // sequence_length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why a backend will not take a job, and what would."""
+
+    reason: str
+
+
+class ExpertBackend(ABC):
+    """Computes all experts on their rows. Stateless."""
+
+    TABLE: ClassVar[Table["ExpertBackend"]] = Table("expert backend")
+    layout: ClassVar[Literal["ragged", "padded"]]
+
+    @abstractmethod
+    def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
+        """None when this backend can run these experts on such rows, forward and backward."""
+
+    @abstractmethod
+    def run(self, experts: nn.Module, rows: Rows) -> Rows:
+        """Outputs in the layout of the input; padding rows are unspecified but finite."""
+
+
+def _real_tokens(mask_T: Tensor, num_tokens: int) -> Tensor:
+    if mask_T.shape != (num_tokens,) or mask_T.dtype != torch.bool:
+        raise ShapeError(
+            f"mask has shape {tuple(mask_T.shape)} and {mask_T.dtype}; needs ({num_tokens},) torch.bool"
+        )
+    return mask_T.nonzero().squeeze(1)

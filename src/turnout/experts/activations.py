@@ -1,0 +1,84 @@
+"""Activations between the two matrices of an expert; a gated one halves its input's width."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from turnout.registry import Table
+
+
+class Activation(ABC):
+    """h = act(up) for rows of width G; G is F, or 2F when `gated` (gate first, then up)."""
+
+    TABLE: ClassVar[Table["Activation"]] = Table("expert kind")
+    gated: ClassVar[bool]
+
+    @abstractmethod
+    def __call__(self, up_MG: Tensor) -> Tensor:
+        """Shapes: up_MG (..., G); returns (..., F)."""
+
+
+class _ReLU(Activation):
+    gated = False
+
+    def __call__(self, up_MG: Tensor) -> Tensor:
+        return F.relu(up_MG)
+
+
+class _GELU(Activation):
+    gated = False
+
+    def __call__(self, up_MG: Tensor) -> Tensor:
+        return F.gelu(up_MG)
+
+
+class _SwiGLU(Activation):
+    """silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202."""
+
+    gated = True
+
+    def __call__(self, up_MG: Tensor) -> Tensor:
+        return _FusedSwiGLU.apply(up_MG)
+
+
+class _ClampedSwiGLU(Activation):
+    """GPT-OSS: gate * sigmoid(1.702 gate) * (up + 1), gate clamped above at 7, up to [-7, 7]."""
+
+    gated = True
+
+    def __call__(self, up_MG: Tensor) -> Tensor:
+        gate, up = up_MG.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+class _FusedSwiGLU(torch.autograd.Function):
+    """Saves only its input, and writes the gradients of both halves into one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, up_MG: Tensor) -> Tensor:
+        ctx.save_for_backward(up_MG)
+        gate, up = up_MG.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (up_MG,) = ctx.saved_tensors
+        gate, up = up_MG.chunk(2, dim=-1)
+        grad_MG = torch.empty_like(up_MG)
+        grad_gate, grad_up = grad_MG.chunk(2, dim=-1)
+        torch.mul(grads[0], up, out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad_up, gate))
+        torch.mul(F.silu(gate), grads[0], out=grad_up)
+        return grad_MG
+
+
+Activation.TABLE.register("relu")(_ReLU())
+Activation.TABLE.register("gelu")(_GELU())
+Activation.TABLE.register("swiglu")(_SwiGLU())
+Activation.TABLE.register("swiglu_clamped")(_ClampedSwiGLU())

@@ -1,0 +1,52 @@
+"""One expert after another: any dtype, any device, any module; the twin of the dense oracle."""
+
+import torch
+from torch import Tensor, nn
+
+from turnout.contracts import ExpertBackend, Refusal
+from turnout.experts.weights import FFNExperts
+from turnout.tensors import Ragged, Rows
+
+
+class Loop(ExpertBackend):
+    """Plain autograd over the experts; one host copy of the counts on a GPU."""
+
+    layout = "ragged"
+
+    def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
+        return None
+
+    def run(self, experts: nn.Module, rows: Rows) -> Rows:
+        assert isinstance(rows, Ragged)
+        parts = rows.x_MD.split(rows.counts_L.tolist())
+        outputs = _ffn(experts, parts) if isinstance(experts, FFNExperts) else _modules(experts, parts)
+        return Ragged(x_MD=torch.cat(outputs) if outputs else rows.x_MD, counts_L=rows.counts_L)
+
+
+def _ffn(experts: FFNExperts, parts: tuple[Tensor, ...]) -> list[Tensor]:
+    # unbind: indexing would zero-fill a whole [E, ...] gradient for each expert
+    ups, downs = experts.up_EDG.unbind(), experts.down_EFD.unbind()
+    up_biases = _unbind(experts.up_bias_EG, len(parts))
+    down_biases = _unbind(experts.down_bias_ED, len(parts))
+    outputs = []
+    for x_MD, up, down, up_bias, down_bias in zip(parts, ups, downs, up_biases, down_biases, strict=True):
+        h_MF = experts.activation(_linear(x_MD, up, up_bias))
+        outputs.append(_linear(h_MF, down, down_bias))
+    return outputs
+
+
+def _modules(experts: nn.Module, parts: tuple[Tensor, ...]) -> list[Tensor]:
+    # an idle expert also runs, on no rows, so that its gradients are zeros and never None
+    return [expert(x_MD) for expert, x_MD in zip(experts.children(), parts, strict=True)]
+
+
+def _linear(x_MD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x_MD @ weight.to(x_MD.dtype)
+    return y if bias is None else y + bias.to(x_MD.dtype)
+
+
+def _unbind(bias: Tensor | None, num_experts: int) -> tuple[Tensor | None, ...]:
+    return (None,) * num_experts if bias is None else bias.unbind()
+
+
+ExpertBackend.TABLE.register("loop")(Loop())

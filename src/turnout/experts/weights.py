@@ -1,0 +1,61 @@
+"""The parameters of the experts."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from turnout.experts.activations import Activation
+
+
+class FFNExperts(nn.Module):
+    """E feed-forward networks of one kind; each weight is ONE [E, ...] parameter, so checkpoints reshard.
+
+    expert e: down_e(act(up_e x)). `up_EDG` holds gate and up side by side when the activation is gated.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        kind: str = "swiglu",
+        bias: bool = False,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.activation = Activation.TABLE[kind]
+        self.dim, self.hidden, self.num_experts, self.kind, self.init_std = (
+            dim,
+            hidden,
+            num_experts,
+            kind,
+            init_std,
+        )
+        width = 2 * hidden if self.activation.gated else hidden
+        self.up_EDG = nn.Parameter(torch.empty(num_experts, dim, width))
+        self.down_EFD = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.up_bias_EG = nn.Parameter(torch.empty(num_experts, width)) if bias else None
+        self.down_bias_ED = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.up_EDG, std=self.init_std)
+        nn.init.normal_(self.down_EFD, std=self.init_std)
+        for bias in (self.up_bias_EG, self.down_bias_ED):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, *_: Tensor) -> Tensor:
+        raise NotImplementedError(
+            "experts are computed by a backend: turnout.experts.choose_backend(experts, ...)"
+        )
+
+
+class ModuleExperts(nn.ModuleList):
+    """E modules of a user's own, each mapping (rows, D) to (rows, D); computed by the loop backend."""
+
+    def __init__(self, factory: Callable[[], nn.Module], num_experts: int) -> None:
+        super().__init__(factory() for _ in range(num_experts))
+        self.num_experts = num_experts

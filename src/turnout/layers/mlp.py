@@ -1,0 +1,37 @@
+"""The dense feed-forward network: shared expert of a MoE layer, and the block's FFN where it has no experts."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from turnout.experts.activations import Activation
+
+
+class MLP(nn.Module):
+    """down(act(up x)); `up` holds gate and up side by side when the activation is gated."""
+
+    def __init__(
+        self, dim: int, hidden: int, *, kind: str = "swiglu", bias: bool = False, init_std: float = 0.02
+    ) -> None:
+        super().__init__()
+        self.activation = Activation.TABLE[kind]
+        self.kind, self.init_std = kind, init_std
+        width = 2 * hidden if self.activation.gated else hidden
+        self.up_GD = nn.Parameter(torch.empty(width, dim))
+        self.down_DF = nn.Parameter(torch.empty(dim, hidden))
+        self.up_bias_G = nn.Parameter(torch.empty(width)) if bias else None
+        self.down_bias_D = nn.Parameter(torch.empty(dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.up_GD, std=self.init_std)
+        nn.init.normal_(self.down_DF, std=self.init_std)
+        for bias in (self.up_bias_G, self.down_bias_D):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (..., D); returns (..., D)."""
+        return F.linear(
+            self.activation(F.linear(x, self.up_GD, self.up_bias_G)), self.down_DF, self.down_bias_D
+        )

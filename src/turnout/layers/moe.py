@@ -1,0 +1,180 @@
+"""The MoE layer: the one conductor of router, capacity, dispatch, experts and combine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
+from turnout.dispatch import Dropless, combine, pack, plan_dispatch, unpack
+from turnout.errors import ConfigError, ShapeError
+from turnout.experts import FFNExperts, ModuleExperts, choose_backend
+from turnout.experts.activations import Activation
+from turnout.layers.mlp import MLP
+from turnout.layers.stats import collect_stats
+from turnout.losses import LoadBalance
+from turnout.registry import nearest
+from turnout.routers import TopK
+from turnout.tensors import MoEOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Settings of the MoE layers of a model; widths of the model itself are not in here."""
+
+    num_experts: int = 8  # routed experts in a layer
+    hidden: int = 512  # hidden width of one routed expert
+    router: RouterConfig = TopK()  # how tokens choose experts
+    capacity: CapacityPolicy = Dropless()  # which choices are sent
+    losses: tuple[Loss, ...] = (LoadBalance(),)  # auxiliary losses on routing
+    expert: str = "swiglu"  # kind of expert: swiglu, gelu, relu, swiglu_clamped
+    bias: bool = False  # experts have biases
+    shared_hidden: int = 0  # hidden width of the shared expert that sees every token; 0: none
+    backend: str = "auto"  # expert backend: auto, loop, padded_bmm, grouped_mm
+    init_std: float = 0.02  # standard deviation of the experts' initial weights
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_experts", 1), ("hidden", 1), ("shared_hidden", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"moe.{name}={getattr(self, name)} must be at least {least}")
+        if self.router.choices > self.num_experts:
+            raise ConfigError(
+                f"moe.router takes {self.router.choices} experts a token; num_experts={self.num_experts}"
+            )
+        if self.expert not in Activation.TABLE:
+            Activation.TABLE[self.expert]
+        legal = ["auto", *ExpertBackend.TABLE.names()]
+        if self.backend not in legal:
+            raise ConfigError(
+                f"unknown moe.backend {self.backend!r}; available: {', '.join(legal)}{nearest(self.backend, legal)}"
+            )
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer: y = sum over a token's experts of weight * expert(x), plus the shared expert.
+
+    The way of a token:
+    1. the router turns T tokens into N triples (token, expert, weight); padding never reaches it;
+    2. the capacity policy says which of them are sent;
+    3. the plan orders those by expert, and `pack` gathers their rows;
+    4. the backend computes each expert on its rows;
+    5. `combine` adds each token's rows, weighted; a token without rows gets exactly zero.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        router: RouterConfig | nn.Module | None = None,
+        expert: str | Callable[[], nn.Module] = "swiglu",
+        bias: bool = False,
+        capacity: CapacityPolicy | None = None,
+        losses: tuple[Loss, ...] = (LoadBalance(),),
+        shared_hidden: int = 0,
+        backend: str = "auto",
+        init_std: float = 0.02,
+    ) -> None:
+        """`router` is a row of the table or any module that keeps the Router contract; `expert` a kind or a factory.
+
+        Raises: ConfigError naming the setting and the legal values.
+        """
+        super().__init__()
+        choice = TopK(k=min(2, num_experts), renormalize=num_experts > 1) if router is None else router
+        config = MoEConfig(
+            num_experts=num_experts,
+            hidden=hidden,
+            router=choice if isinstance(choice, RouterConfig) else TopK(k=1, renormalize=False),
+            capacity=Dropless() if capacity is None else capacity,
+            losses=losses,
+            expert=expert if isinstance(expert, str) else "swiglu",
+            bias=bias,
+            shared_hidden=shared_hidden,
+            backend=backend,
+            init_std=init_std,
+        )
+        self.config = config
+        self.dim = dim
+        self.router = choice.build(dim, num_experts) if isinstance(choice, RouterConfig) else choice
+        self.experts: nn.Module
+        if isinstance(expert, str):
+            self.experts = FFNExperts(dim, hidden, num_experts, kind=expert, bias=bias, init_std=init_std)
+        else:
+            self.experts = ModuleExperts(expert, num_experts)
+        shared = (
+            MLP(dim, shared_hidden, kind=config.expert, bias=bias, init_std=init_std)
+            if shared_hidden
+            else None
+        )
+        self.shared = shared
+
+    @classmethod
+    def from_config(cls, dim: int, config: MoEConfig) -> "MoE":
+        """The layer a model's settings describe."""
+        return cls(
+            dim,
+            config.hidden,
+            config.num_experts,
+            router=config.router,
+            expert=config.expert,
+            bias=config.bias,
+            capacity=config.capacity,
+            losses=config.losses,
+            shared_hidden=config.shared_hidden,
+            backend=config.backend,
+            init_std=config.init_std,
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch D"],
+        *,
+        mask: Bool[Tensor, "*batch"] | None = None,
+        token_ids: Int64[Tensor, "*batch"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> MoEOutput:
+        """Shapes: x (..., D), the last axis before D being the sequence; mask and token_ids (...), mask False = padding.
+
+        Raises: ShapeError if they do not fit.
+        """
+        self._check(x, mask, token_ids)
+        x_TD = x.reshape(-1, self.dim)
+        routing = self.router(x_TD, _flat(token_ids), _flat(mask), generator)
+        admission = self.config.capacity.admit(routing.assignment)
+        plan = plan_dispatch(routing.assignment, admission)
+        backend = choose_backend(self.experts, self.config.backend, dtype=_row_dtype(x), device=x.device)
+        rows = pack(x_TD.to(_row_dtype(x)), plan, layout=backend.layout, capacity=admission.capacity)
+        y_TD = combine(unpack(backend.run(self.experts, rows), plan), routing.assignment, plan)
+        if self.shared is not None:
+            shared_TD = self.shared(x_TD)
+            y_TD = y_TD + (shared_TD if mask is None else shared_TD * _flat(mask).unsqueeze(1))
+        sequence_length = x.shape[-2] if x.ndim > 2 else max(len(x_TD), 1)
+        terms = tuple(
+            loss.term(routing, admission, sequence_length=sequence_length) for loss in self.config.losses
+        )
+        return MoEOutput(
+            y=y_TD.to(x.dtype).view_as(x),
+            losses=routing.losses + terms,
+            stats=collect_stats(routing, admission),
+        )
+
+    def _check(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
+        if x.shape[-1] != self.dim:
+            raise ShapeError(f"x has width {x.shape[-1]}; the layer was built for dim={self.dim}")
+        for name, value in (("mask", mask), ("token_ids", token_ids)):
+            if value is not None and value.shape != x.shape[:-1]:
+                raise ShapeError(
+                    f"{name} has shape {tuple(value.shape)}; x of shape {tuple(x.shape)} needs {tuple(x.shape[:-1])}"
+                )
+
+
+def _flat(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.reshape(-1)
+
+
+def _row_dtype(x: Tensor) -> torch.dtype:
+    """grouped_mm and bmm see autocast differently; the layer decides once."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

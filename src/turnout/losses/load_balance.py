@@ -1,0 +1,89 @@
+"""The load-balance loss of GShard and Switch, for any number of choices."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from turnout.contracts import Loss
+from turnout.errors import ConfigError, ShapeError
+from turnout.tensors import Admission, LossTerm, RouterOutput, Scope
+
+
+def load_balance_loss(scores_RE: Tensor, counts_E: Tensor) -> Tensor:
+    """Balance loss E * sum_e(load_e * mean score_e); exactly 1 when routing is uniform.
+
+    The gradient goes through the scores alone: counts are not differentiable. With no tokens it is 0.
+
+    Shapes: scores_RE (R, E), rows sum to 1; counts_E (E,) assignments per expert; returns ().
+    Raises: ShapeError if the two disagree on E.
+    Source: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1 (times E^2); Fedus et al. 2021,
+        arXiv:2101.03961, eq. 4-6 (without alpha); general k as in Megatron-Core: E / (k T^2) * sum.
+    """
+    num_routed, num_experts = scores_RE.shape
+    if counts_E.shape != (num_experts,):
+        raise ShapeError(f"counts_E has shape {tuple(counts_E.shape)}; scores_RE needs ({num_experts},)")
+    load_E = counts_E.to(scores_RE.dtype) / counts_E.sum().clamp(min=1)
+    return num_experts * (load_E * scores_RE.sum(dim=0)).sum() / max(num_routed, 1)
+
+
+@Loss.TABLE.register("load_balance")
+@dataclass(frozen=True, kw_only=True)
+class LoadBalance(Loss):
+    """Load-balance loss over the micro-batch, each sequence, or the whole data-parallel group."""
+
+    coefficient: float = 0.01  # weight of the term in the total loss
+    scope: Scope = "micro_batch"  # tokens over which load is counted
+    count: Literal["all", "first"] = (
+        "all"  # choices that count as load; GShard's algorithm 1 counts first choices
+    )
+
+    def __post_init__(self) -> None:
+        if not self.coefficient >= 0:
+            raise ConfigError(f"load_balance.coefficient={self.coefficient} must be at least 0")
+
+    def term(
+        self,
+        routing: RouterOutput,
+        admission: Admission,
+        *,
+        sequence_length: int,
+        group: "dist.ProcessGroup | None" = None,
+    ) -> LossTerm:
+        """Counts every choice made, dropped or not, as the papers do.
+
+        Scope `global` sums counts over `group` (the default group when torch.distributed runs), after Qiu et
+        al. 2025, arXiv:2501.11873; the mean score stays local, so averaging gradients over ranks is exact.
+        """
+        del admission
+        value = (
+            self._sequence_value(routing, sequence_length)
+            if self.scope == "sequence"
+            else self._value(routing, group)
+        )
+        return LossTerm(name="load_balance", value=value, coefficient=self.coefficient, scope=self.scope)
+
+    def _value(self, routing: RouterOutput, group: "dist.ProcessGroup | None") -> Tensor:
+        assignment = routing.assignment
+        counts_E = assignment.counts_E if self.count == "all" else assignment.first_choice_counts_E()
+        if self.scope == "global" and dist.is_available() and dist.is_initialized():
+            counts_E = counts_E.clone()
+            dist.all_reduce(counts_E, group=group)
+        return load_balance_loss(routing.scores_RE, counts_E)
+
+    def _sequence_value(self, routing: RouterOutput, sequence_length: int) -> Tensor:
+        """Mean over sequences, each weighed by its share of the routed tokens."""
+        assignment, scores_RE = routing.assignment, routing.scores_RE
+        num_sequences = -(-assignment.num_tokens // max(sequence_length, 1))
+        num_experts = assignment.num_experts
+        sequence_R = routing.token_R // sequence_length
+        sequence_N = assignment.token_N // sequence_length
+        counted_N = torch.ones_like(sequence_N) if self.count == "all" else (assignment.choice_N == 0).long()
+        counts = torch.zeros(num_sequences * num_experts, dtype=torch.int64, device=scores_RE.device)
+        counts = counts.index_add(0, sequence_N * num_experts + assignment.expert_N, counted_N)
+        counts = counts.view(num_sequences, num_experts).to(scores_RE.dtype)
+        load = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+        score_sums = scores_RE.new_zeros(num_sequences, num_experts).index_add(0, sequence_R, scores_RE)
+        return num_experts * (load * score_sums).sum() / max(len(sequence_R), 1)

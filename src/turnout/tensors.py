@@ -1,0 +1,154 @@
+"""The one dimension legend, and the values that travel between the parts of a layer.
+
+Tensors end in their shape, in letters of this legend (the suffix describes the tensor itself):
+
+    T tokens   R routed tokens (tokens that are not padding)   D model width   F expert hidden
+    E experts  K choices per token   N assignments   M rows dispatched (kept assignments)
+    L experts on this rank   C capacity   G gate-and-up columns (F, or 2F when gated)
+    V vocabulary   S sequence   B batch   H heads   X head width
+
+Scalars and lists carry no suffix.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from turnout.errors import ShapeError
+
+Scope = Literal["micro_batch", "sequence", "global"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """N triples (token, expert, weight): what every router returns, whatever its idea.
+
+    Token choice, expert choice, hash, top-p and replay all fit, so nothing after the router knows which one ran.
+    """
+
+    token_N: Int64[Tensor, "N"]  # index into the layer's T tokens
+    expert_N: Int64[Tensor, "N"]
+    weight_N: Float[Tensor, "N"]  # at least float32; carries the gradient to the router
+    choice_N: Int64[Tensor, "N"]  # which of the token's choices this is, 0 first
+    num_tokens: int
+    num_experts: int
+    declined_N: Bool[Tensor, "N"] | None = (
+        None  # choices the router will not send, which still hold their place
+    )
+    top_k: int | None = None  # K, when rows are token-major and every routed token has exactly K choices
+
+    @cached_property
+    def counts_E(self) -> Int64[Tensor, "E"]:
+        """Assignments per expert, counted once; a declined choice counts, a padding token has none."""
+        return torch.bincount(self.expert_N, minlength=self.num_experts)
+
+    def first_choice_counts_E(self) -> Int64[Tensor, "E"]:
+        """First choices per expert."""
+        return torch.bincount(self.expert_N[self.choice_N == 0], minlength=self.num_experts)
+
+    def as_topk(self) -> "tuple[Int64[Tensor, 'R K'], Float[Tensor, 'R K']]":
+        """The same as (expert_RK, weight_RK).
+
+        Raises: ShapeError unless every routed token has exactly K choices.
+        """
+        if self.top_k is None:
+            raise ShapeError("as_topk() needs a router that gives every token exactly K choices")
+        return self.expert_N.view(-1, self.top_k), self.weight_N.view(-1, self.top_k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerm:
+    """One auxiliary loss: the total adds `coefficient * value`."""
+
+    name: str
+    value: Float[Tensor, ""]
+    coefficient: float
+    scope: Scope
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterOutput:
+    """An assignment with what the losses need. Rows are the R routed tokens: padding never reaches a router."""
+
+    assignment: Assignment
+    logits_RE: Float[Tensor, "R E"]
+    scores_RE: Float[Tensor, "R E"]  # each row sums to 1
+    token_R: Int64[Tensor, "R"]  # index of each row in the layer's T tokens
+    losses: tuple[LossTerm, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """Which assignments are sent. kept + dropped = all, by expert and by reason."""
+
+    keep_N: Bool[Tensor, "N"] | None  # None: every one
+    capacity: int | None  # most rows an expert takes; None when it takes all
+    dropped_E: Mapping[str, Int64[Tensor, "E"]]  # reason (capacity, policy) -> dropped per expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchPlan:
+    """Where each kept assignment stands among the dispatched rows; rows are ordered by (expert, queue place)."""
+
+    assignment_M: Int64[Tensor, "M"]  # index into the N assignments
+    token_M: Int64[Tensor, "M"]
+    counts_E: Int64[Tensor, "E"]
+    row_by_token_M: Int64[Tensor, "M"]  # rows again, ordered by token: what each token takes back
+    row_offset_T: Int64[Tensor, "T"]  # start of each token's run in row_by_token_M
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ragged:
+    """Rows of all experts one after another, expert by expert."""
+
+    x_MD: Tensor
+    counts_L: Int64[Tensor, "L"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padded:
+    """Rows of each expert in a block of C; rows past an expert's count are zero and are not read back."""
+
+    x_LCD: Tensor
+    counts_L: Int64[Tensor, "L"]
+
+
+Rows = Ragged | Padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEStats:
+    """What one layer did with its tokens; adding two gives the stats of both micro-batches (or ranks)."""
+
+    assigned_E: Int64[Tensor, "E"]
+    dropped_capacity_E: Int64[Tensor, "E"]
+    dropped_policy_E: Int64[Tensor, "E"]
+    num_routed: Int64[Tensor, ""]  # tokens that are not padding
+    num_padding: Int64[Tensor, ""]
+    entropy_sum: Float[Tensor, ""]  # nats, summed over routed tokens
+    margin_sum: Float[Tensor, ""]  # best score minus second best, summed over routed tokens
+
+    def __add__(self, other: "MoEStats") -> "MoEStats":
+        return MoEStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEOutput:
+    """The layer's result: output, auxiliary losses and statistics, all returned, none stored."""
+
+    y: Tensor
+    losses: tuple[LossTerm, ...]
+    stats: MoEStats
+
+
+def total_loss(losses: tuple[LossTerm, ...]) -> Tensor:
+    """Sum of coefficient * value; add it to the task loss.
+
+    Shapes: returns (); a float zero on the CPU when there are no terms.
+    """
+    return sum((term.coefficient * term.value for term in losses), start=torch.zeros(()))
