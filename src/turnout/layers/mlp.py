@@ -32,6 +32,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., D); returns (..., D)."""
-        return F.linear(
-            self.activation(F.linear(x, self.up_GD, self.up_bias_G)), self.down_DF, self.down_bias_D
-        )
+        return F.linear(self.activation(F.linear(x, self.up_GD, self.up_bias_G)), self.down_DF, self.down_bias_D)

@@ -40,9 +40,7 @@ class MoEConfig:
             if getattr(self, name) < least:
                 raise ConfigError(f"moe.{name}={getattr(self, name)} must be at least {least}")
         if self.router.choices > self.num_experts:
-            raise ConfigError(
-                f"moe.router takes {self.router.choices} experts a token; num_experts={self.num_experts}"
-            )
+            raise ConfigError(f"moe.router takes {self.router.choices} experts a token; num_experts={self.num_experts}")
         if self.expert not in Activation.TABLE:
             Activation.TABLE[self.expert]
         legal = ["auto", *ExpertBackend.TABLE.names()]
@@ -104,11 +102,7 @@ class MoE(nn.Module):
             self.experts = FFNExperts(dim, hidden, num_experts, kind=expert, bias=bias, init_std=init_std)
         else:
             self.experts = ModuleExperts(expert, num_experts)
-        shared = (
-            MLP(dim, shared_hidden, kind=config.expert, bias=bias, init_std=init_std)
-            if shared_hidden
-            else None
-        )
+        shared = MLP(dim, shared_hidden, kind=config.expert, bias=bias, init_std=init_std) if shared_hidden else None
         self.shared = shared
 
     @classmethod
@@ -152,9 +146,7 @@ class MoE(nn.Module):
             shared_TD = self.shared(x_TD)
             y_TD = y_TD + (shared_TD if mask is None else shared_TD * _flat(mask).unsqueeze(1))
         sequence_length = x.shape[-2] if x.ndim > 2 else max(len(x_TD), 1)
-        terms = tuple(
-            loss.term(routing, admission, sequence_length=sequence_length) for loss in self.config.losses
-        )
+        terms = tuple(loss.term(routing, admission, sequence_length=sequence_length) for loss in self.config.losses)
         return MoEOutput(
             y=y_TD.to(x.dtype).view_as(x),
             losses=routing.losses + terms,

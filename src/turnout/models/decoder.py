@@ -1,0 +1,174 @@
+"""A decoder-only transformer with dense and Mixture-of-Experts blocks."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from turnout.errors import ConfigError, ShapeError
+from turnout.layers.attention import Attention, AttentionConfig, KVCache, rope_tables
+from turnout.layers.block import Block
+from turnout.layers.lm_loss import lm_loss
+from turnout.layers.mlp import MLP
+from turnout.layers.moe import MoE, MoEConfig
+from turnout.layers.norm import RMSNorm
+from turnout.tensors import LossTerm, MoEStats, total_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Settings of a decoder; everything but the machine."""
+
+    vocab_size: int = 4096  # tokens the model knows; the tokenizer must have as many
+    dim: int = 256  # model width
+    num_layers: int = 4  # transformer blocks
+    max_seq_len: int = 1024  # longest sequence of training and generation, in tokens
+    attention: AttentionConfig = AttentionConfig()
+    hidden: int = 1024  # hidden width of a dense block's feed-forward network
+    ffn: str = "swiglu"  # kind of a dense feed-forward network: swiglu, gelu, relu
+    moe: MoEConfig | None = None  # the experts; none: every block is dense
+    dense_first: int = 0  # this many first blocks stay dense
+    moe_every: int = 1  # every n-th block after them has experts, counting so that the last one has
+    tie_embeddings: bool = True  # one matrix reads and writes tokens
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    init_std: float = 0.02  # standard deviation of initial weights; what adds to the residual gets / sqrt(2 layers)
+
+    def __post_init__(self) -> None:
+        for name, least in (("vocab_size", 1), ("dim", 1), ("num_layers", 1), ("max_seq_len", 1), ("hidden", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.dense_first <= self.num_layers:
+            raise ConfigError(f"model.dense_first={self.dense_first} must be in 0..{self.num_layers} (num_layers)")
+        if self.moe_every < 1:
+            raise ConfigError(f"model.moe_every={self.moe_every} must be at least 1")
+
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the blocks that have experts."""
+        if self.moe is None:
+            return ()
+        sparse = range(self.dense_first, self.num_layers)
+        return tuple(i for i in sparse if (i - self.dense_first) % self.moe_every == self.moe_every - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOutput:
+    """What a pass returns: final hidden states, and what each MoE layer reported, in layer order."""
+
+    h_BSD: Tensor
+    losses: tuple[LossTerm, ...]
+    stats: tuple[MoEStats, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderLoss:
+    """Main loss and auxiliary terms, apart; `total` is what is trained on."""
+
+    main: Tensor
+    losses: tuple[LossTerm, ...]
+    stats: tuple[MoEStats, ...]
+
+    @property
+    def total(self) -> Tensor:
+        return self.main + total_loss(self.losses).to(self.main.device)
+
+
+class Decoder(nn.Module):
+    """Token ids to next-token logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        sparse = set(config.moe_layers())
+        self.blocks = nn.ModuleList(_build_block(config, sparse=i in sparse) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.head_VD = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial weights from the default generator."""
+        for weight in (self.embedding_VD, self.head_VD):
+            if weight is not None:
+                nn.init.normal_(weight, std=self.config.init_std)
+        for module in self.blocks.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        shrink = 1 / math.sqrt(2 * self.config.num_layers)
+        for name, weight in self.blocks.named_parameters():
+            if name.rsplit(".", 1)[-1] in ("out", "down_DF", "down_EFD"):
+                weight.mul_(shrink)
+
+    @property
+    def head(self) -> Tensor:
+        """The (V, D) matrix that turns hidden states into logits."""
+        return self.embedding_VD if self.head_VD is None else self.head_VD
+
+    def moe_blocks(self) -> tuple[tuple[str, MoE], ...]:
+        """(name, layer) of every MoE layer, in order."""
+        named = ((f"blocks.{i}", block.ffn) for i, block in enumerate(self.blocks))
+        return tuple((name, ffn) for name, ffn in named if isinstance(ffn, MoE))
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        *,
+        mask_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput:
+        """Shapes: tokens_BS (B, S) int64; mask_BS (B, S) bool, False = padding; h_BSD is normed, ready for `logits`.
+
+        Raises: ShapeError past max_seq_len.
+        """
+        start = 0 if cache is None else cache.length
+        length = tokens_BS.shape[1]
+        if start + length > self.config.max_seq_len:
+            raise ShapeError(f"{start + length} tokens are more than model.max_seq_len={self.config.max_seq_len}")
+        x_BSD = F.embedding(tokens_BS, self.embedding_VD)
+        rope = rope_tables(start, length, self.config.attention, x_BSD.device)
+        reports = []
+        for i, block in enumerate(self.blocks):
+            x_BSD, report = block(
+                x_BSD, rope, token_ids_BS=tokens_BS, mask_BS=mask_BS, cache=cache, layer=i, generator=generator
+            )
+            if report is not None:
+                reports.append(report)
+        if cache is not None:
+            cache.length += length
+        losses = tuple(term for report in reports for term in report.losses)
+        return DecoderOutput(h_BSD=self.norm(x_BSD), losses=losses, stats=tuple(r.stats for r in reports))
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Shapes: h (..., D); returns (..., V)."""
+        return F.linear(h, self.head)
+
+    def loss(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        *,
+        mask_BS: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> DecoderLoss:
+        """Mean next-token cross-entropy over targets that are not -100, with the layers' auxiliary terms."""
+        out = self(tokens_BS, mask_BS=mask_BS, generator=generator)
+        main = lm_loss(out.h_BSD.flatten(0, 1), self.head, targets_BS.flatten())
+        return DecoderLoss(main=main, losses=out.losses, stats=out.stats)
+
+
+def _build_block(config: ModelConfig, *, sparse: bool) -> Block:
+    ffn: MLP | MoE
+    if sparse and config.moe is not None:
+        ffn = MoE.from_config(config.dim, config.moe)
+    else:
+        ffn = MLP(config.dim, config.hidden, kind=config.ffn, init_std=config.init_std)
+    return Block(
+        attention=Attention(config.dim, config.attention, init_std=config.init_std),
+        ffn=ffn,
+        attention_norm=RMSNorm(config.dim, eps=config.norm_eps),
+        ffn_norm=RMSNorm(config.dim, eps=config.norm_eps),
+    )
