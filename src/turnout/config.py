@@ -178,9 +178,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_row(base: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(value):
         return value
-    data = dict(
-        _expect({"name": value} if isinstance(value, str) else value, Mapping, "a name or a table", where)
-    )
+    data = dict(_expect({"name": value} if isinstance(value, str) else value, Mapping, "a name or a table", where))
     name = data.pop("name", None)
     if name is None:
         raise ConfigError(f"{where} needs a `name`; available: {', '.join(base.TABLE.names())}")

@@ -39,11 +39,7 @@ class Router(nn.Module, ABC):
         num_tokens, dim = x_TD.shape
         if dim != self.dim:
             raise ShapeError(f"router got width {dim}; it was built for dim={self.dim}")
-        token_R = (
-            torch.arange(num_tokens, device=x_TD.device)
-            if mask_T is None
-            else _real_tokens(mask_T, num_tokens)
-        )
+        token_R = torch.arange(num_tokens, device=x_TD.device) if mask_T is None else _real_tokens(mask_T, num_tokens)
         if mask_T is not None:
             x_TD = x_TD[token_R]
             token_ids_T = None if token_ids_T is None else token_ids_T[token_R]
@@ -132,7 +128,5 @@ class ExpertBackend(ABC):
 
 def _real_tokens(mask_T: Tensor, num_tokens: int) -> Tensor:
     if mask_T.shape != (num_tokens,) or mask_T.dtype != torch.bool:
-        raise ShapeError(
-            f"mask has shape {tuple(mask_T.shape)} and {mask_T.dtype}; needs ({num_tokens},) torch.bool"
-        )
+        raise ShapeError(f"mask has shape {tuple(mask_T.shape)} and {mask_T.dtype}; needs ({num_tokens},) torch.bool")
     return mask_T.nonzero().squeeze(1)

@@ -55,9 +55,7 @@ class Table(Generic[T]):
         Raises: ConfigError if it is not in this table.
         """
         if id(part) not in self._names:
-            raise ConfigError(
-                f"{part!r} is not a registered {self.kind}; available: {', '.join(self.names())}"
-            )
+            raise ConfigError(f"{part!r} is not a registered {self.kind}; available: {', '.join(self.names())}")
         return self._names[id(part)]
 
     def names(self) -> list[str]:

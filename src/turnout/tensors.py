@@ -37,9 +37,7 @@ class Assignment:
     choice_N: Int64[Tensor, "N"]  # which of the token's choices this is, 0 first
     num_tokens: int
     num_experts: int
-    declined_N: Bool[Tensor, "N"] | None = (
-        None  # choices the router will not send, which still hold their place
-    )
+    declined_N: Bool[Tensor, "N"] | None = None  # choices the router will not send, which still hold their place
     top_k: int | None = None  # K, when rows are token-major and every routed token has exactly K choices
 
     @cached_property
@@ -144,6 +142,7 @@ class MoEOutput:
     y: Tensor
     losses: tuple[LossTerm, ...]
     stats: MoEStats
+    assignment: Assignment  # who went where, for a recording or a picture
 
 
 def total_loss(losses: tuple[LossTerm, ...]) -> Tensor:

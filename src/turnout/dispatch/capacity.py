@@ -42,9 +42,7 @@ class FixedCapacity(CapacityPolicy):
                 f"capacity.factor={self.factor} must be a number above 0; for no limit use the policy none"
             )
         if self.minimum < 0 or self.group_size < 0:
-            raise ConfigError(
-                f"capacity.minimum={self.minimum} and group_size={self.group_size} must be at least 0"
-            )
+            raise ConfigError(f"capacity.minimum={self.minimum} and group_size={self.group_size} must be at least 0")
 
     def admit(self, assignment: Assignment) -> Admission:
         num_assignments = len(assignment.token_N)
@@ -72,9 +70,7 @@ class FixedCapacity(CapacityPolicy):
     def _within_groups(self, assignment: Assignment) -> Tensor:
         num_groups, num_experts = self._num_groups(assignment), assignment.num_experts
         group_N = assignment.token_N // self.group_size
-        position_N = queue_position(
-            assignment, group_N * num_experts + assignment.expert_N, num_groups * num_experts
-        )
+        position_N = queue_position(assignment, group_N * num_experts + assignment.expert_N, num_groups * num_experts)
         sizes = torch.bincount(group_N, minlength=num_groups)
         limits = [self.rows(size, num_experts) for size in sizes.tolist()]
         return position_N < torch.tensor(limits, device=position_N.device)[group_N]

@@ -38,9 +38,7 @@ def plan_dispatch(assignment: Assignment, admission: Admission) -> DispatchPlan:
     )
 
 
-def pack(
-    x_TD: Tensor, plan: DispatchPlan, *, layout: Literal["ragged", "padded"], capacity: int | None = None
-) -> Rows:
+def pack(x_TD: Tensor, plan: DispatchPlan, *, layout: Literal["ragged", "padded"], capacity: int | None = None) -> Rows:
     """Rows for the experts; differentiable in x_TD.
 
     `capacity` fixes the width of the padded layout without asking the device; without it the fullest expert does.
@@ -52,7 +50,7 @@ def pack(
     num_experts = len(plan.counts_E)
     width = int(plan.counts_E.max()) if capacity is None else capacity
     padded = x_MD.new_zeros(num_experts * width, x_MD.shape[1]).index_copy(0, _slots(plan, width), x_MD)
-    return Padded(x_LCD=padded.view(num_experts, width, -1), counts_L=plan.counts_E)
+    return Padded(x_LCD=padded.view(num_experts, width, x_MD.shape[1]), counts_L=plan.counts_E)
 
 
 def unpack(rows: Rows, plan: DispatchPlan) -> Tensor:
@@ -71,9 +69,7 @@ def sum_rows_by_token(rows_MD: Tensor, plan: DispatchPlan, weight_M: Tensor | No
     if len(rows_MD) == 0 or num_tokens == 0:
         return rows_MD.new_zeros(num_tokens, rows_MD.shape[1])
     weight = None if weight_M is None else weight_M.index_select(0, plan.row_by_token_M)
-    return F.embedding_bag(
-        plan.row_by_token_M, rows_MD, plan.row_offset_T, mode="sum", per_sample_weights=weight
-    )
+    return F.embedding_bag(plan.row_by_token_M, rows_MD, plan.row_offset_T, mode="sum", per_sample_weights=weight)
 
 
 class _Gather(torch.autograd.Function):
@@ -99,9 +95,7 @@ def _argsort(key_N: Tensor, num_keys: int) -> Tensor:
 
 
 def _inverse(order_M: Tensor) -> Tensor:
-    return torch.empty_like(order_M).index_copy_(
-        0, order_M, torch.arange(len(order_M), device=order_M.device)
-    )
+    return torch.empty_like(order_M).index_copy_(0, order_M, torch.arange(len(order_M), device=order_M.device))
 
 
 def _slots(plan: DispatchPlan, width: int) -> Tensor:

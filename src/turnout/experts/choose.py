@@ -15,24 +15,19 @@ _IMPORTED = (grouped_mm, loop, padded_bmm)  # importing a backend's file adds it
 def available_backends(experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
     """Backend -> why it refuses these experts, or "" when it takes them."""
     answers = {
-        name: backend.refusal(experts, dtype=dtype, device=device)
-        for name, backend in ExpertBackend.TABLE.items()
+        name: backend.refusal(experts, dtype=dtype, device=device) for name, backend in ExpertBackend.TABLE.items()
     }
     return {name: "" if refusal is None else refusal.reason for name, refusal in answers.items()}
 
 
-def choose_backend(
-    experts: nn.Module, name: str, *, dtype: torch.dtype, device: torch.device
-) -> ExpertBackend:
+def choose_backend(experts: nn.Module, name: str, *, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
     """The backend called `name`, or for "auto" the first of PREFERENCE that takes these experts.
 
     Raises: ConfigError if the named backend refuses: a choice is honoured or refused, never replaced.
     """
     if name == "auto":
         accepted = (
-            n
-            for n in PREFERENCE
-            if ExpertBackend.TABLE[n].refusal(experts, dtype=dtype, device=device) is None
+            n for n in PREFERENCE if ExpertBackend.TABLE[n].refusal(experts, dtype=dtype, device=device) is None
         )
         return ExpertBackend.TABLE[next(accepted)]
     backend = ExpertBackend.TABLE[name]

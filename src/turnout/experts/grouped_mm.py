@@ -40,9 +40,7 @@ class _GroupedMM(torch.autograd.Function):
         x_MD, weight_EDG, end_E = ctx.saved_tensors
         # y.sum().backward() arrives as a stride-0 gradient, which float32 rejects
         grad_MG = grads[0].contiguous()
-        grad_x = (
-            _rows_by_matrix(grad_MG, weight_EDG.transpose(1, 2), end_E) if ctx.needs_input_grad[0] else None
-        )
+        grad_x = _rows_by_matrix(grad_MG, weight_EDG.transpose(1, 2), end_E) if ctx.needs_input_grad[0] else None
         grad_weight = _rows_by_rows(x_MD, grad_MG, end_E) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
 
@@ -79,9 +77,7 @@ class GroupedMM(ExpertBackend):
 
     def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
         if not isinstance(experts, FFNExperts):
-            return Refusal(
-                reason="grouped_mm computes feed-forward experts; modules of your own need backend='loop'"
-            )
+            return Refusal(reason="grouped_mm computes feed-forward experts; modules of your own need backend='loop'")
         if dtype not in DTYPES:
             return Refusal(reason=f"torch's grouped_mm has no {dtype}; use backend='loop'")
         if device.type == "cuda" and dtype != torch.bfloat16:

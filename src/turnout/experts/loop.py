@@ -19,7 +19,11 @@ class Loop(ExpertBackend):
     def run(self, experts: nn.Module, rows: Rows) -> Rows:
         assert isinstance(rows, Ragged)
         parts = rows.x_MD.split(rows.counts_L.tolist())
-        outputs = _ffn(experts, parts) if isinstance(experts, FFNExperts) else _modules(experts, parts)
+        if isinstance(experts, FFNExperts):
+            outputs = _ffn(experts, parts)
+        else:
+            assert isinstance(experts, nn.ModuleList)
+            outputs = _modules(experts, parts)
         return Ragged(x_MD=torch.cat(outputs) if outputs else rows.x_MD, counts_L=rows.counts_L)
 
 
@@ -35,9 +39,9 @@ def _ffn(experts: FFNExperts, parts: tuple[Tensor, ...]) -> list[Tensor]:
     return outputs
 
 
-def _modules(experts: nn.Module, parts: tuple[Tensor, ...]) -> list[Tensor]:
+def _modules(experts: nn.ModuleList, parts: tuple[Tensor, ...]) -> list[Tensor]:
     # an idle expert also runs, on no rows, so that its gradients are zeros and never None
-    return [expert(x_MD) for expert, x_MD in zip(experts.children(), parts, strict=True)]
+    return [expert(x_MD) for expert, x_MD in zip(experts, parts, strict=True)]
 
 
 def _linear(x_MD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,9 +15,7 @@ class PaddedBMM(ExpertBackend):
 
     def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
         if not isinstance(experts, FFNExperts):
-            return Refusal(
-                reason="padded_bmm computes feed-forward experts; modules of your own need backend='loop'"
-            )
+            return Refusal(reason="padded_bmm computes feed-forward experts; modules of your own need backend='loop'")
         return None
 
     def run(self, experts: nn.Module, rows: Rows) -> Rows:

@@ -48,9 +48,7 @@ class FFNExperts(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, *_: Tensor) -> Tensor:
-        raise NotImplementedError(
-            "experts are computed by a backend: turnout.experts.choose_backend(experts, ...)"
-        )
+        raise NotImplementedError("experts are computed by a backend: turnout.experts.choose_backend(experts, ...)")
 
 
 class ModuleExperts(nn.ModuleList):

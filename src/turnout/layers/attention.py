@@ -1,29 +1,63 @@
-"""Causal self-attention with rotary positions, grouped queries and a key-value cache."""
+"""Causal self-attention: the table of its kinds, and the common one, with grouped queries."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from turnout.errors import ConfigError, RequestError
+from turnout.errors import ConfigError
+from turnout.layers.attend import attend
+from turnout.layers.kv_cache import KVCache
+from turnout.layers.norm import RMSNorm
+from turnout.layers.rope import Yarn, rope_tables, rotate
+from turnout.registry import Table
 
 
+class AttentionKind(ABC):
+    """A row of the attention table: settings without the model's width; `build` adds it."""
+
+    TABLE: ClassVar[Table[type["AttentionKind"]]] = Table("attention kind")
+
+    @abstractmethod
+    def build(self, dim: int, *, layer: int, init_std: float, norm_eps: float) -> nn.Module:
+        """The attention of block `layer`; called as `Attention.forward` is."""
+
+    @abstractmethod
+    def rope(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rotary tables of these positions, shared by all blocks."""
+
+    @abstractmethod
+    def window_of(self, layer: int) -> int:
+        """Tokens a query of block `layer` sees, itself included; 0: all before it."""
+
+    @property
+    @abstractmethod
+    def flops_per_pair(self) -> int:
+        """Floating-point operations for one query to meet one key: two products over all heads."""
+
+
+@AttentionKind.TABLE.register("gqa")
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(AttentionKind):
     """Settings of grouped-query attention."""
 
     num_heads: int = 4  # query heads
     num_kv_heads: int = 4  # key and value heads; must divide num_heads
     head_dim: int = 64  # width of one head
     rope_theta: float = 10_000.0  # base of the rotary frequencies
+    yarn: Yarn | None = None  # stretch of the rotary positions past the trained length; none: no stretch
+    qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm of queries and keys: each head (Qwen3) or all (OLMoE)
+    bias: bool = False  # queries, keys, values and output have biases
+    sinks: bool = False  # each head has a logit that takes attention and gives nothing (GPT-OSS)
+    window: int = 0  # tokens a windowed block sees, itself included; 0: no block is windowed
+    full_every: int = 0  # with a window, every n-th block still sees all; 0: none does
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"attention.{name}={getattr(self, name)} must be at least 1")
+        require_at_least(1, self, "num_heads", "num_kv_heads", "head_dim")
+        require_at_least(0, self, "window", "full_every")
         if self.num_heads % self.num_kv_heads:
             legal = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise ConfigError(
@@ -31,122 +65,94 @@ class AttentionConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"attention.head_dim={self.head_dim} must be even for rotary positions")
+        if self.qk_norm not in _NORM_HEADS:
+            raise ConfigError(f"attention.qk_norm={self.qk_norm!r} must be one of: {', '.join(_NORM_HEADS)}")
 
+    def build(self, dim: int, *, layer: int, init_std: float, norm_eps: float) -> nn.Module:
+        return Attention(dim, self, window=self.window_of(layer), init_std=init_std, norm_eps=norm_eps)
 
-class KVCache:
-    """Keys and values of the tokens seen so far, one pair of buffers a layer."""
+    def rope(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return rope_tables(start, length, dim=self.head_dim, theta=self.rope_theta, yarn=self.yarn, device=device)
 
-    def __init__(self, num_layers: int, max_length: int) -> None:
-        self.max_length = max_length
-        self.length = 0
-        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+    def window_of(self, layer: int) -> int:
+        sees_all = self.full_every > 0 and layer % self.full_every == self.full_every - 1
+        return 0 if sees_all else self.window
 
-    def append(self, layer: int, k_BHSX: Tensor, v_BHSX: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values; all of them so far come back.
-
-        Raises: RequestError past max_length.
-        """
-        end = self.length + k_BHSX.shape[2]
-        if end > self.max_length:
-            raise RequestError(f"{end} tokens do not fit the key-value cache of max_length={self.max_length}")
-        pair = self._layers[layer]
-        if pair is None:
-            shape = (*k_BHSX.shape[:2], self.max_length, k_BHSX.shape[3])
-            pair = (k_BHSX.new_zeros(shape), v_BHSX.new_zeros(*shape[:3], v_BHSX.shape[3]))
-            self._layers[layer] = pair
-        for buffer, new in zip(pair, (k_BHSX, v_BHSX), strict=True):
-            buffer[:, :, self.length : end] = new
-        return pair[0][:, :, :end], pair[1][:, :, :end]
+    @property
+    def flops_per_pair(self) -> int:
+        return 4 * self.num_heads * self.head_dim
 
 
 class Attention(nn.Module):
     """softmax(q k^T) v over the tokens before; queries, keys and values come from one matrix."""
 
-    def __init__(self, dim: int, config: AttentionConfig, *, init_std: float = 0.02) -> None:
+    def __init__(
+        self, dim: int, config: AttentionConfig, *, window: int = 0, init_std: float = 0.02, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.window, self.init_std = config, window, init_std
+        self.scale = config.head_dim**-0.5 * (config.yarn.logit_scale if config.yarn else 1.0)
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
-        self.init_std = init_std
-        self.qkv = nn.Parameter(torch.empty((heads + 2 * kv_heads) * width, dim))
+        rows = (heads + 2 * kv_heads) * width
+        self.qkv = nn.Parameter(torch.empty(rows, dim))
         self.out = nn.Parameter(torch.empty(dim, heads * width))
+        self.qkv_bias = nn.Parameter(torch.empty(rows)) if config.bias else None
+        self.out_bias = nn.Parameter(torch.empty(dim)) if config.bias else None
+        self.sink_H = nn.Parameter(torch.empty(heads)) if config.sinks else None
+        normed_heads = _NORM_HEADS[config.qk_norm]
+        self.q_norm = RMSNorm(normed_heads(heads) * width, eps=norm_eps) if normed_heads else None
+        self.k_norm = RMSNorm(normed_heads(kv_heads) * width, eps=norm_eps) if normed_heads else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.qkv, std=self.init_std)
         nn.init.normal_(self.out, std=self.init_std)
+        for offset in (self.qkv_bias, self.out_bias, self.sink_H):
+            if offset is not None:
+                nn.init.zeros_(offset)
 
     def forward(
         self,
         x_BSD: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         *,
         mask_BS: Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """Shapes: x_BSD (B, S, D); rope two (S, X / 2); mask_BS (B, S) False = padding; returns (B, S, D)."""
+        """Shapes: x_BSD (B, S, D); rope two (S, X / 2) or None; mask_BS (B, S) False = padding; returns (B, S, D)."""
         batch, length, _ = x_BSD.shape
         heads, kv_heads, width = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        qkv = F.linear(x_BSD, self.qkv).view(batch, length, -1, width)
+        qkv = F.linear(x_BSD, self.qkv, self.qkv_bias).view(batch, length, -1, width)
         # queries and keys turn together: one pass over one buffer
-        turned = _Rotate.apply(qkv[:, :, : heads + kv_heads], *rope)
-        q, k = turned.transpose(1, 2).split([heads, kv_heads], dim=1)
+        qk = self._normed(qkv[:, :, : heads + kv_heads])
+        q, k = (qk if rope is None else rotate(qk, rope)).transpose(1, 2).split([heads, kv_heads], dim=1)
         v = qkv[:, :, heads + kv_heads :].transpose(1, 2)
         past = 0 if cache is None else cache.length
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        allowed = _allowed(length, past, mask_BS, x_BSD.device)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=allowed is None and length > 1, enable_gqa=heads != kv_heads
-        )
-        return F.linear(y.transpose(1, 2).reshape(batch, length, heads * width), self.out)
+        y = attend(q, k, v, scale=self.scale, past=past, window=self.window, mask_BS=mask_BS, sink_H=self.sink_H)
+        return F.linear(y.transpose(1, 2).reshape(batch, length, heads * width), self.out, self.out_bias)
+
+    def _normed(self, qk_BSHX: Tensor) -> Tensor:
+        if self.q_norm is None or self.k_norm is None:
+            return qk_BSHX
+        parts = qk_BSHX.split([self.config.num_heads, self.config.num_kv_heads], dim=2)
+        normed = (_norm_heads(part, norm) for part, norm in zip(parts, (self.q_norm, self.k_norm), strict=True))
+        return torch.cat(tuple(normed), dim=2)
 
 
-def rope_tables(start: int, length: int, config: AttentionConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions start .. start + length - 1.
-
-    Shapes: returns two (length, X / 2) float32. Source: Su et al. 2021, arXiv:2104.09864.
-    """
-    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    position = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    angle = torch.outer(position, config.rope_theta**-exponent)
-    return angle.cos(), angle.sin()
+def require_at_least(least: int, config: AttentionKind, *names: str) -> None:
+    """Raises: ConfigError naming the first of these fields that is below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ConfigError(f"attention.{name}={getattr(config, name)} must be at least {least}")
 
 
-class _Rotate(torch.autograd.Function):
-    """Turns pairs (x_i, x_{i + X/2}) by their angles; backward turns the gradient back."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BSHX: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x_BSHX, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin), None, None
+def _norm_heads(x_BSHX: Tensor, norm: RMSNorm) -> Tensor:
+    """One norm over as many neighbouring heads as its weight is wide."""
+    return norm(x_BSHX.reshape(*x_BSHX.shape[:2], -1, norm.weight_D.shape[0])).view(x_BSHX.shape)
 
 
-def _rotate(x_BSHX: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = (table.to(x_BSHX.dtype)[:, None, :] for table in (cos, sin))
-    left, right = x_BSHX.chunk(2, dim=-1)
-    turned = torch.empty(x_BSHX.shape, dtype=x_BSHX.dtype, device=x_BSHX.device)
-    turned_left, turned_right = turned.chunk(2, dim=-1)
-    torch.mul(left, cos, out=turned_left).addcmul_(right, sin, value=-1)
-    torch.mul(right, cos, out=turned_right).addcmul_(left, sin)
-    return turned
-
-
-def _allowed(length: int, past: int, mask_BS: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which keys each query may see, or None where plain causal attention says it all."""
-    if mask_BS is None and (past == 0 or length == 1):
-        return None
-    allowed_SS = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
-    if mask_BS is None:
-        return allowed_SS
-    if past:
-        raise RequestError("a padding mask together with a filled key-value cache is not supported; pad nothing")
-    # a padding query may see itself: a row with no key at all would be NaN
-    diagonal_SS = torch.eye(length, dtype=torch.bool, device=device)
-    return (allowed_SS & mask_BS[:, None, None, :]) | diagonal_SS
+# heads under one norm, given how many there are
+_NORM_HEADS = {"none": None, "head": lambda heads: 1, "full": lambda heads: heads}

@@ -151,6 +151,7 @@ class MoE(nn.Module):
             y=y_TD.to(x.dtype).view_as(x),
             losses=routing.losses + terms,
             stats=collect_stats(routing, admission),
+            assignment=routing.assignment,
         )
 
     def _check(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:

@@ -1,5 +1,6 @@
 """Root-mean-square and layer normalisation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,14 +8,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from turnout.registry import Table
 
+NORMS: Table[Callable[..., nn.Module]] = Table("norm")
+
+
+@NORMS.register("rms")
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in at least float32. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
 
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
-        self.weight_D = nn.Parameter(torch.ones(dim))
+        self.weight_D = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight_D)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., D); returns the same."""
@@ -24,14 +34,20 @@ class RMSNorm(nn.Module):
         return _FusedRMSNorm.apply(x.to(wide), self.weight_D.to(wide), self.eps).to(x.dtype)
 
 
+@NORMS.register("layer")
 class LayerNorm(nn.Module):
     """Layer normalisation with weight and bias."""
 
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight_D = nn.Parameter(torch.ones(dim))
-        self.bias_D = nn.Parameter(torch.zeros(dim))
+        self.weight_D = nn.Parameter(torch.empty(dim))
+        self.bias_D = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight_D)
+        nn.init.zeros_(self.bias_D)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., D); returns the same."""

@@ -36,9 +36,7 @@ class LoadBalance(Loss):
 
     coefficient: float = 0.01  # weight of the term in the total loss
     scope: Scope = "micro_batch"  # tokens over which load is counted
-    count: Literal["all", "first"] = (
-        "all"  # choices that count as load; GShard's algorithm 1 counts first choices
-    )
+    count: Literal["all", "first"] = "all"  # choices that count as load; GShard's algorithm 1 counts first choices
 
     def __post_init__(self) -> None:
         if not self.coefficient >= 0:
@@ -59,9 +57,7 @@ class LoadBalance(Loss):
         """
         del admission
         value = (
-            self._sequence_value(routing, sequence_length)
-            if self.scope == "sequence"
-            else self._value(routing, group)
+            self._sequence_value(routing, sequence_length) if self.scope == "sequence" else self._value(routing, group)
         )
         return LossTerm(name="load_balance", value=value, coefficient=self.coefficient, scope=self.scope)
 

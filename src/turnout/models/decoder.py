@@ -14,7 +14,7 @@ from turnout.layers.lm_loss import lm_loss
 from turnout.layers.mlp import MLP
 from turnout.layers.moe import MoE, MoEConfig
 from turnout.layers.norm import RMSNorm
-from turnout.tensors import LossTerm, MoEStats, total_loss
+from turnout.tensors import Assignment, LossTerm, MoEStats, total_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,7 @@ class DecoderOutput:
     h_BSD: Tensor
     losses: tuple[LossTerm, ...]
     stats: tuple[MoEStats, ...]
+    assignments: tuple[Assignment, ...]  # who went where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += length
         losses = tuple(term for report in reports for term in report.losses)
-        return DecoderOutput(h_BSD=self.norm(x_BSD), losses=losses, stats=tuple(r.stats for r in reports))
+        return DecoderOutput(h_BSD=self.norm(x_BSD), losses=losses, stats=tuple(r.stats for r in reports), assignments=tuple(r.assignment for r in reports))
 
     def logits(self, h: Tensor) -> Tensor:
         """Shapes: h (..., D); returns (..., V)."""

@@ -22,9 +22,7 @@ class GShardTop2(RouterConfig):
     Source: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1.
     """
 
-    second_expert: Literal["random", "all"] = (
-        "random"  # random: sent with probability 2 * g2; all: always sent
-    )
+    second_expert: Literal["random", "all"] = "random"  # random: sent with probability 2 * g2; all: always sent
     init_std: float = 0.02  # standard deviation of the score's initial weights
 
     @property

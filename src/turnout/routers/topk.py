@@ -43,9 +43,7 @@ class TopK(RouterConfig):
 
     def build(self, dim: int, num_experts: int) -> Router:
         if self.k > num_experts:
-            raise ConfigError(
-                f"router.k={self.k} is more than num_experts={num_experts}; legal: 1 to {num_experts}"
-            )
+            raise ConfigError(f"router.k={self.k} is more than num_experts={num_experts}; legal: 1 to {num_experts}")
         return TopKRouter(dim, num_experts, self)
 
 
@@ -69,9 +67,7 @@ class TopKRouter(Router):
         logits_RE = self.score(x_RD)
         expert_RK = select_topk(logits_RE, self.config.k)
         scores_RE, weight_RK = self._weights(logits_RE, expert_RK)
-        assignment = from_topk(
-            expert_RK, weight_RK, token_R, num_tokens=num_tokens, num_experts=self.num_experts
-        )
+        assignment = from_topk(expert_RK, weight_RK, token_R, num_tokens=num_tokens, num_experts=self.num_experts)
         return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=token_R)
 
     def _weights(self, logits_RE: Tensor, expert_RK: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,40 @@
+# Two commands on a fresh clone: `make demo` and `make test`. Both make their own virtual environment in .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+DEMO := runs/demo
+DEMO_MINUTES ?= 5
+
+.PHONY: demo test check quick format clean
+
+demo: $(STAMP)
+	rm -rf $(DEMO)
+	$(BIN)/turnout train tiny --minutes $(DEMO_MINUTES) --out $(DEMO)
+	$(BIN)/turnout generate $(DEMO) --prompt "def read_lines(path):" --max-new-tokens 120 --temperature 0.7
+	$(BIN)/turnout report $(DEMO) -o $(DEMO)/report.html
+	@echo "Look at $(DEMO)/report.html; talk with: $(BIN)/turnout chat $(DEMO)"
+
+test: $(STAMP)
+	$(BIN)/pytest -n 2 -q
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	$(BIN)/pytest -n 2 -q -m "not slow"
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# the stamp is written last: an interrupted installation starts again
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,bench,plot]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) runs

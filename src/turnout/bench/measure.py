@@ -1,0 +1,94 @@
+"""Timing several contestants fairly: in turns, in one process, after warming up; memory in processes of their own."""
+
+import gc
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Milliseconds of one contestant over all rounds."""
+
+    ms_min: float
+    ms_median: float
+    ms_max: float
+
+
+def race(contestants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int) -> dict[str, Timing]:
+    """Run everybody once a round, in an order that turns with the round, so that nobody always follows the same one."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for number in range(warmup + rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            gc.collect()
+            started = time.perf_counter()
+            contestants[name]()
+            if number >= warmup:
+                times[name].append(1e3 * (time.perf_counter() - started))
+    return {
+        name: Timing(ms_min=min(ms), ms_median=statistics.median(ms), ms_max=max(ms)) for name, ms in times.items()
+    }
+
+
+def peak_mib(function: Callable[[], None]) -> float:
+    """Peak resident memory of a fresh process that calls `function`, which must be picklable, in MiB."""
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    child = context.Process(target=_report_peak, args=(function, writer))
+    child.start()
+    writer.close()
+    try:
+        return float(reader.recv())
+    finally:
+        child.join()
+
+
+def _report_peak(function: Callable[[], None], writer: "multiprocessing.connection.Connection") -> None:
+    function()
+    unit = 1024 if sys.platform == "darwin" else 1
+    writer.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / unit)
+
+
+def machine() -> dict[str, object]:
+    """What the numbers were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": len(_cores()),
+        "system": platform.system(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of python, torch and the packages that are installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _cores() -> set[int] | range:
+    import os
+
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

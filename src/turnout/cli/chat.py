@@ -1,0 +1,50 @@
+"""`turnout chat`: a prompt loop with a trained model."""
+
+import typer
+from rich.console import Console
+
+from turnout.cli import options
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog="Example: turnout chat runs/tiny-1 --temperature 0.7")(chat)
+
+
+def chat(
+    run: options.RunFolder,
+    max_new_tokens: options.MaxNew = 200,
+    temperature: options.Temperature = 0.8,
+    top_k: options.TopKOption = 0,
+    top_p: options.TopPOption = 0.95,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    threads: options.Threads = 0,
+) -> None:
+    """Talk to a trained model. A base model continues text: type the beginning of what you want to read."""
+    from turnout.cli.process import own_process
+    from turnout.infer.generate import GenerateConfig, stream
+    from turnout.train.trained import load_trained
+
+    config = GenerateConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    own_process(threads)
+    trained = load_trained(run)
+    screen = Console()
+    screen.print(f"[dim]{trained.recipe.name} at step {trained.step}; an empty line or Ctrl-D ends[/]")
+    while prompt := _ask(screen):
+        for piece in stream(trained.model, trained.tokenizer, prompt, config):
+            screen.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        screen.print()
+
+
+def _ask(screen: Console) -> str:
+    try:
+        return screen.input("[bold cyan]>[/] ").replace("\\n", "\n")
+    except EOFError:
+        return ""

@@ -1,0 +1,109 @@
+"""`turnout compare`: recipes on the same text with the same wall-clock budget."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from turnout.cli import options
+from turnout.cli.console import console, print_json, table
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog="Example: turnout compare tiny tiny-dense --minutes 20 --seeds 2")(compare)
+
+
+def compare(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes; the last one is the baseline.", show_default=False)],
+    minutes: Annotated[float, typer.Option(help="Training minutes each recipe gets, evaluation not counted.")] = 20.0,
+    seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, ...", min=1)] = 1,
+    first_seed: Annotated[int, typer.Option(help="The first seed.", min=0)] = 0,
+    settings: options.Set = None,
+    data: options.Data = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs; default runs/compare-N.")] = None,
+    threads: options.Threads = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Train recipes in turns on one machine; table and plot by wall clock and by tokens, break-even included."""
+    from turnout.cli.process import own_process
+    from turnout.cli.training import choose_run
+    from turnout.data.prepare import default_cache, prepare
+    from turnout.errors import ConfigError
+    from turnout.train.compare import check_comparable, verdicts
+    from turnout.train.compare import compare as run_comparison
+    from turnout.train.compare_plot import write_comparison
+    from turnout.train.recipes import load_recipe
+    from turnout.train.signals import StopRequest
+
+    if minutes <= 0:
+        raise ConfigError(f"--minutes {minutes} must be above 0")
+    overrides = options.recipe_overrides(settings, data)
+    chosen = [load_recipe(name, overrides) for name in recipes]
+    check_comparable(chosen)
+    folder = choose_run("compare", out, None)
+    screen = console(as_json=as_json)
+    screen.print(f"  {own_process(threads)}; {minutes:g} minutes each, seeds {first_seed}..{first_seed + seeds - 1}")
+    with StopRequest() as stop:
+        dataset = prepare(chosen[0].data, default_cache(), say=lambda line: screen.print(f"  [dim]{line}[/]"))
+        curves = run_comparison(
+            chosen,
+            dataset,
+            folder,
+            minutes=minutes,
+            seeds=range(first_seed, first_seed + seeds),
+            stop=stop,
+            say=lambda line: screen.print(f"  {line}", highlight=False),
+        )
+    path = write_comparison(curves, folder)
+    _print(screen, curves, path)
+    if as_json:
+        print_json({"rows": _rows(curves), "verdicts": [asdict(v) for v in verdicts(curves)], "out": str(path)})
+    if stop.received:
+        raise typer.Exit(128 + int(stop.received))
+
+
+def _print(screen: Any, curves: list[Any], path: Path) -> None:
+    from turnout.train.compare import verdicts
+
+    columns = {"recipe": "left", "seed": "right", "minutes": "right", "tokens": "right", "tokens/s": "right"}
+    columns |= {"validation loss": "right", "parameters": "right", "active": "right"}
+    cells = [
+        [
+            c.recipe,
+            str(c.seed),
+            f"{c.seconds[-1] / 60:.1f}",
+            f"{c.tokens[-1]:,}",
+            f"{c.tokens_per_s:,.0f}",
+            f"{c.val_loss[-1]:.4f}",
+            f"{c.params_total / 1e6:.2f} M",
+            f"{c.params_active / 1e6:.2f} M",
+        ]
+        for c in curves
+    ]
+    screen.print(table("Same text, same wall clock", columns, cells))
+    for v in verdicts(curves):
+        reached = "does not reach its final loss" if v.time_ratio is None else f"needs {v.time_ratio:.2f} of its time"
+        even = "never stays ahead" if v.break_even_s is None else f"stays ahead from minute {v.break_even_s / 60:.1f} on"
+        screen.print(f"{v.recipe} against {v.baseline}: {v.margin:+.4f} nats better, {reached}, {even}")
+    screen.print(f"wrote {path}")
+
+
+def _rows(curves: list[Any]) -> list[dict[str, Any]]:
+    from turnout.train.compare import seconds_to
+
+    final = {(c.recipe, c.seed): c.val_loss[-1] for c in curves}
+    names = list(dict.fromkeys(c.recipe for c in curves))
+    return [
+        {
+            "recipe": c.recipe,
+            "seed": c.seed,
+            "minutes": c.seconds[-1] / 60,
+            "tokens": c.tokens[-1],
+            "val_loss": c.val_loss[-1],
+            "tokens_per_s": c.tokens_per_s,
+            "seconds_to_loss_of": {name: seconds_to(c, final[name, c.seed]) for name in names if name != c.recipe},
+            "curve": {"seconds": c.seconds, "tokens": c.tokens, "val_loss": c.val_loss},
+        }
+        for c in curves
+    ]

@@ -1,0 +1,31 @@
+"""What a person sees goes to stderr under --json, so that stdout ends in one JSON object."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def console(*, as_json: bool) -> Console:
+    """Where a verb prints for people."""
+    return Console(stderr=as_json)
+
+
+def error_console() -> Console:
+    return Console(stderr=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The last line under --json."""
+    print(json.dumps(value), flush=True)
+
+
+def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> Table:
+    """A table with (heading -> justification) columns."""
+    built = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for heading, justify in columns.items():
+        built.add_column(heading, justify=justify)  # pyright: ignore[reportArgumentType]
+    for row in rows:
+        built.add_row(*row)
+    return built

@@ -1,0 +1,49 @@
+"""`turnout VERB`: the table of verbs, and the one place where errors become exit codes."""
+
+import os
+import sys
+
+import typer
+
+from turnout import __version__
+from turnout.cli import bench, chat, compare, data, doctor, generate, plan, report, train
+from turnout.cli.console import error_console
+from turnout.errors import ConfigError, RequestError, TurnoutError
+
+app = typer.Typer(
+    name="turnout",
+    help="Mixture-of-Experts for PyTorch: train, talk to, look at and compare MoE models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for verb in (train, chat, generate, report, compare, bench, data, doctor, plan):
+    verb.add_to(app)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    """Options of `turnout` itself."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed, 2 bad use, 128 + n stopped by signal n after saving."""
+    try:
+        app()
+    except TurnoutError as error:
+        error_console().print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, ConfigError | RequestError) else 1)
+    except KeyboardInterrupt:
+        error_console().print("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader (head, less) is gone; nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,75 @@
+"""`turnout train`: recipe in, run folder out."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand
+
+from turnout.cli import options
+from turnout.cli.console import console, print_json, table
+
+
+class _CommandWithFields(TyperCommand):
+    """Help that ends with every field of a recipe: they are read from the dataclasses, so none is forgotten."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from turnout.config import describe
+        from turnout.train.recipe import Recipe
+
+        rows = [[doc.path, doc.kind, doc.default, doc.text] for doc in describe(Recipe)]
+        columns = {"field (--set field=value)": "left", "type": "left", "default": "left", "meaning": "left"}
+        Console().print(table("Fields of a recipe", columns, rows))
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(cls=_CommandWithFields, epilog=EPILOG)(train)
+
+
+EPILOG = """Examples:
+
+turnout train tiny
+
+turnout train tiny --data novels/ --set loop.minutes=30 --out runs/novels
+
+turnout train tiny --dry-run
+
+turnout train --resume runs/novels
+"""
+
+
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="Built-in recipe (tiny, tiny-dense, smoke) or a TOML file.")] = None,
+    settings: options.Set = None,
+    data: options.Data = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/NAME-N.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with this run, bit for bit.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Short for --set loop.steps=0 --set loop.minutes=M.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Short for --set loop.steps=N.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run: sizes, FLOPs, memory, paths.")] = False,
+    threads: options.Threads = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Train a model by a recipe; the run folder holds recipe, tokenizer, metrics, trace, checkpoints, report."""
+    from turnout.cli.process import own_process
+    from turnout.cli.training import Training, choose_run, recipe_for
+
+    short = [f"loop.steps={steps}"] if steps is not None else []
+    short += [f"loop.minutes={minutes}", "loop.steps=0"] if minutes is not None else []
+    overrides = [*options.recipe_overrides(settings, data), *short]
+    chosen = recipe_for(recipe, resume, overrides)
+    screen = console(as_json=as_json)
+    process = own_process(threads)
+    training = Training(recipe=chosen, run=choose_run(chosen.name, out, resume), screen=screen, process=process)
+    training.print_banner()
+    if dry_run:
+        if as_json:
+            print_json(training.facts())
+        return
+    summary = training.run_to_end(resume=resume is not None)
+    if as_json:
+        print_json(summary)
+    if summary.get("stopped_by"):
+        raise typer.Exit(128 + summary["stopped_by"])

@@ -1,0 +1,135 @@
+"""What `train` shows and does around the loop: banner, progress, final words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from turnout.data.prepare import default_cache, prepare
+from turnout.errors import ConfigError
+from turnout.observe.report import write_report
+from turnout.train.banner import banner
+from turnout.train.loop import Progress as StepProgress
+from turnout.train.loop import Trainer, recipe_of
+from turnout.train.recipe import Recipe
+from turnout.train.recipes import load_recipe
+from turnout.train.signals import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One `turnout train`."""
+
+    recipe: Recipe
+    run: Path
+    screen: Console
+    process: str  # what the process was told about threads and memory
+
+    def facts(self) -> dict[str, Any]:
+        """The banner as data."""
+        return {fact.name: fact.value for fact in banner(self.recipe)}
+
+    def print_banner(self) -> None:
+        width = max(len(fact.name) for fact in banner(self.recipe))
+        for fact in banner(self.recipe):
+            self.screen.print(f"  [dim]{fact.name:>{width}}[/]  {fact.text}", highlight=False)
+        self.screen.print(f"  [dim]{'process':>{width}}[/]  {self.process}", highlight=False)
+
+    def run_to_end(self, *, resume: bool) -> dict[str, Any]:
+        """Prepare, train, finish, report; the summary. A signal at any point leaves a checkpoint."""
+        with StopRequest() as stop:
+            dataset = prepare(self.recipe.data, default_cache(), say=lambda line: self.screen.print(f"  [dim]{line}[/]"))
+            for note in dataset.notes:
+                self.screen.print(f"  [yellow]note:[/] {note}")
+            trainer = Trainer(self.recipe, dataset, self.run, resume=resume)
+            for note in trainer.notes:
+                self.screen.print(f"  [yellow]note:[/] {note}")
+            with _Display(self.screen) as display:
+                outcome = trainer.train(stop, on_step=display.show)
+            if outcome == "stopped":
+                trainer.recorder.close()
+                self.screen.print(f"stopped and saved; go on with: turnout train --resume {self.run}")
+                return {**trainer.summary(), "stopped_by": int(stop.received or 0)}
+            summary = trainer.finish()
+        report = write_report(self.run, self.run / "report.html")
+        self.screen.print(_last_words(summary, report))
+        return summary
+
+
+class _Display:
+    """A live bar on a terminal; elsewhere one line every `EVERY_S` seconds of training."""
+
+    EVERY_S = 20.0
+
+    def __init__(self, screen: Console) -> None:
+        self._screen = screen
+        self._printed_s = 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=screen, transient=True) if screen.is_terminal else None
+        self._task = self._bar.add_task("training", total=1.0) if self._bar else None
+
+    def __enter__(self) -> "_Display":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, progress: StepProgress) -> None:
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=progress.done, description=_words(progress))
+        elif progress.seconds - self._printed_s >= self.EVERY_S or progress.step == 1:
+            self._printed_s = progress.seconds
+            self._screen.print(f"  {progress.done:4.0%}  {_words(progress)}", highlight=False)
+
+
+def _words(progress: StepProgress) -> str:
+    line = progress.line
+    parts = [f"step {progress.step}", f"loss {line.get('loss', float('nan')):.3f}"]
+    parts += [f"val {progress.val_loss:.3f}"] if progress.val_loss is not None else []
+    parts += [f"{progress.tokens_per_s:,.0f} tokens/s"]
+    if "max_violation" in line:
+        parts += [f"worst load +{line['max_violation']:.0%}", f"dropped {line['dropped_share']:.1%}"]
+    return "  ".join(parts)
+
+
+def _last_words(summary: dict[str, Any], report: Path) -> str:
+    return (
+        f"  trained {summary['steps']} steps, {summary['tokens']:,} tokens in {summary['seconds'] / 60:.1f} minutes "
+        f"({summary['tokens_per_s']:,.0f} tokens/s); validation loss [bold]{summary['val_loss']:.4f}[/]\n"
+        f"  run     {summary['run']}\n  report  {report}\n  talk    turnout chat {summary['run']}"
+    )
+
+
+def recipe_for(name: str | None, resume: Path | None, overrides: Sequence[str]) -> Recipe:
+    """The recipe by name or file, or the one of the run to resume.
+
+    Raises: ConfigError if neither or both are given, or a resumed run is to change.
+    """
+    if resume is None:
+        if name is None:
+            raise ConfigError("give a recipe: a built-in name such as tiny, or a TOML file; or --resume RUN")
+        return load_recipe(name, overrides)
+    if name is not None or overrides:
+        raise ConfigError(
+            f"--resume {resume} goes on with the run's own recipe; leave out the recipe, --set, --data, --minutes and "
+            "--steps, or start a new run"
+        )
+    return recipe_of(resume)
+
+
+def choose_run(name: str, out: Path | None, resume: Path | None) -> Path:
+    """The folder given, or the first free runs/NAME-N."""
+    if resume is not None:
+        return resume
+    if out is not None:
+        return out
+    number = 1
+    while (run := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return run

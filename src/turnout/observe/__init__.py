@@ -1,0 +1,1 @@
+"""What a run did: the recorder that writes it down, and the report that shows it."""

@@ -1,0 +1,249 @@
+"""What is wrong with a run and what to try: sentences from numbers.
+
+Thresholds: a dead expert gets under 0.1 % of its fair share, load entropy under 60 % warns and under 40 % is an error,
+the busiest expert over 5 times the mean is an error (after moewatch); under 3 times, leave the balance alone (plumb).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from turnout.observe.run_summary import RunSummary
+
+Severity = Literal["error", "warn", "note", "good"]
+
+_ORDER: tuple[Severity, ...] = ("error", "warn", "note", "good")
+_NAMED = 3  # layers, steps or experts named in one sentence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing a run shows."""
+
+    severity: Severity
+    title: str
+    text: str  # what was seen, with its numbers
+    try_: str = ""  # what to do about it
+
+
+def advise(summary: RunSummary) -> list[Finding]:
+    """The findings on a run, worst first; when nothing is wrong, one that says so with the numbers."""
+    found = [finding for rule in _RULES for finding in rule(summary)]
+    if summary.last_step and not any(f.severity in ("error", "warn") for f in found):
+        found.append(_all_well(summary))
+    return sorted(found, key=lambda finding: _ORDER.index(finding.severity))
+
+
+def _not_finite(summary: RunSummary) -> Iterable[Finding]:
+    if steps := summary.nonfinite:
+        yield Finding(
+            severity="error",
+            title=f"The loss was not a number at {_count(len(steps), 'step')}",
+            text=f"First at step {steps[0]:,}, last at step {steps[-1]:,}.",
+            try_="Lower the learning rate, clip gradients at 1.0, add the router z-loss, keep the router in float32. "
+            "Resume from the last checkpoint before the first of these steps.",
+        )
+
+
+def _not_learning(summary: RunSummary) -> Iterable[Finding]:
+    first, last = summary.loss_first, summary.loss_last
+    if summary.last_step >= 50 and last > 0.99 * first:
+        yield Finding(
+            severity="error" if last > 1.05 * first else "warn",
+            title="The training loss is not falling",
+            text=f"It began at {first:.3f} and stands at {last:.3f} after {summary.last_step:,} steps.",
+            try_="Check that targets are the inputs shifted by one, then try a learning rate 3 times higher and one 10 "
+            "times lower for a few hundred steps each.",
+        )
+
+
+def _spiking(summary: RunSummary) -> Iterable[Finding]:
+    if spikes := summary.spikes:
+        worst = max(spikes, key=lambda spike: spike.loss - spike.usual)
+        yield Finding(
+            severity="warn",
+            title=f"The loss jumped {_count(len(spikes), 'time')}",
+            text=f"The largest jump, at step {worst.step:,}, went from about {worst.usual:.3f} to {worst.loss:.3f} "
+            "(more than 6 sigma over the 128 steps before).",
+            try_="Clip gradients lower, warm up for longer, or lower the learning rate; the router z-loss keeps router "
+            "logits from running away. If it is always the same data, look at that batch.",
+        )
+
+
+def _overfitting(summary: RunSummary) -> Iterable[Finding]:
+    if len(summary.evals) < 3:
+        return
+    best_step, best = min(summary.evals, key=lambda pair: pair[1])
+    last_step, last = summary.evals[-1]
+    since = [loss for step, loss in summary.evals if step > best_step]
+    if len(since) >= 2 and last > 1.01 * best:
+        yield Finding(
+            severity="warn",
+            title="The validation loss is rising",
+            text=f"Best {best:.3f} at step {best_step:,}, now {last:.3f} at step {last_step:,} "
+            f"({_percent(last / best - 1)} higher).",
+            try_=f"Use the checkpoint nearest to step {best_step:,}. To train on: more data, more weight decay or "
+            "dropout, fewer or smaller experts.",
+        )
+
+
+def _no_eval(summary: RunSummary) -> Iterable[Finding]:
+    if summary.last_step and not summary.evals:
+        yield Finding(
+            severity="note",
+            title="There is no evaluation",
+            text="Without a validation loss, memorising the training text looks like learning.",
+            try_="Set aside a validation split and evaluate every few hundred steps.",
+        )
+
+
+def _dead(summary: RunSummary) -> Iterable[Finding]:
+    layers = [layer for layer in summary.layers if layer.dead]
+    if not layers:
+        return
+    dead = sum(len(layer.dead) for layer in layers)
+    total = sum(len(layer.load) for layer in summary.layers)
+    is_many = any(len(layer.dead) > 0.1 * len(layer.load) for layer in layers)
+    named = _join(
+        [f"{layer.name}: {_experts(layer.dead)}" for layer in sorted(layers, key=lambda layer: -len(layer.dead))]
+    )
+    yield Finding(
+        severity="error" if is_many else "warn",
+        title=f"{dead} of {total} experts {'is' if dead == 1 else 'are'} dead",
+        text=f"{_capital(_window(summary))} they got less than 0.1 % of a fair share: {named}. "
+        "Their parameters cost memory and do nothing.",
+        try_="Raise the coefficient of the load-balance loss 3 to 10 times, or use a router with a balancing bias. "
+        "In a new run, add router noise during warm-up. If it stays so, fewer experts give the same model for less.",
+    )
+
+
+def _collapsed(summary: RunSummary) -> Iterable[Finding]:
+    layers = sorted((layer for layer in summary.layers if layer.entropy < 0.6), key=lambda layer: layer.entropy)
+    if layers:
+        worst = layers[0]
+        yield Finding(
+            severity="error" if worst.entropy < 0.4 else "warn",
+            title=f"Routing has collapsed in {_count(len(layers), 'layer')}",
+            text=f"{_capital(_window(summary))} the load of {worst.name} has {_percent(worst.entropy)} of the greatest "
+            f"entropy: it works as if it had {worst.effective_experts:.1f} experts, not {len(worst.load)}."
+            + _also([layer.name for layer in layers[1:]]),
+            try_="Raise the coefficient of the load-balance loss, and check that it reaches the total loss at all (the "
+            "auxiliary losses below). A smaller learning rate for the first steps lets experts grow apart first.",
+        )
+
+
+def _skewed(summary: RunSummary) -> Iterable[Finding]:
+    layers = sorted((layer for layer in summary.layers if layer.max_load > 3), key=lambda layer: -layer.max_load)
+    if layers:
+        worst = layers[0]
+        yield Finding(
+            severity="error" if worst.max_load > 5 else "warn",
+            title=f"One expert carries {worst.max_load:.1f} times its fair share",
+            text=f"{_capital(_window(summary))} it is expert {worst.hottest} of {worst.name}. Under expert parallelism "
+            f"all ranks wait for it: expert time is up to {worst.max_load:.1f} times that of an even load."
+            + _also([layer.name for layer in layers[1:]]),
+            try_="Raise the load-balance coefficient, or count load over the global batch (scope global) so that "
+            "single micro-batches may be uneven. For speed alone, place a copy of the hot expert on a second rank.",
+        )
+
+
+def _dropping(summary: RunSummary) -> Iterable[Finding]:
+    if not summary.layers:
+        return
+    weight = [layer.fair_count * len(layer.load) for layer in summary.layers]
+    share = sum(w * layer.dropped_share for w, layer in zip(weight, summary.layers, strict=True)) / sum(weight)
+    worst = max(summary.layers, key=lambda layer: layer.dropped_share)
+    if share > 0.02 or worst.dropped_share > 0.1:
+        yield Finding(
+            severity="error" if share > 0.1 else "warn",
+            title=f"{_percent(share)} of assignments are dropped",
+            text=f"{_capital(_window(summary))} {worst.name} drops most, {_percent(worst.dropped_share)}. A token "
+            "whose choices are all dropped passes the layer unchanged.",
+            try_="Balance the load first: drops come from the busiest experts. Then raise the capacity factor "
+            "(1.25 to 2.0), or set the capacity policy to none, which drops nothing.",
+        )
+
+
+def _undecided(summary: RunSummary) -> Iterable[Finding]:
+    if summary.last_step >= 200 and summary.router_entropy > 0.98:
+        yield Finding(
+            severity="note",
+            title="The router hardly chooses",
+            text=f"Its probabilities have {_percent(summary.router_entropy)} of the greatest entropy: nearly the same "
+            "for every expert, so experts have little reason to differ.",
+            try_="Lower the coefficients of the load-balance loss and the z-loss, or train for longer.",
+        )
+
+
+def _slowing(summary: RunSummary) -> Iterable[Finding]:
+    early, late = summary.tokens_per_s_early, summary.tokens_per_s_late
+    if summary.last_step >= 50 and late < 0.7 * early:
+        yield Finding(
+            severity="warn",
+            title=f"Training slowed down by {_percent(1 - late / early)}",
+            text=f"From {early:,.0f} to {late:,.0f} tokens per second between the first and the last quarter.",
+            try_="Look for other work on the machine, thermal throttling, or a load that grew uneven.",
+        )
+
+
+def _all_well(summary: RunSummary) -> Finding:
+    parts = []
+    if summary.loss_last < summary.loss_first:
+        parts.append(f"the training loss fell from {summary.loss_first:.3f} to {summary.loss_last:.3f}")
+    if len(summary.evals) > 1:
+        parts.append(f"the validation loss ends at {summary.evals[-1][1]:.3f}, and is not rising")
+    if summary.layers:
+        busiest = max(layer.max_load for layer in summary.layers)
+        entropy = min(layer.entropy for layer in summary.layers)
+        total = sum(len(layer.load) for layer in summary.layers)
+        parts.append(f"all {total} experts are in use, the busiest at {busiest:.2f} times its fair share")
+        parts.append(f"load entropy is at least {_percent(entropy)} of the greatest")
+    text = "; ".join(parts) or "no loss spikes, and no step without a finite loss"
+    return Finding(severity="good", title="Nothing looks wrong", text=f"{_capital(text)}.")
+
+
+def _window(summary: RunSummary) -> str:
+    first, last = summary.window
+    return f"over steps {first:,} to {last:,}"
+
+
+def _experts(experts: Sequence[int]) -> str:
+    named = ", ".join(map(str, experts[:8]))
+    more = f" and {len(experts) - 8} more" if len(experts) > 8 else ""
+    return f"{'expert' if len(experts) == 1 else 'experts'} {named}{more}"
+
+
+def _also(names: Sequence[str]) -> str:
+    return f" Also {_join(list(names), ', ')}." if names else ""
+
+
+def _join(parts: list[str], separator: str = "; ") -> str:
+    more = f" and {len(parts) - _NAMED} more" if len(parts) > _NAMED else ""
+    return separator.join(parts[:_NAMED]) + more
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if abs(share) < 0.0995 else f"{100 * share:.0f} %"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+_RULES: tuple[Callable[[RunSummary], Iterable[Finding]], ...] = (
+    _not_finite,
+    _not_learning,
+    _spiking,
+    _overfitting,
+    _dead,
+    _collapsed,
+    _skewed,
+    _dropping,
+    _slowing,
+    _undecided,
+    _no_eval,
+)

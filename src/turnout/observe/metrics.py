@@ -1,0 +1,95 @@
+"""`metrics.jsonl`: what a run wrote down, one JSON object per line.
+
+    {"kind": "step", step, seconds, tokens, loss, aux: {name: value}, total_loss, lr, grad_norm, tokens_per_s,
+     and, when the model has MoE layers, every field of `balance.Balance`}
+    {"kind": "eval", step, seconds, tokens, val_loss}
+    {"kind": "event", step, text}
+
+seconds: training clock; tokens: trained on so far; loss: main loss without auxiliary losses; aux: values before
+their coefficients. null stands for a number that is NaN, infinite or not measured. Readers ignore keys and kinds
+they do not know. Lines are ordered by step; a line that does not parse (torn by a kill) is skipped.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turnout.errors import ConfigError
+
+METRICS_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The lines of a run by kind, in order of step; of lines that repeat a step the last counts."""
+
+    steps: tuple[Mapping[str, Any], ...]
+    evals: tuple[Mapping[str, Any], ...]
+    events: tuple[Mapping[str, Any], ...]
+
+
+def encode(line: Mapping[str, Any]) -> bytes:
+    """The line as strict JSON with its newline."""
+    return json.dumps(_finite(line), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def read_metrics(run: Path) -> Metrics:
+    """Everything in the run's `metrics.jsonl`.
+
+    Raises: ConfigError if the folder has none.
+    """
+    path = run / METRICS_NAME
+    if not path.is_file():
+        raise ConfigError(
+            f"{run} is not a run: it has no {METRICS_NAME}. A run is the folder that `turnout train RECIPE --out RUN` "
+            "writes: recipe.toml, metrics.jsonl, trace/, checkpoints/"
+        )
+    by_kind: dict[str, list[Mapping[str, Any]]] = {"step": [], "eval": [], "event": []}
+    for _, line in _parse(path):
+        by_kind.get(line["kind"], []).append(line)
+    return Metrics(
+        steps=_latest(by_kind["step"]),
+        evals=_latest(by_kind["eval"]),
+        events=tuple(sorted(by_kind["event"], key=lambda line: line["step"])),
+    )
+
+
+def cut_metrics(run: Path, step: int) -> None:
+    """Drop the lines after `step`, so that a run resumed there writes them once; all or nothing."""
+    path = run / METRICS_NAME
+    part = path.with_suffix(".part")
+    with part.open("wb") as out:
+        out.writelines(raw for raw, line in _parse(path) if line["step"] <= step)
+        out.flush()
+        os.fsync(out.fileno())
+    part.replace(path)
+
+
+def _parse(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for raw in file:
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("kind"), str) and _is_step(line.get("step")):
+                yield raw.rstrip(b"\r\n") + b"\n", line
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _latest(lines: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    by_step = {line["step"]: line for line in lines}
+    return tuple(by_step[step] for step in sorted(by_step))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,99 @@
+"""Everything a run folder says about its run, read once."""
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turnout.errors import ConfigError
+from turnout.observe.metrics import Metrics, read_metrics
+from turnout.observe.token_view import TokenView, read_token_views
+from turnout.observe.trace import Trace, read_trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run as it was written down. What is missing or broken is empty, and `notes` says why."""
+
+    name: str  # of the recipe, else of the folder
+    recipe_text: str
+    summary: dict[str, Any]  # summary.json, as `turnout train --json` prints it
+    metrics: Metrics
+    trace: Trace
+    token_views: tuple[TokenView, ...]
+    notes: tuple[str, ...]
+
+
+def read_run(run: Path) -> RunRecord:
+    """The record of a run.
+
+    Raises: ConfigError if the folder has no metrics.jsonl.
+    """
+    metrics = read_metrics(run)
+    notes: list[str] = []
+    recipe_text = _read_text(run / "recipe.toml", notes)
+    return RunRecord(
+        name=_recipe_name(recipe_text, notes) or run.resolve().name,
+        recipe_text=recipe_text,
+        summary=_read_summary(run / "summary.json", notes),
+        metrics=metrics,
+        trace=_read_trace(run, notes),
+        token_views=read_token_views(run),
+        notes=tuple(notes),
+    )
+
+
+def column(metrics: Metrics, name: str) -> NDArray[np.float64]:
+    """One field of all steps; NaN where it is missing or not a number."""
+    return np.array([number(line.get(name)) for line in metrics.steps], dtype=np.float64)
+
+
+def aux_columns(metrics: Metrics) -> dict[str, NDArray[np.float64]]:
+    """Every auxiliary loss over all steps."""
+    tables = [line.get("aux") if isinstance(line.get("aux"), dict) else {} for line in metrics.steps]
+    names = sorted({str(name) for table in tables for name in table or {}})
+    return {name: np.array([number((table or {}).get(name)) for table in tables]) for name in names}
+
+
+def number(value: Any) -> float:
+    """The value as a float; NaN if it is not a number."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+
+
+def _read_text(path: Path, notes: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        notes.append(f"{path.name} is missing")
+        return ""
+
+
+def _recipe_name(text: str, notes: list[str]) -> str:
+    try:
+        return str(tomllib.loads(text).get("name", ""))
+    except tomllib.TOMLDecodeError as error:
+        notes.append(f"recipe.toml does not parse: {error}")
+        return ""
+
+
+def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.exists():  # a run that has not ended has none
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name} cannot be read: {error}")
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def _read_trace(run: Path, notes: list[str]) -> Trace:
+    try:
+        return read_trace(run)
+    except (ConfigError, OSError) as error:
+        notes.append(str(error))
+        return Trace(layers=(), num_experts=(), steps=np.zeros(0, np.uint64), counts=(), dropped=())

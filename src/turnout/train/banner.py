@@ -1,0 +1,89 @@
+"""What a run is about to do, in words and numbers, before any of it happens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from turnout.experts import available_backends, choose_backend
+from turnout.layers import MoE
+from turnout.models.size import sizes, train_memory_bytes
+from turnout.train.device import compute_dtype, pick_device
+from turnout.train.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """One line of the banner."""
+
+    name: str
+    value: Any  # JSON
+    text: str
+
+
+def banner(recipe: Recipe) -> list[Fact]:
+    """Sizes, FLOPs, memory, balance method and whether it is live, kernel path and why.
+
+    Raises: ConfigError if the recipe cannot run here.
+    """
+    loop, model = recipe.loop, recipe.model
+    size = sizes(model)
+    device = pick_device(loop.device)
+    dtype = compute_dtype(device, loop.precision)
+    memory = train_memory_bytes(model, loop.batch_size, loop.seq_len)
+    tokens_per_step = loop.batch_size * loop.seq_len * loop.accumulate
+    length = f"{loop.steps} steps" if loop.steps else f"{loop.minutes:g} minutes"
+    return [
+        Fact(name="recipe", value=recipe.name, text=f"[bold]{recipe.name}[/], seed {recipe.seed}, {length}"),
+        Fact(name="data", value=recipe.data.corpus, text=f"{recipe.data.corpus}, vocabulary {model.vocab_size:,}"),
+        Fact(
+            name="parameters",
+            value={"total": size.total, "active": size.active},
+            text=f"{size.total / 1e6:.2f} M total, {size.active / 1e6:.2f} M active per token",
+        ),
+        Fact(
+            name="flops_per_token",
+            value=size.train_flops_per_token,
+            text=f"{size.train_flops_per_token / 1e6:.1f} MFLOP a token in training",
+        ),
+        Fact(
+            name="batch",
+            value=tokens_per_step,
+            text=f"{tokens_per_step:,} tokens a step ({loop.batch_size} x {loop.seq_len} x {loop.accumulate})",
+        ),
+        Fact(name="memory_bytes", value=memory, text=f"about {memory / 2**20:,.0f} MiB"),
+        _balance(recipe),
+        _kernel(recipe, device, dtype),
+        Fact(name="device", value=str(device), text=f"{device}, {str(dtype).removeprefix('torch.')}, parallel: none"),
+    ]
+
+
+def _balance(recipe: Recipe) -> Fact:
+    moe = recipe.model.moe
+    if moe is None or not recipe.model.moe_layers():
+        return Fact(name="balance", value=None, text="no experts in this model")
+    terms = [
+        {"loss": loss.TABLE.name_of(type(loss)), "coefficient": vars(loss).get("coefficient")} for loss in moe.losses
+    ]
+    live = [t for t in terms if t["coefficient"]]
+    words = ", ".join(f"{t['loss']} x {t['coefficient']:g}{'' if t['coefficient'] else ' (OFF)'}" for t in terms)
+    text = words if live else f"[bold yellow]NOT balanced[/]: {words or 'no auxiliary loss'}"
+    return Fact(name="balance", value={"live": bool(live), "terms": terms}, text=text)
+
+
+def _kernel(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Fact:
+    moe = recipe.model.moe
+    if moe is None or not recipe.model.moe_layers():
+        return Fact(name="experts", value=None, text="none")
+    with torch.device("meta"):
+        experts = MoE.from_config(recipe.model.dim, moe).experts
+    chosen = choose_backend(experts, moe.backend, dtype=dtype, device=device)
+    name = chosen.TABLE.name_of(chosen)
+    reasons = available_backends(experts, dtype=dtype, device=device)
+    refused = "; ".join(f"{n}: {why}" for n, why in reasons.items() if why)
+    why = "asked for" if moe.backend != "auto" else "first choice of auto that takes these experts"
+    return Fact(
+        name="experts",
+        value={"backend": name, "refused": {n: w for n, w in reasons.items() if w}},
+        text=f"{moe.num_experts} of {moe.hidden} by {name} ({why}{'; ' + refused if refused else ''})",
+    )

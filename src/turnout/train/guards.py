@@ -1,0 +1,117 @@
+"""NaN, infinity and loss spikes: found in the step they appear in, and named by layer, tensor and expert."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from turnout.errors import ConfigError
+
+NonFinitePolicy = Literal["stop", "skip"]
+
+_EXPERT_AXIS_FIRST = re.compile(r"_E[A-Z]*$")  # up_EDG: a name's suffix is its shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradReport:
+    """The gradients of one step, before clipping."""
+
+    norm: float  # L2, over all gradients
+    finite: bool  # the norm is a finite number, so no gradient holds NaN or infinity
+
+
+def nonfinite_report(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """Where NaN or infinity stands, such as "layers.2.moe.experts.up_EDG, expert 5: 3 of 65536 values are NaN".
+
+    One norm over all tensors answers the usual case; tensors are looked at singly only when it is not finite.
+    None entries (no gradient) and integer tensors are passed over. Returns None when all is finite.
+    """
+    tensors = {name: t.detach() for name, t in named if t is not None and _can_be_nonfinite(t)}
+    if math.isfinite(_norm(list(tensors.values()))):
+        return None
+    # The norm of large finite values can overflow, so it only raises the question.
+    bad = [(name, tensor) for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if not bad:
+        return None
+    others = ", ".join(name for name, _ in bad[1:4])
+    more = f"; also in {len(bad) - 1} more: {others}{', ...' if len(bad) > 4 else ''}" if others else ""
+    return _describe(*bad[0]) + more
+
+
+def clip_and_check(params: Iterable[Tensor], max_norm: float) -> GradReport:
+    """Scale all gradients so that their norm is at most `max_norm`; the norm itself tells whether they are finite.
+
+    Gradients that are not finite stay as they are, so that `nonfinite_report` can name the tensor. On a device
+    this waits for the norm, once.
+    """
+    with_grad = [p for p in params if p.grad is not None]
+    grads = [p.grad for p in with_grad if p.grad is not None]
+    norm = _norm(grads)
+    if not math.isfinite(norm) and all(bool(grad.isfinite().all()) for grad in grads):
+        norm = _norm([grad.to(torch.promote_types(grad.dtype, torch.float64)) for grad in grads])
+    finite = math.isfinite(norm)
+    if finite and norm > max_norm:
+        clip_grads_with_norm_(with_grad, max_norm, torch.tensor(norm, dtype=torch.float64))
+    return GradReport(norm=norm, finite=finite)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpikeRule:
+    """When a loss counts as a spike: more than `sigmas` standard deviations above the mean of the last steps."""
+
+    sigmas: float = 6.0  # standard deviations above the mean
+    window: int = 128  # steps the mean and deviation are taken over
+    warmup: int = 32  # steps seen before the rule speaks
+
+    def __post_init__(self) -> None:
+        if not (self.sigmas > 0 and 2 <= self.warmup <= self.window):
+            raise ConfigError(
+                f"spike rule sigmas={self.sigmas} must be above 0, and 2 <= warmup={self.warmup} <= "
+                f"window={self.window}"
+            )
+
+
+def is_spike(rule: SpikeRule, history: list[float], loss: float) -> tuple[bool, list[float]]:
+    """Whether `loss` is a spike after `history`, and the history with it: a plain list, for a checkpoint's meta.
+
+    A spike enters the history only up to the limit it broke, so that it does not hide the next one, yet a lasting
+    change of level is accepted in time. A loss that is not finite is a spike and does not enter.
+    """
+    if not math.isfinite(loss):
+        return True, history
+    limit = _limit(rule, history) if len(history) >= rule.warmup else math.inf
+    return loss > limit, [*history, min(loss, limit)][-rule.window :]
+
+
+def _limit(rule: SpikeRule, history: list[float]) -> float:
+    mean = math.fsum(history) / len(history)
+    sigma = math.sqrt(math.fsum((loss - mean) ** 2 for loss in history) / len(history))
+    # A loss that stood still has no deviation of its own; a thousandth of it is no spike's measure.
+    return mean + rule.sigmas * max(sigma, 1e-3 * abs(mean))
+
+
+def _can_be_nonfinite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    """L2 norm over all; about as cheap as one reading of them, and NaN or infinite if any value is."""
+    # There is no norm kernel for 8-bit floats.
+    wide = [t if t.element_size() > 1 else t.float() for t in tensors]
+    return float(get_total_norm(wide))
+
+
+def _describe(name: str, tensor: Tensor) -> str:
+    bad = ~tensor.isfinite()
+    kinds = [word for word, found in (("NaN", tensor.isnan()), ("infinite", tensor.isinf())) if found.any()]
+    place = name
+    if _EXPERT_AXIS_FIRST.search(name) and tensor.dim() > 0:
+        experts = bad.flatten(1).any(dim=1).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, experts[:8])) + (", ..." if len(experts) > 8 else "")
+        place = f"{name}, expert{'s' if len(experts) > 1 else ''} {shown}"
+    return f"{place}: {int(bad.sum())} of {tensor.numel()} values are {' or '.join(kinds)}"

@@ -1,0 +1,306 @@
+"""The training loop: setup, steps, evaluation, checkpoints; it stops at a step boundary and resumes bit for bit."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from turnout.config import dump_toml, from_dict, load_toml
+from turnout.data.prepare import Dataset
+from turnout.data.sampler import Batch, Sampler, validation_batches
+from turnout.errors import CheckpointError, ConfigError, NonFiniteError
+from turnout.models import Decoder
+from turnout.models.size import sizes
+from turnout.observe.recorder import Recorder
+from turnout.observe.token_view import token_choices
+from turnout.train import checkpoint
+from turnout.train.device import autocast_for, compute_dtype, pick_device
+from turnout.train.guards import SpikeRule, is_spike
+from turnout.train.optimizer import build_optimizer, lr_factor, set_lr
+from turnout.train.recipe import Recipe
+from turnout.train.signals import StopRequest
+from turnout.train.state import RunState
+from turnout.train.step import StepResult, train_step
+
+Outcome = Literal["done", "stopped", "paused"]
+SPIKE = SpikeRule()
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """Where a run stands; plain values, saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # training clock: steps alone, without evaluation and saving
+    train_loss: float | None = None  # main loss, smoothed over about 20 steps
+    val_loss: float | None = None
+    evaluated_at: int = -1  # step of the last evaluation
+    skipped_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)  # what the spike rule looks back on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a display needs after each step."""
+
+    step: int
+    done: float  # share of the run, 0 to 1
+    seconds: float  # training clock
+    tokens_per_s: float
+    val_loss: float | None
+    line: dict[str, Any]  # the step's record: loss, balance, drops
+
+
+class Trainer:
+    """One run. Owns the model, the optimizer, the sampler and the clock; the run's folder holds all of it."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, run: Path, *, resume: bool = False) -> None:
+        """Raises: ConfigError if the folder holds another run or the tokenizer does not fit; CheckpointError."""
+        _check_vocabulary(recipe, dataset)
+        self.recipe, self.dataset, self.run = recipe, dataset, run
+        loop = recipe.loop
+        self.device = pick_device(loop.device)
+        torch.manual_seed(recipe.seed)
+        self.model = Decoder(recipe.model).to(self.device)
+        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.sampler = Sampler(dataset.train, loop.batch_size, loop.seq_len, recipe.seed)
+        self.autocast = autocast_for(self.device, compute_dtype(self.device, loop.precision))
+        self.counters = Counters()
+        self.notes: tuple[str, ...] = ()
+        self.line: dict[str, Any] = {}  # record of the last step
+        if resume:
+            self._resume()
+        self.recorder = self._open_recorder(resume=resume)
+        self._loss = torch.compile(self.model.loss) if loop.compile else self.model.loss
+
+    @property
+    def done(self) -> float:
+        """Share of the run, by steps or by the training clock."""
+        loop = self.recipe.loop
+        share = self.counters.step / loop.steps if loop.steps else self.counters.seconds / (60 * loop.minutes)
+        return min(1.0, share)
+
+    def train(
+        self,
+        stop: StopRequest,
+        *,
+        on_step: Callable[[Progress], None] = lambda _: None,
+        pause_at_s: float = math.inf,
+    ) -> Outcome:
+        """Steps until the run is done, a signal asks to stop, or the training clock reaches `pause_at_s`.
+
+        A stop saves first.
+        Raises: NonFiniteError by policy, after saving what is still good.
+        """
+        while True:
+            if stop.requested:
+                self.save()
+                return "stopped"
+            if self.done >= 1:
+                return "done"
+            if self.counters.seconds >= pause_at_s:
+                return "paused"
+            on_step(self._one_step())
+            self._between_steps(stop)
+
+    def evaluate(self, stop: StopRequest | None = None) -> float:
+        """Mean validation loss over the recipe's eval_tokens: the same text for every model.
+
+        A stop request ends it early; the result is then NaN.
+        """
+        loop = self.recipe.loop
+        total, count = 0.0, 0
+        self.model.eval()
+        with torch.inference_mode(), self.autocast:
+            for batch in validation_batches(self.dataset.val, loop.batch_size, loop.seq_len, loop.eval_tokens):
+                if stop is not None and stop.requested:
+                    count = 0
+                    break
+                batch = self._on_device(batch)
+                total += self.model.loss(batch.tokens_BS, batch.targets_BS).main.item() * batch.targets_BS.numel()
+                count += batch.targets_BS.numel()
+        self.model.train()
+        return total / count if count else math.nan
+
+    def evaluate_and_record(self, stop: StopRequest | None) -> None:
+        """Evaluate now and write it down; nothing is written when a stop request cut it short."""
+        value, c = self.evaluate(stop), self.counters
+        if not math.isnan(value):
+            c.val_loss, c.evaluated_at = value, c.step
+            self.recorder.eval(c.step, seconds=c.seconds, tokens=c.tokens, val_loss=value)
+
+    def save(self) -> Path | None:
+        """A checkpoint of everything; None if it could not be written and the policy is to go on."""
+        files, meta = self._state().capture()
+        loop = self.recipe.loop
+        try:
+            return checkpoint.save(self.run, self.counters.step, files, meta, keep_last=loop.keep_last)
+        except CheckpointError as error:
+            if loop.save_failure == "stop":
+                raise
+            self.recorder.event(self.counters.step, f"checkpoint failed, the run goes on: {error}")
+            self.notes += (str(error),)
+            return None
+
+    def finish(self) -> dict[str, Any]:
+        """Last evaluation, checkpoint and token view; returns the summary, also written to summary.json."""
+        if self.counters.evaluated_at != self.counters.step:
+            self.evaluate_and_record(None)
+        self.save()
+        if self.recorder.header.layers:
+            self._write_token_view()
+        self.recorder.close()
+        summary = self.summary()
+        (self.run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        return summary
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of the run so far."""
+        c, model_size = self.counters, sizes(self.recipe.model)
+        return {
+            "run": str(self.run),
+            "recipe": self.recipe.name,
+            "seed": self.recipe.seed,
+            "steps": c.step,
+            "seconds": round(c.seconds, 2),
+            "tokens": c.tokens,
+            "tokens_per_s": round(c.tokens / max(c.seconds, 1e-9), 1),
+            "train_loss": c.train_loss,
+            "val_loss": c.val_loss,
+            "params_total": model_size.total,
+            "params_active": model_size.active,
+            "dropped_share": self.line.get("dropped_share", 0.0),
+            "max_violation": self.line.get("max_violation", 0.0),
+        }
+
+    def _one_step(self) -> Progress:
+        c, recipe = self.counters, self.recipe
+        started = time.perf_counter()
+        factor = lr_factor(self.done, recipe.schedule)
+        set_lr(self.optimizer, factor)
+        batches = [self._on_device(self.sampler.next_batch()) for _ in range(recipe.loop.accumulate)]
+        result = train_step(
+            self.model,
+            self._loss,
+            self.optimizer,
+            batches,
+            max_norm=recipe.optimizer.clip or math.inf,
+            autocast=self.autocast,
+        )
+        num_tokens = sum(batch.targets_BS.numel() for batch in batches)
+        elapsed = time.perf_counter() - started
+        c.step, c.tokens, c.seconds = c.step + 1, c.tokens + num_tokens, c.seconds + elapsed
+        line = self.recorder.step(
+            c.step,
+            seconds=c.seconds,
+            tokens=c.tokens,
+            loss=result.loss,
+            total_loss=result.total_loss,
+            aux=result.aux,
+            lr=factor * recipe.optimizer.lr,
+            grad_norm=result.grad_norm,
+            tokens_per_s=num_tokens / elapsed,
+            stats=result.stats,
+        )
+        self.line = line or self.line
+        self._judge(result)
+        return Progress(
+            step=c.step,
+            done=self.done,
+            seconds=c.seconds,
+            tokens_per_s=num_tokens / elapsed,
+            val_loss=c.val_loss,
+            line=self.line,
+        )
+
+    def _judge(self, result: StepResult) -> None:
+        """Note spikes, count skipped steps, and stop where the policy says so."""
+        c, loop = self.counters, self.recipe.loop
+        if result.problem is None:
+            c.skipped_in_a_row = 0
+            c.train_loss = result.loss if c.train_loss is None else 0.95 * c.train_loss + 0.05 * result.loss
+            spiked, c.losses = is_spike(SPIKE, c.losses, result.loss)
+            if spiked:
+                self.recorder.event(c.step, f"loss spike: {result.loss:.4f}")
+            return
+        c.skipped_in_a_row += 1
+        self.recorder.event(c.step, f"not finite, update left out: {result.problem}")
+        weights_are_good = not result.problem.startswith("weight")
+        if loop.nonfinite == "skip" and weights_are_good and c.skipped_in_a_row <= loop.max_skipped:
+            return
+        saved = self.save() if weights_are_good else None
+        self.recorder.close()
+        raise NonFiniteError(
+            f"step {c.step}: {result.problem}. The update was not made"
+            f"{f' and {saved} holds the weights before it' if saved else ''}. "
+            "Lower optimizer.lr, or set loop.nonfinite=skip to leave such steps out"
+        )
+
+    def _between_steps(self, stop: StopRequest) -> None:
+        loop, step = self.recipe.loop, self.counters.step
+        if self.done >= 1:
+            return
+        if loop.eval_every and step % loop.eval_every == 0:
+            self.evaluate_and_record(stop)
+        if stop.save_requested() or (loop.save_every and step % loop.save_every == 0):
+            self.save()
+
+    def _write_token_view(self) -> None:
+        tokenizer = self.dataset.tokenizer
+        ids = tokenizer.encode(self.recipe.loop.probe)[: self.recipe.model.max_seq_len]
+        self.model.eval()
+        with torch.inference_mode():
+            out = self.model(torch.tensor([ids], device=self.device))
+        self.model.train()
+        choices = [token_choices(assignment) for assignment in out.assignments]
+        pieces = [tokenizer.decode([token]) for token in ids]
+        self.recorder.token_view(self.counters.step, pieces, [e for e, _ in choices], [w for _, w in choices])
+
+    def _open_recorder(self, *, resume: bool) -> Recorder:
+        layers = self.model.moe_blocks()
+        names, counts = [name for name, _ in layers], [layer.config.num_experts for _, layer in layers]
+        sinks = self.recipe.loop.sinks
+        if resume:
+            return Recorder.resume(self.run, self.counters.step, names, counts, sinks=sinks)
+        recorder = Recorder(self.run, names, counts, sinks=sinks)
+        (self.run / "recipe.toml").write_text(dump_toml(self.recipe), encoding="utf-8")
+        self.dataset.tokenizer.save(self.run / "tokenizer.json")
+        return recorder
+
+    def _state(self) -> RunState:
+        return RunState(
+            model=self.model, optimizer=self.optimizer, sampler=self.sampler, counters=asdict(self.counters)
+        )
+
+    def _resume(self) -> None:
+        loaded = checkpoint.load(self.run, self.device)
+        self.counters = Counters(**self._state().restore(loaded))
+        self.notes += loaded.notes
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return Batch(tokens_BS=batch.tokens_BS.to(self.device), targets_BS=batch.targets_BS.to(self.device))
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The resolved recipe of a run folder.
+
+    Raises: ConfigError if the folder holds no run.
+    """
+    if not (run / "recipe.toml").is_file():
+        raise ConfigError(f"{run} is not a run folder: it has no recipe.toml")
+    return from_dict(Recipe, load_toml(run / "recipe.toml"))
+
+
+def _check_vocabulary(recipe: Recipe, dataset: Dataset) -> None:
+    needed = dataset.tokenizer.vocab_size
+    if needed > recipe.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {needed} tokens, model.vocab_size={recipe.model.vocab_size}; "
+            f"set model.vocab_size={needed} or more, or use another tokenizer"
+        )

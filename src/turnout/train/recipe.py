@@ -1,0 +1,104 @@
+"""A recipe: everything that defines a run, as frozen dataclasses; TOML on disk, dotted overrides on the way."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from turnout.data.prepare import DataConfig
+from turnout.errors import ConfigError
+from turnout.models import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, with its own learning rate for experts."""
+
+    lr: float = 2e-3  # peak learning rate
+    expert_lr_scale: float = 1.0  # routed experts learn at lr times this: each sees only its share of the tokens
+    beta1: float = 0.9  # decay of the gradient's mean
+    beta2: float = 0.95  # decay of the gradient's square
+    eps: float = 1e-8  # added to the root of the square
+    weight_decay: float = 0.1  # decoupled decay of matrices; vectors and biases have none
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "expert_lr_scale", "eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        for name in ("weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Linear warm-up, then a cosine down to a share of the peak."""
+
+    warmup: float = 0.03  # share of the run in which the learning rate rises
+    final: float = 0.05  # learning rate at the end, as a share of the peak
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"schedule.{name}={getattr(self, name)} must be in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long, how often, how careful."""
+
+    steps: int = 0  # optimizer steps of the run; 0: as many as fit in `minutes`
+    minutes: float = 10.0  # length of the run on its own clock, evaluation and saving not counted; used when steps = 0
+    batch_size: int = 8  # sequences in a micro-batch
+    seq_len: int = 256  # tokens in a sequence
+    accumulate: int = 1  # micro-batches in an optimizer step
+    eval_every: int = 100  # steps between evaluations; 0: only at the end
+    eval_tokens: int = 65_536  # validation tokens of one evaluation, the same ones each time
+    save_every: int = 500  # steps between checkpoints; 0: only at the end
+    keep_last: int = 2  # checkpoints kept
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 autocast; auto: where the device has it
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
+    compile: bool = False  # torch.compile the model
+    nonfinite: Literal["stop", "skip"] = "stop"  # on NaN or infinity in loss or gradients
+    max_skipped: int = 10  # steps skipped in a row before the run stops all the same
+    save_failure: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written (full disk)
+    sinks: tuple[str, ...] = ()  # further places for metrics: tensorboard, wandb, trackio
+    probe: str = (
+        "def mean(values):\n    total = sum(values)\n    return total / len(values)\n"  # text of the token view
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "eval_every", "save_every", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"loop.{name}={getattr(self, name)} must be at least 0")
+        for name in ("batch_size", "seq_len", "accumulate", "eval_tokens", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loop.{name}={getattr(self, name)} must be at least 1")
+        if self.steps == 0 and not self.minutes > 0:
+            raise ConfigError(f"loop.minutes={self.minutes} must be above 0 when loop.steps = 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All of a run: the same recipe, seed and data give the same weights."""
+
+    name: str = "custom"  # name of the recipe, for reports
+    seed: int = 0  # seed of initial weights, data order and router noise
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loop: LoopConfig = LoopConfig()
+
+    def __post_init__(self) -> None:
+        if self.loop.seq_len > self.model.max_seq_len:
+            raise ConfigError(
+                f"loop.seq_len={self.loop.seq_len} is more than model.max_seq_len={self.model.max_seq_len}; "
+                f"legal: 1 to {self.model.max_seq_len}"
+            )
+        if self.data.tokenizer == "bpe" and self.data.vocab_size != self.model.vocab_size:
+            raise ConfigError(
+                f"data.vocab_size={self.data.vocab_size} and model.vocab_size={self.model.vocab_size} must be equal"
+            )

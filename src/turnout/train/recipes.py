@@ -1,0 +1,53 @@
+"""The built-in recipes: one function and one row each."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from turnout.config import from_dict, load_toml, override, to_dict
+from turnout.errors import ConfigError
+from turnout.models import presets
+from turnout.registry import Table, nearest
+from turnout.train.recipe import LoopConfig, OptimizerConfig, Recipe
+
+RECIPES: Table[Callable[[], Recipe]] = Table("recipe")
+
+
+@RECIPES.register("tiny")
+def tiny() -> Recipe:
+    """A Mixture-of-Experts language model for two CPU cores and about ten minutes."""
+    return Recipe(name="tiny", model=presets.tiny(), optimizer=OptimizerConfig(lr=2e-3))
+
+
+@RECIPES.register("tiny-dense")
+def tiny_dense() -> Recipe:
+    """The dense twin of `tiny`: the same data, active FLOPs and wall clock, tuned with as many trials."""
+    return Recipe(name="tiny-dense", model=presets.tiny_dense(), optimizer=OptimizerConfig(lr=2e-3))
+
+
+@RECIPES.register("smoke")
+def smoke() -> Recipe:
+    """A few seconds of training: does everything work here?"""
+    loop = LoopConfig(steps=20, batch_size=4, seq_len=64, eval_every=10, eval_tokens=2048, save_every=10)
+    return Recipe(name="smoke", model=presets.smoke(), loop=loop)
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The built-in recipe or TOML file of that name, with dotted overrides applied.
+
+    Raises: ConfigError naming the built-in recipes, or the field that does not fit.
+    """
+    return from_dict(Recipe, override(_recipe_data(name_or_path), overrides))
+
+
+def _recipe_data(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if name_or_path in RECIPES:
+        return to_dict(RECIPES[name_or_path]())
+    if path.suffix == ".toml" or path.is_file():
+        return load_toml(path)
+    names = RECIPES.names()
+    raise ConfigError(
+        f"unknown recipe {name_or_path!r}; built in: {', '.join(names)}{nearest(name_or_path, names)}; "
+        "or give a TOML file"
+    )

@@ -1,0 +1,274 @@
+"""Random MoE layers, drawn from the tables: a new row is drawn without a change here."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from turnout import MoE, MoEOutput, total_loss
+from turnout.contracts import CapacityPolicy, Loss, RouterConfig
+from turnout.errors import ConfigError
+from turnout.experts.activations import Activation
+from turnout.losses import LoadBalance, RouterZ
+from turnout.tensors import Assignment
+
+Row = TypeVar("Row")
+Content = Literal["normal", "lattice", "crowded"]
+
+MODULES = "modules"  # the expert kind that stands for a user's own nn.Modules
+TOKENS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 19, 24, 31, 33, 48, 64, 97, 128, 257)
+EXPERTS = (1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 8, 9, 10, 11, 12, 13, 16, 17, 24, 32, 64)
+# values tried for settings that are numbers, by name; other numbers keep their default
+NUMBERS: dict[str, tuple[float, ...]] = {
+    "k": (1, 2, 3, 4, 5, 6, 7, 8),
+    "scale": (1.0, 2.5),
+    "jitter": (0.0, 0.01, 0.3),
+    "factor": (0.1, 0.5, 1.0, 1.1, 1.25, 2.0, 9.0),
+    "minimum": (0, 1, 4),
+    "group_size": (0, 0, 1, 5, 16),
+    "coefficient": (0.0, 0.01, 1.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Everything that determines a layer, its input and its randomness."""
+
+    seed: int
+    shape: tuple[int, ...]  # of x, without its last axis
+    dim: int
+    hidden: int
+    num_experts: int
+    router: RouterConfig
+    capacity: CapacityPolicy
+    losses: tuple[Loss, ...]
+    expert: str  # an expert kind, or MODULES
+    bias: bool
+    shared_hidden: int
+    padding: float | None  # share of padding; None: no mask at all
+    training: bool
+    content: Content  # lattice: exact logits, so ties are exact; crowded: most tokens want one expert
+
+    @property
+    def num_tokens(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Values for a case: float64 tensors of float32 numbers, so that both dtypes start from the same."""
+
+    x: Tensor
+    mask: Tensor | None
+    token_ids: Tensor
+    y_grad: Tensor  # gradient of the main loss in y
+    parameters: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Everything the layer and the oracle must agree on."""
+
+    y: Tensor
+    losses: dict[str, Tensor]
+    grads: dict[str, Tensor | None]  # x and every parameter
+    kept_E: Tensor
+
+
+def draw_case(seed: int) -> Case:
+    """The case number `seed`; neighbours take different rows of each table."""
+    rng = random.Random(seed)
+    names = RouterConfig.TABLE.names()
+    num_experts = rng.choice(EXPERTS)
+    router_row = RouterConfig.TABLE[names[seed % len(names)]]
+    router = draw_settings(router_row, rng, fits=lambda r: r.build(4, num_experts))
+    while router is None:
+        num_experts = rng.choice(EXPERTS)
+        router = draw_settings(router_row, rng, fits=lambda r: r.build(4, num_experts))
+    expert = rng.choice([*Activation.TABLE.names(), MODULES])
+    training = rng.random() < 0.7
+    jittered = training and bool(getattr(router, "jitter", 0))
+    return Case(
+        seed=seed,
+        shape=_draw_shape(rng),
+        dim=rng.randint(1, 24),
+        hidden=rng.randint(1, 24),
+        num_experts=num_experts,
+        router=router,
+        capacity=_must(draw_settings(CapacityPolicy.TABLE[rng.choice(CapacityPolicy.TABLE.names())], rng)),
+        losses=tuple(_must(draw_settings(LOSS_ROWS[n], rng)) for n in LOSS_ROWS if rng.random() < 0.7),
+        expert=expert,
+        bias=rng.random() < 0.5,
+        shared_hidden=rng.choice([0, 0, 1, 7, 12]),
+        padding=rng.choice([None, None, None, 0.0, 0.3, 0.9, 1.0]),
+        training=training,
+        # rounding would break the ties of a jittered lattice at random
+        content=rng.choice(["normal", "crowded"] if jittered else ["normal", "crowded", "lattice"]),
+    )
+
+
+def draw_settings(row: Callable[..., Row], rng: random.Random, fits: Callable[[Row], object] = bool) -> Row | None:
+    """`row` with random settings for which `fits` does not raise ConfigError; None if 20 tries find none."""
+    for _ in range(20):
+        chosen = {name: rng.choice(values) for name, values in _choices(row).items()}
+        try:
+            part = row(**chosen)
+            fits(part)
+        except ConfigError:
+            continue
+        return part
+    return None
+
+
+def draw(case: Case, *, backend: str = "loop", dtype: torch.dtype = torch.float64) -> tuple[MoE, Inputs]:
+    """The layer and the inputs of the case, the same for every backend; some tokens are zero, so that all logits tie."""
+    generator = torch.Generator().manual_seed(case.seed)
+    layer = MoE(
+        case.dim,
+        case.hidden,
+        case.num_experts,
+        router=case.router,
+        expert=own_expert(case) if case.expert == MODULES else case.expert,
+        bias=case.bias,
+        capacity=case.capacity,
+        losses=case.losses,
+        shared_hidden=case.shared_hidden,
+        backend=backend,
+    )
+    layer = layer.to(dtype).train(case.training)
+    x = _draw(case.content, (*case.shape, case.dim), generator)
+    inputs = Inputs(
+        x=x * (torch.rand((*case.shape, 1), generator=generator) < 0.9),
+        mask=None if case.padding is None else torch.rand(case.shape, generator=generator) >= case.padding,
+        token_ids=torch.randint(0, 50, case.shape, generator=generator),
+        y_grad=_draw("normal", x.shape, generator),
+        parameters={name: _draw_parameter(case, name, p, generator) for name, p in layer.named_parameters()},
+    )
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(inputs.parameters[name])
+    return layer, inputs
+
+
+def own_expert(case: Case) -> Callable[[], nn.Module]:
+    """A factory of modules no backend but the loop knows."""
+    return lambda: nn.Sequential(
+        nn.Linear(case.dim, case.hidden, bias=case.bias), nn.Tanh(), nn.Linear(case.hidden, case.dim), nn.Softsign()
+    )
+
+
+def run_layer(layer: MoE, inputs: Inputs, seed: int) -> tuple[Result, MoEOutput]:
+    """Forward and backward of main loss plus auxiliary losses, in the dtype of the layer."""
+    layer.zero_grad(set_to_none=True)
+    dtype = next(layer.parameters()).dtype
+    x = inputs.x.to(dtype, copy=True).requires_grad_()
+    out = layer(x, mask=inputs.mask, token_ids=inputs.token_ids, generator=torch.Generator().manual_seed(seed))
+    (main_loss(out.y, inputs.y_grad) + total_loss(out.losses)).backward()
+    grads = {"x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+    stats = out.stats
+    kept_E = stats.assigned_E - stats.dropped_capacity_E - stats.dropped_policy_E
+    losses = {term.name: term.value.detach() for term in out.losses}
+    return Result(y=out.y.detach(), losses=losses, grads=grads, kept_E=kept_E), out
+
+
+def own_selection(layer: MoE, inputs: Inputs, seed: int) -> Assignment:
+    """What the layer's router chooses in the layer's dtype."""
+    x = inputs.x.to(next(layer.parameters()).dtype)
+    mask_T = None if inputs.mask is None else inputs.mask.reshape(-1)
+    generator = torch.Generator().manual_seed(seed)
+    return layer.router(x.reshape(-1, layer.dim), inputs.token_ids.reshape(-1), mask_T, generator).assignment
+
+
+def main_loss(y: Tensor, y_grad: Tensor) -> Tensor:
+    """A loss whose gradient in y is `y_grad`."""
+    return (y * y_grad.to(y.dtype)).sum()
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Largest difference, relative to the largest value wanted or 1; infinite for NaN."""
+    if got.shape != want.shape:
+        return float("inf")
+    if got.numel() == 0:
+        return 0.0
+    worst = float((got.double() - want).abs().max() / want.abs().max().clamp(min=1.0))
+    return worst if worst == worst else float("inf")
+
+
+def simple_case(**changes: Any) -> Case:
+    """A middling case to vary by hand."""
+    base = Case(
+        seed=0,
+        shape=(3, 11),
+        dim=12,
+        hidden=10,
+        num_experts=5,
+        router=RouterConfig.TABLE["topk"](),
+        capacity=CapacityPolicy.TABLE["none"](),
+        losses=(LoadBalance(coefficient=0.5), RouterZ(coefficient=0.5)),
+        expert="swiglu",
+        bias=True,
+        shared_hidden=0,
+        padding=None,
+        training=True,
+        content="normal",
+    )
+    return replace(base, **changes)
+
+
+LOSS_ROWS = dict(Loss.TABLE.items())
+
+
+def _draw_shape(rng: random.Random) -> tuple[int, ...]:
+    num_tokens = (
+        rng.choice(TOKENS) if rng.random() < 0.5 else min(rng.randint(0, 257), rng.randint(0, 257), rng.randint(0, 257))
+    )
+    num_sequences = rng.choice([1, 2, 3, 4])
+    form = rng.random()
+    if form < 0.5:
+        return (num_tokens,)
+    if form < 0.9:
+        return (num_sequences, num_tokens // num_sequences)
+    return (2, 1, num_tokens // 2)
+
+
+def _draw(content: Content, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if content == "lattice":
+        return torch.randint(-2, 3, shape, generator=generator).double() / 2
+    values = torch.randn(shape, generator=generator).double()
+    return values.abs() if content == "crowded" else values
+
+
+def _draw_parameter(case: Case, name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Weights that keep the scale of their input; biases are not zero, or their gradients alone would be tested."""
+    is_router_weight = name.startswith("router.") and like.ndim == 2
+    if is_router_weight and case.content == "lattice":
+        return _draw("lattice", like.shape, generator)
+    value = _draw("normal", like.shape, generator) * (like.shape[-1] if like.ndim > 1 else 1.0) ** -0.5
+    if is_router_weight and case.content == "crowded":
+        value[case.seed % len(value)] += 4.0 / case.dim
+    return value.float().double()
+
+
+@cache
+def _choices(row: Callable[..., object]) -> dict[str, tuple[Any, ...]]:
+    """The values to try for each setting of a row: all of a Literal, both of a bool, NUMBERS for a number."""
+    hints = get_type_hints(row)
+    found: dict[str, tuple[Any, ...]] = {}
+    for field in fields(row):  # type: ignore[arg-type]
+        hint = hints[field.name]
+        if hint is bool:
+            found[field.name] = (False, True)
+        elif get_origin(hint) is Literal:
+            found[field.name] = get_args(hint)
+        elif field.name in NUMBERS:
+            found[field.name] = NUMBERS[field.name]
+    return found
+
+
+def _must(part: Row | None) -> Row:
+    assert part is not None, "no legal settings found"
+    return part

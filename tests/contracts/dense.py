@@ -1,0 +1,209 @@
+"""A case computed by turnout.reference: what the layer must equal.
+
+Where no paper known here defines a row (a new router, policy, loss or expert kind, a user's modules), the row itself is
+asked, in float64 on the oracle's own leaves; everything around it is still judged.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from tests.contracts.cases import MODULES, Case, Inputs, Result, main_loss
+from turnout import MoE, reference
+from turnout.contracts import Loss
+from turnout.dispatch import Dropless, FixedCapacity
+from turnout.experts.activations import Activation
+from turnout.losses import LoadBalance, RouterZ
+from turnout.routers import GShardTop2, Switch, TopK
+from turnout.tensors import Admission, Assignment, RouterOutput
+
+KNOWN_ROUTERS = (TopK, Switch, GShardTop2)
+KNOWN_KINDS = ("relu", "gelu", "swiglu", "swiglu_clamped")
+Leaves = Mapping[str, Tensor]
+
+
+def run_dense(case: Case, inputs: Inputs, layer: MoE, *, selection: Assignment | None = None) -> Result:
+    """The case in float64 by the oracle, forward and backward.
+
+    `selection` is the layer's own choice of experts, for dtypes in which near-ties fall either way.
+    """
+    leaves = {name: value.clone().requires_grad_() for name, value in inputs.parameters.items()}
+    x = inputs.x.clone().requires_grad_()
+    x_TD = x.reshape(-1, case.dim)
+    routing = route(case, inputs, x_TD, leaves, layer, selection)
+    keep_N = kept(case, routing)
+    assignment, token_R = routing.assignment, routing.token_R
+    gate_TE = torch.zeros(len(x_TD), case.num_experts, dtype=torch.float64).index_put(
+        (assignment.token_N, assignment.expert_N), assignment.weight_N * keep_N, accumulate=True
+    )
+    y_RD = reference.moe(x_TD[token_R], gate_TE[token_R], experts(case, leaves, layer), _shared(case, leaves))
+    y = torch.zeros_like(x_TD).index_put((token_R,), y_RD).view_as(x)
+    values = [_loss(loss, case, routing, keep_N) for loss in case.losses]
+    total = main_loss(y, inputs.y_grad)
+    for loss, value in zip(case.losses, values, strict=True):
+        total = total + loss.coefficient * value  # type: ignore[attr-defined]
+    names = ["x", *leaves]
+    # a leaf without a path to the loss has gradient zero
+    grads = torch.autograd.grad(total, [x, *leaves.values()], allow_unused=True, materialize_grads=True)
+    return Result(
+        y=y.detach(),
+        losses={Loss.TABLE.name_of(type(lo)): v.detach() for lo, v in zip(case.losses, values, strict=True)},
+        grads=dict(zip(names, grads, strict=True)),
+        kept_E=torch.bincount(assignment.expert_N[keep_N], minlength=case.num_experts),
+    )
+
+
+def route(
+    case: Case, inputs: Inputs, x_TD: Tensor, leaves: Leaves, layer: MoE, selection: Assignment | None = None
+) -> RouterOutput:
+    """Routing of the real tokens, from the papers where this file knows the router."""
+    generator = torch.Generator().manual_seed(case.seed)
+    if not isinstance(case.router, KNOWN_ROUTERS):
+        router = deepcopy(layer.router).double()
+        own = {n.removeprefix("router."): v for n, v in leaves.items() if n.startswith("router.")}
+        flat = [None if v is None else v.reshape(-1) for v in (inputs.token_ids, inputs.mask)]
+        return functional_call(router, own, (x_TD, *flat, generator))
+    token_R = torch.arange(len(x_TD)) if inputs.mask is None else inputs.mask.reshape(-1).nonzero().squeeze(1)
+    uniform = _draws(generator, next(layer.parameters()).dtype)
+    logits_RE = _logits(case, x_TD[token_R], leaves, uniform)
+    expert_RK = reference.best_experts(logits_RE, case.router.choices) if selection is None else selection.as_topk()[0]
+    gate_RE = reference.topk_gates(logits_RE, expert_RK, **_gate_settings(case))
+    weight_RK = gate_RE.gather(1, expert_RK)
+    declined_N = None if selection is None else selection.declined_N
+    if declined_N is None and _declines(case):
+        sent_R = 2 * weight_RK[:, 1] > uniform((len(token_R),))
+        declined_N = torch.stack([torch.zeros_like(sent_R), ~sent_R], dim=1).flatten()
+    num_choices = case.router.choices
+    return RouterOutput(
+        logits_RE=logits_RE,
+        scores_RE=_scores(case, logits_RE),
+        token_R=token_R,
+        assignment=Assignment(
+            token_N=token_R.repeat_interleave(num_choices),
+            expert_N=expert_RK.flatten(),
+            weight_N=weight_RK.flatten(),
+            choice_N=torch.arange(num_choices).repeat(len(token_R)),
+            num_tokens=len(x_TD),
+            num_experts=case.num_experts,
+            declined_N=declined_N,
+            top_k=num_choices,
+        ),
+    )
+
+
+def kept(case: Case, routing: RouterOutput) -> Tensor:
+    """Which assignments are sent: (N,) bool."""
+    assignment, policy = routing.assignment, case.capacity
+    sent_N = torch.ones_like(assignment.token_N, dtype=torch.bool)
+    if assignment.declined_N is not None:
+        sent_N = ~assignment.declined_N
+    if isinstance(policy, Dropless):
+        return sent_N
+    if not isinstance(policy, FixedCapacity) or assignment.top_k is None:
+        keep_N = policy.admit(assignment).keep_N
+        return sent_N if keep_N is None else keep_N
+    within_RK = torch.zeros_like(sent_N).view(-1, assignment.top_k)
+    for group_R in _groups(routing.token_R, policy.group_size):
+        place = reference.places(assignment.as_topk()[0][group_R], case.num_experts)
+        within_RK[group_R] = place < capacity_of(policy, place.numel(), case.num_experts)
+    return sent_N & within_RK.flatten()
+
+
+def capacity_of(policy: FixedCapacity, num_assignments: int, num_experts: int) -> int:
+    """The least integer c with c * experts >= factor * assignments, counted up in exact hundredths."""
+    hundredths, c = round(policy.factor * 100), policy.minimum
+    while c * num_experts * 100 < hundredths * num_assignments:
+        c += 1
+    return c
+
+
+def experts(case: Case, leaves: Leaves, layer: MoE) -> list[Callable[[Tensor], Tensor]]:
+    """Each expert as a function of rows, on the oracle's own leaves."""
+    if case.expert == MODULES:
+        return [_module(e, leaves, layer) for e in range(case.num_experts)]
+    names = ("up_EDG", "down_EFD", "up_bias_EG", "down_bias_ED")
+    columns = [leaves[f"experts.{n}"].unbind() if f"experts.{n}" in leaves else [0.0] * case.num_experts for n in names]
+    return [_ffn(case.expert, *weights) for weights in zip(*columns, strict=True)]
+
+
+def ffn(x_TD: Tensor, up_DG: Tensor, down_FD: Tensor, kind: str, up_bias: Any, down_bias: Any) -> Tensor:
+    """An expert by the oracle; of a kind it does not know only the activation is the table's own."""
+    if kind in KNOWN_KINDS:
+        return reference.ffn(x_TD, up_DG, down_FD, kind=kind, up_bias_G=up_bias, down_bias_D=down_bias)
+    return Activation.TABLE[kind](x_TD @ up_DG + up_bias) @ down_FD + down_bias
+
+
+def _module(e: int, leaves: Leaves, layer: MoE) -> Callable[[Tensor], Tensor]:
+    module, prefix = layer.experts.get_submodule(str(e)), f"experts.{e}."
+    own = {name.removeprefix(prefix): value for name, value in leaves.items() if name.startswith(prefix)}
+    return lambda x_TD: functional_call(module, own, (x_TD,))
+
+
+def _ffn(kind: str, up_DG: Tensor, down_FD: Tensor, up_bias: Any, down_bias: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x_TD: ffn(x_TD, up_DG, down_FD, kind, up_bias, down_bias)
+
+
+def _shared(case: Case, leaves: Leaves) -> Callable[[Tensor], Tensor] | None:
+    if not case.shared_hidden:
+        return None
+    kind = "swiglu" if case.expert == MODULES else case.expert
+    biases = (leaves.get("shared.up_bias_G", 0.0), leaves.get("shared.down_bias_D", 0.0))
+    return lambda x_TD: ffn(x_TD, leaves["shared.up_GD"].T, leaves["shared.down_DF"].T, kind, *biases)
+
+
+def _draws(generator: torch.Generator, dtype: torch.dtype) -> Callable[[tuple[int, ...]], Tensor]:
+    """Uniform draws as the layer makes them: in its dtype, from its generator."""
+    return lambda shape: torch.rand(shape, generator=generator, dtype=dtype).double()
+
+
+def _logits(case: Case, x_RD: Tensor, leaves: Leaves, uniform: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+    if isinstance(case.router, Switch) and case.training and case.router.jitter:
+        jitter = case.router.jitter
+        x_RD = x_RD * (1 - jitter + 2 * jitter * uniform(tuple(x_RD.shape)))
+    return x_RD @ leaves["router.score.weight_ED"].T + leaves.get("router.score.bias_E", 0.0)
+
+
+def _gate_settings(case: Case) -> dict[str, Any]:
+    if isinstance(case.router, TopK):
+        router = case.router
+        return {"activation": router.activation, "renormalize": router.renormalize, "scale": router.scale}
+    return {"renormalize": isinstance(case.router, GShardTop2)}
+
+
+def _declines(case: Case) -> bool:
+    return isinstance(case.router, GShardTop2) and case.router.second_expert == "random" and case.training
+
+
+def _scores(case: Case, logits_RE: Tensor) -> Tensor:
+    if isinstance(case.router, TopK) and case.router.activation == "sigmoid":
+        affinity_RE = 1 / (1 + torch.exp(-logits_RE))
+        return affinity_RE / affinity_RE.sum(dim=1, keepdim=True)
+    return reference.softmax(logits_RE)
+
+
+def _groups(token_R: Tensor, group_size: int) -> list[Tensor]:
+    """Row indices of each group of `group_size` neighbouring tokens; one group for 0."""
+    group_R = token_R * 0 if group_size == 0 else token_R // group_size
+    return [(group_R == group).nonzero().squeeze(1) for group in group_R.unique()]
+
+
+def _loss(loss: Loss, case: Case, routing: RouterOutput, keep_N: Tensor) -> Tensor:
+    length = case.shape[-1] if len(case.shape) > 1 else max(case.num_tokens, 1)
+    if isinstance(loss, RouterZ):
+        return reference.z_loss(routing.logits_RE)
+    if not isinstance(loss, LoadBalance) or routing.assignment.top_k is None:
+        admission = Admission(keep_N=keep_N, capacity=None, dropped_E={})
+        return loss.term(routing, admission, sequence_length=length).value
+    expert_RK = routing.assignment.as_topk()[0]
+    counted_RK = expert_RK if loss.count == "all" else expert_RK[:, :1]
+    if loss.scope != "sequence":
+        return reference.load_balance(routing.scores_RE, counted_RK)
+    value = routing.scores_RE.sum() * 0
+    for rows in _groups(routing.token_R, length):
+        share = len(rows) / len(routing.token_R)
+        value = value + share * reference.load_balance(routing.scores_RE[rows], counted_RK[rows])
+    return value
