@@ -21,8 +21,8 @@ def moe(x_TD: Tensor, gate_TE: Tensor, experts: Sequence[Expert], shared: Expert
     Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 1; shared expert: Dai et al. 2024, arXiv:2401.06066, eq. 9.
     """
     y_TD = torch.zeros_like(x_TD)
-    for e, expert in enumerate(experts):
-        y_TD = y_TD + gate_TE[:, e : e + 1] * expert(x_TD)
+    for gate_T1, expert in zip(gate_TE.split(1, dim=1), experts, strict=True):
+        y_TD = y_TD + gate_T1 * expert(x_TD)
     return y_TD if shared is None else y_TD + shared(x_TD)
 
 
@@ -160,9 +160,11 @@ def load_balance(score_TE: Tensor, expert_TK: Tensor) -> Tensor:
     """
     num_tokens, num_experts = score_TE.shape
     choices = expert_TK.flatten().tolist()
-    f = [choices.count(e) / max(len(choices), 1) for e in range(num_experts)]
-    terms = [f[e] * score_TE[:, e].sum() / max(num_tokens, 1) for e in range(num_experts)]
-    return num_experts * torch.stack(terms).sum()
+    total = score_TE.new_zeros(())
+    for e, score_T in enumerate(score_TE.unbind(dim=1)):
+        f = choices.count(e) / max(len(choices), 1)
+        total = total + f * score_T.sum() / max(num_tokens, 1)
+    return num_experts * total
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:

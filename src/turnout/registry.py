@@ -2,11 +2,13 @@
 
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from turnout.errors import ConfigError
 
 T = TypeVar("T")
+P = TypeVar("P")
+Part = TypeVar("Part")
 
 
 def nearest(name: str, legal: list[str]) -> str:
@@ -23,16 +25,16 @@ class Table(Generic[T]):
         self._rows: dict[str, T] = {}
         self._names: dict[int, str] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Class or function decorator that adds a row.
+    def register(self, name: str) -> Callable[[Part], Part]:
+        """Class or function decorator that adds a row; what it decorates keeps its own type.
 
         Raises: ConfigError if the name is taken.
         """
 
-        def add(part: T) -> T:
+        def add(part: Part) -> Part:
             if name in self._rows:
                 raise ConfigError(f"{self.kind} {name!r} is registered twice")
-            self._rows[name] = part
+            self._rows[name] = cast(T, part)
             self._names[id(part)] = name
             return part
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -83,12 +83,7 @@ def draw_case(seed: int) -> Case:
     """The case number `seed`; neighbours take different rows of each table."""
     rng = random.Random(seed)
     names = RouterConfig.TABLE.names()
-    num_experts = rng.choice(EXPERTS)
-    router_row = RouterConfig.TABLE[names[seed % len(names)]]
-    router = draw_settings(router_row, rng, fits=lambda r: r.build(4, num_experts))
-    while router is None:
-        num_experts = rng.choice(EXPERTS)
-        router = draw_settings(router_row, rng, fits=lambda r: r.build(4, num_experts))
+    num_experts, router = _draw_router(RouterConfig.TABLE[names[seed % len(names)]], rng)
     expert = rng.choice([*Activation.TABLE.names(), MODULES])
     training = rng.random() < 0.7
     jittered = training and bool(getattr(router, "jitter", 0))
@@ -125,7 +120,7 @@ def draw_settings(row: Callable[..., Row], rng: random.Random, fits: Callable[[R
 
 
 def draw(case: Case, *, backend: str = "loop", dtype: torch.dtype = torch.float64) -> tuple[MoE, Inputs]:
-    """The layer and the inputs of the case, the same for every backend; some tokens are zero, so that all logits tie."""
+    """The layer and the inputs of the case, the same for every backend; some tokens are zero, so all logits tie."""
     generator = torch.Generator().manual_seed(case.seed)
     layer = MoE(
         case.dim,
@@ -220,6 +215,18 @@ def simple_case(**changes: Any) -> Case:
 
 
 LOSS_ROWS = dict(Loss.TABLE.items())
+
+
+def _draw_router(row: Callable[..., RouterConfig], rng: random.Random) -> tuple[int, RouterConfig]:
+    for num_experts in (rng.choice(EXPERTS) for _ in range(1000)):
+        router = draw_settings(row, rng, fits=partial(_builds, num_experts))
+        if router is not None:
+            return num_experts, router
+    raise AssertionError(f"no settings of {row} fit any number of experts")
+
+
+def _builds(num_experts: int, router: RouterConfig) -> object:
+    return router.build(4, num_experts)
 
 
 def _draw_shape(rng: random.Random) -> tuple[int, ...]:

@@ -160,7 +160,7 @@ def test_a_path_that_is_no_run_and_a_run_without_checkpoints_are_named(tmp_path:
     with pytest.raises(CheckpointError, match="neither a run nor a checkpoint"):
         load(tmp_path / "nothing")
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint of .* can be loaded"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be loaded"):
         load(tmp_path)
     (tmp_path / "checkpoints" / "step-3").mkdir()
     with pytest.raises(CheckpointError, match="not a finished checkpoint"):

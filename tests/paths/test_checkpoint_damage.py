@@ -52,7 +52,7 @@ def test_a_thousand_flipped_bits_are_all_detected(run: Path) -> None:
 
 
 def test_every_single_bit_of_a_manifest_is_covered(tmp_path: Path) -> None:
-    # A hash of the parsed content would miss 1e-05 -> 1E-05 and \\u00e9 -> \\u00E9.
+    # A hash of the parsed content would miss 1e-05 -> 1E-05 and \u00e9 -> \u00E9.
     checkpoint = save(tmp_path, 1, {}, {"lr": 1e-5, "name": "\u00e9"}, keep_last=1)
     path = checkpoint / "manifest.json"
     good = path.read_bytes()

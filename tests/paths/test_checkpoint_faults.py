@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -89,64 +90,61 @@ class FaultyFile:
         self.file.close()
 
 
-def prepared(run: Path, again: bool) -> tuple[int, set[int]]:
-    """A run with two checkpoints; the step to save next, and the marks that may load if that save fails."""
+@pytest.fixture(scope="module")
+def two_saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("two_saves")
     save_marked(run, 1, mark=1)
     save_marked(run, 2, mark=2)
-    return (2 if again else 3), {2, 3}
+    return run
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step again"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def check_recovery(run: Path, legal: set[int]) -> None:
+    """One of the legal marks loads, and the next save works and clears what was left over."""
+    assert loaded_mark(run) in legal
+    save_marked(run, 4, mark=4)
+    assert loaded_mark(run) == 4
+    assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("step", [3, 2], ids=["next step", "same step again"])
 def test_an_error_at_any_call_leaves_the_old_checkpoint_and_the_next_save_works(
-    again: bool, number: int, tmp_path: Path
+    step: int, two_saves: Path, tmp_path: Path
 ) -> None:
-    failed = 0
+    texts = []
     for nth in range(1, 200):
-        run = tmp_path / f"{nth}"
-        step, legal = prepared(run, again)
-        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True):
-            warnings.simplefilter("always")
-            disk = FaultyDisk(patch, nth, lambda: OSError(number, os.strerror(number)))
+        run = shutil.copytree(two_saves, tmp_path / f"{nth}")
+        legal = {2, 3}
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            disk = FaultyDisk(patch, nth, lambda: OSError(errno.ENOSPC, "No space left on device"))
             try:
                 save_marked(run, step, mark=3)
                 legal = {3}
             except CheckpointError as error:
-                failed += 1
-                assert os.strerror(number) in str(error)
-                assert "step-2 is untouched and still the latest" in str(error) or nth > 10
-        assert loaded_mark(run) in legal
-        save_marked(run, 4, mark=4)
-        assert loaded_mark(run) == 4
-        assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
-        shutil.rmtree(run)
+                texts.append(str(error))
+        check_recovery(run, legal)
         if disk.count < nth:
             break
-    else:
-        pytest.fail("the save makes more calls than were tried")
-    assert failed > 10
+    assert 10 < len(texts) < 50
+    told = r"No space left on device \(errno 28, at .*step-[23] is untouched and still the latest\. Free disk space"
+    assert all(re.search(told, text) for text in texts)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step again"])
-def test_death_at_any_call_leaves_one_whole_checkpoint(again: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, 2], ids=["next step", "same step again"])
+def test_death_at_any_call_leaves_one_whole_checkpoint(step: int, two_saves: Path, tmp_path: Path) -> None:
     died = 0
     for nth in range(1, 200):
-        run = tmp_path / f"{nth}"
-        step, legal = prepared(run, again)
+        run = shutil.copytree(two_saves, tmp_path / f"{nth}")
         with pytest.MonkeyPatch.context() as patch:
             disk = FaultyDisk(patch, nth, DeadError)
             try:
                 save_marked(run, step, mark=3)
             except DeadError:
                 died += 1
-        assert loaded_mark(run) in legal
-        save_marked(run, 4, mark=4)
-        assert loaded_mark(run) == 4
-        assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
-        shutil.rmtree(run)
+        check_recovery(run, {2, 3})
         if disk.count < nth:
             break
-    assert died > 20
+    assert 20 < died < 60
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names open files by /proc")
@@ -209,7 +207,7 @@ def test_the_error_names_path_cause_what_is_intact_and_the_way_out(
 
 def test_a_first_save_that_fails_says_that_nothing_was_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match="Not a directory.*no earlier checkpoint.*give another run folder"):
+    with pytest.raises(CheckpointError, match=r"Not a directory.*no earlier checkpoint.*give another run folder"):
         save_marked(tmp_path / "file", 1, mark=1)
 
 
@@ -218,7 +216,7 @@ def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
     save_marked(tmp_path, 1, mark=1)
     (tmp_path / "checkpoints").chmod(0o500)
     try:
-        with pytest.raises(CheckpointError, match="Permission denied.*writable"):
+        with pytest.raises(CheckpointError, match=r"Permission denied.*writable"):
             save_marked(tmp_path, 2, mark=2)
         assert loaded_mark(tmp_path) == 1
     finally:
@@ -245,7 +243,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path: Path, m
     save_marked(tmp_path, 1, mark=1)
     save_marked(tmp_path, 2, mark=2)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "unlink", failing)
+        patch.setattr(os, "rmdir", failing)
         with pytest.warns(UserWarning, match="step-3 is saved, but an older checkpoint could not be deleted"):
             save_marked(tmp_path, 3, mark=3)
     assert loaded_mark(tmp_path) == 3

@@ -1,20 +1,22 @@
 """kill -9 at random moments: always a loadable checkpoint, never a mixed one, at most the save in progress lost.
 
-The children are forked from one server that has imported torch, so that each kill costs milliseconds.
+The processes to kill are forked from one server that has imported torch, so that each costs milliseconds. The
+server is this file run as a program: it forks a child for each line it reads, and prints `gone` after its death.
 """
 
-import multiprocessing
+import json
 import os
 import random
 import resource
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,14 +25,7 @@ from torch import Tensor
 from turnout.errors import CheckpointError
 from turnout.train.checkpoint import load, save
 
-KILLS = 100
-
-
-@pytest.fixture(scope="module")
-def server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+KILLS = 100  # while saving, and as many while cleaning up
 
 
 def contents(mark: int) -> dict[str, dict[str, Tensor]]:
@@ -53,95 +48,136 @@ def completed(run: Path) -> int:
     return struct.unpack("<q", (run / "completed").read_bytes())[0]
 
 
-def save_for_ever(run: Path, ready: Connection, again: bool) -> None:
+def tell(*words: object) -> None:
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def save_for_ever(run: Path, again: bool) -> None:
     """Resume, then save until killed, writing down each mark once its save has returned."""
     mark = mark_of(run)
     progress = os.open(run / "completed", os.O_WRONLY)
-    ready.send_bytes(b"r")
+    tell("ready", os.getpid())
     while True:
         mark += 1
-        step = 5 if again else mark
-        save(run, step, contents(mark), {"mark": mark}, keep_last=1 if again else 2)
+        save(run, 5 if again else mark, contents(mark), {"mark": mark}, keep_last=1 if again else 2)
         os.pwrite(progress, struct.pack("<q", mark), 0)
 
 
-def save_with_slow_deletion(run: Path, ready: Connection, again: bool) -> None:
+def save_with_slow_deletion(run: Path, again: bool) -> None:
     """The same with each deletion slowed down and announced, so that kills hit the cleaning up."""
-    plain: dict[str, Callable[..., None]] = {name: getattr(os, name) for name in ("unlink", "rmdir")}
+    rmtree, plain = shutil.rmtree, {name: getattr(os, name) for name in ("unlink", "rmdir")}
 
     def slowly(name: str) -> Callable[..., None]:
-        def call(*args: Any, **kwargs: Any) -> None:
-            time.sleep(0.001)
-            plain[name](*args, **kwargs)
+        return lambda *args, **kwargs: (time.sleep(0.001), plain[name](*args, **kwargs))[1]
 
-        return call
+    def announced(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            tell("deleting", os.getpid())
+        rmtree(path, ignore_errors=ignore_errors)
 
     for name in plain:
         setattr(os, name, slowly(name))
-    rmtree = shutil.rmtree
-
-    def announced(path: Path, ignore_errors: bool = False) -> None:
-        if Path(path).exists():
-            ready.send_bytes(b"c")
-        rmtree(path, ignore_errors=ignore_errors)
-
-    shutil.rmtree = announced  # pyright: ignore[reportAttributeAccessIssue]
-    save_for_ever(run, ready, again)
+    setattr(shutil, "rmtree", announced)  # noqa: B010
+    save_for_ever(run, again)
 
 
-def kill_repeatedly(server: Any, child: Callable[..., None], run: Path, *, again: bool, kills: int) -> Counter[str]:
+def save_under_a_limit(run: Path, _: bool) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    try:
+        save(run, 6, contents(6), {"mark": 6}, keep_last=2)
+        tell("saved")
+    except CheckpointError as error:
+        tell("error", error)
+
+
+def serve() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        child, run, again = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                globals()[child](Path(run), again)
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        tell("gone")
+
+
+class Server:
+    """The parent's end of the fork server."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+
+    def start(self, child: Callable[[Path, bool], None], run: Path, again: bool = False) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([child.__name__, str(run), again]) + "\n")
+        self.process.stdin.flush()
+
+    def wait_for(self, word: str) -> str:
+        """What follows the word on the first line that starts with it."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.split()[0] == word:
+                return line.partition(" ")[2].strip()
+        raise AssertionError(f"the server ended before it said {word!r}")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    command = [sys.executable, __file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Server(process)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def kill_repeatedly(server: Server, run: Path, *, again: bool, deleting: bool) -> "Counter[str]":
     """Where the kills hit, by what they left behind."""
     save(run, 5, contents(5), {"mark": 5}, keep_last=2)
     (run / "completed").write_bytes(struct.pack("<q", 5))
-    draw, hits = random.Random(again), Counter()
-    for _ in range(kills):
-        here, there = server.Pipe(duplex=False)
-        process = server.Process(target=child, args=(run, there, again), daemon=True)
-        process.start()
-        assert here.poll(60)
-        time.sleep(draw.uniform(0, 0.04) if child is save_for_ever else draw.uniform(0, 0.008))
-        process.kill()
-        process.join()
-        here.close()
-        there.close()
+    draw, hits = random.Random(again), Counter[str]()
+    child = save_with_slow_deletion if deleting else save_for_ever
+    for _ in range(KILLS // 2):
+        server.start(child, run, again)
+        pid = int(server.wait_for("deleting" if deleting else "ready"))
+        time.sleep(draw.uniform(0, 0.008 if deleting else 0.03))
+        os.kill(pid, signal.SIGKILL)
+        server.wait_for("gone")
         left = {path.name.split("-")[0] for path in (run / "checkpoints").iterdir()}
         hits.update(left & {".tmp", ".gone", ".replaced"} or {"between"})
-        assert mark_of(run) - completed(run) in (0, 1)
-        (run / "completed").write_bytes(struct.pack("<q", mark_of(run)))
+        mark = mark_of(run)
+        assert mark - completed(run) in (0, 1)
+        (run / "completed").write_bytes(struct.pack("<q", mark))
     return hits
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["next steps", "same step again"])
-def test_a_kill_at_a_random_moment_loses_at_most_the_save_in_progress(server: Any, again: bool, tmp_path: Path) -> None:
-    hits = kill_repeatedly(server, save_for_ever, tmp_path, again=again, kills=KILLS // 2)
+def test_a_kill_at_a_random_moment_loses_at_most_the_save_in_progress(
+    server: Server, again: bool, tmp_path: Path
+) -> None:
+    hits = kill_repeatedly(server, tmp_path, again=again, deleting=False)
     assert hits[".tmp"] > KILLS // 10, hits
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["next steps", "same step again"])
-def test_a_kill_while_cleaning_up_loses_nothing(server: Any, again: bool, tmp_path: Path) -> None:
-    hits = kill_repeatedly(server, save_with_slow_deletion, tmp_path, again=again, kills=KILLS // 2)
-    assert hits[".gone"] + hits[".replaced"] > KILLS // 10, hits
+def test_a_kill_while_cleaning_up_loses_nothing(server: Server, again: bool, tmp_path: Path) -> None:
+    hits = kill_repeatedly(server, tmp_path, again=again, deleting=True)
+    assert hits[".gone"] > KILLS // 10, hits
 
 
-def save_under_a_limit(run: Path, answer: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-    try:
-        save(run, 6, contents(6), {"mark": 6}, keep_last=2)
-        answer.send("saved")
-    except CheckpointError as error:
-        answer.send(str(error))
-
-
-def test_a_full_disk_is_a_clear_error_and_the_old_checkpoint_is_untouched(server: Any, tmp_path: Path) -> None:
+def test_a_full_disk_is_a_clear_error_and_the_old_checkpoint_is_untouched(server: Server, tmp_path: Path) -> None:
     save(tmp_path, 5, contents(5), {"mark": 5}, keep_last=2)
-    here, there = server.Pipe(duplex=False)
-    process = server.Process(target=save_under_a_limit, args=(tmp_path, there), daemon=True)
-    process.start()
-    assert here.poll(60)
-    text = here.recv()
-    process.join()
+    server.start(save_under_a_limit, tmp_path)
+    text = server.wait_for("error")
+    server.wait_for("gone")
     assert "File too large (errno 27, at " in text
     assert "model.safetensors" in text
     assert "step-5 is untouched and still the latest. Raise the file size limit" in text
     assert mark_of(tmp_path) == 5
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step-5"]
+
+
+if __name__ == "__main__":
+    serve()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnout.data import CORPORA, Corpus, Document, open_corpus, survey
@@ -42,6 +42,12 @@ def test_the_standard_library_is_text_on_every_machine_and_the_same_twice(tmp_pa
     assert not any("site-packages" in name for name in first)
     assert corpus.problem() is None
     assert corpus.fingerprint(tmp_path) == corpus.fingerprint(tmp_path)
+
+
+def test_a_python_without_source_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "python.zip"))
+    with pytest.raises(DataError, match=r"corpus 'stdlib': this Python has no \.py source in .*another corpus"):
+        open_corpus("stdlib").documents(tmp_path)
 
 
 def test_an_unknown_name_lists_the_names_and_the_nearest() -> None:
@@ -116,6 +122,7 @@ def test_a_folder_or_file_without_text_is_an_error(tmp_path: Path) -> None:
         survey(open_corpus(str(tmp_path)), tmp_path)
 
 
+@settings(max_examples=30)
 @given(before=st.text(max_size=20), after=st.text(max_size=20))
 def test_bytes_that_are_not_utf8_are_found_where_they_are(
     tmp_path_factory: pytest.TempPathFactory, before: str, after: str
@@ -258,6 +265,7 @@ def r_strings(lines: list[str]) -> bytes:
     return head + struct.pack(">ii", 16, len(lines)) + body
 
 
+@settings(max_examples=30)
 @given(novels=st.lists(st.lists(st.text(max_size=8), max_size=4), max_size=3))
 def test_novels_are_read_out_of_an_r_package(tmp_path_factory: pytest.TempPathFactory, novels: list[list[str]]) -> None:
     root = tmp_path_factory.mktemp("r")

@@ -1,19 +1,26 @@
 """The report: one file that shows a run, however long, torn or empty it is."""
 
+import base64
+import hashlib
 import json
 import math
 import re
+import shutil
+import subprocess
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from turnout.errors import ConfigError
 from turnout.observe.metrics import encode
 from turnout.observe.report import embed, page_data, write_report
 from turnout.observe.run_folder import read_run
+from turnout.observe.thin import bucket_edges, encode_load, smooth, thin
 from turnout.observe.token_view import TokenView, write_token_view
 from turnout.observe.trace import TraceHeader, TraceWriter
 
@@ -122,3 +129,218 @@ def _view(rng, step: int, header: TraceHeader) -> TokenView:
         experts.append([[first, (first + 1 + int(rng.integers(0, num - 1))) % num] for first in firsts])
         weights.append([[w, 1 - w] for w in rng.uniform(0.5, 0.95, len(pieces)).tolist()])
     return TokenView(step=step, tokens=pieces, layers=header.layers, experts=experts, weights=weights)
+
+
+def test_a_report_is_one_file_without_network(tmp_path: Path) -> None:
+    out = write_report(synthetic_run(tmp_path / "run", steps=60), tmp_path / "deep" / "report.html")
+    page = out.read_text()
+    addresses = set(re.findall(r"(?:https?:)?//[\w.]+", _Page.of(page).script.replace("// ", "")))
+    assert addresses <= {"http://www.w3.org"}  # a namespace, never fetched
+    assert not re.search(r"<(?:link|img|iframe)|<script[^>]*\ssrc|@import|url\((?!#)", page)
+    assert "default-src 'none'" in page
+    assert not list(out.parent.glob("*.part"))
+
+
+def test_the_policy_of_the_page_names_its_own_script(tmp_path: Path) -> None:
+    page = _Page.of(write_report(synthetic_run(tmp_path / "run", steps=30), tmp_path / "r.html").read_text())
+    digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
+    assert f"'sha256-{digest}'" in page.policy
+
+
+def test_hostile_text_of_the_run_never_becomes_markup(tmp_path: Path) -> None:
+    evil = "</script><script>document.title='taken'</script><!--<script>{{script}}&\u2028\ud800"
+    run = synthetic_run(tmp_path / "run", steps=30)
+    (run / "recipe.toml").write_text(f"name = {json.dumps(evil[:40])}\n# {evil[:-1]}\n")
+    with (run / "metrics.jsonl").open("ab") as lines:
+        lines.write(encode({"kind": "event", "step": 30, "text": evil}))
+        lines.write(encode(_place("step", 31) | {"loss": 2.0, "aux": {evil: 1.0}}))
+    view = TokenView(step=31, tokens=[evil], layers=[evil], experts=[[[0]]], weights=[[[1.0]]])
+    write_token_view(run, view)
+    page = _Page.of(write_report(run, tmp_path / "r.html").read_text())
+    assert page.count("script") == 2
+    assert page.count("title") == 1
+    data = json.loads(page.data)
+    assert data["tokens"][-1]["tokens"] == [evil]
+    assert data["events"][-1][1] == evil
+    assert evil in data["aux"]
+    assert data["name"] == evil[:40]
+    assert "taken" not in page.script
+
+
+def test_a_run_of_100000_steps_gives_a_page_under_two_megabytes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    num_steps, experts = 100_000, (32, 32)
+    line = _step_line(np.random.default_rng(0), 1, 0.5, False, [np.full(32, 10)] * 2)
+    rest = encode({name: value for name, value in line.items() if name not in _place("step", 1)})[1:]
+    with (run / "metrics.jsonl").open("wb") as lines:
+        for step in range(1, num_steps + 1):
+            lines.write(b'{"kind":"step","step":%d,"seconds":%d,"tokens":%d,' % (step, step, 4096 * step) + rest)
+            if step % 50 == 0:
+                lines.write(encode(_place("eval", step) | {"val_loss": 3.0}))
+                lines.write(encode({"kind": "event", "step": step, "text": "x" * 100}))
+    header = TraceHeader(layers=("a", "b"), num_experts=experts)
+    writer = TraceWriter(run, header)
+    records = np.zeros(num_steps, header.record)
+    records["step"] = np.arange(1, num_steps + 1)
+    records["assigned"] = np.random.default_rng(0).integers(1, 99, (num_steps, 64))
+    writer.file.append(records.tobytes())
+    writer.file.close()
+    start = time.perf_counter()
+    out = write_report(run, tmp_path / "r.html")
+    print(f"100,000 steps: {out.stat().st_size / 1e6:.2f} MB in {time.perf_counter() - start:.1f} s")
+    assert out.stat().st_size < 2e6
+
+
+def test_large_token_views_are_cut_and_say_so(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", steps=30)
+    size = 2_500
+    for step in range(1, 7):
+        rows = [[[1, 2]] * size] * 4
+        write_token_view(
+            run,
+            TokenView(
+                step=step, tokens=["word "] * size, layers=list("abcd"), experts=rows, weights=[[[0.5, 0.5]] * size] * 4
+            ),
+        )
+    out = write_report(run, tmp_path / "r.html")
+    views = page_data(read_run(run))["tokens"]
+    assert out.stat().st_size < 2e6
+    assert len(views) <= 4
+    assert any(view["total"] == size and len(view["tokens"]) < size for view in views)
+
+
+def test_a_folder_that_is_no_run_is_refused_with_what_a_run_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not a run.*turnout train RECIPE --out RUN"):
+        write_report(tmp_path, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_torn_broken_and_missing_parts_are_left_out_and_named(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", steps=40)
+    with (run / "metrics.jsonl").open("ab") as lines:
+        lines.write(b'not json\n[1]\n{"kind":"step"}\n{"kind":"step","step":41,"loss":NaN}\n{"kind":"step","st')
+    (run / "recipe.toml").write_text("name = = 1")
+    (run / "summary.json").write_text("{")
+    (run / "trace" / "counts.bin").write_bytes(b"garbage that is long enough")
+    (run / "trace" / "tokens-step-9.json").write_text('{"step": 9, "tokens": 3}')
+    record = read_run(run)
+    data = page_data(record)
+    assert record.metrics.steps[-1]["step"] == 41
+    assert data["load"] is None
+    assert data["name"] == "run"
+    assert [view["step"] for view in data["tokens"]] == [4, 40]
+    assert len(data["notes"]) == 3
+    write_report(run, tmp_path / "r.html")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"kind":"event","step":0,"text":"begun"}\n', b'{"kind":"step","step":1}\n'])
+def test_a_run_that_has_barely_begun_has_a_page(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert "Turnout" in write_report(tmp_path, tmp_path / "r.html").read_text()
+
+
+def test_series_keep_their_extremes_when_they_are_thinned() -> None:
+    values = np.sin(np.arange(10_000.0))
+    values[1234], values[77] = 50.0, math.nan
+    kept = thin(values, bucket_edges(len(values), 100))
+    assert len(kept["mean"]) == 100
+    assert max(v for v in kept["hi"] if v is not None) == 50.0
+    assert thin(np.array([math.nan, 1.0]), bucket_edges(2, 100)) == {"mean": [None, 1]}
+    assert thin(np.zeros(0), bucket_edges(0, 100)) == {"mean": []}
+
+
+def test_smoothing_keeps_a_constant_follows_a_line_and_skips_nan() -> None:
+    assert np.allclose(smooth(np.full(300, 2.5)), 2.5)
+    line = np.arange(400.0)
+    assert np.allclose(smooth(line)[:380], line[:380])
+    line[200] = math.nan
+    assert np.isfinite(smooth(line)).all()
+
+
+@given(load=st.lists(st.one_of(st.just(0.0), st.floats(0.001, 256)), min_size=1, max_size=40))
+def test_the_codes_of_a_load_keep_three_digits_and_an_exact_zero(load: list[float]) -> None:
+    codes = encode_load(np.array(load)).astype(float)
+    back = np.where(codes == 0, 0, 2 ** ((codes - 1) / 2700 - 12))
+    assert np.allclose(back, load, rtol=3e-4, atol=0)
+
+
+def test_the_frames_of_the_film_cover_every_step_once(tmp_path: Path) -> None:
+    film = page_data(read_run(synthetic_run(tmp_path, steps=500, experts=(4, 6))))["load"]
+    assert film["from"][0] == 1
+    assert film["to"][-1] == 500
+    assert [a + 1 for a in film["to"][:-1]] == film["from"][1:]
+    assert len(base64.b64decode(film["codes"])) == 2 * 10 * len(film["to"])
+
+
+def test_embedded_data_reads_back_as_it_was() -> None:
+    data = {"a": "</script><!--&\u2028", "b": [1, None, "\U0001f682"]}
+    assert json.loads(embed(data)) == data
+    assert not set("<>&") & set(embed(data))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize("kind", ["sick", "dense", "empty"])
+def test_the_page_draws_itself_in_a_browser(tmp_path: Path, kind: str) -> None:
+    run = tmp_path / "run"
+    if kind == "empty":
+        run.mkdir()
+        (run / "metrics.jsonl").touch()
+    else:
+        synthetic_run(run, steps=120, sick=kind == "sick", experts=(8, 4) if kind == "sick" else ())
+    dom, log = _browse(write_report(run, tmp_path / "r.html"), tmp_path / "profile")
+    dom = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
+    assert "CONSOLE" not in log, log
+    assert "Written by Turnout" in dom
+    assert ("No steps recorded yet" in dom) == (kind == "empty")
+    assert ("No MoE layers were recorded" in dom) == (kind != "sick")
+    assert "NaN" not in dom
+
+
+class _Page(HTMLParser):
+    """The elements of a page, as a browser would split them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.scripts: list[str] = []
+        self.policy = ""
+
+    @classmethod
+    def of(cls, text: str) -> "_Page":
+        page = cls()
+        page.feed(text)
+        return page
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+        if dict(attrs).get("http-equiv") == "Content-Security-Policy":
+            self.policy = dict(attrs)["content"] or ""
+
+    def handle_data(self, data: str) -> None:
+        if self.lasttag == "script" and self.scripts:
+            self.scripts[-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.lasttag = ""
+
+    def count(self, tag: str) -> int:
+        return self.tags.count(tag)
+
+    @property
+    def data(self) -> str:
+        return self.scripts[0]
+
+    @property
+    def script(self) -> str:
+        return self.scripts[1]
+
+
+def _browse(page: Path, profile: Path) -> tuple[str, str]:
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=2000"
+    command = ["chromium", *flags.split(), f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, done.stderr

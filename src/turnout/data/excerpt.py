@@ -6,7 +6,7 @@ _CHUNK_CHARS = 4096
 
 
 def spread_excerpt(texts: Iterable[str], max_chars: int) -> list[str]:
-    """Evenly spaced chunks of the texts, in order: everything if it fits, else between a half and all of `max_chars`.
+    """Evenly spaced chunks of the texts, in order: everything if it fits, else about half of `max_chars` or more.
 
     One pass, at most `max_chars` in memory, and no chance: the same texts give the same excerpt.
     """
@@ -17,7 +17,7 @@ def spread_excerpt(texts: Iterable[str], max_chars: int) -> list[str]:
             continue
         kept.append(chunk)
         chars += len(chunk)
-        if chars > max_chars:
+        while chars > max_chars and len(kept) > 1:
             # kept[i] is chunk i * stride, so every second one is what twice the stride would have kept
             kept, stride = kept[::2], stride * 2
             chars = sum(map(len, kept))

@@ -81,9 +81,13 @@ def prepare(config: DataConfig, cache: Path, say: Callable[[str], None] = lambda
     """
     corpus = open_corpus(config.corpus, text_field=config.text_field, invalid_utf8=config.invalid_utf8)
     given = None if config.tokenizer == "bpe" else Tokenizer.load(Path(config.tokenizer).expanduser())
-    folder = cache / "prepared" / f"{corpus.name}-{_key(config, corpus.fingerprint(cache), given)}"
-    if not (folder / "dataset.json").exists():
-        _build(config, corpus, given, cache, folder, say)
+    try:
+        fingerprint = corpus.fingerprint(cache)
+        folder = cache / "prepared" / f"{corpus.name}-{_key(config, fingerprint, given)}"
+        if not (folder / "dataset.json").exists():
+            _build(config, corpus, given, cache, folder, say)
+    except OSError as error:
+        raise DataError(f"cannot use the cache {cache}: {error}; set $TURNOUT_CACHE to a folder with room") from error
     return _open(folder)
 
 
@@ -110,6 +114,8 @@ def _build(
     say(f"encoding {card.documents} documents, {card.text_bytes / 1e6:.1f} MB")
     tokenizer.save(folder / "tokenizer.json")
     _write(_texts(corpus, cache), split, tokenizer, folder, card)
+    if corpus.fingerprint(cache) != card.fingerprint:
+        raise DataError(f"the text of corpus {config.corpus!r} changed while it was being prepared; run again")
     record = _Record(corpus=card, notes=list(_notes(config, card, split, tokenizer, given)))
     write_atomic(folder / "dataset.json", json.dumps(asdict(record), indent=1).encode())
 

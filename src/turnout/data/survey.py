@@ -27,6 +27,7 @@ def survey(corpus: Corpus, cache: Path, visit: Callable[[Document], None] | None
 
     Raises: DataError if it cannot be had or read, or holds no text at all.
     """
+    fingerprint = corpus.fingerprint(cache)
     documents = left_out = text_bytes = 0
     for document in corpus.documents(cache):
         if is_blank(document):
@@ -48,7 +49,7 @@ def survey(corpus: Corpus, cache: Path, visit: Callable[[Document], None] | None
         documents=documents,
         left_out=left_out,
         text_bytes=text_bytes,
-        fingerprint=corpus.fingerprint(cache),
+        fingerprint=fingerprint,
     )
 
 

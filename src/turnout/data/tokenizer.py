@@ -39,7 +39,8 @@ class Tokenizer:
         if not known:
             raise DataError(f"the tokenizer has no end-of-text token; one of these is needed: {', '.join(_END_NAMES)}")
         self.eot, self.eot_id = known[0]
-        self.vocab_size = core.get_vocab_size()
+        # ids may have gaps, and a model needs a row for the last one
+        self.vocab_size = 1 + max(core.get_vocab().values())
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -115,6 +116,7 @@ class Tokenizer:
         """The bytes one token stands for, perhaps part of a character: join before decoding, or decode incrementally.
 
         An id past the vocabulary, which a model with a padded vocabulary can draw, gives U+FFFD.
+        Raises: DataError for a tokenizer whose tokens are not bytes, as WordPiece.
         """
         return self._bytes_by_id.get(token, _REPLACEMENT)
 
@@ -144,11 +146,19 @@ class Tokenizer:
         return json.loads(self._json)
 
     @cached_property
+    def _decoders(self) -> set[str]:
+        decoder: dict[str, Any] = self._spec["decoder"] or {"type": "none"}
+        return {part["type"] for part in decoder.get("decoders", [decoder])}
+
+    @cached_property
     def _is_byte_level(self) -> bool:
-        return (self._spec["decoder"] or {}).get("type") == "ByteLevel"
+        return "ByteLevel" in self._decoders
 
     @cached_property
     def _bytes_by_id(self) -> dict[int, bytes]:
+        if not self._decoders & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            kinds = ", ".join(sorted(self._decoders))
+            raise DataError(f"tokens of this tokenizer (decoder {kinds}) have no bytes of their own; it cannot stream")
         added = {token["id"]: token["content"].encode() for token in self._spec["added_tokens"]}
         to_bytes = _gpt2_bytes if self._is_byte_level else _sentencepiece_bytes
         vocabulary = self._core.get_vocab()
@@ -172,18 +182,19 @@ class Tokenizer:
         return plain and self._spec["normalizer"] is None
 
 
-def _byte_of_char() -> dict[str, int]:
+def _byte_of_char() -> dict[str, bytes]:
     """Source: bytes_to_unicode in encoder.py of https://github.com/openai/gpt-2."""
     printed = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     hidden = [byte for byte in range(256) if byte not in printed]
-    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    chars = {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    return {char: bytes([byte]) for char, byte in chars.items()}
 
 
 _BYTE_OF_CHAR = _byte_of_char()
 
 
 def _gpt2_bytes(name: str) -> bytes:
-    return bytes(_BYTE_OF_CHAR[char] for char in name)
+    return b"".join(_BYTE_OF_CHAR.get(char, char.encode()) for char in name)
 
 
 def _sentencepiece_bytes(name: str) -> bytes:

@@ -67,7 +67,8 @@ def _aligned(x: Tensor, *, dims: tuple[int, ...]) -> Tensor:
         return F.pad(x, flat)
     inner = sorted(x.stride())
     fits = inner[0] == 1 and all(stride % step == 0 for stride in inner[1:]) and x.data_ptr() % 16 == 0
-    return x if fits else x.contiguous()
+    # contiguous() keeps a tensor of one row as it is, whatever its stride, and memory that starts off the boundary
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 class GroupedMM(ExpertBackend):

@@ -20,6 +20,7 @@ class AttentionKind(ABC):
     """A row of the attention table: settings without the model's width; `build` adds it."""
 
     TABLE: ClassVar[Table[type["AttentionKind"]]] = Table("attention kind")
+    needs_rope: ClassVar[bool] = False  # part of its work is to turn: it cannot do with learned positions
 
     @abstractmethod
     def build(self, dim: int, *, layer: int, init_std: float, norm_eps: float) -> nn.Module:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from turnout.layers.attention import Attention, KVCache
+from turnout.layers.kv_cache import KVCache
 from turnout.layers.mlp import MLP
 from turnout.layers.moe import MoE
 from turnout.tensors import MoEOutput
@@ -12,7 +12,7 @@ from turnout.tensors import MoEOutput
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, *, attention: Attention, ffn: MLP | MoE, attention_norm: nn.Module, ffn_norm: nn.Module) -> None:
+    def __init__(self, *, attention: nn.Module, ffn: MLP | MoE, attention_norm: nn.Module, ffn_norm: nn.Module) -> None:
         super().__init__()
         self.attention_norm = attention_norm
         self.attention = attention
@@ -22,7 +22,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         *,
         token_ids_BS: Tensor,
         mask_BS: Tensor | None = None,

@@ -1,6 +1,7 @@
 """Multi-head latent attention: keys and values of all heads are read from one small vector a token."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from turnout.layers.rope import Yarn, rope_tables, rotate
 class MLAConfig(AttentionKind):
     """Settings of multi-head latent attention. Source: DeepSeek-AI 2024, arXiv:2405.04434, section 2.1."""
 
+    needs_rope: ClassVar[bool] = True
     num_heads: int = 4  # heads
     q_rank: int = 0  # width of the vector queries are read from; 0: straight from the hidden state
     kv_rank: int = 128  # width of the vector keys and values are read from, which is what the cache holds

@@ -143,8 +143,7 @@ class MoE(nn.Module):
         rows = pack(x_TD.to(_row_dtype(x)), plan, layout=backend.layout, capacity=admission.capacity)
         y_TD = combine(unpack(backend.run(self.experts, rows), plan), routing.assignment, plan)
         if self.shared is not None:
-            shared_TD = self.shared(x_TD)
-            y_TD = y_TD + (shared_TD if mask is None else shared_TD * _flat(mask).unsqueeze(1))
+            y_TD = _add_shared(y_TD, x_TD, self.shared, None if mask is None else routing.token_R)
         sequence_length = x.shape[-2] if x.ndim > 2 else max(len(x_TD), 1)
         terms = tuple(loss.term(routing, admission, sequence_length=sequence_length) for loss in self.config.losses)
         return MoEOutput(
@@ -162,6 +161,13 @@ class MoE(nn.Module):
                 raise ShapeError(
                     f"{name} has shape {tuple(value.shape)}; x of shape {tuple(x.shape)} needs {tuple(x.shape[:-1])}"
                 )
+
+
+def _add_shared(y_TD: Tensor, x_TD: Tensor, shared: MLP, token_R: Tensor | None) -> Tensor:
+    """Padding is left out rather than multiplied by zero: it may hold NaN, and more rows may round differently."""
+    if token_R is None:
+        return y_TD + shared(x_TD)
+    return y_TD.index_add(0, token_R, shared(x_TD[token_R]).to(y_TD.dtype))
 
 
 def _flat(value: Tensor | None) -> Tensor | None:

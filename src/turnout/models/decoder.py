@@ -2,18 +2,21 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turnout.errors import ConfigError, ShapeError
-from turnout.layers.attention import Attention, AttentionConfig, KVCache, rope_tables
+from turnout.experts.activations import Activation
+from turnout.layers.attention import AttentionConfig, AttentionKind
 from turnout.layers.block import Block
+from turnout.layers.kv_cache import KVCache
 from turnout.layers.lm_loss import lm_loss
 from turnout.layers.mlp import MLP
 from turnout.layers.moe import MoE, MoEConfig
-from turnout.layers.norm import RMSNorm
+from turnout.layers.norm import NORMS
 from turnout.tensors import Assignment, LossTerm, MoEStats, total_loss
 
 
@@ -25,14 +28,17 @@ class ModelConfig:
     dim: int = 256  # model width
     num_layers: int = 4  # transformer blocks
     max_seq_len: int = 1024  # longest sequence of training and generation, in tokens
-    attention: AttentionConfig = AttentionConfig()
+    attention: AttentionKind = AttentionConfig()  # attention of every block: gqa, mla
+    positions: Literal["rope", "learned"] = "rope"  # queries and keys turn, or each position has a vector of its own
     hidden: int = 1024  # hidden width of a dense block's feed-forward network
     ffn: str = "swiglu"  # kind of a dense feed-forward network: swiglu, gelu, relu
+    ffn_bias: bool = False  # dense feed-forward networks have biases
     moe: MoEConfig | None = None  # the experts; none: every block is dense
     dense_first: int = 0  # this many first blocks stay dense
     moe_every: int = 1  # every n-th block after them has experts, counting so that the last one has
     tie_embeddings: bool = True  # one matrix reads and writes tokens
-    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    norm: str = "rms"  # normalisation before attention, before the FFN and at the end: rms, layer
+    norm_eps: float = 1e-6  # added to the mean square or variance in a norm
     init_std: float = 0.02  # standard deviation of initial weights; what adds to the residual gets / sqrt(2 layers)
 
     def __post_init__(self) -> None:
@@ -43,6 +49,14 @@ class ModelConfig:
             raise ConfigError(f"model.dense_first={self.dense_first} must be in 0..{self.num_layers} (num_layers)")
         if self.moe_every < 1:
             raise ConfigError(f"model.moe_every={self.moe_every} must be at least 1")
+        for table, name in ((NORMS, self.norm), (Activation.TABLE, self.ffn)):
+            if name not in table:
+                table[name]
+        if self.positions not in ("rope", "learned"):
+            raise ConfigError(f"model.positions={self.positions!r} must be one of: rope, learned")
+        if self.positions == "learned" and self.attention.needs_rope:
+            kind = AttentionKind.TABLE.name_of(type(self.attention))
+            raise ConfigError(f"attention {kind!r} turns a part of each head: it needs model.positions='rope'")
 
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the blocks that have experts."""
@@ -82,19 +96,20 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        sparse = set(config.moe_layers())
-        self.blocks = nn.ModuleList(_build_block(config, sparse=i in sparse) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        learned = config.positions == "learned"
+        self.position_SD = nn.Parameter(torch.empty(config.max_seq_len, config.dim)) if learned else None
+        self.blocks = nn.ModuleList(_build_block(config, layer=i) for i in range(config.num_layers))
+        self.norm = NORMS[config.norm](config.dim, eps=config.norm_eps)
         self.head_VD = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial weights from the default generator."""
-        for weight in (self.embedding_VD, self.head_VD):
+        """Initial weights from the default generator; all of them, so a model from the meta device is whole after."""
+        for weight in (self.embedding_VD, self.position_SD, self.head_VD):
             if weight is not None:
                 nn.init.normal_(weight, std=self.config.init_std)
-        for module in self.blocks.modules():
+        for module in (*self.blocks.modules(), self.norm):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
@@ -130,7 +145,11 @@ class Decoder(nn.Module):
         if start + length > self.config.max_seq_len:
             raise ShapeError(f"{start + length} tokens are more than model.max_seq_len={self.config.max_seq_len}")
         x_BSD = F.embedding(tokens_BS, self.embedding_VD)
-        rope = rope_tables(start, length, self.config.attention, x_BSD.device)
+        rope = None
+        if self.position_SD is None:
+            rope = self.config.attention.rope(start, length, x_BSD.device)
+        else:
+            x_BSD = x_BSD + self.position_SD[start : start + length]
         reports = []
         for i, block in enumerate(self.blocks):
             x_BSD, report = block(
@@ -161,15 +180,17 @@ class Decoder(nn.Module):
         return DecoderLoss(main=main, losses=out.losses, stats=out.stats)
 
 
-def _build_block(config: ModelConfig, *, sparse: bool) -> Block:
+def _build_block(config: ModelConfig, *, layer: int) -> Block:
     ffn: MLP | MoE
-    if sparse and config.moe is not None:
+    if config.moe is not None and layer in config.moe_layers():
         ffn = MoE.from_config(config.dim, config.moe)
     else:
-        ffn = MLP(config.dim, config.hidden, kind=config.ffn, init_std=config.init_std)
+        ffn = MLP(config.dim, config.hidden, kind=config.ffn, bias=config.ffn_bias, init_std=config.init_std)
     return Block(
-        attention=Attention(config.dim, config.attention, init_std=config.init_std),
+        attention=config.attention.build(
+            config.dim, layer=layer, init_std=config.init_std, norm_eps=config.norm_eps
+        ),
         ffn=ffn,
-        attention_norm=RMSNorm(config.dim, eps=config.norm_eps),
-        ffn_norm=RMSNorm(config.dim, eps=config.norm_eps),
+        attention_norm=NORMS[config.norm](config.dim, eps=config.norm_eps),
+        ffn_norm=NORMS[config.norm](config.dim, eps=config.norm_eps),
     )

@@ -39,7 +39,9 @@ def _not_finite(summary: RunSummary) -> Iterable[Finding]:
         yield Finding(
             severity="error",
             title=f"The loss was not a number at {_count(len(steps), 'step')}",
-            text=f"First at step {steps[0]:,}, last at step {steps[-1]:,}.",
+            text=f"First at step {steps[0]:,}, last at step {steps[-1]:,}."
+            if len(steps) > 1
+            else f"It was step {steps[0]:,}.",
             try_="Lower the learning rate, clip gradients at 1.0, add the router z-loss, keep the router in float32. "
             "Resume from the last checkpoint before the first of these steps.",
         )
@@ -197,7 +199,7 @@ def _all_well(summary: RunSummary) -> Finding:
         entropy = min(layer.entropy for layer in summary.layers)
         total = sum(len(layer.load) for layer in summary.layers)
         parts.append(f"all {total} experts are in use, the busiest at {busiest:.2f} times its fair share")
-        parts.append(f"load entropy is at least {_percent(entropy)} of the greatest")
+        parts.append(f"load entropy is {_percent(entropy)} of the greatest possible")
     text = "; ".join(parts) or "no loss spikes, and no step without a finite loss"
     return Finding(severity="good", title="Nothing looks wrong", text=f"{_capital(text)}.")
 
@@ -227,7 +229,8 @@ def _count(number: int, noun: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if abs(share) < 0.0995 else f"{100 * share:.0f} %"
+    is_near_an_end = abs(share) < 0.0995 or 0.99 < share < 1
+    return f"{100 * share:.{1 if is_near_an_end else 0}f}\N{NO-BREAK SPACE}%"
 
 
 def _capital(text: str) -> str:

@@ -109,7 +109,7 @@ def _balance(summary: RunSummary) -> Tile | None:
     return Tile(
         label="Busiest expert",
         value=f"{worst.max_load:.2f} \N{MULTIPLICATION SIGN}",
-        detail="its fair share, at the end",
+        detail="the fair share, at the end",
     )
 
 

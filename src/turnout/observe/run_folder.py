@@ -49,7 +49,11 @@ def read_run(run: Path) -> RunRecord:
 
 def column(metrics: Metrics, name: str) -> NDArray[np.float64]:
     """One field of all steps; NaN where it is missing or not a number."""
-    return np.array([number(line.get(name)) for line in metrics.steps], dtype=np.float64)
+    values = [line.get(name) for line in metrics.steps]
+    try:
+        return np.array(values, dtype=np.float64)  # None becomes NaN
+    except (TypeError, ValueError):
+        return np.array([number(value) for value in values], dtype=np.float64)
 
 
 def aux_columns(metrics: Metrics) -> dict[str, NDArray[np.float64]]:

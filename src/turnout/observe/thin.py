@@ -47,15 +47,25 @@ def short(values: Sequence[float] | NDArray[np.float64]) -> list[float | None]:
 
 
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Exponential moving average over about 2 % of the rows, at least 5; rows that are not finite are passed over."""
-    decay = 1 - 1 / max(5.0, 0.02 * len(values))
-    result = np.full(len(values), math.nan)
-    total = weight = 0.0
-    for row, value in enumerate(values.tolist()):
-        if math.isfinite(value):
-            total, weight = decay * total + value, decay * weight + 1
-        result[row] = total / weight if weight else math.nan
-    return result
+    """Mean over about 4 % of the rows around each, near ones weighing more; rows that are not finite are passed over.
+
+    The window is centred, so the curve does not lag; at the end it is cut short, at the beginning, where a loss
+    falls steeply, it stays centred and shrinks.
+    """
+    # a moving mean of a moving mean has a tent for its window: a single high step leaves no plateau
+    return _moving_mean(_moving_mean(values))
+
+
+def _moving_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    num_rows = len(values)
+    row = np.arange(num_rows)
+    before = np.minimum(row, max(3, num_rows // 100))
+    begin, end = row - before, np.minimum(num_rows, row + before + 1)
+    is_finite = np.isfinite(values)
+    running = np.concatenate([[0.0], np.cumsum(np.where(is_finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(is_finite)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (running[end] - running[begin]) / (count[end] - count[begin])
 
 
 def load_frames(trace: Trace, most_numbers: int = 200_000) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from turnout.errors import ShapeError
@@ -55,7 +55,8 @@ def write_token_view(run: Path, view: TokenView) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = [[[round(w, 4) if math.isfinite(w) else None for w in token] for token in row] for row in view.weights]
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(view) | {"weights": weights}, separators=(",", ":")), encoding="utf-8")
+    # vars, for asdict would copy every number
+    part.write_text(json.dumps(vars(view) | {"weights": weights}, separators=(",", ":")), encoding="utf-8")
     part.replace(path)
     return path
 

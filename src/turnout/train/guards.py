@@ -31,7 +31,7 @@ def nonfinite_report(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
     One norm over all tensors answers the usual case; tensors are looked at singly only when it is not finite.
     None entries (no gradient) and integer tensors are passed over. Returns None when all is finite.
     """
-    tensors = {name: t.detach() for name, t in named if t is not None and _can_be_nonfinite(t)}
+    tensors = {name: _checkable(t) for name, t in named if t is not None and _can_be_nonfinite(t)}
     if math.isfinite(_norm(list(tensors.values()))):
         return None
     # The norm of large finite values can overflow, so it only raises the question.
@@ -99,11 +99,14 @@ def _can_be_nonfinite(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def _checkable(tensor: Tensor) -> Tensor:
+    # 8-bit floats have neither norm nor isfinite.
+    return tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
+
+
 def _norm(tensors: list[Tensor]) -> float:
     """L2 norm over all; about as cheap as one reading of them, and NaN or infinite if any value is."""
-    # There is no norm kernel for 8-bit floats.
-    wide = [t if t.element_size() > 1 else t.float() for t in tensors]
-    return float(get_total_norm(wide))
+    return float(get_total_norm(tensors))
 
 
 def _describe(name: str, tensor: Tensor) -> str:

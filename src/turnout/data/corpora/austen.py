@@ -23,7 +23,7 @@ class Austen(FetchedCorpus):
     """Emma, Mansfield Park, Northanger Abbey, Persuasion, Pride and Prejudice, Sense and Sensibility.
 
     R keeps a package's data as compressed objects, each a vector of lines; they are read here without R.
-    Measured: AUSTEN_COUNTS.
+    Measured: 6 documents, 4,025,029 bytes; 1.1 M tokens of a vocabulary of 4,096.
     """
 
     title: ClassVar[str] = "Jane Austen's six novels"

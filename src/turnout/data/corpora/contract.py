@@ -113,21 +113,20 @@ class FetchedCorpus(Corpus, ABC):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".fetch-{self.name}-", dir=cache) as folder:
             self.source.unpack(Path(folder))
-            digest, documents = self._write(Path(folder), cache)
-        if documents == 0:
-            raise DataError(f"the packages of corpus {self.name!r} hold no documents; their layout may have changed")
-        write_atomic(self._receipt(cache), json.dumps({"sha256": digest, "documents": documents}).encode())
+            receipt = {"sha256": self._write(Path(folder), cache)}
+        write_atomic(self._receipt(cache), json.dumps(receipt).encode())
 
-    def _write(self, root: Path, cache: Path) -> tuple[str, int]:
-        digest, documents = hashlib.sha256(), 0
+    def _write(self, root: Path, cache: Path) -> str:
+        digest = hashlib.sha256()
         with atomic_file(self.location(cache)) as file:
             for document in self.read(root):
                 row = {"name": document.name, "text": document.text}
                 line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
                 digest.update(line)
                 file.write(line)
-                documents += 1
-        return digest.hexdigest(), documents
+            if not file.tell():
+                raise DataError(f"the packages of corpus {self.name!r} hold no documents; their layout has changed")
+        return digest.hexdigest()
 
 
 CORPORA = Corpus.TABLE

@@ -20,12 +20,12 @@ _BLANK = re.compile(r"^ \.$", re.MULTILINE)
 class DebianPackageDescriptions(FetchedCorpus):
     """One document a package: its one-line summary, then paragraphs of clean technical prose.
 
-    Measured: DDTP_COUNTS.
+    Measured: 61,774 documents, 25,582,899 bytes.
     """
 
     title: ClassVar[str] = "Debian package descriptions"
     licence: ClassVar[str] = "free; each that of its package"
-    size_bytes: ClassVar[int] = 25_000_000
+    size_bytes: ClassVar[int] = 25_600_000
     languages: ClassVar[tuple[str, ...]] = ("en",)
     obtained: ClassVar[str] = "English package lists of the machine's Debian release, a 30 MB download."
     source: ClassVar[Source] = DebianDescriptions(language="en")

@@ -2,22 +2,25 @@
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from turnout.data.corpora.contract import Document
 from turnout.data.utf8 import InvalidUtf8, decode_utf8
+from turnout.errors import DataError
 
 
 def file_documents(files: Iterable[Path], root: Path, invalid: InvalidUtf8 = "error") -> Iterator[Document]:
     """One document a file, sorted and named by its path under `root`; `.gz` is unpacked.
 
-    Raises: DataError for bytes that are not UTF-8, if `invalid` is "error".
+    Raises: DataError for a file that cannot be read, or is not UTF-8 and `invalid` is "error".
     """
     for name, file in named_under(files, root):
-        raw = file.read_bytes()
-        if file.suffix == ".gz":
-            raw = gzip.decompress(raw)
+        try:
+            raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"cannot read {file}: {error}") from error
         yield Document(name=name, text=decode_utf8(raw, str(file), invalid))
 
 

@@ -24,12 +24,12 @@ class Gcide(FetchedCorpus):
 
     Literary quotations are most of its charm. Braces that mark cross references and notes that name the source
     are taken out.
-    Measured: GCIDE_COUNTS.
+    Measured: 126,236 documents, 35,035,114 bytes; 11.9 M tokens of a vocabulary of 4,096.
     """
 
     title: ClassVar[str] = "GNU Collaborative International Dictionary of English"
     licence: ClassVar[str] = "GPL-2.0-or-later"
-    size_bytes: ClassVar[int] = 36_800_000
+    size_bytes: ClassVar[int] = 35_000_000
     languages: ClassVar[tuple[str, ...]] = ("en",)
     obtained: ClassVar[str] = "Debian package dict-gcide, a 14.8 MB download."
     source: ClassVar[Source] = DebianPackages(packages=("dict-gcide",))

@@ -13,14 +13,14 @@ from turnout.data.sources import DebianPackages, Source
 @CORPORA.register("git-doc")
 @dataclass(frozen=True, kw_only=True)
 class GitDoc(FetchedCorpus):
-    """Git's manual pages, guides and release notes in AsciiDoc, one document a page.
+    """Git's manual pages and guides in AsciiDoc, one document a page.
 
-    Measured: GIT_COUNTS.
+    Measured: 292 documents, 2,937,836 bytes.
     """
 
     title: ClassVar[str] = "Git manual"
     licence: ClassVar[str] = "GPL-2.0-only"
-    size_bytes: ClassVar[int] = 3_000_000
+    size_bytes: ClassVar[int] = 2_900_000
     languages: ClassVar[tuple[str, ...]] = ("en",)
     obtained: ClassVar[str] = "Debian package git-doc, a 2.2 MB download."
     source: ClassVar[Source] = DebianPackages(packages=("git-doc",))

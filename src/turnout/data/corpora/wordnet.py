@@ -17,12 +17,12 @@ _PARTS = ("noun", "verb", "adj", "adv")
 class WordNet(FetchedCorpus):
     """One document a meaning: its words, a colon, and its gloss with examples.
 
-    Measured: WORDNET_COUNTS.
+    Measured: 117,659 documents, 11,497,904 bytes.
     """
 
     title: ClassVar[str] = "WordNet 3.0 glosses"
     licence: ClassVar[str] = "WordNet (permissive)"
-    size_bytes: ClassVar[int] = 12_000_000
+    size_bytes: ClassVar[int] = 11_500_000
     languages: ClassVar[tuple[str, ...]] = ("en",)
     obtained: ClassVar[str] = "Debian package wordnet-base, a 6.5 MB download."
     source: ClassVar[Source] = DebianPackages(packages=("wordnet-base",))

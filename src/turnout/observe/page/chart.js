@@ -47,7 +47,8 @@ function compact(value) {
 function percent(value) {
   if (!isNumber(value)) return "n/a";
   const shown = 100 * value;
-  return (Math.abs(shown) < 9.95 ? Number(shown.toFixed(1)) : Math.round(shown)) + "\u00a0%";
+  const isNearAnEnd = Math.abs(shown) < 9.95 || (shown > 99 && shown < 100);
+  return (isNearAnEnd ? Number(shown.toFixed(1)) : Math.round(shown)) + "\u00a0%";
 }
 
 function ticks(low, high, count) {
@@ -62,15 +63,15 @@ function ticks(low, high, count) {
 
 // ---- the horizontal axis that all charts share
 
-const axis = { key: "seconds", listeners: [] };
+const axis = { key: ["seconds", "tokens", "step"].find((key) => data.x[key].some(isNumber)) || "step", listeners: [] };
 
 function axisUnit() {
-  if (axis.key === "tokens") return { label: "tokens trained on", scale: 1, text: compact };
-  if (axis.key === "step") return { label: "step", scale: 1, text: (value) => Math.round(value).toLocaleString("en") };
+  if (axis.key === "tokens") return { label: "tokens trained on", word: "tokens", scale: 1, text: compact };
+  if (axis.key === "step") return { label: "step", word: "step", scale: 1, text: (value) => Math.round(value).toLocaleString("en") };
   const longest = Math.max(0, ...data.x.seconds.filter(isNumber));
-  if (longest < 180) return { label: "seconds of training", scale: 1, text: (value) => plain(value) };
-  if (longest < 3 * 3600) return { label: "minutes of training", scale: 1 / 60, text: (value) => plain(value) };
-  return { label: "hours of training", scale: 1 / 3600, text: (value) => plain(value) };
+  if (longest < 180) return { label: "seconds of training", word: "s", scale: 1, text: (value) => plain(value) };
+  if (longest < 3 * 3600) return { label: "minutes of training", word: "min", scale: 1 / 60, text: (value) => plain(value) };
+  return { label: "hours of training", word: "h", scale: 1 / 3600, text: (value) => plain(value) };
 }
 
 function axisValues() {
@@ -92,7 +93,7 @@ function axisAtStep(step) {
 function whenText(step) {
   const unit = axisUnit();
   const at = data.x.step.length && axis.key !== "step" ? axisAtStep(step) : null;
-  const place = isNumber(at) ? ` \u00b7 ${unit.text(at)} ${unit.label.split(" ")[0]}` : "";
+  const place = isNumber(at) ? ` \u00b7 ${unit.text(at)} ${unit.word}` : "";
   return `step ${step.toLocaleString("en")}${place}`;
 }
 
@@ -136,7 +137,7 @@ function responsive(host, draw, followsAxis = true) {
   const redraw = () => draw(Math.max(220, width));
   new ResizeObserver((entries) => {
     const next = Math.round(entries[0].contentRect.width);
-    if (next > 0 && next !== width) { width = next; redraw(); }
+    if (next > 0 && next !== width) { width = next; requestAnimationFrame(redraw); }
   }).observe(host);
   if (followsAxis) axis.listeners.push(() => { if (width) redraw(); });
 }
@@ -176,7 +177,7 @@ function drawLines(spec, width, clip) {
   const unit = axisUnit();
   const lines = spec.lines.map((line) => ({ ...line, xs: line.rows ? line.rows[axis.key].map((v) => (isNumber(v) ? v * unit.scale : null)) : shared }));
   const [low, high] = spec.domain || domainOf(lines);
-  const rows = spec.yTicks || ticks(low, high, Math.max(2, Math.round(spec.height / 58)));
+  const rows = spec.yTicks || ticks(low, high, Math.max(2, Math.round(spec.height / (spec.bare ? 40 : 58))));
   const rowText = (value) => (spec.tickText || spec.format)(value);
   const left = Math.max(30, 12 + 6.6 * Math.max(...rows.map((value) => rowText(value).length)));
   const top = spec.yLabel ? 24 : 10, bottom = spec.height - (spec.bare ? 22 : 40), right = width - 12;
@@ -186,7 +187,7 @@ function drawLines(spec, width, clip) {
   const x = (value) => left + ((value - from) / (last - from || 1)) * (right - left);
   const y = (value) => bottom - ((value - low) / (high - low || 1)) * (bottom - top);
   const root = svg("svg", { viewBox: `0 0 ${width} ${spec.height}`, role: "img", "aria-label": spec.label });
-  root.append(svg("clipPath", { id: clip }, svg("rect", { x: left - 3, y: top - 5, width: right - left + 6, height: bottom - top + 8 })));
+  root.append(svg("clipPath", { id: clip }, svg("rect", { x: left - 3, y: top - 5, width: right - left + 9, height: bottom - top + 8 })));
   for (const value of rows) {
     if (value < low - 1e-12 || value > high + 1e-12) continue;
     root.append(
@@ -194,8 +195,11 @@ function drawLines(spec, width, clip) {
       svg("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, rowText(value)));
   }
   const columns = ticks(from, last, Math.max(2, Math.round((right - left) / (spec.bare ? 90 : 110))));
-  for (const value of columns) root.append(svg("text", { x: x(value), y: bottom + 17, "text-anchor": "middle" }, unit.text(value)));
-  if (!spec.bare) root.append(svg("text", { x: right, y: bottom + 35, "text-anchor": "end" }, unit.label));
+  const room = spec.bare ? 16 + 6.6 * unit.word.length : 0;
+  for (const value of columns) {
+    if (x(value) <= right - room) root.append(svg("text", { x: x(value), y: bottom + 17, "text-anchor": "middle" }, unit.text(value)));
+  }
+  root.append(svg("text", { x: right, y: bottom + (spec.bare ? 17 : 35), "text-anchor": "end" }, spec.bare ? unit.word : unit.label));
   if (spec.yLabel) root.append(svg("text", { x: 0, y: 11 }, spec.yLabel));
   root.append(svg("line", { class: "base", x1: left, x2: right, y1: bottom, y2: bottom }));
   for (const mark of spec.marks || []) {
@@ -267,7 +271,7 @@ function hover(root, spec, lines, box) {
     cross.setAttribute("visibility", "visible");
     cross.setAttribute("x1", box.x(where));
     cross.setAttribute("x2", box.x(where));
-    showTip(event, `${box.unit.text(where)} ${box.unit.label.split(" ")[0]}`, rows);
+    showTip(event, axis.key === "step" ? `step ${box.unit.text(where)}` : `${box.unit.text(where)} ${box.unit.word}`, rows);
   });
   root.append(cross, ...dots, hit);
 }
@@ -285,15 +289,15 @@ function nearest(xs, ys, distance) {
 // cells of one colour are one path: thousands of cells stay a few nodes, in the page's colours, also on paper
 function cells(root, rows, columnsOf, box, levelOf) {
   const paths = new Map();
-  const gap = box.wide > 6 && box.high > 6 ? 1.5 : 0;
+  const gap = (box.joined || box.wide > 6) && box.high > 6 ? 1.5 : 0, between = box.joined ? 0 : gap;
   for (let row = 0; row < rows; row++) {
     for (let column = 0; column < columnsOf(row); column++) {
       const level = levelOf(row, column);
       const x = box.left + column * box.wide, y = box.top + row * box.high;
-      const wide = (box.wide - gap).toFixed(2), high = (box.high - gap).toFixed(2);
+      const wide = (box.wide - between).toFixed(2), high = (box.high - gap).toFixed(2);
       const cell = `M${x.toFixed(2)} ${y.toFixed(2)}h${wide}v${high}h-${wide}z`;
       paths.set(level, (paths.get(level) || "") + cell);
     }
   }
-  for (const [level, d] of paths) root.append(svg("path", { class: level, d, "shape-rendering": gap ? "auto" : "crispEdges" }));
+  for (const [level, d] of paths) root.append(svg("path", { class: level, d, "shape-rendering": between ? "auto" : "crispEdges" }));
 }

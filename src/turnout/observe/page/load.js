@@ -57,7 +57,7 @@ function heatMap(host) {
   let width = 0;
   const draw = () => {
     const { letters, gutter } = gutterFor(load.layers, width);
-    const wide = Math.min(84, (width - gutter - 4) / most);
+    const wide = Math.min(120, (width - gutter - 4) / most);
     const high = Math.max(13, Math.min(30, wide, 560 / load.layers.length));
     const box = { left: gutter, top: 4, wide, high };
     const bottom = box.top + high * load.layers.length;
@@ -83,10 +83,10 @@ function cellMark(root, box, row, column, u) {
   const x = box.left + (column + 0.5) * box.wide - 0.75, y = box.top + (row + 0.5) * box.high - 0.75;
   if (u < DEAD && box.wide > 5) {
     const arm = Math.min(4, box.wide / 4, box.high / 4);
-    root.append(svg("path", { class: "x on-dead", d: `M${x - arm} ${y - arm}l${2 * arm} ${2 * arm}m0 ${-2 * arm}l${-2 * arm} ${2 * arm}` }));
+    root.append(svg("path", { class: "x", d: `M${x - arm} ${y - arm}l${2 * arm} ${2 * arm}m0 ${-2 * arm}l${-2 * arm} ${2 * arm}` }));
   } else if (box.wide >= 46 && !Number.isNaN(u)) {
     const level = levelNumber(u);
-    root.append(svg("text", { class: level <= 3 || level >= 11 ? "end" : "mid", x, y: y + 4.5, "text-anchor": "middle" }, u >= 10 ? u.toFixed(0) : u.toFixed(2)));
+    root.append(svg("text", { class: level <= 2 || level >= 12 ? "end" : level === 3 || level === 11 ? "half" : "mid", x, y: y + 4.5, "text-anchor": "middle" }, u >= 10 ? u.toFixed(0) : u.toFixed(2)));
   }
 }
 
@@ -112,13 +112,13 @@ function cellHover(root, box, bottom, most) {
 
 function colourKey() {
   const width = 300, cell = width / 15;
-  const root = svg("svg", { viewBox: `0 0 ${width + 100} 34`, width: width + 100, height: 34, role: "img", "aria-label": "Colours: blue under, grey at, orange over the fair share" });
+  const root = svg("svg", { viewBox: `0 0 ${width + 70} 32`, role: "img", "aria-label": "Colours: blue under, grey at, orange over the fair share" });
   for (let level = 0; level < 15; level++) root.append(svg("rect", { class: `q${level}`, x: level * cell, y: 0, width: cell + 0.4, height: 12 }));
   for (const [octave, text] of [[-3, "\u215b"], [-2, "\u00bc"], [-1, "\u00bd"], [0, "fair"], [1, "2\u00d7"], [2, "4\u00d7"], [3, "8\u00d7"]]) {
     root.append(svg("text", { x: (7.5 + (octave * 7) / 3) * cell, y: 28, "text-anchor": "middle" }, text));
   }
   const x = width + 22;
-  root.append(svg("rect", { class: "q0", x: x - 7, y: 0, width: 14, height: 12 }), svg("path", { class: "x on-dead", d: `M${x - 3} 3l6 6m0 -6l-6 6` }), svg("text", { x: x + 13, y: 10 }, "dead"));
+  root.append(svg("rect", { class: "q0", x: x - 7, y: 0, width: 14, height: 12 }), svg("path", { class: "x", d: `M${x - 3} 3l6 6m0 -6l-6 6` }), svg("text", { x: x + 13, y: 10 }, "dead"));
   const holder = el("div", { class: "chart colours" }, root);
   return holder;
 }
@@ -161,14 +161,14 @@ function layerOverTime(host) {
   const draw = () => {
     const experts = load.experts[view.layer];
     const high = Math.max(3, Math.min(18, 340 / experts));
-    const box = { left: 52, top: 4, wide: (width - 64) / load.frames, high };
+    const box = { left: 34, top: 22, wide: (width - 46) / load.frames, high, joined: true };
     const bottom = box.top + high * experts;
     const root = svg("svg", { viewBox: `0 0 ${width} ${bottom + 40}`, role: "img", "aria-label": `Load of the experts of ${load.layers[view.layer]} over time` });
     cells(root, experts, () => load.frames, box, (row, column) => levelOf(load.value(column, view.layer, row)));
     for (const n of ticks(0, experts, Math.min(experts, Math.max(1, (high * experts) / 26))).filter((n) => Number.isInteger(n) && n < experts)) {
-      root.append(svg("text", { x: 44, y: box.top + (n + 0.5) * high + 4, "text-anchor": "end" }, n));
+      root.append(svg("text", { x: 24, y: box.top + (n + 0.5) * high + 4, "text-anchor": "end" }, n));
     }
-    root.append(svg("text", { x: 0, y: box.top + 0.5 * high + 4 }, "expert"));
+    root.append(svg("text", { x: 0, y: 11 }, "expert"));
     timeTicks(root, box, bottom, width);
     const at = box.left + (view.frame + 0.5) * box.wide;
     root.append(svg("line", { class: "now-line", x1: at, x2: at, y1: box.top - 3, y2: bottom + 3 }));
@@ -184,7 +184,7 @@ function timeTicks(root, box, bottom, width) {
   const unit = axisUnit();
   const values = load.to.map((step) => (data.x.step.length ? axisAtStep(step) : step));
   const last = values[values.length - 1];
-  for (const value of ticks(0, last, Math.max(2, (width - 64) / 120))) {
+  for (const value of ticks(0, last, Math.max(2, (width - 46) / 120))) {
     const frame = values.findIndex((v) => v >= value - 1e-9);
     if (frame >= 0) root.append(svg("text", { x: box.left + (value <= 0 ? 0 : frame + 0.5) * box.wide, y: bottom + 17, "text-anchor": "middle" }, unit.text(value)));
   }

@@ -54,7 +54,8 @@ function findings() {
 }
 
 function axisControl() {
-  const buttons = [["seconds", "Time"], ["tokens", "Tokens"], ["step", "Steps"]].map(([name, text]) => el("button", {
+  const known = [["seconds", "Time"], ["tokens", "Tokens"], ["step", "Steps"]].filter(([name]) => data.x[name].some(isNumber));
+  const buttons = known.map(([name, text]) => el("button", {
     type: "button", "aria-pressed": axis.key === name, onclick: (event) => {
       axis.key = name;
       for (const button of buttons) button.setAttribute("aria-pressed", button === event.currentTarget);
@@ -76,7 +77,7 @@ function lossPanel() {
     { name: isBinned ? "training, mean here" : "training, this step", colour: "var(--blue)", look: "thin", y: raw.mean, lo: raw.lo, hi: raw.hi },
     { name: "training, smoothed", colour: "var(--blue)", y: series.loss_smooth.mean },
   ];
-  const legend = [["training, smoothed", "var(--blue)"], [isBinned ? "training, range of the steps" : "training, each step", "var(--blue)", "band"]];
+  const legend = [["training, smoothed", "var(--blue)"], [isBinned ? "training, range of the steps" : "training, each step", "var(--blue)", isBinned ? "band" : "faint"]];
   if (data.evals.length) {
     const column = (k) => data.evals.map((row) => row[k]);
     lines.push({ name: "validation", colour: "var(--orange)", dots: true, y: column(3), rows: { step: column(0), seconds: column(1), tokens: column(2) } });
@@ -128,14 +129,14 @@ function learning() {
     small("Gradient norm", "Before clipping.", [line("norm", series.grad_norm, "var(--blue)")], (v) => plain(v)),
     small("Learning rate", "As scheduled.", [line("rate", series.lr, "var(--soft)")], (v) => plain(v)),
   ].filter(Boolean);
-  page.append(el("div", { class: "smalls" }, ...charts));
+  page.append(el("div", { class: "smalls few" }, ...charts));
   const aux = Object.entries(data.aux).map(([name, values]) =>
     small(name, "Auxiliary loss, before its coefficient.", [line(name, values, "var(--pink)")], (v) => plain(v))).filter(Boolean);
   if (aux.length) {
     page.append(
       el("h2", {}, "Auxiliary losses"),
       el("p", { class: "about" }, "Kept apart from the main loss. A load-balance loss of 1 means even routing; a router z-loss that climbs means router logits are growing."),
-      el("div", { class: "smalls" }, ...aux));
+      el("div", { class: "smalls few" }, ...aux));
   }
 }
 
@@ -181,14 +182,15 @@ function balance() {
   if (!series.max_violation && !series.cv) return;
   page.append(
     el("h2", {}, "Balance and router health"),
-    el("p", { class: "about" }, "Per micro-batch. The strong line is the mean over layers, the dashed line the worst layer."));
-  const pair = (name, colour) => [line("mean of layers", series[name], colour), line("worst layer", series[`${name}_worst`], "var(--faint)", "dash")];
+    el("p", { class: "about" }, "Counted in each micro-batch, as its experts saw it."),
+    key(["mean of layers", "var(--blue)"], ["worst layer", "var(--faint)", "worst"]));
+  const pair = (name, colour) => [line("mean of layers", series[name], colour), line("worst layer", series[`${name}_worst`], "var(--faint)", "worst")];
   const charts = [
     small("Max violation", "Busiest expert over its fair share, minus 1. Even is 0.", pair("max_violation", "var(--blue)"), (v) => plain(v), { top: 1 }),
     small("Load variation (CV)", "Standard deviation of load over its mean. Even is 0.", pair("cv", "var(--blue)"), (v) => plain(v), { top: 0.5 }),
     small("Load entropy", "Of the greatest possible. Even is 100\u00a0%, under 60\u00a0% is collapse.", pair("entropy", "var(--green)"), percent, { top: 1, marks: [{ y: 0.6, text: "60\u00a0%" }] }),
-    small("Dead experts", "Under 0.1\u00a0% of their fair share in the step.", [line("all layers", series.dead_experts, "var(--orange)"), line("worst layer", series.dead_experts_worst, "var(--faint)", "dash")], (v) => plain(v), { top: 4 }),
-    small("Dropped assignments", "Share of all assignments that was not sent.", [line("all layers", series.dropped_share, "var(--orange)"), line("worst layer", series.dropped_share_worst, "var(--faint)", "dash")], percent, { top: 0.02 }),
+    small("Dead experts", "Under 0.1\u00a0% of their fair share in the step.", [line("all layers", series.dead_experts, "var(--orange)"), line("worst layer", series.dead_experts_worst, "var(--faint)", "worst")], (v) => plain(v), { top: 4 }),
+    small("Dropped", "Share of all assignments that was not sent.", [line("all layers", series.dropped_share, "var(--orange)"), line("worst layer", series.dropped_share_worst, "var(--faint)", "worst")], percent, { top: 0.02 }),
     small("Router margin", "Best minus second best score. Near 0 is undecided.", pair("margin", "var(--pink)"), (v) => plain(v), { top: 0.1 }),
     small("Router entropy", "Of the router's probabilities. 100\u00a0% is undecided.", [line("mean of layers", series.router_entropy, "var(--pink)")], percent, { top: 1 }),
   ].filter(Boolean);

@@ -31,16 +31,16 @@ function tokenPanel() {
     el("div", { class: "head" },
       el("h3", {}, "Tokens and their experts"),
       el("div", { class: "controls" }, data.tokens.length > 1 ? steps : null, layers)),
-    el("p", { class: "hint" }, "Each token has the colour and line of its first expert. Point at a token for its experts, weights and path through the layers; press an expert to see its tokens alone."),
+    el("p", { class: "hint" }, "Each token has the colour and line of its first expert. Point at a token for its experts, weights and path through the layers; press an expert to see its tokens alone, pale where it is not the first choice."),
     chips, shown, note);
 }
 
 function tokenNode(one, piece, index) {
   const experts = one.experts[tokens.layer][index];
   const first = experts.length ? experts[0] : null;
-  const look = first === null ? "lost" : expertLook(first);
   const isOn = tokens.focus !== null && experts.includes(tokens.focus);
-  const node = el("span", { class: `tok ${look}${isOn ? " on" : ""}` });
+  const look = first === null ? "lost" : expertLook(isOn ? tokens.focus : first);
+  const node = el("span", { class: `tok ${look}${isOn ? " on" : ""}${isOn && first !== tokens.focus ? " later" : ""}` });
   for (const [i, part] of piece.split("\n").entries()) {
     if (i > 0) node.append(el("span", { class: "nl" }, "\u21b5"), "\n");
     node.append(part);

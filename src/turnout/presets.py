@@ -1,0 +1,147 @@
+"""MoE layers with the settings of the papers; what a function does not set is the library's default.
+
+`hidden` is the hidden width of one routed expert. Initial weights are the library's, not the papers'.
+"""
+
+from turnout.dispatch import FixedCapacity
+from turnout.layers import MoE
+from turnout.losses import LoadBalance, RouterZ
+from turnout.routers import GShardTop2, Switch, TopK
+
+
+def gshard(
+    dim: int,
+    hidden: int,
+    num_experts: int,
+    *,
+    coefficient: float = 0.01,
+    group_size: int = 0,
+    backend: str = "auto",
+) -> MoE:
+    """GShard: top-2, the second expert by chance, capacity 2S/E, ReLU experts, balance loss on first choices.
+
+    `group_size` is the paper's S, the tokens that share a capacity; 0 takes the batch as one group. The paper does
+    not print its loss coefficient: 0.01 is that of its open descendant in mesh-tensorflow, with the loss times E^2.
+    Source: Lepikhin et al. 2020, arXiv:2006.16668, section 2.2 and algorithm 1.
+    """
+    return MoE(
+        dim,
+        hidden,
+        num_experts,
+        router=GShardTop2(),
+        expert="relu",
+        capacity=FixedCapacity(factor=1.0, group_size=group_size),
+        losses=(LoadBalance(coefficient=coefficient, count="first"),),
+        backend=backend,
+    )
+
+
+def switch(
+    dim: int,
+    hidden: int,
+    num_experts: int,
+    *,
+    capacity_factor: float = 1.25,
+    coefficient: float = 0.01,
+    jitter: float = 0.01,
+    backend: str = "auto",
+) -> MoE:
+    """Switch: top-1 with jittered router input, capacity 1.25 T/E, ReLU experts.
+
+    Source: Fedus et al. 2021, arXiv:2101.03961, sections 2.1-2.4: eq. 3 (capacity), eq. 4 (loss), table 1.
+    """
+    return MoE(
+        dim,
+        hidden,
+        num_experts,
+        router=Switch(jitter=jitter),
+        expert="relu",
+        capacity=FixedCapacity(factor=capacity_factor),
+        losses=(LoadBalance(coefficient=coefficient),),
+        backend=backend,
+    )
+
+
+def mixtral(
+    dim: int, hidden: int, num_experts: int = 8, *, k: int = 2, coefficient: float = 0.02, backend: str = "auto"
+) -> MoE:
+    """Mixtral: top-2 of 8, softmax over the chosen logits, SwiGLU experts, no capacity.
+
+    Source: Jiang et al. 2024, arXiv:2401.04088, section 2.1; the coefficient is that of the released 8x7B config.
+    """
+    return MoE(
+        dim,
+        hidden,
+        num_experts,
+        router=TopK(k=k),
+        losses=(LoadBalance(coefficient=coefficient),),
+        backend=backend,
+    )
+
+
+def olmoe(
+    dim: int,
+    hidden: int,
+    num_experts: int = 64,
+    *,
+    k: int = 8,
+    coefficient: float = 0.01,
+    z_coefficient: float = 0.001,
+    backend: str = "auto",
+) -> MoE:
+    """OLMoE: top-8 of 64 small SwiGLU experts, weights of the full softmax, dropless, balance and z-loss.
+
+    Source: Muennighoff et al. 2024, arXiv:2409.02060, section 2 and table 1.
+    """
+    return MoE(
+        dim,
+        hidden,
+        num_experts,
+        router=TopK(k=k, renormalize=False),
+        losses=(LoadBalance(coefficient=coefficient), RouterZ(coefficient=z_coefficient)),
+        backend=backend,
+    )
+
+
+def qwen3_moe(
+    dim: int, hidden: int, num_experts: int = 128, *, k: int = 8, coefficient: float = 0.001, backend: str = "auto"
+) -> MoE:
+    """Qwen3-MoE: top-8 of 128, renormalised weights, no shared expert, balance counted over the global batch.
+
+    Source: Yang et al. 2025, arXiv:2505.09388, section 2; loss: Qiu et al. 2025, arXiv:2501.11873; the coefficient
+        is that of the released configs.
+    """
+    return MoE(
+        dim,
+        hidden,
+        num_experts,
+        router=TopK(k=k),
+        losses=(LoadBalance(coefficient=coefficient, scope="global"),),
+        backend=backend,
+    )
+
+
+def deepseek_moe(
+    dim: int,
+    hidden: int,
+    num_experts: int = 64,
+    *,
+    k: int = 6,
+    num_shared: int = 2,
+    coefficient: float = 0.001,
+    backend: str = "auto",
+) -> MoE:
+    """DeepSeekMoE: top-6 of 64 fine-grained experts, weights of the full softmax, and shared experts for all tokens.
+
+    The `num_shared` shared experts are computed as one of `num_shared * hidden` columns, which is the same function.
+    Source: Dai et al. 2024, arXiv:2401.06066, eq. 9-11 and 12 (loss), settings of the 16B model.
+    """
+    return MoE(
+        dim,
+        hidden,
+        num_experts,
+        router=TopK(k=k, renormalize=False),
+        losses=(LoadBalance(coefficient=coefficient),),
+        shared_hidden=num_shared * hidden,
+        backend=backend,
+    )

@@ -1,0 +1,242 @@
+"""What a user types: exit codes, one clear error, JSON last, help that names every field."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from turnout.cli import main as cli
+from turnout.config import describe, dump_toml
+from turnout.data.prepare import Dataset
+from turnout.train.loop import Trainer
+from turnout.train.recipe import Recipe
+from turnout.train.signals import StopRequest
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def turnout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+):
+    """Runs the command line in this process."""
+    monkeypatch.setenv("TURNOUT_CACHE", str(tmp_path_factory.mktemp("cli-cache")))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def run(*args: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["turnout", *args])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def recipe_file(small_recipe: Recipe, tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(dump_toml(small_recipe), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained_run(small_recipe: Recipe, small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    trainer = Trainer(small_recipe, small_dataset, run)
+    trainer.train(StopRequest())
+    trainer.finish()
+    return run
+
+
+def test_train_ends_in_a_run_folder_a_report_and_one_json_object(turnout, recipe_file: Path, tmp_path: Path) -> None:
+    result = turnout("train", str(recipe_file), "--out", str(tmp_path / "run"), "--json")
+    assert result.code == 0, result.err
+    summary = json.loads(result.out.splitlines()[-1])
+    promised = {"run", "steps", "seconds", "tokens_per_s", "train_loss", "val_loss", "params_total", "params_active"}
+    assert promised | {"dropped_share", "max_violation"} <= summary.keys()
+    assert summary["steps"] == 12
+    for name in ("recipe.toml", "tokenizer.json", "metrics.jsonl", "report.html", "checkpoints/latest", "summary.json"):
+        assert (tmp_path / "run" / name).exists(), name
+
+
+def test_a_dry_run_says_sizes_balance_and_kernel_and_writes_nothing(turnout, recipe_file: Path, tmp_path: Path) -> None:
+    result = turnout("train", str(recipe_file), "--out", str(tmp_path / "run"), "--dry-run", "--json")
+    facts = json.loads(result.out.splitlines()[-1])
+    assert facts["parameters"]["total"] > facts["parameters"]["active"] > 0
+    assert facts["balance"] == {"live": True, "terms": [{"loss": "load_balance", "coefficient": 0.01}]}
+    assert facts["experts"]["backend"] == "grouped_mm"
+    assert facts["memory_bytes"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_banner_says_when_balancing_is_off(turnout, recipe_file: Path) -> None:
+    result = turnout("train", str(recipe_file), "--set", "model.moe.losses=[]", "--dry-run")
+    assert result.code == 0, result.err
+    assert "NOT balanced" in result.out
+
+
+def test_generate_is_deterministic_by_seed(turnout, trained_run: Path) -> None:
+    options = ("generate", str(trained_run), "--prompt", "a router", "--max-new-tokens", "12", "--seed", "3", "--json")
+    first, second = turnout(*options), turnout(*options)
+    assert first.code == 0, first.err
+    text = json.loads(first.out.splitlines()[-1])
+    assert {"text", "tokens", "seconds", "tokens_per_s"} <= text.keys()
+    assert text["text"] == json.loads(second.out.splitlines()[-1])["text"]
+
+
+def test_report_writes_one_file(turnout, trained_run: Path, tmp_path: Path) -> None:
+    result = turnout("report", str(trained_run), "-o", str(tmp_path / "r.html"), "--json")
+    assert result.code == 0, result.err
+    assert (tmp_path / "r.html").stat().st_size == json.loads(result.out.splitlines()[-1])["bytes"]
+
+
+def test_compare_gives_rows_verdicts_and_a_plot(turnout, recipe_file: Path, small_recipe: Recipe, tmp_path: Path) -> None:
+    dense = tmp_path / "dense.toml"
+    model = replace(small_recipe.model, moe=None, hidden=32)
+    dense.write_text(dump_toml(replace(small_recipe, name="small-dense", model=model)), encoding="utf-8")
+    out = tmp_path / "compare"
+    result = turnout("compare", str(recipe_file), str(dense), "--minutes", "0.02", "--out", str(out), "--json")
+    assert result.code == 0, result.err
+    answer = json.loads(result.out.splitlines()[-1])
+    assert [row["recipe"] for row in answer["rows"]] == ["small", "small-dense"]
+    keys = {"recipe", "seed", "minutes", "tokens", "val_loss", "tokens_per_s", "seconds_to_loss_of"}
+    assert all(keys <= row.keys() for row in answer["rows"])
+    assert answer["verdicts"][0]["baseline"] == "small-dense"
+    assert (out / "comparison.json").exists()
+
+
+BAD_USES: dict[str, tuple[list[str], int, str]] = {
+    "unknown recipe": (["train", "tinny"], 2, r"unknown recipe 'tinny'; built in: .*did you mean 'tiny'"),
+    "no recipe": (["train"], 2, r"give a recipe"),
+    "missing recipe file": (["train", "nowhere.toml"], 2, r"cannot read nowhere\.toml"),
+    "unknown field": (["train", "tiny", "--set", "model.dimm=3"], 2, r"unknown field 'model\.dimm'.*did you mean 'dim'"),
+    "negative size": (["train", "tiny", "--set", "model.dim=-3"], 2, r"model\.dim=-3 must be at least 1"),
+    "wrong type": (["train", "tiny", "--set", "model.dim=wide"], 2, r"model\.dim='wide' must be an integer"),
+    "heads do not divide": (
+        ["train", "tiny", "--set", "model.attention.num_kv_heads=3"],
+        2,
+        r"num_kv_heads=3 must divide num_heads=\d+; legal: \[",
+    ),
+    "k above experts": (["train", "tiny", "--set", "model.moe.router.k=99"], 2, r"99 experts a token; num_experts="),
+    "unknown router": (["train", "tiny", "--set", "model.moe.router.name=topq"], 2, r"unknown router 'topq'.*topk"),
+    "unknown backend": (["train", "tiny", "--set", "model.moe.backend=cuda"], 2, r"unknown moe\.backend 'cuda'; available"),
+    "unknown corpus": (["train", "smoke", "--data", "shakespear"], 2, r"unknown corpus 'shakespear'.*available"),
+    "missing path": (["train", "smoke", "--data", "no/such/folder"], 2, r"no/such/folder"),
+    "override without =": (["train", "tiny", "--set", "model.dim"], 2, r"must look like a\.b=value"),
+    "resume with a recipe": (["train", "tiny", "--resume", "x"], 2, r"goes on with the run's own recipe"),
+    "resume of nothing": (["train", "--resume", "no-run"], 2, r"no-run is not a run folder"),
+    "report on nothing": (["report", "no-run"], 2, r"no-run"),
+    "generate from nothing": (["generate", "no-run"], 2, r"no-run is not a run folder"),
+    "zero minutes": (["compare", "tiny", "--minutes", "0"], 2, r"--minutes 0\.0 must be above 0"),
+    "unknown bench": (["bench", "speed"], 2, r"unknown case 'speed'; available: train-step"),
+    "unknown verb": (["trian"], 2, r"No such command 'trian'"),
+    "unknown option": (["train", "tiny", "--fast"], 2, r"No such option: --fast"),
+    "planner": (["plan"], 2, r"not part of this version"),
+    "compare other data": (["compare", "tiny", "smoke"], 2, r"do not use the same data or evaluation"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USES)
+def test_bad_use_is_one_clear_error(case: str, turnout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args, code, pattern = BAD_USES[case]
+    monkeypatch.chdir(tmp_path)
+    result = turnout(*args)
+    assert result.code == code, result
+    assert "Traceback" not in result.err
+    words = " ".join(result.err.split())
+    assert __import__("re").search(pattern, words), words
+    assert not (tmp_path / "runs").exists(), "a refused command leaves nothing behind"
+
+
+def test_invalid_utf8_names_the_file_and_the_byte(turnout, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"good text " * 50 + b"\xff\xfe")
+    result = turnout("train", str(recipe_file), "--data", str(tmp_path / "bad.txt"), "--out", str(tmp_path / "run"))
+    assert result.code == 1
+    assert "bad.txt" in result.err
+    assert "500" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_an_empty_corpus_is_refused(turnout, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    result = turnout("train", str(recipe_file), "--data", str(tmp_path / "empty.txt"), "--out", str(tmp_path / "run"))
+    assert result.code == 1
+    assert "empty" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_never_overwritten(turnout, recipe_file: Path, trained_run: Path) -> None:
+    before = (trained_run / "metrics.jsonl").read_bytes()
+    result = turnout("train", str(recipe_file), "--out", str(trained_run))
+    assert result.code == 2
+    assert "already holds a run" in result.err
+    assert (trained_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_refused_before_use(turnout, trained_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "damaged"
+    shutil.copytree(trained_run, run)
+    for path in run.glob("checkpoints/step-*/model.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    result = turnout("generate", str(run), "--prompt", "a")
+    assert result.code == 1
+    assert "model.safetensors" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_train_help_documents_every_field_of_a_recipe(turnout) -> None:
+    result = turnout("train", "--help")
+    assert result.code == 0
+    docs = describe(Recipe)
+    assert len(docs) > 40
+    assert [doc.path for doc in docs if doc.path not in result.out] == []
+    assert [doc.path for doc in docs if not doc.text] == []
+
+
+@pytest.mark.parametrize("verb", ["train", "chat", "generate", "report", "compare", "bench", "doctor", "plan"])
+def test_every_verb_has_help(verb: str, turnout) -> None:
+    result = turnout(verb, "--help")
+    assert result.code == 0
+    assert "Usage" in result.out
+
+
+def test_doctor_proves_the_backends(turnout) -> None:
+    result = turnout("doctor", "--json")
+    assert result.code == 0
+    rows = {row["name"]: row for row in json.loads(result.out.splitlines()[-1])["backends"]}
+    assert all(rows[name]["proven"] for name in ("loop", "padded_bmm", "grouped_mm"))
+
+
+def test_sigterm_ends_the_command_with_143_and_it_resumes(recipe_file: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"TURNOUT_CACHE": str(tmp_path / "cache")}
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "turnout", "train", str(recipe_file), "--steps", "100000", "--out", str(run)]
+    child = subprocess.Popen([*command, "--threads", "1"], env=environment, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if "step 1 " in line:
+            break
+    child.send_signal(signal.SIGTERM)
+    rest = child.stdout.read()
+    assert child.wait(timeout=60) == 143
+    assert "stopped and saved" in rest
+    assert (run / "checkpoints" / "latest").exists()
