@@ -7,7 +7,6 @@ from typing import Generic, TypeVar, cast
 from turnout.errors import ConfigError
 
 T = TypeVar("T")
-P = TypeVar("P")
 Part = TypeVar("Part")
 
 
