@@ -48,7 +48,7 @@ def switch(
 ) -> MoE:
     """Switch: top-1 with jittered router input, capacity 1.25 T/E, ReLU experts.
 
-    Source: Fedus et al. 2021, arXiv:2101.03961, sections 2.1-2.4: eq. 3 (capacity), eq. 4 (loss), table 1.
+    Source: Fedus et al. 2021, arXiv:2101.03961, eq. 1-6 and section 2.4 (jitter).
     """
     return MoE(
         dim,
@@ -91,7 +91,7 @@ def olmoe(
 ) -> MoE:
     """OLMoE: top-8 of 64 small SwiGLU experts, weights of the full softmax, dropless, balance and z-loss.
 
-    Source: Muennighoff et al. 2024, arXiv:2409.02060, section 2 and table 1.
+    Source: Muennighoff et al. 2024, arXiv:2409.02060, section 2.
     """
     return MoE(
         dim,
@@ -134,7 +134,7 @@ def deepseek_moe(
     """DeepSeekMoE: top-6 of 64 fine-grained experts, weights of the full softmax, and shared experts for all tokens.
 
     The `num_shared` shared experts are computed as one of `num_shared * hidden` columns, which is the same function.
-    Source: Dai et al. 2024, arXiv:2401.06066, eq. 9-11 and 12 (loss), settings of the 16B model.
+    Source: Dai et al. 2024, arXiv:2401.06066, section 3; settings of the 16B model.
     """
     return MoE(
         dim,

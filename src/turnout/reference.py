@@ -18,7 +18,7 @@ def moe(x_TD: Tensor, gate_TE: Tensor, experts: Sequence[Expert], shared: Expert
     """The layer: y_t = sum_e gate[t, e] * expert_e(x_t), plus the shared expert.
 
     Shapes: x_TD (T, D); gate_TE (T, E), zero where a token does not go; experts E maps of rows; returns (T, D).
-    Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 1; shared expert: Dai et al. 2024, arXiv:2401.06066, eq. 9.
+    Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 1; shared expert: Dai et al. 2024, arXiv:2401.06066, section 3.2.
     """
     y_TD = torch.zeros_like(x_TD)
     for gate_T1, expert in zip(gate_TE.split(1, dim=1), experts, strict=True):
@@ -67,6 +67,23 @@ def best_experts(score_TE: Tensor, k: int) -> Tensor:
     return torch.tensor(order, dtype=torch.int64).reshape(len(order), k)
 
 
+def within_groups(score_TE: Tensor, groups: int, top_groups: int) -> Tensor:
+    """The scores, -inf outside each token's `top_groups` best groups of neighbouring experts.
+
+    A group's worth is the sum of its two highest scores (of its one score where it has one).
+    Shapes: score_TE (T, E); returns (T, E).
+    Source: DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2.
+    """
+    size = score_TE.shape[1] // groups
+    limited_TE = score_TE.clone()
+    for t, row in enumerate(score_TE.tolist()):
+        worth = [sum(sorted(row[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
+        reached = sorted(range(groups), key=[-w for w in worth].__getitem__)[:top_groups]
+        for g in set(range(groups)) - set(reached):
+            limited_TE[t, g * size : (g + 1) * size] = -math.inf
+    return limited_TE
+
+
 def topk_gates(
     logits_TE: Tensor,
     expert_TK: Tensor,
@@ -79,7 +96,7 @@ def topk_gates(
 
     Shapes: logits_TE (T, E); expert_TK (T, K) from `best_experts`; returns (T, E).
     Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5 (softmax, renormalised); Muennighoff et al. 2024,
-        arXiv:2409.02060, eq. 2 (not renormalised); DeepSeek-AI 2024, arXiv:2412.19437, eq. 13-15 (sigmoid).
+        arXiv:2409.02060 (not renormalised); DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2 (sigmoid).
     """
     score_TE = softmax(logits_TE) if activation == "softmax" else 1 / (1 + torch.exp(-logits_TE))
     gate_TE = score_TE * torch.zeros_like(score_TE).scatter(1, expert_TK, 1.0)

@@ -25,6 +25,8 @@ EXPERTS = (1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 8, 9, 10, 11, 12, 13, 16
 # values tried for settings that are numbers, by name; other numbers keep their default
 NUMBERS: dict[str, tuple[float, ...]] = {
     "k": (1, 2, 3, 4, 5, 6, 7, 8),
+    "groups": (1, 1, 2, 4),
+    "top_groups": (1, 1, 2),
     "scale": (1.0, 2.5),
     "jitter": (0.0, 0.01, 0.3),
     "factor": (0.1, 0.5, 1.0, 1.1, 1.25, 2.0, 9.0),
@@ -146,6 +148,9 @@ def draw(case: Case, *, backend: str = "loop", dtype: torch.dtype = torch.float6
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.copy_(inputs.parameters[name])
+        for name, buffer in layer.router.named_buffers():
+            if name.startswith("bias"):
+                buffer.copy_(_draw("normal", buffer.shape, generator) / 4)
     return layer, inputs
 
 

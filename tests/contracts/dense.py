@@ -18,10 +18,10 @@ from turnout.contracts import Loss
 from turnout.dispatch import Dropless, FixedCapacity
 from turnout.experts.activations import Activation
 from turnout.losses import LoadBalance, RouterZ
-from turnout.routers import GShardTop2, Switch, TopK
+from turnout.routers import DeepSeekV3, GShardTop2, Switch, TopK
 from turnout.tensors import Admission, Assignment, RouterOutput
 
-KNOWN_ROUTERS = (TopK, Switch, GShardTop2)
+KNOWN_ROUTERS = (TopK, Switch, GShardTop2, DeepSeekV3)
 KNOWN_KINDS = ("relu", "gelu", "swiglu", "swiglu_clamped")
 Leaves = Mapping[str, Tensor]
 
@@ -70,7 +70,7 @@ def route(
     token_R = torch.arange(len(x_TD)) if inputs.mask is None else inputs.mask.reshape(-1).nonzero().squeeze(1)
     uniform = _draws(generator, next(layer.parameters()).dtype)
     logits_RE = _logits(case, x_TD[token_R], leaves, uniform)
-    expert_RK = reference.best_experts(logits_RE, case.router.choices) if selection is None else selection.as_topk()[0]
+    expert_RK = _selected(case, logits_RE, layer) if selection is None else selection.as_topk()[0]
     gate_RE = reference.topk_gates(logits_RE, expert_RK, **_gate_settings(case))
     weight_RK = gate_RE.gather(1, expert_RK)
     declined_N = None if selection is None else selection.declined_N
@@ -167,10 +167,20 @@ def _logits(case: Case, x_RD: Tensor, leaves: Leaves, uniform: Callable[[tuple[i
     return x_RD @ leaves["router.score.weight_ED"].T + leaves.get("router.score.bias_E", 0.0)
 
 
+def _selected(case: Case, logits_RE: Tensor, layer: MoE) -> Tensor:
+    score_RE = logits_RE.detach()
+    if isinstance(case.router, DeepSeekV3):
+        biased_RE = 1 / (1 + torch.exp(-score_RE)) + layer.router.get_buffer("bias_E").double()
+        score_RE = reference.within_groups(biased_RE, case.router.groups, case.router.top_groups)
+    return reference.best_experts(score_RE, case.router.choices)
+
+
 def _gate_settings(case: Case) -> dict[str, Any]:
     if isinstance(case.router, TopK):
         router = case.router
         return {"activation": router.activation, "renormalize": router.renormalize, "scale": router.scale}
+    if isinstance(case.router, DeepSeekV3):
+        return {"activation": "sigmoid", "renormalize": True, "scale": case.router.scale}
     return {"renormalize": isinstance(case.router, GShardTop2)}
 
 
@@ -179,7 +189,7 @@ def _declines(case: Case) -> bool:
 
 
 def _scores(case: Case, logits_RE: Tensor) -> Tensor:
-    if isinstance(case.router, TopK) and case.router.activation == "sigmoid":
+    if getattr(case.router, "activation", "") == "sigmoid" or isinstance(case.router, DeepSeekV3):
         affinity_RE = 1 / (1 + torch.exp(-logits_RE))
         return affinity_RE / affinity_RE.sum(dim=1, keepdim=True)
     return reference.softmax(logits_RE)

@@ -46,9 +46,7 @@ def check_against_compact(number: int) -> None:
     mask = inputs.mask
     assert mask is not None
     padded, padded_out = run_layer(layer, with_padding_full_of(float("nan"), inputs), case.seed)
-    compact = replace(
-        inputs, x=inputs.x[mask], y_grad=inputs.y_grad[mask], token_ids=inputs.token_ids[mask], mask=None
-    )
+    compact = replace(inputs, x=inputs.x[mask], y_grad=inputs.y_grad[mask], token_ids=inputs.token_ids[mask], mask=None)
     plain, plain_out = run_layer(layer, compact, case.seed)
     assert_same(take(padded, mask), plain, case)
     assert_zero_at_padding(padded, mask, case)

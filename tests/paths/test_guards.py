@@ -174,4 +174,4 @@ def test_a_rule_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(ConfigError, match="warmup=200 <= window=128"):
         SpikeRule(warmup=200)
     with pytest.raises(ConfigError, match="sigmas=0"):
-        SpikeRule(sigmas=0)
+        SpikeRule(sigmas=0.0)

@@ -170,8 +170,8 @@ def test_hostile_text_of_the_run_never_becomes_markup(tmp_path: Path) -> None:
 def test_a_run_of_100000_steps_gives_a_page_under_two_megabytes(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    num_steps, experts = 100_000, (32, 32)
-    line = _step_line(np.random.default_rng(0), 1, 0.5, False, [np.full(32, 10)] * 2)
+    num_steps, experts = 100_000, (16, 16)
+    line = _step_line(np.random.default_rng(0), 1, 0.5, False, [np.full(16, 10)] * 2)
     rest = encode({name: value for name, value in line.items() if name not in _place("step", 1)})[1:]
     with (run / "metrics.jsonl").open("wb") as lines:
         for step in range(1, num_steps + 1):
@@ -183,7 +183,7 @@ def test_a_run_of_100000_steps_gives_a_page_under_two_megabytes(tmp_path: Path) 
     writer = TraceWriter(run, header)
     records = np.zeros(num_steps, header.record)
     records["step"] = np.arange(1, num_steps + 1)
-    records["assigned"] = np.random.default_rng(0).integers(1, 99, (num_steps, 64))
+    records["assigned"] = np.random.default_rng(0).integers(1, 99, (num_steps, 32))
     writer.file.append(records.tobytes())
     writer.file.close()
     start = time.perf_counter()

@@ -56,7 +56,7 @@ CASES = {
     ),
     "validation rises": (
         healthy(evals=((250, 2.6), (500, 2.4), (750, 2.5), (1000, 2.7))),
-        ("warn", "validation loss is rising", r"Best 2\.400 at step 500, now 2\.700 .*\(12 % higher\)", "step 500"),
+        ("warn", "validation loss is rising", r"Best 2\.400 at step 500, now 2\.700 .*\(13 % higher\)", "step 500"),
     ),
     "no evaluation": (
         healthy(evals=()),

@@ -22,7 +22,7 @@ def attend(
 ) -> Tensor:
     """Causal attention of the queries, which are the last S of the past + S tokens of the keys.
 
-    window: keys a query sees, its own included, 0 for all; sink_H: a logit per head that takes weight and gives nothing.
+    window: keys a query sees, its own included, 0 for all; sink_H: logit per head that takes weight and gives nothing.
     Shapes: q_BHSX (B, H, S, X); k_BHSX and v_BHSX of past + S tokens, with a divisor of H heads, the values at most
         as wide as the keys; mask_BS (B, S), False = padding; returns (B, H, S, width of the values).
     Raises: RequestError for padding together with a past.

@@ -43,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_h, grad_w = ctx.saved_tensors
         scale = grads[0]
         return grad_h * scale.to(grad_h.dtype), grad_w * scale.to(grad_w.dtype), None

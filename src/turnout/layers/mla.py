@@ -91,7 +91,9 @@ class MLA(nn.Module):
         q_nope, q_rope = self._queries(x_BSD, rope)
         latent, k_rope = F.linear(x_BSD, self.kv_down).split([self.config.kv_rank, self.config.rope_dim], dim=2)
         # one head that all query heads share: (B, 1, S, kv_rank + rope_dim)
-        shared = torch.cat([self.kv_norm(latent).unsqueeze(2), rotate(k_rope.unsqueeze(2), rope)], dim=3).transpose(1, 2)
+        shared = torch.cat([self.kv_norm(latent).unsqueeze(2), rotate(k_rope.unsqueeze(2), rope)], dim=3).transpose(
+            1, 2
+        )
         past = 0 if cache is None else cache.length
         if cache is not None:
             (shared,) = cache.append(layer, shared)
@@ -111,7 +113,9 @@ class MLA(nn.Module):
         """Keys and values of every head from the shared vectors, then plain attention: the way to train."""
         config = self.config
         latent, k_rope = shared.split([config.kv_rank, config.rope_dim], dim=3)
-        kv = F.linear(latent.squeeze(1), self.kv_up).view(len(latent), -1, config.num_heads, config.nope_dim + config.v_dim)
+        kv = F.linear(latent.squeeze(1), self.kv_up).view(
+            len(latent), -1, config.num_heads, config.nope_dim + config.v_dim
+        )
         k_nope, v = kv.transpose(1, 2).split([config.nope_dim, config.v_dim], dim=3)
         k = torch.cat([k_nope, k_rope.expand(-1, config.num_heads, -1, -1)], dim=3)
         q = torch.cat([q_nope, q_rope], dim=3)

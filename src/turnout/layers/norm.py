@@ -66,7 +66,7 @@ class _FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight_D, scale = ctx.saved_tensors
         grad = grads[0] * scale
         grad_weight_D = (grad * x).flatten(0, -2).sum(dim=0)

@@ -2,5 +2,6 @@
 
 from turnout.models import presets
 from turnout.models.decoder import Decoder, DecoderOutput, ModelConfig
+from turnout.models.presets import PRESETS
 
-__all__ = ["Decoder", "DecoderOutput", "ModelConfig", "presets"]
+__all__ = ["PRESETS", "Decoder", "DecoderOutput", "ModelConfig", "presets"]

@@ -160,7 +160,12 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += length
         losses = tuple(term for report in reports for term in report.losses)
-        return DecoderOutput(h_BSD=self.norm(x_BSD), losses=losses, stats=tuple(r.stats for r in reports), assignments=tuple(r.assignment for r in reports))
+        return DecoderOutput(
+            h_BSD=self.norm(x_BSD),
+            losses=losses,
+            stats=tuple(r.stats for r in reports),
+            assignments=tuple(r.assignment for r in reports),
+        )
 
     def logits(self, h: Tensor) -> Tensor:
         """Shapes: h (..., D); returns (..., V)."""
@@ -187,9 +192,7 @@ def _build_block(config: ModelConfig, *, layer: int) -> Block:
     else:
         ffn = MLP(config.dim, config.hidden, kind=config.ffn, bias=config.ffn_bias, init_std=config.init_std)
     return Block(
-        attention=config.attention.build(
-            config.dim, layer=layer, init_std=config.init_std, norm_eps=config.norm_eps
-        ),
+        attention=config.attention.build(config.dim, layer=layer, init_std=config.init_std, norm_eps=config.norm_eps),
         ffn=ffn,
         attention_norm=NORMS[config.norm](config.dim, eps=config.norm_eps),
         ffn_norm=NORMS[config.norm](config.dim, eps=config.norm_eps),

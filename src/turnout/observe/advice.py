@@ -35,16 +35,16 @@ def advise(summary: RunSummary) -> list[Finding]:
 
 
 def _not_finite(summary: RunSummary) -> Iterable[Finding]:
-    if steps := summary.nonfinite:
-        yield Finding(
-            severity="error",
-            title=f"The loss was not a number at {_count(len(steps), 'step')}",
-            text=f"First at step {steps[0]:,}, last at step {steps[-1]:,}."
-            if len(steps) > 1
-            else f"It was step {steps[0]:,}.",
-            try_="Lower the learning rate, clip gradients at 1.0, add the router z-loss, keep the router in float32. "
-            "Resume from the last checkpoint before the first of these steps.",
-        )
+    if not summary.nonfinite:
+        return
+    first, last = summary.nonfinite[0], summary.nonfinite[-1]
+    yield Finding(
+        severity="error",
+        title=f"The loss was not a number at {_count(len(summary.nonfinite), 'step')}",
+        text=f"First at step {first:,}, last at step {last:,}." if last != first else f"It was step {first:,}.",
+        try_="Lower the learning rate, clip gradients at 1.0, add the router z-loss, keep the router in float32. "
+        "Resume from the last checkpoint before the first of these steps.",
+    )
 
 
 def _not_learning(summary: RunSummary) -> Iterable[Finding]:

@@ -20,7 +20,7 @@ class AppendFile:
 
     def flush(self) -> None:
         """Hand the kept records to the operating system."""
-        size = self._file.tell()
+        size = os.fstat(self._file.fileno()).st_size
         try:
             _write_all(self._file.fileno(), self._pending)
         except OSError as error:

@@ -144,7 +144,7 @@ def _read_header(path: Path) -> tuple[TraceHeader, int]:
         layers = tuple(str(name) for name in fields["layers"])
         num_experts = tuple(int(n) for n in fields["num_experts"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} has a damaged header ({error})") from error
+        raise ConfigError(f"{path} has a damaged header ({error}); delete it to go on without expert counts") from error
     return TraceHeader(layers=layers, num_experts=num_experts), 12 + len(body)
 
 

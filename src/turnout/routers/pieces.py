@@ -48,6 +48,14 @@ def select_topk(scores_RE: Tensor, k: int) -> Tensor:
     return torch.cat(picks, dim=1)
 
 
+def sigmoid_shares(logits_RE: Tensor) -> Tensor:
+    """Each sigmoid over the sum of its row's; also where they all underflow, which would be 0 / 0.
+
+    Shapes: logits_RE (R, E); returns (R, E), rows sum to 1.
+    """
+    return F.logsigmoid(logits_RE).softmax(dim=1)
+
+
 def from_topk(
     expert_RK: Tensor,
     weight_RK: Tensor,

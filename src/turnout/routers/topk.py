@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, from_topk, select_topk
+from turnout.routers.pieces import LinearScore, from_topk, select_topk, sigmoid_shares
 from turnout.tensors import RouterOutput
 
 
@@ -71,16 +71,11 @@ class TopKRouter(Router):
         return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=token_R)
 
     def _weights(self, logits_RE: Tensor, expert_RK: Tensor) -> tuple[Tensor, Tensor]:
+        chosen_RK = logits_RE.gather(1, expert_RK)
         if self.config.activation == "softmax":
             scores_RE = logits_RE.softmax(dim=1)
-            chosen = (
-                logits_RE.gather(1, expert_RK).softmax(dim=1)
-                if self.config.renormalize
-                else scores_RE.gather(1, expert_RK)
-            )
-            return scores_RE, chosen * self.config.scale
-        affinity_RE = logits_RE.sigmoid()
-        weight_RK = affinity_RE.gather(1, expert_RK)
-        if self.config.renormalize:
-            weight_RK = weight_RK / weight_RK.sum(dim=1, keepdim=True)
-        return affinity_RE / affinity_RE.sum(dim=1, keepdim=True), weight_RK * self.config.scale
+            weight_RK = chosen_RK.softmax(dim=1) if self.config.renormalize else scores_RE.gather(1, expert_RK)
+        else:
+            scores_RE = sigmoid_shares(logits_RE)
+            weight_RK = sigmoid_shares(chosen_RK) if self.config.renormalize else chosen_RK.sigmoid()
+        return scores_RE, weight_RK * self.config.scale

@@ -106,8 +106,12 @@ class Trainer:
                 return "done"
             if self.counters.seconds >= pause_at_s:
                 return "paused"
+            if self._owes_evaluation():
+                self.evaluate_and_record(stop)
+                continue
             on_step(self._one_step())
-            self._between_steps(stop)
+            if stop.save_requested() or self._owes_checkpoint():
+                self.save()
 
     def evaluate(self, stop: StopRequest | None = None) -> float:
         """Mean validation loss over the recipe's eval_tokens: the same text for every model.
@@ -242,14 +246,14 @@ class Trainer:
             "Lower optimizer.lr, or set loop.nonfinite=skip to leave such steps out"
         )
 
-    def _between_steps(self, stop: StopRequest) -> None:
-        loop, step = self.recipe.loop, self.counters.step
-        if self.done >= 1:
-            return
-        if loop.eval_every and step % loop.eval_every == 0:
-            self.evaluate_and_record(stop)
-        if stop.save_requested() or (loop.save_every and step % loop.save_every == 0):
-            self.save()
+    def _owes_evaluation(self) -> bool:
+        """True also after a resume, when the stop came before or during the evaluation of this step."""
+        every, c = self.recipe.loop.eval_every, self.counters
+        return bool(every and c.step and c.step % every == 0 and c.evaluated_at != c.step)
+
+    def _owes_checkpoint(self) -> bool:
+        every = self.recipe.loop.save_every
+        return bool(every and self.counters.step % every == 0 and self.done < 1)
 
     def _write_token_view(self) -> None:
         tokenizer = self.dataset.tokenizer

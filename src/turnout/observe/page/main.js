@@ -109,7 +109,8 @@ function small(title, hint, lines, format, options = {}) {
     hint ? el("p", { class: "hint" }, hint) : null);
   const top = Math.max(...present.flatMap((line) => line.y.filter(isNumber)));
   const domain = options.top ? [0, Math.max(options.top, top * 1.06)] : null;
-  lineChart(box, { height: 128, bare: true, label: title, format, lines: present, domain, marks: options.marks });
+  // the first line is the strong one: it is drawn last, on top
+  lineChart(box, { height: 128, bare: true, label: title, format, lines: [...present].reverse(), domain, marks: options.marks });
   return box;
 }
 

@@ -1,0 +1,114 @@
+"""DeepSeek-V3: sigmoid scores, a bias that balances load without a loss, and a limit on the groups a token reaches."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turnout.contracts import Router, RouterConfig
+from turnout.errors import ConfigError
+from turnout.routers.pieces import LinearScore, from_topk, select_topk, sigmoid_shares
+from turnout.tensors import MoEStats, RouterOutput
+
+
+@RouterConfig.TABLE.register("deepseek_v3")
+@dataclass(frozen=True, kw_only=True)
+class DeepSeekV3(RouterConfig):
+    """The experts are chosen by score plus bias, and weighted by the scores alone, which sum to `scale`.
+
+    After each step the bias of an expert with more than the mean load falls by `bias_step`, that of one with less
+    rises. Source: DeepSeek-AI 2024, arXiv:2412.19437, eq. 12-16; group score from inference/model.py of
+    https://github.com/deepseek-ai/DeepSeek-V3.
+    """
+
+    k: int = 8  # experts per token
+    groups: int = 1  # equal groups the experts stand in, as nodes hold them
+    top_groups: int = 1  # groups a token reaches: those whose two best scores have the highest sum
+    scale: float = 2.5  # sum of a token's weights
+    bias_step: float = 0.001  # change of a bias per optimizer step; 0: biases stay
+    init_std: float = 0.02  # standard deviation of the score's initial weights
+
+    def __post_init__(self) -> None:
+        if self.k < 2:
+            raise ConfigError(
+                f"router.k={self.k} must be at least 2: the weight of a single choice is {self.scale} always"
+            )
+        if not 1 <= self.top_groups <= self.groups:
+            raise ConfigError(f"router.top_groups={self.top_groups} must be from 1 to groups={self.groups}")
+        if not self.bias_step >= 0:
+            raise ConfigError(f"router.bias_step={self.bias_step} must be at least 0")
+
+    @property
+    def choices(self) -> int:
+        return self.k
+
+    def build(self, dim: int, num_experts: int) -> Router:
+        if num_experts % self.groups:
+            legal = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+            raise ConfigError(f"router.groups={self.groups} must divide num_experts={num_experts}; legal: {legal}")
+        reachable = num_experts // self.groups * self.top_groups
+        if self.k > reachable:
+            raise ConfigError(
+                f"router.k={self.k} is more than the {reachable} experts in top_groups={self.top_groups} of "
+                f"groups={self.groups}, num_experts={num_experts}"
+            )
+        return DeepSeekV3Router(dim, num_experts, self)
+
+
+class DeepSeekV3Router(Router):
+    """The module of `DeepSeekV3`: owns the score's weights, and the biases, which no gradient moves."""
+
+    bias_E: Tensor
+
+    def __init__(self, dim: int, num_experts: int, config: DeepSeekV3) -> None:
+        super().__init__(dim, num_experts)
+        self.config = config
+        self.score = LinearScore(dim, num_experts, bias=False, init_std=config.init_std)
+        self.register_buffer("bias_E", torch.zeros(num_experts))
+
+    def reset_parameters(self) -> None:
+        """The score resets itself."""
+        self.bias_E.zero_()
+
+    def route(
+        self,
+        x_RD: Tensor,
+        token_ids_R: Tensor | None,
+        token_R: Tensor,
+        num_tokens: int,
+        generator: torch.Generator | None,
+    ) -> RouterOutput:
+        del token_ids_R, generator
+        logits_RE = self.score(x_RD)
+        biased_RE = logits_RE.detach().sigmoid() + self.bias_E
+        expert_RK = select_topk(
+            within_best_groups(biased_RE, self.config.groups, self.config.top_groups), self.config.k
+        )
+        assignment = from_topk(
+            expert_RK,
+            sigmoid_shares(logits_RE.gather(1, expert_RK)) * self.config.scale,
+            token_R,
+            num_tokens=num_tokens,
+            num_experts=self.num_experts,
+        )
+        scores_RE = sigmoid_shares(logits_RE)
+        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=token_R)
+
+    @torch.no_grad()
+    def after_step(self, stats: MoEStats) -> None:
+        """Biases one step towards balance."""
+        load_E = stats.assigned_E.to(self.bias_E.dtype)
+        self.bias_E.add_((load_E.mean() - load_E).sign(), alpha=self.config.bias_step)
+
+
+def within_best_groups(scores_RE: Tensor, groups: int, top_groups: int) -> Tensor:
+    """The scores, -inf outside the `top_groups` groups whose two best scores have the highest sum.
+
+    Shapes: scores_RE (R, E), expert e in group e // (E / groups); returns (R, E).
+    """
+    if groups == top_groups:
+        return scores_RE
+    by_group = scores_RE.unflatten(1, (groups, -1))
+    group_score = by_group.topk(min(2, by_group.shape[2]), dim=2).values.sum(dim=2)
+    reached = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, select_topk(group_score, top_groups), True)
+    return by_group.masked_fill(~reached.unsqueeze(2), -torch.inf).flatten(1)

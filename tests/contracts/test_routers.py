@@ -1,0 +1,197 @@
+"""What every row of the router table promises, and what each of ours does besides."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.contracts.cases import Case, draw, draw_case, error, simple_case
+from turnout import MoE, reference, total_loss
+from turnout.contracts import Loss, RouterConfig
+from turnout.routers import Switch, TopK
+from turnout.routers.pieces import MOST_ARGMAX_PASSES, select_topk
+from turnout.tensors import RouterOutput
+
+ROWS = RouterConfig.TABLE.names()
+
+
+def cases_of(row: str, count: int) -> list[Case]:
+    """Random cases of one router; `draw_case` takes the rows in turn."""
+    start = 50_000 + ROWS.index(row) - 50_000 % len(ROWS)
+    return [draw_case(start + len(ROWS) * number) for number in range(count)]
+
+
+def routed(layer: MoE, x: Tensor, mask: Tensor | None, token_ids: Tensor, seed: int = 0) -> RouterOutput:
+    mask_T = None if mask is None else mask.reshape(-1)
+    generator = torch.Generator().manual_seed(seed)
+    return layer.router(x.reshape(-1, layer.dim), token_ids.reshape(-1), mask_T, generator)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_an_assignment_is_well_formed(row: str) -> None:
+    for case in cases_of(row, 40):
+        layer, inputs = draw(case)
+        assert isinstance(case.router, RouterConfig.TABLE[row])
+        routing = routed(layer, inputs.x, inputs.mask, inputs.token_ids)
+        assignment = routing.assignment
+        real_T = torch.ones(case.num_tokens) if inputs.mask is None else inputs.mask.reshape(-1)
+        assert torch.equal(routing.token_R, real_T.nonzero().flatten()), case
+        num_routed = len(routing.token_R)
+        assert routing.logits_RE.shape == routing.scores_RE.shape == (num_routed, case.num_experts), case
+        assert error(routing.scores_RE.sum(dim=1), torch.ones(num_routed, dtype=torch.float64)) < 1e-14, case
+        assert len(assignment.token_N) <= num_routed * case.router.choices, case
+        assert real_T[assignment.token_N].all(), f"padding was assigned in {case}"
+        pairs_N = assignment.token_N * case.num_experts + assignment.expert_N
+        assert len(pairs_N.unique()) == len(pairs_N), f"a token goes to one expert twice in {case}"
+        choices_N = assignment.token_N * case.router.choices + assignment.choice_N
+        assert len(choices_N.unique()) == len(choices_N), f"a choice is made twice in {case}"
+        assert assignment.weight_N.isfinite().all()
+        assert int(assignment.counts_E.sum()) == len(assignment.token_N)
+        if assignment.top_k is not None:
+            assert len(assignment.token_N) == num_routed * assignment.top_k
+            assert torch.equal(assignment.token_N, routing.token_R.repeat_interleave(assignment.top_k))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_order_of_tokens_does_not_matter_without_a_capacity(row: str) -> None:
+    for case in cases_of(row, 20):
+        case = simple_case(
+            router=case.router, num_experts=case.num_experts, training=False, shape=(33,), seed=case.seed
+        )
+        layer, inputs = draw(case)
+        x_TD, ids_T = inputs.x + 0.01, inputs.token_ids
+        order_T = torch.randperm(33, generator=torch.Generator().manual_seed(case.seed))
+        y_TD = layer(x_TD, token_ids=ids_T).y
+        assert error(layer(x_TD[order_T], token_ids=ids_T[order_T]).y, y_TD[order_T]) < 1e-12, case
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_bfloat16_model_routes_as_its_weights_would_in_float32(row: str) -> None:
+    for case in cases_of(row, 20):
+        layer, inputs = draw(replace(case, dim=24), dtype=torch.bfloat16)
+        wide = deepcopy(layer).float()
+        x = inputs.x.bfloat16()
+        got = routed(layer, x, inputs.mask, inputs.token_ids)
+        want = routed(wide, x.float(), inputs.mask, inputs.token_ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under_autocast = routed(wide, x.float(), inputs.mask, inputs.token_ids)
+        for other in (got, under_autocast):
+            assert other.logits_RE.dtype == other.assignment.weight_N.dtype == torch.float32
+            assert torch.equal(other.logits_RE, want.logits_RE), case
+            assert torch.equal(other.assignment.expert_N, want.assignment.expert_N), case
+            assert torch.equal(other.assignment.weight_N, want.assignment.weight_N), case
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_same_generator_gives_the_same_routing(row: str) -> None:
+    for case in cases_of(row, 10):
+        layer, inputs = draw(case)
+        first = routed(layer, inputs.x, inputs.mask, inputs.token_ids, seed=3).assignment
+        again = routed(layer, inputs.x, inputs.mask, inputs.token_ids, seed=3).assignment
+        assert torch.equal(first.weight_N, again.weight_N)
+        assert torch.equal(first.expert_N, again.expert_N)
+        assert (first.declined_N is None) == (again.declined_N is None)
+        if first.declined_N is not None and again.declined_N is not None:
+            assert torch.equal(first.declined_N, again.declined_N)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("logit", [-3e4, -200.0, 0.0, 200.0, 3e4])
+def test_extreme_logits_give_finite_weights_and_gradients(row: str, logit: float) -> None:
+    for case in cases_of(row, 10):
+        case = simple_case(router=case.router, num_experts=case.num_experts, dim=1, shape=(6,))
+        layer, inputs = draw(case, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in layer.router.parameters():
+                parameter.fill_(logit)
+        x = torch.ones(6, 1, requires_grad=True)
+        out = layer(x, token_ids=inputs.token_ids, generator=torch.Generator().manual_seed(0))
+        (out.y.sum() + total_loss(out.losses)).backward()
+        assert out.y.isfinite().all(), case
+        assert all(term.value.isfinite() for term in out.losses), case
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters()), case
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("loss", Loss.TABLE.names())
+def test_with_the_main_loss_at_zero_the_router_moves_by_exactly_the_coefficient(row: str, loss: str) -> None:
+    drawn = next(case for case in cases_of(row, 50) if case.num_experts > 2)
+    grads = {}
+    for coefficient in (1.0, 0.25, 0.0):
+        # a power of two, so that scaling rounds nothing
+        part = Loss.TABLE[loss](coefficient=coefficient)  # type: ignore[call-arg]
+        layer, inputs = draw(simple_case(router=drawn.router, num_experts=drawn.num_experts, losses=(part,)))
+        out = layer(inputs.x, token_ids=inputs.token_ids, generator=torch.Generator().manual_seed(0))
+        (0 * out.y.sum() + total_loss(out.losses)).backward()
+        grads[coefficient] = {name: p.grad for name, p in layer.named_parameters()}
+    for name, unit in grads[1.0].items():
+        assert unit is not None
+        assert torch.equal(grads[0.25][name], 0.25 * unit)
+        assert torch.equal(grads[0.0][name], torch.zeros_like(unit))
+        assert bool(unit.any()) == name.startswith("router."), name
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_main_loss_alone_moves_the_router(row: str) -> None:
+    for case in cases_of(row, 20):
+        if case.num_experts == 1:
+            continue
+        layer, inputs = draw(simple_case(router=case.router, num_experts=case.num_experts, losses=()))
+        layer(inputs.x, token_ids=inputs.token_ids).y.square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in layer.router.parameters()), case
+
+
+@settings(max_examples=200)
+@given(data=st.data(), num_experts=st.integers(1, 20), num_tokens=st.integers(0, 9))
+def test_selection_takes_the_best_and_of_equals_the_lower_index(
+    data: st.DataObject, num_experts: int, num_tokens: int
+) -> None:
+    k = data.draw(st.integers(1, num_experts))
+    values = st.lists(st.integers(-2, 2), min_size=num_experts, max_size=num_experts)
+    rows = data.draw(st.lists(values, min_size=num_tokens, max_size=num_tokens))
+    scores_RE = torch.tensor(rows, dtype=torch.float32).reshape(num_tokens, num_experts)
+    assert torch.equal(select_topk(scores_RE, k), reference.best_experts(scores_RE, k))
+
+
+@pytest.mark.parametrize("k", [1, MOST_ARGMAX_PASSES, MOST_ARGMAX_PASSES + 1])
+def test_selection_does_not_touch_the_scores(k: int) -> None:
+    scores_RE = torch.randn(5, 12)
+    before = scores_RE.clone()
+    select_topk(scores_RE, k)
+    assert torch.equal(scores_RE, before)
+
+
+def test_renormalised_weights_sum_to_the_scale() -> None:
+    for activation in ("softmax", "sigmoid"):
+        router = TopK(k=3, activation=activation, scale=2.5).build(6, 9).double()
+        weight_RK = router(torch.randn(40, 6, dtype=torch.float64)).assignment.as_topk()[1]
+        assert error(weight_RK.sum(dim=1), torch.full((40,), 2.5, dtype=torch.float64)) < 1e-14
+
+
+def test_saturated_sigmoids_still_choose_the_larger_logit() -> None:
+    router = TopK(k=1, activation="sigmoid", renormalize=False).build(1, 2)
+    with torch.no_grad():
+        router.get_parameter("score.weight_ED").copy_(torch.tensor([[100.0], [200.0]]))
+    assert router(torch.ones(1, 1)).assignment.expert_N.tolist() == [1]
+
+
+def test_switch_jitters_in_training_alone() -> None:
+    router = Switch(jitter=0.3).build(6, 4)
+    x_TD = torch.randn(20, 6)
+    plain = Switch().build(6, 4)
+    plain.load_state_dict(router.state_dict())
+    assert torch.equal(router.eval()(x_TD).logits_RE, plain(x_TD).logits_RE)
+    assert not torch.equal(router.train()(x_TD).logits_RE, plain(x_TD).logits_RE)
+
+
+def test_switch_jitter_stays_within_its_bounds() -> None:
+    router = Switch(jitter=0.25).build(1, 2).train()
+    with torch.no_grad():
+        router.get_parameter("score.weight_ED").fill_(1.0)
+    logits_RE = router(torch.ones(5000, 1)).logits_RE
+    assert 0.75 <= float(logits_RE.min()) < 0.76
+    assert 1.24 < float(logits_RE.max()) <= 1.25

@@ -1,0 +1,78 @@
+"""Statistics say what happened to every assignment, and add up."""
+
+from dataclasses import fields, replace
+
+import torch
+
+from tests.contracts.cases import Case, draw, draw_case, error, own_selection, simple_case
+from turnout import MoEStats
+from turnout.dispatch import Dropless, FixedCapacity
+from turnout.routers import GShardTop2
+
+COUNTS = ("assigned_E", "dropped_capacity_E", "dropped_policy_E", "num_routed", "num_padding")
+
+
+def stats_of(case: Case) -> MoEStats:
+    layer, inputs = draw(case)
+    generator = torch.Generator().manual_seed(case.seed)
+    return layer(inputs.x, mask=inputs.mask, token_ids=inputs.token_ids, generator=generator).stats
+
+
+def test_stats_count_every_token_and_every_assignment_once() -> None:
+    for seed in range(100):
+        case = draw_case(seed)
+        layer, inputs = draw(case)
+        generator = torch.Generator().manual_seed(case.seed)
+        stats = layer(inputs.x, mask=inputs.mask, token_ids=inputs.token_ids, generator=generator).stats
+        assignment = own_selection(layer, inputs, case.seed)
+        admission = case.capacity.admit(assignment)
+        keep_N = torch.ones_like(assignment.token_N) if admission.keep_N is None else admission.keep_N.long()
+        kept_E = torch.zeros(case.num_experts, dtype=torch.int64).index_add(0, assignment.expert_N, keep_N)
+        assert torch.equal(kept_E + stats.dropped_capacity_E + stats.dropped_policy_E, stats.assigned_E), case
+        assert torch.equal(stats.assigned_E, assignment.counts_E), case
+        assert int(stats.num_routed + stats.num_padding) == case.num_tokens, case
+        assert int(stats.num_padding) == (0 if inputs.mask is None else int((~inputs.mask).sum())), case
+
+
+def test_stats_of_micro_batches_add_to_the_stats_of_the_batch() -> None:
+    for seed in range(40):
+        case = replace(draw_case(seed), shape=(37,), capacity=Dropless(), training=False)
+        layer, inputs = draw(case)
+        mask = torch.ones(37, dtype=torch.bool) if inputs.mask is None else inputs.mask
+        whole = layer(inputs.x, mask=mask, token_ids=inputs.token_ids).stats
+        parts = [
+            layer(inputs.x[part], mask=mask[part], token_ids=inputs.token_ids[part]).stats
+            for part in (slice(0, 5), slice(5, 5), slice(5, 36), slice(36, 37))
+        ]
+        added = sum(parts[1:], start=parts[0])
+        for name in COUNTS:
+            assert torch.equal(getattr(added, name), getattr(whole, name)), (name, case)
+        assert error(added.entropy_sum, whole.entropy_sum) < 1e-12, case
+        assert error(added.margin_sum, whole.margin_sum) < 1e-12, case
+
+
+def test_adding_stats_adds_every_field() -> None:
+    stats = stats_of(simple_case(capacity=FixedCapacity(factor=0.5), padding=0.3, router=GShardTop2()))
+    for field in fields(MoEStats):
+        assert torch.equal(getattr(stats + stats, field.name), 2 * getattr(stats, field.name))
+        assert getattr(stats, field.name).any(), f"{field.name} is zero in this case, which proves nothing"
+
+
+def test_entropy_and_margin_are_those_of_the_scores() -> None:
+    for seed in range(40):
+        case = draw_case(seed)
+        layer, inputs = draw(case)
+        mask_T = None if inputs.mask is None else inputs.mask.reshape(-1)
+        generator = torch.Generator().manual_seed(case.seed)
+        x_TD = inputs.x.reshape(-1, case.dim)
+        scores_RE = layer.router(x_TD, inputs.token_ids.reshape(-1), mask_T, generator).scores_RE
+        entropy = sum(-p * torch.log(torch.tensor(p)) for row in scores_RE.tolist() for p in row if p > 0)
+        ranked = [sorted(row, reverse=True) + [0.0] for row in scores_RE.tolist()]
+        stats = stats_of(case)
+        assert abs(float(stats.entropy_sum) - float(entropy)) < 1e-4 * max(1.0, float(entropy)), case
+        assert abs(float(stats.margin_sum) - sum(row[0] - row[1] for row in ranked)) < 1e-9, case
+
+
+def test_stats_carry_no_gradient() -> None:
+    stats = stats_of(simple_case())
+    assert not any(getattr(stats, field.name).requires_grad for field in fields(MoEStats))
