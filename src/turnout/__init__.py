@@ -6,27 +6,34 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "LossTerm": "turnout.tensors",
     "MoE": "turnout.layers",
     "MoEConfig": "turnout.layers",
     "MoEOutput": "turnout.tensors",
     "MoEStats": "turnout.tensors",
-    "LossTerm": "turnout.tensors",
     "total_loss": "turnout.tensors",
 }
-_MODULES = (
+_MODULES = ("dispatch", "errors", "experts", "layers", "losses", "models", "plan", "presets", "reference", "routers")
+
+__all__ = [
+    "LossTerm",
+    "MoE",
+    "MoEConfig",
+    "MoEOutput",
+    "MoEStats",
+    "__version__",
+    "dispatch",
+    "errors",
     "experts",
+    "layers",
     "losses",
     "models",
-    "presets",
-    "routers",
-    "dispatch",
-    "layers",
     "plan",
-    "errors",
+    "presets",
     "reference",
-)
-
-__all__ = [*_HOME, *_MODULES, "__version__"]
+    "routers",
+    "total_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

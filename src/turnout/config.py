@@ -157,9 +157,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return from_dict(hint, _expect(value, Mapping, "a table", where), where)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(
-                f"{where}={value!r} must be one of: {', '.join(map(str, args))}{nearest(str(value), [str(a) for a in args])}"
-            )
+            legal = [str(a) for a in args]
+            raise ConfigError(f"{where}={value!r} must be one of: {', '.join(legal)}{nearest(str(value), legal)}")
         return value
     if origin in (tuple, list):
         items = _expect(value, list | tuple, "a list", where)

@@ -5,9 +5,21 @@ import sys
 
 import pytest
 
+RUN_MAIN = """
+import sys
+from turnout.cli.main import main
+sys.argv = ["turnout", *{args}]
+try:
+    main()
+except SystemExit:
+    pass
+"""
+
 
 def test_import_contracts_hold() -> None:
-    result = subprocess.run([sys.executable, "-m", "importlinter.cli", "lint"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "importlinter.cli", "lint"], capture_output=True, text=True, check=False
+    )
     if "No module named" in result.stderr:
         result = subprocess.run(["lint-imports"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -18,10 +30,8 @@ def test_import_contracts_hold() -> None:
     [
         "import turnout",
         "import turnout.plan, turnout.config, turnout.registry, turnout.errors",
-        "import sys; sys.argv = ['turnout', 'plan', '--help']\n"
-        "from turnout.cli.main import main\ntry:\n    main()\nexcept SystemExit:\n    pass",
-        "import sys; sys.argv = ['turnout', '--help']\n"
-        "from turnout.cli.main import main\ntry:\n    main()\nexcept SystemExit:\n    pass",
+        RUN_MAIN.format(args=["plan", "--help"]),
+        RUN_MAIN.format(args=["--help"]),
     ],
 )
 def test_planning_never_reaches_torch(code: str) -> None:

@@ -53,7 +53,7 @@ def test_sequence_scope_is_the_mean_of_the_sequences_alone(count: str, padding: 
         mask = torch.ones(4, 9, dtype=torch.bool) if inputs.mask is None else inputs.mask
         (term,) = layer(inputs.x, mask=inputs.mask).losses
         values = torch.stack([alone(x, mask=m).losses[0].value for x, m in zip(inputs.x, mask, strict=True)])
-        share = mask.sum(dim=1) / mask.sum()
+        share = mask.double().sum(dim=1) / mask.sum()
         assert error(term.value, (share * values).sum()) < 1e-14
         if padding is None:
             assert error(term.value, values.mean()) < 1e-14
@@ -100,7 +100,7 @@ def test_the_total_adds_coefficient_times_value() -> None:
 
 def test_the_balance_gradient_goes_through_the_scores_alone() -> None:
     scores_RE = torch.rand(6, 4, dtype=torch.float64).softmax(dim=1).requires_grad_()
-    counts_E = torch.tensor([3, 0, 1, 2])
+    counts_E = torch.tensor([3.0, 0.0, 1.0, 2.0], dtype=torch.float64)
     load_balance_loss(scores_RE, counts_E).backward()
     assert scores_RE.grad is not None
-    assert error(scores_RE.grad, (4 / 6 * counts_E / 6).double().expand(6, 4)) < 1e-15
+    assert error(scores_RE.grad, (4 / 6 * counts_E / 6).expand(6, 4)) < 1e-15

@@ -15,7 +15,8 @@ from turnout.models import ModelConfig
 from turnout.routers import TopK
 from turnout.train.recipe import LoopConfig, Recipe, ScheduleConfig
 
-WORDS = "a router sends each token to its experts and the experts answer in turn while the rest sleep".split()
+SENTENCE = "a router sends each token to its experts and the experts answer in turn while the rest sleep"
+WORDS = SENTENCE.split()
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,9 @@ def test_report_writes_one_file(turnout, trained_run: Path, tmp_path: Path) -> N
     assert (tmp_path / "r.html").stat().st_size == json.loads(result.out.splitlines()[-1])["bytes"]
 
 
-def test_compare_gives_rows_verdicts_and_a_plot(turnout, recipe_file: Path, small_recipe: Recipe, tmp_path: Path) -> None:
+def test_compare_gives_rows_verdicts_and_a_plot(
+    turnout, recipe_file: Path, small_recipe: Recipe, tmp_path: Path
+) -> None:
     dense = tmp_path / "dense.toml"
     model = replace(small_recipe.model, moe=None, hidden=32)
     dense.write_text(dump_toml(replace(small_recipe, name="small-dense", model=model)), encoding="utf-8")
@@ -124,7 +126,11 @@ BAD_USES: dict[str, tuple[list[str], int, str]] = {
     "unknown recipe": (["train", "tinny"], 2, r"unknown recipe 'tinny'; built in: .*did you mean 'tiny'"),
     "no recipe": (["train"], 2, r"give a recipe"),
     "missing recipe file": (["train", "nowhere.toml"], 2, r"cannot read nowhere\.toml"),
-    "unknown field": (["train", "tiny", "--set", "model.dimm=3"], 2, r"unknown field 'model\.dimm'.*did you mean 'dim'"),
+    "unknown field": (
+        ["train", "tiny", "--set", "model.dimm=3"],
+        2,
+        r"unknown field 'model\.dimm'.*did you mean 'dim'",
+    ),
     "negative size": (["train", "tiny", "--set", "model.dim=-3"], 2, r"model\.dim=-3 must be at least 1"),
     "wrong type": (["train", "tiny", "--set", "model.dim=wide"], 2, r"model\.dim='wide' must be an integer"),
     "heads do not divide": (
@@ -134,7 +140,11 @@ BAD_USES: dict[str, tuple[list[str], int, str]] = {
     ),
     "k above experts": (["train", "tiny", "--set", "model.moe.router.k=99"], 2, r"99 experts a token; num_experts="),
     "unknown router": (["train", "tiny", "--set", "model.moe.router.name=topq"], 2, r"unknown router 'topq'.*topk"),
-    "unknown backend": (["train", "tiny", "--set", "model.moe.backend=cuda"], 2, r"unknown moe\.backend 'cuda'; available"),
+    "unknown backend": (
+        ["train", "tiny", "--set", "model.moe.backend=cuda"],
+        2,
+        r"unknown moe\.backend 'cuda'; available",
+    ),
     "unknown corpus": (["train", "smoke", "--data", "shakespear"], 2, r"unknown corpus 'shakespear'.*available"),
     "missing path": (["train", "smoke", "--data", "no/such/folder"], 2, r"no/such/folder"),
     "override without =": (["train", "tiny", "--set", "model.dim"], 2, r"must look like a\.b=value"),

@@ -129,9 +129,10 @@ def run_rule(losses: list[float], rule: SpikeRule | None = None) -> list[int]:
     history: list[float] = []
     spikes = []
     for step, loss in enumerate(losses):
-        found, history = is_spike(rule or SpikeRule(), json.loads(json.dumps(history)), loss)
+        found, history = is_spike(rule or SpikeRule(), history, loss)
         spikes += [step] if found else []
     assert len(history) <= 128
+    assert json.loads(json.dumps(history)) == history
     return spikes
 
 

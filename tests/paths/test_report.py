@@ -13,14 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from turnout.errors import ConfigError
 from turnout.observe.metrics import encode
 from turnout.observe.report import embed, page_data, write_report
 from turnout.observe.run_folder import read_run
-from turnout.observe.thin import bucket_edges, encode_load, smooth, thin
 from turnout.observe.token_view import TokenView, write_token_view
 from turnout.observe.trace import TraceHeader, TraceWriter
 
@@ -238,31 +235,6 @@ def test_torn_broken_and_missing_parts_are_left_out_and_named(tmp_path: Path) ->
 def test_a_run_that_has_barely_begun_has_a_page(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(content)
     assert "Turnout" in write_report(tmp_path, tmp_path / "r.html").read_text()
-
-
-def test_series_keep_their_extremes_when_they_are_thinned() -> None:
-    values = np.sin(np.arange(10_000.0))
-    values[1234], values[77] = 50.0, math.nan
-    kept = thin(values, bucket_edges(len(values), 100))
-    assert len(kept["mean"]) == 100
-    assert max(v for v in kept["hi"] if v is not None) == 50.0
-    assert thin(np.array([math.nan, 1.0]), bucket_edges(2, 100)) == {"mean": [None, 1]}
-    assert thin(np.zeros(0), bucket_edges(0, 100)) == {"mean": []}
-
-
-def test_smoothing_keeps_a_constant_follows_a_line_and_skips_nan() -> None:
-    assert np.allclose(smooth(np.full(300, 2.5)), 2.5)
-    line = np.arange(400.0)
-    assert np.allclose(smooth(line)[:380], line[:380])
-    line[200] = math.nan
-    assert np.isfinite(smooth(line)).all()
-
-
-@given(load=st.lists(st.one_of(st.just(0.0), st.floats(0.001, 256)), min_size=1, max_size=40))
-def test_the_codes_of_a_load_keep_three_digits_and_an_exact_zero(load: list[float]) -> None:
-    codes = encode_load(np.array(load)).astype(float)
-    back = np.where(codes == 0, 0, 2 ** ((codes - 1) / 2700 - 12))
-    assert np.allclose(back, load, rtol=3e-4, atol=0)
 
 
 def test_the_frames_of_the_film_cover_every_step_once(tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ def train_to_end(recipe: Recipe, dataset: Dataset, run: Path) -> Trainer:
 def train_with_a_stop(recipe: Recipe, dataset: Dataset, run: Path, at_step: int) -> Trainer:
     with StopRequest() as stop:
         first = Trainer(recipe, dataset, run)
-        outcome = first.train(stop, on_step=lambda p: os.kill(os.getpid(), signal.SIGTERM) if p.step == at_step else None)
+        outcome = first.train(
+            stop, on_step=lambda p: os.kill(os.getpid(), signal.SIGTERM) if p.step == at_step else None
+        )
         first.recorder.close()
     assert outcome == "stopped"
     # what the process did in between must not matter

@@ -155,7 +155,9 @@ def test_a_full_disk_does_not_end_the_run_and_keeps_the_old_checkpoint(
     trainer = Trainer(small_recipe, small_dataset, tmp_path / "run")
     assert trainer.train(StopRequest()) == "done"
     trainer.recorder.flush()
-    assert "checkpoint failed, the run goes on: cannot save: No space left" in (tmp_path / "run/metrics.jsonl").read_text()
+    assert (
+        "checkpoint failed, the run goes on: cannot save: No space left" in (tmp_path / "run/metrics.jsonl").read_text()
+    )
     assert checkpoint.load(tmp_path / "run").step == 5
 
 

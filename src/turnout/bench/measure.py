@@ -34,9 +34,7 @@ def race(contestants: Mapping[str, Callable[[], object]], *, rounds: int, warmup
             contestants[name]()
             if number >= warmup:
                 times[name].append(1e3 * (time.perf_counter() - started))
-    return {
-        name: Timing(ms_min=min(ms), ms_median=statistics.median(ms), ms_max=max(ms)) for name, ms in times.items()
-    }
+    return {name: Timing(ms_min=min(ms), ms_median=statistics.median(ms), ms_max=max(ms)) for name, ms in times.items()}
 
 
 def peak_mib(function: Callable[[], None]) -> float:

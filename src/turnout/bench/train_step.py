@@ -108,8 +108,15 @@ def _gemms(model: ModelConfig, num_tokens: int) -> Callable[[], object]:
     """Every matrix product of forward and backward with the same active FLOPs, and nothing else."""
     attention, dim = model.attention, model.dim
     heads, width = attention.num_heads, attention.head_dim
-    active = model.hidden if model.moe is None else model.moe.router.choices * model.moe.hidden + model.moe.shared_hidden
-    block = [((heads + 2 * attention.num_kv_heads) * width, dim), (dim, heads * width), (2 * active, dim), (dim, active)]
+    active = (
+        model.hidden if model.moe is None else model.moe.router.choices * model.moe.hidden + model.moe.shared_hidden
+    )
+    block = [
+        ((heads + 2 * attention.num_kv_heads) * width, dim),
+        (dim, heads * width),
+        (2 * active, dim),
+        (dim, active),
+    ]
     shapes = block * model.num_layers + [(model.vocab_size, dim)]
     matrices = [(torch.randn(num_tokens, inner), torch.randn(inner, outer)) for outer, inner in shapes]
     outputs = [torch.empty(num_tokens, weight.shape[1]) for _, weight in matrices]

@@ -84,7 +84,9 @@ def _print(screen: Any, curves: list[Any], path: Path) -> None:
     screen.print(table("Same text, same wall clock", columns, cells))
     for v in verdicts(curves):
         reached = "does not reach its final loss" if v.time_ratio is None else f"needs {v.time_ratio:.2f} of its time"
-        even = "never stays ahead" if v.break_even_s is None else f"stays ahead from minute {v.break_even_s / 60:.1f} on"
+        even = (
+            "never stays ahead" if v.break_even_s is None else f"stays ahead from minute {v.break_even_s / 60:.1f} on"
+        )
         screen.print(f"{v.recipe} against {v.baseline}: {v.margin:+.4f} nats better, {reached}, {even}")
     screen.print(f"wrote {path}")
 

@@ -10,7 +10,9 @@ from turnout.cli.console import console, print_json
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(epilog='Example: turnout generate runs/tiny-1 --prompt "def read_file(path):" --temperature 0.7')(generate)
+    app.command(epilog='Example: turnout generate runs/tiny-1 --prompt "def read_file(path):" --temperature 0.7')(
+        generate
+    )
 
 
 def generate(

@@ -7,7 +7,8 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a field of the recipe: a.b=value. May be repeated.", metavar="A.B=V")
+    list[str] | None,
+    typer.Option("--set", help="Change a field of the recipe: a.b=value. May be repeated.", metavar="A.B=V"),
 ]
 Data = Annotated[str | None, typer.Option("--data", help="Corpus by name, or a file, folder or glob of your own text.")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0: all cores.", min=0)]
@@ -15,7 +16,9 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder written by `turnou
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; higher: more surprising.")]
 TopKOption = Annotated[int, typer.Option("--top-k", help="Sample among this many likeliest tokens; 0: all.")]
-TopPOption = Annotated[float, typer.Option("--top-p", help="Sample among the likeliest tokens of this total probability.")]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", help="Sample among the likeliest tokens of this total probability.")
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text. May be repeated.")]
 

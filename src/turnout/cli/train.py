@@ -41,14 +41,18 @@ turnout train --resume runs/novels
 
 
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="Built-in recipe (tiny, tiny-dense, smoke) or a TOML file.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="Built-in recipe (tiny, tiny-dense, smoke) or a TOML file.")
+    ] = None,
     settings: options.Set = None,
     data: options.Data = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/NAME-N.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with this run, bit for bit.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Short for --set loop.steps=0 --set loop.minutes=M.")] = None,
     steps: Annotated[int | None, typer.Option(help="Short for --set loop.steps=N.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run: sizes, FLOPs, memory, paths.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run: sizes, FLOPs, memory, paths.")
+    ] = False,
     threads: options.Threads = 0,
     as_json: options.Json = False,
 ) -> None:

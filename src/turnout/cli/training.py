@@ -41,7 +41,9 @@ class Training:
     def run_to_end(self, *, resume: bool) -> dict[str, Any]:
         """Prepare, train, finish, report; the summary. A signal at any point leaves a checkpoint."""
         with StopRequest() as stop:
-            dataset = prepare(self.recipe.data, default_cache(), say=lambda line: self.screen.print(f"  [dim]{line}[/]"))
+            dataset = prepare(
+                self.recipe.data, default_cache(), say=lambda line: self.screen.print(f"  [dim]{line}[/]")
+            )
             for note in dataset.notes:
                 self.screen.print(f"  [yellow]note:[/] {note}")
             trainer = Trainer(self.recipe, dataset, self.run, resume=resume)

@@ -130,7 +130,7 @@ class MoE(nn.Module):
         token_ids: Int64[Tensor, "*batch"] | None = None,
         generator: torch.Generator | None = None,
     ) -> MoEOutput:
-        """Shapes: x (..., D), the last axis before D being the sequence; mask and token_ids (...), mask False = padding.
+        """Shapes: x (..., D), the axis before D being the sequence; mask and token_ids (...), mask False = padding.
 
         Raises: ShapeError if they do not fit.
         """

@@ -1,4 +1,4 @@
-"""Recipes side by side: the same text, the same wall-clock budget each, turns taken so that the machine's moods are shared."""
+"""Recipes side by side: the same text and wall-clock budget, in turns, so that the machine's moods are shared."""
 
 import math
 import statistics

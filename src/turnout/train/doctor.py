@@ -43,9 +43,8 @@ def examine() -> dict[str, list[Finding]]:
 
 def _try_backend(name: str) -> Finding:
     try:
-        worst = max(
-            float((got - want).abs().max()) for got, want in zip(_run(name, torch.float32), _run("loop", torch.float64), strict=True)
-        )
+        pairs = zip(_run(name, torch.float32), _run("loop", torch.float64), strict=True)
+        worst = max(float((got - want).abs().max() / want.abs().max().clamp(min=1)) for got, want in pairs)
     except TurnoutError as error:
         return Finding(name=name, available=False, proven=False, reason=str(error))
     except RuntimeError as error:
@@ -70,7 +69,9 @@ def _run(backend: str, dtype: torch.dtype) -> list[Tensor]:
 
 def _gloo() -> Finding:
     available = torch.distributed.is_available() and torch.distributed.is_gloo_available()
-    return Finding(name="gloo", available=available, proven=False, reason="not used: this version trains in one process")
+    return Finding(
+        name="gloo", available=available, proven=False, reason="not used: this version trains in one process"
+    )
 
 
 def _optional(name: str, extra: str) -> Finding:

@@ -7,6 +7,13 @@ from turnout.data.prepare import DataConfig
 from turnout.errors import ConfigError
 from turnout.models import ModelConfig
 
+PROBE = '''def mean(values):
+    """Average of a list of numbers."""
+    if not values:
+        raise ValueError("mean of nothing")
+    return sum(values) / len(values)
+'''
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -65,9 +72,7 @@ class LoopConfig:
     max_skipped: int = 10  # steps skipped in a row before the run stops all the same
     save_failure: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written (full disk)
     sinks: tuple[str, ...] = ()  # further places for metrics: tensorboard, wandb, trackio
-    probe: str = (
-        "def mean(values):\n    total = sum(values)\n    return total / len(values)\n"  # text of the token view
-    )
+    probe: str = PROBE  # text whose way through the experts the report shows
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "save_every", "max_skipped"):

@@ -72,7 +72,8 @@ def _forward_backward(
     return DecoderLoss(
         main=result.main.detach(),
         losses=tuple(
-            LossTerm(name=t.name, value=t.value.detach(), coefficient=t.coefficient, scope=t.scope) for t in result.losses
+            LossTerm(name=t.name, value=t.value.detach(), coefficient=t.coefficient, scope=t.scope)
+            for t in result.losses
         ),
         stats=result.stats,
     )

@@ -166,15 +166,15 @@ function experts() {
 
 function spreads() {
   const order = layersByUnevenness();
-  const first = order.length > 12 ? order.slice(0, 9) : load.layers.map((_, layer) => layer);
+  const first = order.length > 12 ? order.slice(0, 8) : load.layers.map((_, layer) => layer);
   page.append(
-    el("div", { class: "head spreads" }, el("h3", {}, order.length > 12 ? "The nine most uneven layers" : "Spread of load in each layer"),
+    el("div", { class: "head spreads" }, el("h3", {}, order.length > 12 ? "The eight most uneven layers" : "Spread of load in each layer"),
       key(["busiest expert", "var(--orange)"], ["median", "var(--soft)", "dash"], ["least used", "var(--blue)"])),
     el("div", { class: "smalls" }, ...first.map(spreadChart)));
   if (first.length < order.length) {
     const rest = el("div", { class: "smalls" });
-    const more = el("details", { ontoggle: () => { if (!rest.childElementCount) rest.append(...order.slice(9).map(spreadChart)); } },
-      el("summary", {}, `The other ${order.length - 9} layers`), rest);
+    const more = el("details", { ontoggle: () => { if (!rest.childElementCount) rest.append(...order.slice(8).map(spreadChart)); } },
+      el("summary", {}, `The other ${order.length - 8} layers`), rest);
     page.append(more);
   }
 }
