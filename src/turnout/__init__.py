@@ -1,7 +1,13 @@
 """Turnout: Mixture-of-Experts for PyTorch. Public names load lazily, so that planning never imports torch."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # for type checkers and editors alone: at run time __getattr__ loads these names when they are used
+    from turnout import dispatch, errors, experts, layers, losses, models, plan, presets, reference, routers
+    from turnout.layers import MoE, MoEConfig
+    from turnout.tensors import LossTerm, MoEOutput, MoEStats, total_loss
 
 __version__ = "0.1.0"
 

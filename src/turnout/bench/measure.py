@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -50,7 +52,7 @@ def peak_mib(function: Callable[[], None]) -> float:
         child.join()
 
 
-def _report_peak(function: Callable[[], None], writer: "multiprocessing.connection.Connection") -> None:
+def _report_peak(function: Callable[[], None], writer: Connection) -> None:
     function()
     unit = 1024 if sys.platform == "darwin" else 1
     writer.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / unit)
@@ -78,8 +80,6 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def _cores() -> set[int] | range:
-    import os
-
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ConfigError
+from turnout.layers.attention import AttentionConfig
 from turnout.models import Decoder, ModelConfig
 from turnout.train.recipe import Recipe
 
@@ -80,7 +81,7 @@ def _mixtral(model: ModelConfig, implementation: str) -> Any:
         from transformers import MixtralConfig, MixtralForCausalLM
     except ImportError as error:
         raise ConfigError("the peer needs transformers: pip install 'turnout[bench]'") from error
-    moe = model.moe
+    moe, attention = model.moe, _attention(model)
     if moe is None or moe.shared_hidden or len(model.moe_layers()) != model.num_layers:
         raise ConfigError("transformers' Mixtral has experts in every layer and no shared expert; this recipe differs")
     config = MixtralConfig(
@@ -88,9 +89,9 @@ def _mixtral(model: ModelConfig, implementation: str) -> Any:
         hidden_size=model.dim,
         intermediate_size=moe.hidden,
         num_hidden_layers=model.num_layers,
-        num_attention_heads=model.attention.num_heads,
-        num_key_value_heads=model.attention.num_kv_heads,
-        head_dim=model.attention.head_dim,
+        num_attention_heads=attention.num_heads,
+        num_key_value_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
         num_local_experts=moe.num_experts,
         num_experts_per_tok=moe.router.choices,
         max_position_embeddings=model.max_seq_len,
@@ -106,17 +107,11 @@ def _mixtral(model: ModelConfig, implementation: str) -> Any:
 
 def _gemms(model: ModelConfig, num_tokens: int) -> Callable[[], object]:
     """Every matrix product of forward and backward with the same active FLOPs, and nothing else."""
-    attention, dim = model.attention, model.dim
+    attention, dim, moe = _attention(model), model.dim, model.moe
     heads, width = attention.num_heads, attention.head_dim
-    active = (
-        model.hidden if model.moe is None else model.moe.router.choices * model.moe.hidden + model.moe.shared_hidden
-    )
-    block = [
-        ((heads + 2 * attention.num_kv_heads) * width, dim),
-        (dim, heads * width),
-        (2 * active, dim),
-        (dim, active),
-    ]
+    active = model.hidden if moe is None else moe.router.choices * moe.hidden + moe.shared_hidden
+    qkv = (heads + 2 * attention.num_kv_heads) * width
+    block = [(qkv, dim), (dim, heads * width), (2 * active, dim), (dim, active)]
     shapes = block * model.num_layers + [(model.vocab_size, dim)]
     matrices = [(torch.randn(num_tokens, inner), torch.randn(inner, outer)) for outer, inner in shapes]
     outputs = [torch.empty(num_tokens, weight.shape[1]) for _, weight in matrices]
@@ -128,3 +123,9 @@ def _gemms(model: ModelConfig, num_tokens: int) -> Callable[[], object]:
             torch.mm(x.t(), y)
 
     return run
+
+
+def _attention(model: ModelConfig) -> AttentionConfig:
+    if not isinstance(model.attention, AttentionConfig):
+        raise ConfigError("transformers' Mixtral has grouped-query attention; this recipe differs")
+    return model.attention

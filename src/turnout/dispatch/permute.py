@@ -12,25 +12,19 @@ from turnout.tensors import Admission, Assignment, DispatchPlan, Padded, Ragged,
 
 def plan_dispatch(assignment: Assignment, admission: Admission) -> DispatchPlan:
     """Order the kept assignments by expert, then by their place in the assignment."""
-    num_tokens = assignment.num_tokens
-    if admission.keep_N is None:
-        order_M, counts_E = _argsort(assignment.expert_N, assignment.num_experts), assignment.counts_E
-        token_in_order = assignment.token_N
-    else:
-        kept_M = admission.keep_N.nonzero().squeeze(1)
-        expert_kept = assignment.expert_N[kept_M]
-        order_M, counts_E = (
-            _argsort(expert_kept, assignment.num_experts),
-            torch.bincount(expert_kept, minlength=assignment.num_experts),
-        )
-        token_in_order = assignment.token_N[kept_M]
+    num_tokens, num_experts = assignment.num_tokens, assignment.num_experts
+    kept_M = None if admission.keep_N is None else admission.keep_N.nonzero().squeeze(1)
+    expert_in_order = assignment.expert_N if kept_M is None else assignment.expert_N[kept_M]
+    token_in_order = assignment.token_N if kept_M is None else assignment.token_N[kept_M]
+    counts_E = assignment.counts_E if kept_M is None else torch.bincount(expert_in_order, minlength=num_experts)
+    order_M = _argsort(expert_in_order, num_experts)
     row_M = _inverse(order_M)
     if assignment.top_k is None:
         by_token_M = _argsort(token_in_order, num_tokens)
         row_M = row_M[by_token_M]
     taken_T = torch.bincount(token_in_order, minlength=num_tokens)
     return DispatchPlan(
-        assignment_M=order_M if admission.keep_N is None else kept_M[order_M],
+        assignment_M=order_M if kept_M is None else kept_M[order_M],
         token_M=token_in_order[order_M],
         counts_E=counts_E,
         row_by_token_M=row_M,

@@ -39,6 +39,11 @@ class AttentionKind(ABC):
     def flops_per_pair(self) -> int:
         """Floating-point operations for one query to meet one key: two products over all heads."""
 
+    @property
+    @abstractmethod
+    def kept_per_token(self) -> int:
+        """Numbers a token leaves for the backward pass, apart from the layer's input."""
+
 
 @AttentionKind.TABLE.register("gqa")
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,12 @@ class AttentionConfig(AttentionKind):
     @property
     def flops_per_pair(self) -> int:
         return 4 * self.num_heads * self.head_dim
+
+    @property
+    def kept_per_token(self) -> int:
+        # the projection, queries and keys turned (and normed), the heads' outputs
+        turned = (2 if self.qk_norm == "none" else 3) * (self.num_heads + self.num_kv_heads)
+        return (turned + self.num_heads + self.num_kv_heads) * self.head_dim
 
 
 class Attention(nn.Module):

@@ -49,6 +49,12 @@ class MLAConfig(AttentionKind):
     def flops_per_pair(self) -> int:
         return 2 * self.num_heads * (self.nope_dim + self.rope_dim + self.v_dim)
 
+    @property
+    def kept_per_token(self) -> int:
+        # both small vectors before and after their norms, then per head: query, key, value and output, widened to the key
+        small = 2 * (self.q_rank + self.kv_rank + self.rope_dim)
+        return small + self.num_heads * (4 * (self.nope_dim + self.rope_dim) + self.nope_dim + self.v_dim)
+
 
 class MLA(nn.Module):
     """Attention whose cache holds kv_rank + rope_dim numbers a token, whatever the number of heads.

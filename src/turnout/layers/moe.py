@@ -81,7 +81,7 @@ class MoE(nn.Module):
         Raises: ConfigError naming the setting and the legal values.
         """
         super().__init__()
-        choice = TopK(k=min(2, num_experts), renormalize=num_experts > 1) if router is None else router
+        choice = _default_router(num_experts) if router is None else router
         config = MoEConfig(
             num_experts=num_experts,
             hidden=hidden,
@@ -163,6 +163,11 @@ class MoE(nn.Module):
                 )
 
 
+def _default_router(num_experts: int) -> TopK:
+    # fewer than one expert is the config's error, not that of a router nobody asked for
+    return TopK() if num_experts > 1 else TopK(k=1, renormalize=False)
+
+
 def _add_shared(y_TD: Tensor, x_TD: Tensor, shared: MLP, token_R: Tensor | None) -> Tensor:
     """Padding is left out rather than multiplied by zero: it may hold NaN, and more rows may round differently."""
     if token_R is None:
@@ -175,5 +180,7 @@ def _flat(value: Tensor | None) -> Tensor | None:
 
 
 def _row_dtype(x: Tensor) -> torch.dtype:
-    """grouped_mm and bmm see autocast differently; the layer decides once."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    """grouped_mm and bmm see autocast differently; the layer decides once. float64 stays, as under torch's own."""
+    device_type = x.device.type
+    is_cast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device_type) if is_cast else x.dtype

@@ -141,6 +141,8 @@ class Trainer:
 
     def save(self) -> Path | None:
         """A checkpoint of everything; None if it could not be written and the policy is to go on."""
+        # a run that resumes here must find every line up to here
+        self.recorder.flush()
         files, meta = self._state().capture()
         loop = self.recipe.loop
         try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn, optim
 
+from turnout.contracts import Router
 from turnout.data.sampler import Batch
 from turnout.models import Decoder
 from turnout.models.decoder import DecoderLoss
@@ -51,7 +52,9 @@ def train_step(
     else:
         optimizer.step()
         for (_, layer), layer_stats in zip(model.moe_blocks(), stats, strict=True):
-            layer.router.after_step(layer_stats)
+            router = layer.router
+            if isinstance(router, Router):
+                router.after_step(layer_stats)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(
         loss=loss,

@@ -1,0 +1,155 @@
+"""Every error a user of the layer can cause names the values and the way out; no `raise` goes without its case."""
+
+import ast
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import turnout
+from turnout import MoE
+from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
+from turnout.dispatch import FixedCapacity
+from turnout.errors import ConfigError, ShapeError, TurnoutError
+from turnout.experts import FFNExperts, ModuleExperts, available_backends, choose_backend
+from turnout.experts.activations import Activation
+from turnout.layers import MoEConfig
+from turnout.losses import LoadBalance, RouterZ, load_balance_loss
+from turnout.routers import DeepSeekV3, GShardTop2, Switch, TopK
+from turnout.tensors import Assignment
+
+SOURCE = Path(turnout.__file__).parent
+CPU = torch.device("cpu")
+NAN, INF = float("nan"), float("inf")
+
+Cause = Callable[[], object]
+CASES: list[tuple[Cause, type[TurnoutError], str]] = [
+    # routers
+    (lambda: TopK(k=0), ConfigError, r"router\.k=0 must be at least 1"),
+    (lambda: TopK(k=1), ConfigError, r"router\.k=1 with renormalize=true .* set renormalize=false, or use the switch"),
+    (lambda: TopK(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
+    (lambda: Switch(jitter=1.0), ConfigError, r"router\.jitter=1\.0 must be in \[0, 1\)"),
+    (lambda: Switch(jitter=-0.1), ConfigError, r"router\.jitter=-0\.1 must be in \[0, 1\)"),
+    (lambda: Switch(jitter=NAN), ConfigError, r"router\.jitter=nan must be in"),
+    (lambda: GShardTop2().build(4, 1), ConfigError, r"gshard router needs at least 2 experts; num_experts=1"),
+    (lambda: DeepSeekV3(k=1), ConfigError, r"router\.k=1 must be at least 2: the weight of a single choice is 2\.5"),
+    (lambda: DeepSeekV3(groups=2, top_groups=3), ConfigError, r"top_groups=3 must be from 1 to groups=2"),
+    (lambda: DeepSeekV3(bias_step=-1.0), ConfigError, r"router\.bias_step=-1\.0 must be at least 0"),
+    (lambda: DeepSeekV3(groups=4).build(4, 10), ConfigError, r"groups=4 must divide num_experts=10; legal: \[1, 2, 5"),
+    (lambda: DeepSeekV3(k=5, groups=4).build(4, 16), ConfigError, r"router\.k=5 is more than the 4 experts in top_gro"),
+    (lambda: TopK().build(4, 3)(torch.zeros(2, 5)), ShapeError, r"router got width 5; it was built for dim=4"),
+    (lambda: TopK().build(4, 3)(torch.zeros(2, 4), None, torch.ones(3).bool()), ShapeError, r"mask .*\(3,\).*\(2,\)"),
+    (lambda: TopK().build(4, 3)(torch.zeros(2, 4), None, torch.ones(2)), ShapeError, r"torch\.float32; .* torch\.bool"),
+    (lambda: any_assignment().as_topk(), ShapeError, r"as_topk\(\) needs a router that gives every token exactly K"),
+    # layer
+    (lambda: MoE(4, 8, 0), ConfigError, r"moe\.num_experts=0 must be at least 1"),
+    (lambda: MoE(4, 0, 2), ConfigError, r"moe\.hidden=0 must be at least 1"),
+    (lambda: MoE(4, 8, 2, shared_hidden=-1), ConfigError, r"moe\.shared_hidden=-1 must be at least 0"),
+    (lambda: MoEConfig(num_experts=2, router=TopK(k=3)), ConfigError, r"takes 3 experts a token; num_experts=2"),
+    (lambda: MoE(4, 8, 2, expert="swiglo"), ConfigError, r"unknown expert kind 'swiglo'; .*did you mean 'swiglu'\?"),
+    (lambda: MoE(4, 8, 2, backend="lop"), ConfigError, r"unknown moe\.backend 'lop'; .*did you mean 'loop'\?"),
+    (lambda: MoE(4, 8, 2)(torch.zeros(3, 5)), ShapeError, r"x has width 5; the layer was built for dim=4"),
+    (
+        lambda: MoE(4, 8, 2)(torch.zeros(2, 3, 4), mask=torch.ones(6).bool()),
+        ShapeError,
+        r"mask .*\(6,\).* needs \(2, 3\)",
+    ),
+    (
+        lambda: MoE(4, 8, 2)(torch.zeros(3, 4), token_ids=torch.ones(2).long()),
+        ShapeError,
+        r"token_ids has shape \(2,\)",
+    ),
+    (lambda: MoE(4, 8, 2)(torch.zeros(3, 4), mask=torch.ones(3)), ShapeError, r"mask .* torch\.float32; .*torch\.bool"),
+    # capacity
+    (lambda: FixedCapacity(factor=0.0), ConfigError, r"capacity\.factor=0\.0 must be a number above 0; .* policy none"),
+    (lambda: FixedCapacity(factor=NAN), ConfigError, r"capacity\.factor=nan must be a number above 0"),
+    (lambda: FixedCapacity(factor=INF), ConfigError, r"capacity\.factor=inf must be a number above 0"),
+    (lambda: FixedCapacity(minimum=-1), ConfigError, r"capacity\.minimum=-1 and group_size=0 must be at least 0"),
+    (lambda: FixedCapacity(group_size=-2), ConfigError, r"capacity\.minimum=1 and group_size=-2 must be at least 0"),
+    # backends
+    (
+        lambda: choose("grouped_mm", FFNExperts(4, 4, 2), torch.float64),
+        ConfigError,
+        r"no torch\.float64; use backend='l",
+    ),
+    (lambda: choose("grouped_mm", modules(), torch.float32), ConfigError, r"modules of your own need backend='loop'"),
+    (lambda: choose("padded_bmm", modules(), torch.float32), ConfigError, r"modules of your own need backend='loop'"),
+    (lambda: choose("loup", modules(), torch.float32), ConfigError, r"unknown expert backend 'loup'; .*mean 'loop'\?"),
+    # losses
+    (lambda: LoadBalance(coefficient=-0.1), ConfigError, r"load_balance\.coefficient=-0\.1 must be at least 0"),
+    (lambda: LoadBalance(coefficient=NAN), ConfigError, r"load_balance\.coefficient=nan must be at least 0"),
+    (lambda: RouterZ(coefficient=-1.0), ConfigError, r"router_z\.coefficient=-1\.0 must be at least 0"),
+    (
+        lambda: load_balance_loss(torch.ones(2, 3), torch.ones(4)),
+        ShapeError,
+        r"counts_E .*\(4,\); scores_RE needs \(3,\)",
+    ),
+]
+
+
+def choose(name: str, experts: nn.Module, dtype: torch.dtype) -> ExpertBackend:
+    return choose_backend(experts, name, dtype=dtype, device=CPU)
+
+
+def modules() -> ModuleExperts:
+    return ModuleExperts(lambda: nn.Linear(4, 4), 2)
+
+
+def any_assignment() -> Assignment:
+    index_N = torch.zeros(1, dtype=torch.int64)
+    return Assignment(
+        token_N=index_N, expert_N=index_N, choice_N=index_N, weight_N=torch.ones(1), num_tokens=1, num_experts=1
+    )
+
+
+@pytest.mark.parametrize(("cause", "kind", "text"), CASES, ids=[text for _, _, text in CASES])
+def test_error_names_the_values_and_the_way_out(cause: Cause, kind: type[TurnoutError], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        cause()
+
+
+def test_no_raise_of_the_layer_goes_without_a_case() -> None:
+    files = [*(p for part in ("routers", "losses", "dispatch", "experts") for p in (SOURCE / part).glob("*.py"))]
+    files += [SOURCE / "layers" / "moe.py", SOURCE / "contracts.py", SOURCE / "tensors.py"]
+    written = {
+        (path.name, node.lineno)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise) and "NotImplementedError" not in ast.unparse(node)
+    }
+    provoked = set()
+    for cause, kind, _ in CASES:
+        try:
+            cause()
+        except kind as caught:
+            frame = traceback.extract_tb(caught.__traceback__)[-1]
+            provoked.add((Path(frame.filename).name, frame.lineno))
+    missing = sorted(written - provoked)
+    assert not missing, f"add a case to CASES for the error raised at {missing}"
+
+
+@pytest.mark.parametrize("table", [RouterConfig, CapacityPolicy, Loss, ExpertBackend, Activation])
+def test_an_unknown_row_lists_the_rows_and_the_nearest(table: type) -> None:
+    known = table.TABLE.names()  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=rf"unknown .* '{known[0]}x'; available: {', '.join(known)}; did you mean"):
+        table.TABLE[known[0] + "x"]  # type: ignore[attr-defined]
+
+
+def test_every_refusal_names_a_backend_that_does_not_refuse() -> None:
+    for experts in (FFNExperts(4, 4, 2), modules()):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            for device in (CPU, torch.device("cuda")):
+                answers = available_backends(experts, dtype=dtype, device=device)
+                ways_out = [name for name, reason in answers.items() if not reason]
+                for reason in filter(None, answers.values()):
+                    assert any(f"backend='{name}'" in reason for name in ways_out), reason
+
+
+def test_a_row_cannot_be_registered_twice_or_be_named_when_it_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"loss 'router_z' is registered twice"):
+        Loss.TABLE.register("router_z")(RouterZ)
+    with pytest.raises(ConfigError, match=r"is not a registered loss; available: "):
+        Loss.TABLE.name_of(LoadBalance.__base__)  # type: ignore[arg-type]
