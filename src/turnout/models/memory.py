@@ -21,7 +21,7 @@ class TrainMemory:
     gradients: int
     moments: int  # AdamW's two
     activations: int  # kept by the forward pass for the backward pass, the loss's gradients among them
-    workspace: int  # the most that is held besides for a moment: one layer's gradients, or two chunks of logits
+    workspace: int  # held besides for a moment: a layer's gradients, half of what it kept, or two chunks of logits
 
     @property
     def peak(self) -> int:
@@ -45,7 +45,7 @@ def train_memory(
         gradients=parameters,
         moments=2 * parameters,
         activations=sum(layers) + head,
-        workspace=max(logits, *layers),
+        workspace=max(logits, max(layers) // 2),
     )
 
 
