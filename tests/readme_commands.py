@@ -24,9 +24,9 @@ def main() -> int:
             if match["reason"]:
                 print(f"left out ({match['reason']}): {first_line}")
                 continue
-            command = ["bash", "-euc", match["code"]] if match["kind"] == "bash" else [sys.executable, "-c", match["code"]]
+            runner = ["bash", "-euc"] if match["kind"] == "bash" else [sys.executable, "-c"]
             started = time.perf_counter()
-            code = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+            code = subprocess.run([*runner, match["code"]], cwd=folder, env=environment, check=False).returncode
             print(f"exit {code} after {time.perf_counter() - started:.0f} s: {first_line}", flush=True)
             if code:
                 return 1

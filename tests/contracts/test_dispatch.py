@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -121,7 +121,9 @@ def test_a_group_keeps_what_it_would_keep_alone(assignment: Assignment, group_si
         assert torch.equal(keep_N[inside_N], kept(FixedCapacity(factor=factor).admit(alone), alone))
 
 
-@given(hundredths=st.integers(1, 1000), num_assignments=st.integers(0, 5000), num_experts=st.integers(1, 300))
+@example(hundredths=955, num_assignments=1_546_640, num_experts=2)
+@example(hundredths=110, num_assignments=10, num_experts=1)
+@given(hundredths=st.integers(1, 1000), num_assignments=st.integers(0, 10**9), num_experts=st.integers(1, 300))
 def test_capacity_is_the_ceiling_in_exact_arithmetic(hundredths: int, num_assignments: int, num_experts: int) -> None:
     policy = FixedCapacity(factor=hundredths / 100, minimum=0)
     exact = math.ceil(Fraction(hundredths, 100) * num_assignments / num_experts)

@@ -3,10 +3,11 @@
 import math
 from dataclasses import fields, replace
 
+import pytest
 import torch
 
 from tests.contracts.cases import Case, draw, draw_case, error, own_selection, simple_case
-from turnout import MoEStats
+from turnout import MoE, MoEStats
 from turnout.dispatch import Dropless, FixedCapacity
 from turnout.routers import GShardTop2
 
@@ -77,3 +78,11 @@ def test_entropy_and_margin_are_those_of_the_scores() -> None:
 def test_stats_carry_no_gradient() -> None:
     stats = stats_of(simple_case())
     assert not any(getattr(stats, field.name).requires_grad for field in fields(MoEStats))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_stats_stand_on_the_device_of_the_layer() -> None:
+    layer = MoE(8, 6, 4).cuda()
+    stats = layer(torch.randn(5, 8, device="cuda")).stats
+    assert {getattr(stats, field.name).device.type for field in fields(MoEStats)} == {"cuda"}

@@ -22,7 +22,8 @@ def chat(
 ) -> None:
     """Talk to a trained model. A base model continues text: type the beginning of what you want to read."""
     from turnout.cli.process import own_process
-    from turnout.infer.generate import GenerateConfig, stream
+    from turnout.infer.generate import GenerateConfig
+    from turnout.infer.generate import generate as continue_text
     from turnout.train.trained import load_trained
 
     config = GenerateConfig(
@@ -38,7 +39,7 @@ def chat(
     screen = Console()
     screen.print(f"[dim]{trained.recipe.name} at step {trained.step}; an empty line or Ctrl-D ends[/]")
     while prompt := _ask(screen):
-        for piece in stream(trained.model, trained.tokenizer, prompt, config):
+        for piece in continue_text(trained.model, trained.tokenizer, prompt, config):
             screen.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
         screen.print()
 

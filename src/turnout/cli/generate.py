@@ -29,7 +29,8 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained model."""
     from turnout.cli.process import own_process
-    from turnout.infer.generate import GenerateConfig, stream
+    from turnout.infer.generate import GenerateConfig
+    from turnout.infer.generate import generate as continue_text
     from turnout.train.trained import load_trained
 
     config = GenerateConfig(
@@ -47,7 +48,7 @@ def generate(
         screen.print(f"note: {note}")
     screen.print(prompt, end="", markup=False, highlight=False)
     started, pieces = time.perf_counter(), []
-    for piece in stream(trained.model, trained.tokenizer, prompt, config):
+    for piece in continue_text(trained.model, trained.tokenizer, prompt, config):
         pieces.append(piece)
         screen.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
     screen.print()

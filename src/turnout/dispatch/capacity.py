@@ -1,6 +1,7 @@
 """Which assignments are sent: capacity policies, each a row of the table."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +62,9 @@ class FixedCapacity(CapacityPolicy):
 
     def rows(self, num_assignments: int, num_experts: int) -> int:
         """Capacity of one expert for that many assignments."""
-        # a product such as 1.1 * 10 must not be lifted to the next integer by its last bit
-        return max(self.minimum, math.ceil(round(self.factor * num_assignments / num_experts, 9)))
+        # a product such as 1.1 * 10 must not be lifted to the next integer by its last bits
+        least = self.factor * num_assignments / num_experts * (1 - 4 * sys.float_info.epsilon)
+        return max(self.minimum, math.ceil(least))
 
     def _num_groups(self, assignment: Assignment) -> int:
         return max(1, -(-assignment.num_tokens // self.group_size))

@@ -10,7 +10,7 @@ from turnout.errors import RequestError
 from turnout.infer.sampling import draw, probabilities
 from turnout.infer.text_stream import TextStream
 from turnout.layers.kv_cache import KVCache
-from turnout.models import Decoder
+from turnout.models import Decoder, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,9 @@ def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, config: Generate
     Ends at the model's end of text, at a stop string, after max_new_tokens, or when max_seq_len is full.
     Raises: RequestError, at once, if the prompt is longer than the model's max_seq_len.
     """
-    tokens = generate_tokens(model, tokenizer.encode(prompt), config, end=tokenizer.eot_id, choices=tokenizer.vocab_size)
+    tokens = generate_tokens(
+        model, tokenizer.encode(prompt), config, end=tokenizer.eot_id, choices=tokenizer.vocab_size
+    )
     return _pieces(tokens, tokenizer, TextStream(config.stop))
 
 
@@ -65,16 +67,23 @@ def generate_tokens(
 
     end: the token that ends a text, which is not given out; choices: only tokens below it are drawn, 0 for all.
     The model is in evaluation mode until the iterator ends.
-    Raises: RequestError, at once, if the prompt is longer than the model's max_seq_len.
+    Raises: RequestError, at once, if the prompt is longer than max_seq_len or has a token the model does not know.
     """
     fed = list(prompt) or [end]
-    longest = model.config.max_seq_len
-    if len(fed) > longest:
-        raise RequestError(f"the prompt has {len(fed)} tokens, the model takes max_seq_len={longest}; shorten it")
+    _check_prompt(fed, model.config)
     # the last token is given out, never fed
-    most = min(config.max_new_tokens, longest - len(fed) + 1)
-    tokens = _decode(model, fed, config, most=most, choices=choices or model.config.vocab_size)
-    return _until(tokens, end)
+    most = min(config.max_new_tokens, model.config.max_seq_len - len(fed) + 1)
+    return _until(_decode(model, fed, config, most=most, choices=choices or model.config.vocab_size), end)
+
+
+def _check_prompt(fed: Sequence[int], model: ModelConfig) -> None:
+    if len(fed) > model.max_seq_len:
+        raise RequestError(f"the prompt has {len(fed)} tokens; the model takes max_seq_len={model.max_seq_len}")
+    if not 0 <= min(fed) <= max(fed) < model.vocab_size:
+        raise RequestError(
+            f"the prompt has tokens from {min(fed)} to {max(fed)}; the model knows 0 to {model.vocab_size - 1}: "
+            "is this the tokenizer it was trained with?"
+        )
 
 
 @torch.inference_mode()
@@ -89,9 +98,7 @@ def _decode(model: Decoder, fed: list[int], config: GenerateConfig, *, most: int
         for _ in range(most):
             h_BSD = model(torch.tensor([fed], device=device), cache=cache).h_BSD
             logits_V = model.logits(h_BSD[0, -1])[:choices]
-            share_V = probabilities(
-                logits_V, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
-            )
+            share_V = probabilities(logits_V, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
             fed = [draw(share_V, generator)]
             yield fed[0]
     finally:

@@ -22,25 +22,30 @@ def probabilities(logits_V: Tensor, *, temperature: float = 1.0, top_k: int = 0,
     if temperature == 0:
         return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
     # the best logit at 0: a small temperature cannot overflow
-    scaled_V = (logits_V - best) / temperature
-    num_tokens = len(scaled_V)
-    kept = min(top_k or num_tokens, num_tokens)
-    if kept == num_tokens and top_p == 1:
-        return scaled_V.softmax(dim=0)
-    scaled_K, token_K = scaled_V.topk(kept)
-    share_K = _nucleus(scaled_K.softmax(dim=0), top_p)
-    return torch.zeros_like(scaled_V).scatter_(0, token_K, share_K)
+    share_V = ((logits_V - best) / temperature).softmax(dim=0)
+    if 0 < top_k < len(share_V):
+        share_V = _only(share_V, share_V.topk(top_k).indices)
+    return share_V if top_p == 1 else _only(share_V, _nucleus(share_V, top_p))
 
 
 def draw(share_V: Tensor, generator: torch.Generator) -> int:
-    """A token, drawn with these probabilities."""
-    return int(torch.multinomial(share_V, 1, generator=generator))
+    """A token, drawn with these probabilities, never one of probability 0."""
+    # by inverting the distribution: torch.multinomial draws a number for every token
+    reached_V = share_V.cumsum(dim=0, dtype=torch.float64)
+    point = torch.rand((), dtype=torch.float64, device=share_V.device, generator=generator) * reached_V[-1]
+    return int(torch.searchsorted(reached_V, point, right=True))
 
 
-def _nucleus(share_K: Tensor, top_p: float) -> Tensor:
-    """The fewest of these shares, best first, that reach top_p together; the rest are 0."""
-    if top_p == 1:
-        return share_K
+def _nucleus(share_V: Tensor, top_p: float) -> Tensor:
+    """The fewest tokens, best first, that have top_p together."""
+    # the rest, each below this, have less than 1 - top_p together: sorting them would change nothing
+    likely_K = (share_V >= (1 - top_p) / len(share_V)).nonzero().squeeze(1)
+    share_K, order_K = share_V[likely_K].sort(descending=True)
     before_K = share_K.cumsum(dim=0) - share_K
-    kept_K = share_K * (before_K < top_p)
-    return kept_K / kept_K.sum()
+    return likely_K[order_K[before_K < top_p]]
+
+
+def _only(share_V: Tensor, token_K: Tensor) -> Tensor:
+    """These tokens' shares, renormalised; 0 for all others."""
+    share_K = share_V[token_K]
+    return torch.zeros_like(share_V).scatter_(0, token_K, share_K / share_K.sum())

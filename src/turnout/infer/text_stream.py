@@ -21,10 +21,11 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + self._decoder.decode(data)
-        end = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=-1)
-        if end >= 0:
+        # (end, start): the first to be complete counts, so that it does not matter how text was cut into tokens
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
             self.stopped, self._held = True, ""
-            return text[:end]
+            return text[: min(found)[1]]
         certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[certain:]
         return text[:certain]

@@ -51,7 +51,7 @@ class MLAConfig(AttentionKind):
 
     @property
     def kept_per_token(self) -> int:
-        # both small vectors before and after their norms, then per head: query, key, value and output, widened to the key
+        # small vectors before and after their norms; per head query, key, value and output, as wide as the key
         small = 2 * (self.q_rank + self.kv_rank + self.rope_dim)
         return small + self.num_heads * (4 * (self.nope_dim + self.rope_dim) + self.nope_dim + self.v_dim)
 

@@ -31,7 +31,9 @@ class RMSNorm(nn.Module):
         if x.device.type != "cpu":
             return F.rms_norm(x, self.weight_D.shape, self.weight_D, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
-        return _FusedRMSNorm.apply(x.to(wide), self.weight_D.to(wide), self.eps).to(x.dtype)
+        # without gradients, as token by token in generation, the autograd function costs more than the norm
+        norm = _FusedRMSNorm.apply if torch.is_grad_enabled() else _rms_norm
+        return norm(x.to(wide), self.weight_D.to(wide), self.eps).to(x.dtype)
 
 
 @NORMS.register("layer")
@@ -59,8 +61,7 @@ class _FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vecdot(x, x).div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_().unsqueeze(-1)
+        scale = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight_D, scale)
         return (x * scale).mul_(weight_D)
 
@@ -73,3 +74,11 @@ class _FusedRMSNorm(torch.autograd.Function):
         grad.mul_(weight_D)
         along = torch.linalg.vecdot(grad, x).unsqueeze(-1).mul_(scale.square()).div_(-x.shape[-1])
         return grad.addcmul_(x, along), grad_weight_D, None
+
+
+def _rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return (x * _inverse_rms(x, eps)).mul_(weight_D)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)

@@ -72,7 +72,7 @@ def rotate(x_BSHX: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
     Shapes: x_BSHX (B, S, H, X); rope two (S, X / 2); returns (B, S, H, X), contiguous.
     """
-    return _Rotate.apply(x_BSHX, *rope)
+    return _Rotate.apply(x_BSHX, *rope) if torch.is_grad_enabled() else _rotate(x_BSHX, *rope)
 
 
 class _Rotate(torch.autograd.Function):

@@ -16,8 +16,13 @@ def collect_stats(routing: RouterOutput, admission: Admission) -> MoEStats:
         assigned_E=routing.assignment.counts_E,
         dropped_capacity_E=admission.dropped_E["capacity"],
         dropped_policy_E=admission.dropped_E["policy"],
-        num_routed=torch.tensor(num_routed),
-        num_padding=torch.tensor(routing.assignment.num_tokens - num_routed),
+        num_routed=_count(num_routed, scores_RE.device),
+        num_padding=_count(routing.assignment.num_tokens - num_routed, scores_RE.device),
         entropy_sum=torch.special.entr(scores_RE).sum(),
         margin_sum=margin_R.sum(),
     )
+
+
+def _count(value: int, device: torch.device) -> torch.Tensor:
+    # filled on the device: torch.tensor would copy from the host
+    return torch.full((), value, dtype=torch.int64, device=device)

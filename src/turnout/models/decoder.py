@@ -106,6 +106,8 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initial weights from the default generator; all of them, so a model from the meta device is whole after."""
+        if self.embedding_VD.is_meta:
+            return
         for weight in (self.embedding_VD, self.position_SD, self.head_VD):
             if weight is not None:
                 nn.init.normal_(weight, std=self.config.init_std)

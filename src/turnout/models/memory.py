@@ -29,9 +29,7 @@ class TrainMemory:
         return self.parameters + self.moments + max(self.activations, self.gradients) + self.workspace
 
 
-def train_memory(
-    config: ModelConfig, batch_size: int, seq_len: int, dtype: torch.dtype = torch.float32
-) -> TrainMemory:
+def train_memory(config: ModelConfig, batch_size: int, seq_len: int, dtype: torch.dtype = torch.float32) -> TrainMemory:
     """Estimate for a dropless model whose parameters, moments and activations all have `dtype`, nothing recomputed."""
     size, tokens = dtype.itemsize, batch_size * seq_len
     parameters = size * sizes(config).total
@@ -49,9 +47,7 @@ def train_memory(
     )
 
 
-def train_memory_bytes(
-    config: ModelConfig, batch_size: int, seq_len: int, dtype: torch.dtype = torch.float32
-) -> int:
+def train_memory_bytes(config: ModelConfig, batch_size: int, seq_len: int, dtype: torch.dtype = torch.float32) -> int:
     """Peak of `train_memory`, in bytes."""
     return train_memory(config, batch_size, seq_len, dtype).peak
 

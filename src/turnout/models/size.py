@@ -37,7 +37,9 @@ def sizes(config: ModelConfig, seq_len: int = 0) -> ModelSize:
     seq_len = seq_len or config.max_seq_len
     with torch.device("meta"):
         model = Decoder(config)
-    routed = [(_numel(moe.experts), moe.config.router.choices / moe.config.num_experts) for _, moe in model.moe_blocks()]
+    routed = [
+        (_numel(moe.experts), moe.config.router.choices / moe.config.num_experts) for _, moe in model.moe_blocks()
+    ]
     idle = sum(round(numel * (1 - share)) for numel, share in routed)
     looked_up = [model.position_SD, None if model.head_VD is None else model.embedding_VD]
     forward = matmul_flops_per_token(model) + attention_flops_per_token(config, seq_len)
@@ -53,7 +55,7 @@ def sizes(config: ModelConfig, seq_len: int = 0) -> ModelSize:
 
 
 def matmul_flops_per_token(model: Decoder) -> int:
-    """Forward FLOPs of a token in products with weights: two for every weight it meets; biases and norms are left out."""
+    """Forward FLOPs of a token in products with weights: two for every weight it meets; biases, norms left out."""
     experts = {f"{name}.ffn.experts.": moe for name, moe in model.moe_blocks()}
     total = 0.0
     for name, weight in model.named_parameters():

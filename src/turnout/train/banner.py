@@ -7,7 +7,8 @@ import torch
 
 from turnout.experts import available_backends, choose_backend
 from turnout.layers import MoE
-from turnout.models.size import sizes, train_memory_bytes
+from turnout.models.memory import train_memory
+from turnout.models.size import sizes
 from turnout.train.device import compute_dtype, pick_device
 from turnout.train.recipe import Recipe
 
@@ -27,10 +28,10 @@ def banner(recipe: Recipe) -> list[Fact]:
     Raises: ConfigError if the recipe cannot run here.
     """
     loop, model = recipe.loop, recipe.model
-    size = sizes(model)
+    size = sizes(model, loop.seq_len)
     device = pick_device(loop.device)
     dtype = compute_dtype(device, loop.precision)
-    memory = train_memory_bytes(model, loop.batch_size, loop.seq_len)
+    memory = train_memory(model, loop.batch_size, loop.seq_len).peak
     tokens_per_step = loop.batch_size * loop.seq_len * loop.accumulate
     length = f"{loop.steps} steps" if loop.steps else f"{loop.minutes:g} minutes"
     return [

@@ -1,0 +1,214 @@
+"""Generation: what comes out is what full recomputation gives, cut where it must be, and nothing else changes."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from turnout.errors import NonFiniteError, RequestError
+from turnout.infer import GenerateConfig, generate, generate_tokens
+from turnout.layers.attention import AttentionConfig, AttentionKind
+from turnout.layers.mla import MLAConfig
+from turnout.layers.moe import MoEConfig
+from turnout.models import Decoder, ModelConfig
+from turnout.routers import GShardTop2, TopK
+
+GREEDY = GenerateConfig(temperature=0.0)
+VOCAB, LONGEST = 37, 24
+KINDS: dict[str, AttentionKind] = {
+    "gqa": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
+    "window and sinks": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=4, full_every=2, sinks=True),
+    "mla": MLAConfig(num_heads=2, q_rank=8, kv_rank=8, nope_dim=8, rope_dim=4, v_dim=8),
+}
+
+
+@pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4, 5, 6, 7]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_generation_is_what_full_recomputation_gives(kind: str, prompt: list[int]) -> None:
+    model, tokens = _model(KINDS[kind]), list(prompt)
+    got = list(generate_tokens(model, prompt, replace(GREEDY, max_new_tokens=12), end=-1))
+    with torch.no_grad():
+        while len(tokens) < len(prompt) + 12:
+            h_BSD = model.eval()(torch.tensor([tokens])).h_BSD
+            tokens.append(int(model.logits(h_BSD[0, -1]).argmax()))
+    assert got == tokens[len(prompt) :]
+
+
+def test_the_same_seed_gives_the_same_text_and_leaves_the_global_generator_alone() -> None:
+    model, config = _model(), GenerateConfig(max_new_tokens=15, temperature=2.0, top_p=1.0)
+    state = torch.get_rng_state()
+    runs = [tuple(generate_tokens(model, [1], replace(config, seed=seed), end=-1)) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({tuple(generate_tokens(model, [1], replace(config, seed=None), end=-1)) for _ in range(3)}) > 1
+
+
+def test_generation_stops_after_max_new_tokens_or_when_the_model_is_full() -> None:
+    def count(prompt_tokens: int, most: int) -> int:
+        config = replace(GREEDY, max_new_tokens=most)
+        return len(list(generate_tokens(_model(), [1] * prompt_tokens, config, end=-1)))
+
+    assert (count(1, 1), count(5, 7)) == (1, 7)
+    assert count(LONGEST - 2, 100) == 3
+    assert count(LONGEST, 100) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ([1] * (LONGEST + 1), rf"prompt has {LONGEST + 1} tokens; the model takes max_seq_len={LONGEST}"),
+        ([1, VOCAB], rf"tokens from 1 to {VOCAB}; the model knows 0 to {VOCAB - 1}"),
+        ([-1], r"tokens from -1 to -1"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_refused_before_the_first_token(prompt: list[int], text: str) -> None:
+    with pytest.raises(RequestError, match=text):
+        generate_tokens(_model(), prompt, GREEDY, end=0)
+
+
+def test_the_model_is_left_as_it_was_found() -> None:
+    model = _model(router=GShardTop2()).train()
+    tokens = generate_tokens(model, [1], GREEDY, end=-1)
+    next(tokens)
+    # between two tokens the caller is not in inference mode
+    assert not torch.is_inference_mode_enabled()
+    assert not model.training
+    tokens.close()  # type: ignore[attr-defined]
+    assert model.training
+    list(generate_tokens(model, [1], GREEDY, end=-1))
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_broken_model_says_so() -> None:
+    model = _model()
+    with torch.no_grad():
+        model.norm.get_parameter("weight_D").fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=r"largest of the model's logits is nan"):
+        list(generate_tokens(model, [1], GREEDY, end=-1))
+
+
+def test_tokens_the_tokenizer_does_not_have_are_never_drawn() -> None:
+    config = GenerateConfig(max_new_tokens=20, temperature=100.0, top_p=1.0)
+    drawn = {
+        t for seed in range(10) for t in generate_tokens(_model(), [1], replace(config, seed=seed), end=-1, choices=5)
+    }
+    assert drawn == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
+        ({"temperature": -0.1}, r"temperature=-0\.1 must be a number of at least 0"),
+        ({"temperature": float("nan")}, r"temperature=nan must be"),
+        ({"temperature": float("inf")}, r"temperature=inf must be"),
+        ({"top_k": -1}, r"top_k=-1 must be at least 0"),
+        ({"top_p": 0.0}, r"top_p=0\.0 must be above 0 and at most 1"),
+        ({"top_p": 1.5}, r"top_p=1\.5 must be above 0 and at most 1"),
+        ({"stop": ("",)}, r"stop=\('',\) must be a tuple of texts, none of them empty"),
+        ({"stop": "end"}, r"stop='end' must be a tuple"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_its_legal_values(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(RequestError, match=text):
+        GenerateConfig(**fields)
+
+
+def test_text_comes_in_pieces_and_ends_at_the_end_of_text() -> None:
+    story = Story([b"Once", b" upon", b" a", b" time"])
+    assert list(story.tell("Once")) == [" upon", " a", " time"]
+    assert list(story.tell("Once", max_new_tokens=2)) == [" upon", " a"]
+
+
+def test_an_empty_prompt_begins_a_document() -> None:
+    assert list(Story([b"Once", b" upon"]).tell("")) == ["Once", " upon"]
+
+
+def test_a_character_of_several_tokens_comes_whole_and_an_unfinished_one_not_at_all() -> None:
+    snowman = "\u2603".encode()
+    story = Story([b"a", snowman[:1], snowman[1:2], snowman[2:] + b"!"])
+    assert list(story.tell("a")) == ["\u2603!"]
+    assert list(story.tell("a", max_new_tokens=2)) == []
+    assert list(Story([b"a", b"b" + snowman[:2], b"c"]).tell("a")) == ["b", "\ufffdc"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "told"),
+    [
+        (("time",), ["one", " two ", "three "]),
+        (("o three",), ["one", " tw"]),
+        ((" two three",), ["one"]),
+        (("e two thr",), ["on"]),
+        (("time", "thr"), ["one", " two "]),
+        (("two", "o"), []),
+        (("timeless",), ["one", " two ", "three ", "time"]),
+        (("nowhere",), ["one", " two ", "three ", "time"]),
+    ],
+)
+def test_a_stop_string_ends_the_text_wherever_its_tokens_begin(stop: tuple[str, ...], told: list[str]) -> None:
+    story = Story([b"so: ", b"one", b" two ", b"three ", b"time"])
+    pieces = list(story.tell("so: ", stop=stop))
+    assert "".join(pieces) == "".join(told)
+    assert not any(s in "".join(pieces) for s in stop)
+
+
+def test_text_that_may_become_a_stop_string_waits() -> None:
+    story = Story([b"a", b"x", b"EN", b"D?", b"y"])
+    assert list(story.tell("a", stop=("END!",))) == ["x", "END?", "y"]
+
+
+class Story:
+    """A tokenizer, and a model that always tells the same tokens one after another."""
+
+    def __init__(self, tokens: list[bytes]) -> None:
+        self.tokens = tokens
+        self.eot_id = len(tokens)
+        self.vocab_size = len(tokens) + 1
+        self.model = _chain(self.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        return [self.tokens.index(text.encode())] if text else []
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.tokens[token]
+
+    def tell(self, prompt: str, **fields: Any) -> Iterator[str]:
+        return generate(self.model, self, prompt, replace(GREEDY, **fields))
+
+
+def _chain(vocab_size: int) -> Decoder:
+    """After token t comes t + 1, after the last the first: blocks that add nothing between one-hot vectors."""
+    model = Decoder(
+        ModelConfig(
+            vocab_size=vocab_size,
+            dim=vocab_size,
+            num_layers=1,
+            max_seq_len=LONGEST,
+            attention=AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=2),
+            tie_embeddings=False,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.zero_()
+        model.embedding_VD.copy_(torch.eye(vocab_size))
+        model.head.copy_(torch.eye(vocab_size).roll(1, dims=0))
+    return model
+
+
+def _model(attention: AttentionKind = KINDS["gqa"], router: Any = TopK(k=2)) -> Decoder:  # noqa: B008
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        dim=16,
+        num_layers=2,
+        max_seq_len=LONGEST,
+        attention=attention,
+        moe=MoEConfig(num_experts=4, hidden=16, router=router),
+        init_std=0.3,
+    )
+    return Decoder(config)
