@@ -83,6 +83,15 @@ def test_the_model_is_left_as_it_was_found() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("fields", [{}, {"stop": ("wo",)}, {"max_new_tokens": 1}], ids=str)
+def test_however_the_text_ends_the_model_trains_on(fields: dict[str, Any]) -> None:
+    story = Story([b"one", b"two", b"three"])
+    story.model.train()
+    pieces = story.tell("one", **fields)
+    assert "".join(pieces) in ("twothree", "t", "two", "")
+    assert story.model.training
+
+
 def test_a_broken_model_says_so() -> None:
     model = _model()
     with torch.no_grad():

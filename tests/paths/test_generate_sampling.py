@@ -12,7 +12,8 @@ from turnout.errors import NonFiniteError
 from turnout.infer.sampling import draw, probabilities
 from turnout.infer.text_stream import TextStream
 
-logits = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=12).map(torch.tensor)
+# in steps of a half: either equal or plainly apart
+logits = st.lists(st.integers(-60, 60).map(lambda n: n / 2), min_size=1, max_size=12).map(torch.tensor)
 temperatures = st.sampled_from([0.0, 1e-3, 0.7, 1.0, 3.0])
 nuclei = st.sampled_from([0.01, 0.5, 0.9, 1.0])
 

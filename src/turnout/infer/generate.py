@@ -73,7 +73,7 @@ def generate_tokens(
     _check_prompt(fed, model.config)
     # the last token is given out, never fed
     most = min(config.max_new_tokens, model.config.max_seq_len - len(fed) + 1)
-    return _until(_decode(model, fed, config, most=most, choices=choices or model.config.vocab_size), end)
+    return _decode(model, fed, config, most=most, end=end, choices=choices or model.config.vocab_size)
 
 
 def _check_prompt(fed: Sequence[int], model: ModelConfig) -> None:
@@ -87,10 +87,11 @@ def _check_prompt(fed: Sequence[int], model: ModelConfig) -> None:
 
 
 @torch.inference_mode()
-def _decode(model: Decoder, fed: list[int], config: GenerateConfig, *, most: int, choices: int) -> Iterator[int]:
+def _decode(
+    model: Decoder, fed: list[int], config: GenerateConfig, *, most: int, end: int, choices: int
+) -> Iterator[int]:
     device = model.head.device
-    generator = torch.Generator(device)
-    generator.seed() if config.seed is None else generator.manual_seed(config.seed)
+    generator = _generator(config.seed, device)
     cache = KVCache(model.config.num_layers, len(fed) + most - 1)
     was_training = model.training
     model.eval()
@@ -100,16 +101,19 @@ def _decode(model: Decoder, fed: list[int], config: GenerateConfig, *, most: int
             logits_V = model.logits(h_BSD[0, -1])[:choices]
             share_V = probabilities(logits_V, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
             fed = [draw(share_V, generator)]
+            if fed[0] == end:
+                return
             yield fed[0]
     finally:
         model.train(was_training)
 
 
-def _until(tokens: Iterator[int], end: int) -> Iterator[int]:
-    for token in tokens:
-        if token == end:
-            return
-        yield token
+def _generator(seed: int | None, device: torch.device) -> torch.Generator:
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(seed)
 
 
 def _pieces(tokens: Iterator[int], tokenizer: Tokenizer, stream: TextStream) -> Iterator[str]:
