@@ -73,8 +73,26 @@ class RouterConfig(ABC):
         """Most experts a token can have."""
 
     @abstractmethod
-    def build(self, dim: int, num_experts: int) -> Router:
-        """Raises: ConfigError if the settings do not fit the sizes."""
+    def build(self, dim: int, num_experts: int) -> nn.Module:
+        """The module, which keeps the contract of `Router.forward`.
+
+        Raises: ConfigError if the settings do not fit the sizes.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenRouter(RouterConfig):
+    """A router module of the user's own, which keeps the contract of `Router.forward`; it has no row in the table."""
+
+    module: nn.Module
+    most_choices: int
+
+    @property
+    def choices(self) -> int:
+        return self.most_choices
+
+    def build(self, dim: int, num_experts: int) -> nn.Module:
+        return self.module
 
 
 class CapacityPolicy(ABC):

@@ -100,7 +100,9 @@ def test_a_kept_weight_is_not_renormalised_when_its_partner_is_dropped() -> None
     layer = MoE(8, 6, 4, router=GShardTop2(), capacity=FixedCapacity(factor=0.25)).double()
     x_TD = torch.randn(64, 8, dtype=torch.float64)
     routing = layer.router(x_TD, None, None, torch.Generator().manual_seed(0))
-    keep_R2 = layer.config.capacity.admit(routing.assignment).keep_N.view(-1, 2)
+    keep_N = layer.config.capacity.admit(routing.assignment).keep_N
+    assert keep_N is not None
+    keep_R2 = keep_N.view(-1, 2)
     half_kept_R = keep_R2.sum(dim=1) == 1
     assert half_kept_R.any()
     weight_R2 = routing.assignment.as_topk()[1]

@@ -11,7 +11,7 @@ from tests.contracts.cases import Case, Inputs, draw, error, own_selection, run_
 from tests.contracts.dense import run_dense
 from turnout import MoE, reference
 from turnout.contracts import ExpertBackend
-from turnout.dispatch import Dropless, combine, plan_dispatch
+from turnout.dispatch import Dropless, combine, pack, plan_dispatch, unpack
 from turnout.experts import FFNExperts
 from turnout.experts.activations import Activation
 from turnout.routers import TopK
@@ -25,7 +25,7 @@ def test_a_bfloat16_layer_is_within_two_ulp_of_float32_accumulation(backend: str
     for seed in range(5):
         case = simple_case(seed=seed, dim=16, hidden=24, shape=(40,), expert=kind, bias=bias, num_experts=6)
         layer, inputs = draw(case, backend=backend, dtype=torch.bfloat16)
-        y_TD = layer(inputs.x.bfloat16()).y
+        y_TD = layer(inputs.x.bfloat16()).y.detach()
         want_TD = rounded_reference(layer, inputs, case)
         assert y_TD.dtype == torch.bfloat16
         assert float((y_TD.double() - want_TD).abs().max()) <= 2 * ulp(float(want_TD.abs().max()))
@@ -81,6 +81,17 @@ def test_many_choices_are_summed_in_float32_and_rounded_once() -> None:
     got_TD = combine(y_MD, assignment, plan).double()
     half_ulp = torch.finfo(torch.bfloat16).eps / 2
     assert bool(((got_TD - want_TD).abs() <= half_ulp * want_TD.abs() + 1e-6).all())
+
+
+def test_the_gradient_of_a_token_with_many_choices_does_not_stall_in_bfloat16() -> None:
+    """256 + 1 is 256 in bfloat16."""
+    assignment = TopK(k=512).build(4, 512)(torch.ones(1, 4)).assignment
+    plan = plan_dispatch(assignment, Dropless().admit(assignment))
+    x_TD = torch.ones(1, 4, dtype=torch.bfloat16, requires_grad=True)
+    rows = pack(x_TD, plan, layout="ragged")
+    unpack(rows, plan).sum().backward()
+    assert x_TD.grad is not None
+    assert torch.equal(x_TD.grad.float(), torch.full((1, 4), 512.0))
 
 
 @pytest.mark.parametrize("backend", ExpertBackend.TABLE.names())

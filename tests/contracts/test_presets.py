@@ -105,4 +105,4 @@ def test_shared_experts_side_by_side_are_one_wider_expert() -> None:
         (torch.nn.functional.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T
         for gate, up, down in zip(gate_2FD.split(5), up_2FD.split(5), shared.down_DF.split(5, dim=1), strict=True)
     ]
-    assert torch.allclose(shared(x_TD), sum(halves), rtol=0, atol=1e-14)
+    assert torch.allclose(shared(x_TD), torch.stack(halves).sum(dim=0), rtol=0, atol=1e-14)

@@ -1,6 +1,7 @@
 """Forward is a function of its arguments: it changes nothing, and gives the same bits every time."""
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.contracts.cases import Case, Content, draw, draw_case, run_layer, simple_case
 from turnout import MoE
-from turnout.contracts import ExpertBackend
+from turnout.contracts import ExpertBackend, Router
 from turnout.dispatch import FixedCapacity
-from turnout.experts import FFNExperts
+from turnout.experts import FFNExperts, ModuleExperts, choose_backend
 from turnout.routers import GShardTop2
+from turnout.tensors import LossTerm, RouterOutput
 
 BACKENDS = ExpertBackend.TABLE.names()
 
@@ -141,6 +143,33 @@ def test_experts_refuse_to_run_without_a_backend() -> None:
         FFNExperts(2, 2, 2)(torch.zeros(1, 2))
 
 
+class WithLoss(nn.Module):
+    """A router of one's own: another router, and a loss that only it can know."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, *arguments: Any) -> RouterOutput:
+        routing = self.router(*arguments)
+        term = LossTerm(name="own", value=routing.logits_RE.square().mean(), coefficient=0.1, scope="micro_batch")
+        return replace(routing, losses=(term,))
+
+
+def test_a_module_of_ones_own_may_be_the_router_and_bring_a_loss() -> None:
+    layer = MoE(12, 10, 5, router=WithLoss(GShardTop2().build(12, 5)))
+    out = layer(torch.randn(7, 12))
+    assert [term.name for term in out.losses] == ["own", "load_balance"]
+    assert out.y.shape == (7, 12)
+
+
+def test_auto_prefers_grouped_then_padded_then_the_loop() -> None:
+    own = ModuleExperts(lambda: nn.Linear(4, 4), 2)
+    jobs = [(FFNExperts(4, 4, 2), torch.float32), (FFNExperts(4, 4, 2), torch.float64), (own, torch.float32)]
+    chosen = [choose_backend(e, "auto", dtype=dtype, device=torch.device("cpu")) for e, dtype in jobs]
+    assert [ExpertBackend.TABLE.name_of(backend) for backend in chosen] == ["grouped_mm", "padded_bmm", "loop"]
+
+
 def assert_same_run(layer: MoE, inputs: Any, case: Case, *, times: int) -> None:
     first, first_out = run_layer(layer, inputs, case.seed)
     for _ in range(times - 1):
@@ -155,11 +184,3 @@ def assert_same_run(layer: MoE, inputs: Any, case: Case, *, times: int) -> None:
             assert grad is not None
             assert other is not None
             assert torch.equal(grad, other), (name, case)
-
-
-def test_a_module_of_ones_own_is_a_router_too() -> None:
-    """Any module that keeps the contract may be given in place of a row of the table."""
-    router: nn.Module = GShardTop2().build(12, 5)
-    layer = MoE(12, 10, 5, router=router)
-    assert layer.router is router
-    assert layer(torch.randn(7, 12)).y.shape == (7, 12)

@@ -38,8 +38,7 @@ class _GroupedMM(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_MD, weight_EDG, end_E = ctx.saved_tensors
-        # y.sum().backward() arrives as a stride-0 gradient, which float32 rejects
-        grad_MG = grads[0].contiguous()
+        (grad_MG,) = grads
         grad_x = _rows_by_matrix(grad_MG, weight_EDG.transpose(1, 2), end_E) if ctx.needs_input_grad[0] else None
         grad_weight = _rows_by_rows(x_MD, grad_MG, end_E) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
@@ -59,7 +58,10 @@ def _rows_by_rows(x_MD: Tensor, grad_MG: Tensor, end_E: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor, *, dims: tuple[int, ...]) -> Tensor:
-    """`x` with `dims` zero-padded to 16 bytes and laid out so that every stride is a multiple of them."""
+    """`x` with `dims` zero-padded to 16 bytes and laid out so that every stride is a multiple of them.
+
+    That also lays out an expanded gradient, as of y.sum(), whose strides of 0 the backward of float32 rejects.
+    """
     step = 16 // x.element_size()
     pads = {dim: -x.shape[dim] % step for dim in dims}
     if any(pads.values()):

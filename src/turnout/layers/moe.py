@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
+from turnout.contracts import CapacityPolicy, ExpertBackend, GivenRouter, Loss, RouterConfig
 from turnout.dispatch import Dropless, combine, pack, plan_dispatch, unpack
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts import FFNExperts, ModuleExperts, choose_backend
@@ -81,11 +81,13 @@ class MoE(nn.Module):
         Raises: ConfigError naming the setting and the legal values.
         """
         super().__init__()
-        choice = _default_router(num_experts) if router is None else router
+        if isinstance(router, nn.Module):
+            # nothing says how many experts it gives a token: at most all of them
+            router = GivenRouter(module=router, most_choices=num_experts)
         config = MoEConfig(
             num_experts=num_experts,
             hidden=hidden,
-            router=choice if isinstance(choice, RouterConfig) else TopK(k=1, renormalize=False),
+            router=_default_router(num_experts) if router is None else router,
             capacity=Dropless() if capacity is None else capacity,
             losses=losses,
             expert=expert if isinstance(expert, str) else "swiglu",
@@ -96,7 +98,7 @@ class MoE(nn.Module):
         )
         self.config = config
         self.dim = dim
-        self.router = choice.build(dim, num_experts) if isinstance(choice, RouterConfig) else choice
+        self.router = config.router.build(dim, num_experts)
         self.experts: nn.Module
         if isinstance(expert, str):
             self.experts = FFNExperts(dim, hidden, num_experts, kind=expert, bias=bias, init_std=init_std)
