@@ -194,7 +194,8 @@ def error(got: Tensor, want: Tensor) -> float:
         return float("inf")
     if got.numel() == 0:
         return 0.0
-    worst = float((got.double() - want).abs().max() / want.abs().max().clamp(min=1.0))
+    got, want = got.detach().double(), want.detach()
+    worst = float((got - want).abs().max() / want.abs().max().clamp(min=1.0))
     return worst if worst == worst else float("inf")
 
 

@@ -35,8 +35,8 @@ FAMILIES = [
     if backend.refusal(FFNExperts(2, 2, 2), dtype=dtype, device=torch.device("cpu")) is None
 ]
 QUICK = 30  # configurations of a family under `make check`
-SWEEP = {torch.float64: 1000, torch.float32: 400}  # configurations of a family in the sweep
-CHUNK = 200
+SWEEP = {torch.float64: 1000, torch.float32: 300}  # configurations of a family in the sweep
+CHUNK = 100
 
 
 def sweep_cases(backend: str, dtype: torch.dtype, numbers: range) -> Iterator[Case]:

@@ -31,11 +31,13 @@ def test_decoding_with_a_cache_equals_full_recomputation(name: str, chunks: list
     torch.testing.assert_close(torch.cat(parts, dim=1), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_parameter_learns(name: str) -> None:
+def test_every_parameter_learns(name: str, autocast: bool) -> None:
     model = _model(small(name))
     tokens_BS = _tokens(model)
-    loss = model.loss(tokens_BS[:, :-1], tokens_BS[:, 1:])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = model.loss(tokens_BS[:, :-1], tokens_BS[:, 1:])
     loss.total.backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
     assert dead == []
