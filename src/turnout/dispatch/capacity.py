@@ -35,7 +35,7 @@ class FixedCapacity(CapacityPolicy):
 
     factor: float = 1.25  # capacity over the balanced load
     minimum: int = 1  # least capacity of an expert, in rows
-    group_size: int = 0  # tokens per local group, each with its own capacity; 0: one group
+    group_size: int = 0  # neighbouring places of the batch that share a capacity, padding's too; 0: all of them
 
     def __post_init__(self) -> None:
         if not (self.factor > 0 and math.isfinite(self.factor)):

@@ -78,6 +78,7 @@ class MoE(nn.Module):
     ) -> None:
         """`router` is a row of the table or any module that keeps the Router contract; `expert` a kind or a factory.
 
+        Beside a factory's experts the shared expert is a swiglu.
         Raises: ConfigError naming the setting and the legal values.
         """
         super().__init__()
@@ -134,6 +135,8 @@ class MoE(nn.Module):
     ) -> MoEOutput:
         """Shapes: x (..., D), the axis before D being the sequence; mask and token_ids (...), mask False = padding.
 
+        Under activation checkpointing leave `generator` None: a recomputation restores torch's own state alone, and
+        would draw anew from any other.
         Raises: ShapeError if they do not fit.
         """
         self._check(x, mask, token_ids)

@@ -1,0 +1,1 @@
+"""A path from recipe to run: recipe, step, loop; checkpoints, guards, comparison."""
