@@ -72,9 +72,10 @@ class _FusedSwiGLU(torch.autograd.Function):
         gate, up = up_MG.chunk(2, dim=-1)
         grad_MG = torch.empty_like(up_MG)
         grad_gate, grad_up = grad_MG.chunk(2, dim=-1)
-        torch.mul(grads[0], up, out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad_up, gate))
-        torch.mul(F.silu(gate), grads[0], out=grad_up)
+        scratch = grads[0] * up
+        torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=grad_gate)
+        torch.ops.aten.silu.out(gate, out=scratch)
+        torch.mul(scratch, grads[0], out=grad_up)
         return grad_MG
 
 

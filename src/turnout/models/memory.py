@@ -1,4 +1,8 @@
-"""About how much memory a training step takes; an estimate, within 25 % of what was measured."""
+"""About how much memory a training step takes.
+
+An estimate of the bytes in tensors, within 25 % of those counted for small models on CPU (tests/paths/test_sizes.py);
+what the process, its libraries and a fragmented allocator take comes on top.
+"""
 
 from dataclasses import dataclass
 
