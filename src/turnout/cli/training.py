@@ -35,8 +35,8 @@ class Training:
     def print_banner(self) -> None:
         width = max(len(fact.name) for fact in banner(self.recipe))
         for fact in banner(self.recipe):
-            self.screen.print(f"  [dim]{fact.name:>{width}}[/]  {fact.text}", highlight=False)
-        self.screen.print(f"  [dim]{'process':>{width}}[/]  {self.process}", highlight=False)
+            self.screen.print(f"  [dim]{fact.name:>{width}}[/]  {fact.text}", highlight=False, soft_wrap=True)
+        self.screen.print(f"  [dim]{'process':>{width}}[/]  {self.process}", highlight=False, soft_wrap=True)
 
     def run_to_end(self, *, resume: bool) -> dict[str, Any]:
         """Prepare, train, finish, report; the summary. A signal at any point leaves a checkpoint."""
@@ -57,7 +57,7 @@ class Training:
                 return {**trainer.summary(), "stopped_by": int(stop.received or 0)}
             summary = trainer.finish()
         report = write_report(self.run, self.run / "report.html")
-        self.screen.print(_last_words(summary, report))
+        self.screen.print(_last_words(summary, report), highlight=False, soft_wrap=True)
         return summary
 
 
@@ -87,7 +87,7 @@ class _Display:
             self._bar.update(self._task, completed=progress.done, description=_words(progress))
         elif progress.seconds - self._printed_s >= self.EVERY_S or progress.step == 1:
             self._printed_s = progress.seconds
-            self._screen.print(f"  {progress.done:4.0%}  {_words(progress)}", highlight=False)
+            self._screen.print(f"  {progress.done:4.0%}  {_words(progress)}", highlight=False, soft_wrap=True)
 
 
 def _words(progress: StepProgress) -> str:

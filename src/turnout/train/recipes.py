@@ -16,13 +16,15 @@ RECIPES: Table[Callable[[], Recipe]] = Table("recipe")
 @RECIPES.register("tiny")
 def tiny() -> Recipe:
     """A Mixture-of-Experts language model for two CPU cores and about ten minutes."""
-    return Recipe(name="tiny", model=presets.tiny(), optimizer=OptimizerConfig(lr=2e-3))
+    optimizer = OptimizerConfig(lr=4e-3, expert_lr_scale=2.0)
+    return Recipe(name="tiny", model=presets.tiny(), optimizer=optimizer, loop=LoopConfig(batch_size=16))
 
 
 @RECIPES.register("tiny-dense")
 def tiny_dense() -> Recipe:
-    """The dense twin of `tiny`: the same data, active FLOPs and wall clock, tuned with as many trials."""
-    return Recipe(name="tiny-dense", model=presets.tiny_dense(), optimizer=OptimizerConfig(lr=2e-3))
+    """The dense twin of `tiny`: the same data, active FLOPs and wall clock."""
+    optimizer = OptimizerConfig(lr=4e-3)
+    return Recipe(name="tiny-dense", model=presets.tiny_dense(), optimizer=optimizer, loop=LoopConfig(batch_size=16))
 
 
 @RECIPES.register("smoke")
