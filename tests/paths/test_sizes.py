@@ -111,9 +111,12 @@ def test_attention_flops_count_the_pairs_a_query_sees(window: int, full_every: i
 
 
 def test_training_takes_three_forward_passes_and_longer_sequences_more() -> None:
-    short, long = sizes(presets.tiny(), 16), sizes(presets.tiny(), 1024)
+    config = presets.tiny()
+    assert isinstance(config.attention, AttentionConfig)
+    per_pair = 4 * config.attention.num_heads * config.attention.head_dim
+    short, long = sizes(config, 16), sizes(config, 1024)
     assert long.train_flops_per_token == 3 * long.flops_per_token
-    assert long.flops_per_token - short.flops_per_token == 4 * 4 * 4 * 64 * (1024 - 16) // 2
+    assert long.flops_per_token - short.flops_per_token == config.num_layers * per_pair * (1024 - 16) // 2
     assert sizes(presets.tiny()) == long
 
 
