@@ -1,12 +1,20 @@
 """A comparison is read off curves: margins, time to the other's loss, break-even."""
 
+import os
+import signal
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from turnout.data.prepare import Dataset
 from turnout.errors import ConfigError
-from turnout.train.compare import Curve, ahead_from, check_comparable, seconds_to, verdicts
+from turnout.train import checkpoint
+from turnout.train.compare import Curve, ahead_from, check_comparable, compare, seconds_to, verdicts
+from turnout.train.recipe import Recipe
 from turnout.train.recipes import load_recipe
+from turnout.train.signals import StopRequest
 
 
 def curve(recipe: str, losses: Sequence[float], seed: int = 0) -> Curve:
@@ -67,3 +75,22 @@ def test_one_seed_that_never_reaches_the_loss_means_not_reached() -> None:
 def test_recipes_on_different_text_are_not_compared() -> None:
     with pytest.raises(ConfigError, match="do not use the same data or evaluation text"):
         check_comparable([load_recipe("tiny"), load_recipe("tiny-dense", ["data.val_fraction=0.1"])])
+
+
+def test_a_comparison_stopped_in_the_middle_of_a_turn_keeps_whole_turns_and_saves_every_run(
+    small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path
+) -> None:
+    said: list[str] = []
+
+    def stop_after_two(line: str) -> None:
+        said.append(line)
+        if len(said) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recipes = [small_recipe, replace(small_recipe, name="other")]
+    with StopRequest() as stop:
+        curves = compare(recipes, small_dataset, tmp_path, minutes=0.05, seeds=[0, 1], stop=stop, say=stop_after_two)
+    assert [len(c.val_loss) for c in curves] == [2, 2]
+    assert len(verdicts(curves)) == 1
+    for recipe in recipes:
+        assert checkpoint.load(tmp_path / f"{recipe.name}-seed-0").step > 0

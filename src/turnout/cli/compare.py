@@ -55,6 +55,9 @@ def compare(
             stop=stop,
             say=lambda line: screen.print(f"  {line}", highlight=False),
         )
+    if not curves:
+        screen.print(f"stopped before every recipe had its first turn; the runs in {folder} are saved")
+        raise typer.Exit(128 + int(stop.received or 0))
     path = write_comparison(curves, folder)
     _print(screen, curves, path)
     if as_json:

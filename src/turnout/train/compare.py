@@ -77,8 +77,10 @@ def check_comparable(recipes: Sequence[Recipe]) -> None:
 
 
 def verdicts(curves: Sequence[Curve]) -> list[Verdict]:
-    """Every recipe against the last one; empty when there is only one."""
+    """Every recipe against the last one; empty when there are fewer than two."""
     names = list(dict.fromkeys(curve.recipe for curve in curves))
+    if len(names) < 2:
+        return []
     baseline = {c.seed: c for c in curves if c.recipe == names[-1]}
     return [
         _verdict(name, [(c, baseline[c.seed]) for c in curves if c.recipe == name and c.seed in baseline])
@@ -138,20 +140,20 @@ def _take_turns(
     points: list[list[tuple[float, int, float]]] = [[] for _ in trainers]
     for turn in range(1, TURNS + 1):
         for trainer, seen in zip(trainers, points, strict=True):
-            outcome = trainer.train(stop, pause_at_s=60 * minutes * turn / TURNS)
-            if outcome == "stopped":
-                continue
+            trainer.train(stop, pause_at_s=60 * minutes * turn / TURNS)
             trainer.evaluate_and_record(stop)
             c = trainer.counters
-            if c.val_loss is not None:
+            if not stop.requested and c.val_loss is not None:
                 seen.append((c.seconds, c.tokens, c.val_loss))
         if stop.requested:
             break
         scores = ", ".join(f"{t.recipe.name} {t.counters.val_loss:.4f}" for t in trainers)
         say(f"{trainers[0].counters.seconds / 60:5.1f} min  seed {trainers[0].recipe.seed}  {scores}")
     for trainer in trainers:
-        trainer.finish()
-    return [_curve(trainer, seen) for trainer, seen in zip(trainers, points, strict=True)]
+        trainer.recorder.close() if stop.requested else trainer.finish()
+    # a stop in the middle of a turn leaves some with a point more
+    turns = min(len(seen) for seen in points)
+    return [_curve(trainer, seen[:turns]) for trainer, seen in zip(trainers, points, strict=True)] if turns else []
 
 
 def _curve(trainer: Trainer, points: Sequence[tuple[float, int, float]]) -> Curve:
