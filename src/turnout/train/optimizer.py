@@ -1,28 +1,27 @@
 """The optimizer of a recipe, and its learning rate over the run."""
 
 import math
-from collections.abc import Iterable
 
 from torch import Tensor, nn, optim
 
+from turnout.contracts import Router
 from turnout.experts import FFNExperts, ModuleExperts
 from turnout.train.recipe import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.AdamW:
-    """Fused AdamW over three groups: routed experts, other matrices, and vectors, which do not decay.
+    """Fused AdamW over other matrices, routed experts, routers and vectors; routers and vectors do not decay.
 
     Each group keeps its peak learning rate under `peak_lr`.
     """
-    expert_ids = {id(p) for m in model.modules() if isinstance(m, FFNExperts | ModuleExperts) for p in m.parameters()}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    experts = [p for _, p in named if id(p) in expert_ids]
-    matrices = [p for _, p in named if id(p) not in expert_ids and p.ndim > 1]
-    vectors = [p for _, p in named if id(p) not in expert_ids and p.ndim <= 1]
-    scaled = config.lr * config.expert_lr_scale
+    experts = _parameters_in(model, (FFNExperts, ModuleExperts))
+    routers = _parameters_in(model, (Router,))
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in {id(q) for q in (*experts, *routers)}]
+    matrices, vectors = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, "peak_lr": config.lr},
-        {"params": experts, "weight_decay": config.weight_decay, "peak_lr": scaled},
+        {"params": experts, "weight_decay": config.weight_decay, "peak_lr": config.lr * config.expert_lr_scale},
+        {"params": routers, "weight_decay": 0.0, "peak_lr": config.lr * config.router_lr_scale},
         {"params": vectors, "weight_decay": 0.0, "peak_lr": config.lr},
     ]
     return optim.AdamW(
@@ -32,6 +31,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.AdamW:
         eps=config.eps,
         fused=True,
     )
+
+
+def _parameters_in(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Tensor]:
+    found = {id(p): p for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
+    return [p for p in found.values() if p.requires_grad]
 
 
 def lr_factor(progress: float, config: ScheduleConfig) -> float:
@@ -47,8 +51,3 @@ def set_lr(optimizer: optim.Optimizer, factor: float) -> None:
     """Give every group `factor` of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-
-
-def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients that are there."""
-    return [p.grad for p in parameters if p.grad is not None]

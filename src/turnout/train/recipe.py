@@ -17,10 +17,11 @@ PROBE = '''def mean(values):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, with its own learning rate for experts."""
+    """AdamW, with learning rates of their own for experts and routers."""
 
     lr: float = 2e-3  # peak learning rate
     expert_lr_scale: float = 1.0  # routed experts learn at lr times this: each sees only its share of the tokens
+    router_lr_scale: float = 1.0  # routers learn at lr times this, undecayed; low: tokens keep their experts
     beta1: float = 0.9  # decay of the gradient's mean
     beta2: float = 0.95  # decay of the gradient's square
     eps: float = 1e-8  # added to the root of the square
@@ -28,7 +29,7 @@ class OptimizerConfig:
     clip: float = 1.0  # largest gradient norm; 0: no clipping
 
     def __post_init__(self) -> None:
-        for name in ("lr", "expert_lr_scale", "eps"):
+        for name in ("lr", "expert_lr_scale", "router_lr_scale", "eps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be above 0")
         for name in ("beta1", "beta2"):

@@ -1,0 +1,52 @@
+"""Every parameter has one group, experts and routers their own learning rates; the schedule rises, then falls."""
+
+import itertools
+
+import pytest
+import torch
+
+from turnout.models import Decoder
+from turnout.train.optimizer import build_optimizer, lr_factor, set_lr
+from turnout.train.recipe import OptimizerConfig, Recipe, ScheduleConfig
+
+
+def test_every_parameter_is_in_one_group_with_its_own_rate_and_decay(small_recipe: Recipe) -> None:
+    model = Decoder(small_recipe.model)
+    config = OptimizerConfig(lr=1e-3, expert_lr_scale=2.0, router_lr_scale=0.5, weight_decay=0.1)
+    optimizer = build_optimizer(model, config)
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    set_lr(optimizer, 0.5)
+    settings = {
+        id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    moe = model.moe_blocks()[0][1]
+    assert {settings[id(p)] for p in moe.experts.parameters()} == {(1e-3, 0.1)}
+    assert {settings[id(p)] for p in moe.router.parameters()} == {(0.25e-3, 0.0)}
+    assert settings[id(model.embedding_VD)] == (0.5e-3, 0.1)
+    assert settings[id(model.norm.weight_D)] == (0.5e-3, 0.0)
+
+
+def test_the_schedule_rises_linearly_and_falls_to_its_final_share() -> None:
+    config = ScheduleConfig(warmup=0.1, final=0.05)
+    factors = [lr_factor(i / 1000, config) for i in range(1001)]
+    assert factors[50] == pytest.approx(0.5)
+    assert factors[100] == pytest.approx(1.0)
+    assert factors[-1] == pytest.approx(0.05)
+    assert all(a >= b for a, b in itertools.pairwise(factors[100:]))
+    assert min(factors) > 0
+
+
+def test_a_step_moves_each_part_at_its_own_rate(small_recipe: Recipe) -> None:
+    torch.manual_seed(0)
+    model = Decoder(small_recipe.model)
+    router = model.moe_blocks()[0][1].router
+    before = {name: p.detach().clone() for name, p in router.named_parameters()}
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2, router_lr_scale=0.1, weight_decay=0.0))
+    set_lr(optimizer, 1.0)
+    tokens = torch.randint(300, (2, 17))
+    model.loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
+    optimizer.step()
+    moved = max((p.detach() - before[name]).abs().max().item() for name, p in router.named_parameters())
+    # the first step of Adam moves every weight by its learning rate
+    assert moved == pytest.approx(1e-3, rel=1e-3)
