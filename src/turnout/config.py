@@ -88,8 +88,9 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
     """`data` with dotted assignments applied: `["train.lr=3e-4", "model.router.name=switch"]`.
 
     A value is read as TOML where that parses (numbers, true/false, lists, quoted strings), else as a string.
-    Changing the `name` of a table drops the settings of the part that was there before.
-    Raises: ConfigError if an assignment has no `=` or runs through a value that is not a table.
+    Changing the `name` of a table drops the settings of the part that was there before. A table that is not there
+    is not made: a dense recipe does not become a mixture by `model.moe.hidden=64`.
+    Raises: ConfigError if an assignment has no `=` or runs through what is not a table.
     """
     result: dict[str, Any] = _deep_copy(data)
     for assignment in assignments:
@@ -99,11 +100,17 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
         *parents, last = path.strip().split(".")
         node = result
         for depth, key in enumerate(parents):
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {assignment!r}: {'.'.join(parents[: depth + 1])} is not a table")
+            tables = [name for name, value in node.items() if isinstance(value, dict)]
+            if key not in tables:
+                where = ".".join(parents[: depth + 1])
+                raise ConfigError(
+                    f"override {assignment!r}: {where} is not a table of this recipe; tables here: "
+                    f"{', '.join(tables)}{nearest(key, tables)}"
+                )
+            node = node[key]
         value = _parse_value(text.strip())
-        if last == "name" and node.get("name") != value:
+        # the settings of one router mean nothing to another; the name of the recipe itself is a mere label
+        if parents and last == "name" and node.get("name") != value:
             node.clear()
         node[last] = value
     return result
@@ -179,7 +186,7 @@ def _convert_row(base: Any, value: Any, where: str) -> Any:
         return value
     data = dict(_expect({"name": value} if isinstance(value, str) else value, Mapping, "a name or a table", where))
     name = data.pop("name", None)
-    if name is None:
+    if not isinstance(name, str):
         raise ConfigError(f"{where} needs a `name`; available: {', '.join(base.TABLE.names())}")
     return from_dict(base.TABLE[name], data, where)
 

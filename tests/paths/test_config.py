@@ -89,6 +89,20 @@ def test_overrides_are_typed_by_toml_and_change_only_what_they_name() -> None:
     assert base == to_dict(Outer(title="x"))
 
 
+def test_a_new_name_of_the_recipe_changes_nothing_else() -> None:
+    assert load_recipe("tiny", ["name=mine"]).model == load_recipe("tiny").model
+
+
+def test_a_dense_recipe_does_not_become_a_mixture_by_an_override() -> None:
+    with pytest.raises(ConfigError, match=r"model\.moe is not a table of this recipe; tables here: attention"):
+        load_recipe("tiny-dense", ["model.moe.num_experts=8"])
+
+
+def test_a_router_name_must_be_a_text() -> None:
+    with pytest.raises(ConfigError, match="needs a `name`"):
+        load_recipe("tiny", ["model.moe.router.name=3"])
+
+
 @pytest.mark.parametrize("text", ["width", "=3", "title.x=3"])
 def test_an_override_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(text)):

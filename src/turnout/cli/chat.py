@@ -1,5 +1,7 @@
 """`turnout chat`: a prompt loop with a trained model."""
 
+import sys
+
 import typer
 from rich.console import Console
 
@@ -38,10 +40,14 @@ def chat(
     trained = load_trained(run)
     screen = Console()
     screen.print(f"[dim]{trained.recipe.name} at step {trained.step}; an empty line or Ctrl-D ends[/]")
+    for note in trained.notes:
+        screen.print(f"note: {note}", markup=False)
     while prompt := _ask(screen):
         for piece in continue_text(trained.model, trained.tokenizer, prompt, config):
-            screen.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-        screen.print()
+            # not through rich, which would wrap lines and read :x: as an emoji
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
 
 
 def _ask(screen: Console) -> str:

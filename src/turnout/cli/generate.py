@@ -1,5 +1,6 @@
 """`turnout generate`: continue a prompt."""
 
+import sys
 import time
 from typing import Annotated
 
@@ -46,12 +47,14 @@ def generate(
     screen = console(as_json=as_json)
     for note in trained.notes:
         screen.print(f"note: {note}")
-    screen.print(prompt, end="", markup=False, highlight=False)
+    out = sys.stderr if as_json else sys.stdout
+    out.write(prompt)
     started, pieces = time.perf_counter(), []
     for piece in continue_text(trained.model, trained.tokenizer, prompt, config):
         pieces.append(piece)
-        screen.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-    screen.print()
+        out.write(piece)
+        out.flush()
+    out.write("\n")
     if as_json:
         seconds, text = time.perf_counter() - started, "".join(pieces)
         tokens = len(trained.tokenizer.encode(text))

@@ -36,13 +36,16 @@ def main() -> None:
     except TurnoutError as error:
         error_console().print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ConfigError | RequestError) else 1)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # the reader (head, less) is gone; nothing is left to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            error_console().print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         error_console().print("interrupted")
         sys.exit(130)
-    except BrokenPipeError:
-        # the reader (head, less) is gone; nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _escape(text: str) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from turnout.data.prepare import default_cache, prepare
-from turnout.errors import ConfigError
+from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
 from turnout.train.banner import banner
 from turnout.train.loop import Progress as StepProgress
@@ -53,12 +53,19 @@ class Training:
                 outcome = trainer.train(stop, on_step=display.show)
             if outcome == "stopped":
                 trainer.recorder.close()
+                self._require_saved(trainer)
                 self.screen.print(f"stopped and saved; go on with: turnout train --resume {self.run}")
                 return {**trainer.summary(), "stopped_by": int(stop.received or 0)}
             summary = trainer.finish()
+            self._require_saved(trainer)
         report = write_report(self.run, self.run / "report.html")
         self.screen.print(_last_words(summary, report), highlight=False, soft_wrap=True)
         return summary
+
+    def _require_saved(self, trainer: Trainer) -> None:
+        """Raises: CheckpointError if the last save failed: what is not on disk is not called saved."""
+        if trainer.unsaved is not None:
+            raise CheckpointError(f"the end of the run is not saved: {trainer.unsaved}")
 
 
 class _Display:

@@ -12,7 +12,7 @@ import torch
 
 from turnout.config import dump_toml, from_dict, load_toml
 from turnout.data.prepare import Dataset
-from turnout.data.sampler import Batch, Sampler, validation_batches
+from turnout.data.sampler import Batch, Sampler, count_windows, validation_batches
 from turnout.errors import CheckpointError, ConfigError, NonFiniteError
 from turnout.models import Decoder
 from turnout.models.size import sizes
@@ -69,10 +69,12 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model = Decoder(recipe.model).to(self.device)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        count_windows(dataset.val, loop.seq_len)  # refuses too short a validation text before anything is trained
         self.sampler = Sampler(dataset.train, loop.batch_size, loop.seq_len, recipe.seed)
         self.autocast = autocast_for(self.device, compute_dtype(self.device, loop.precision))
         self.counters = Counters()
-        self.notes: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()  # what a person should know of a resume
+        self.unsaved: str | None = None  # why the last checkpoint could not be written
         self.line: dict[str, Any] = {}  # record of the last step
         if resume:
             self._resume()
@@ -113,10 +115,10 @@ class Trainer:
             if stop.save_requested() or self._owes_checkpoint():
                 self.save()
 
-    def evaluate(self, stop: StopRequest | None = None) -> float:
+    def evaluate(self, stop: StopRequest | None = None) -> float | None:
         """Mean validation loss over the recipe's eval_tokens: the same text for every model.
 
-        A stop request ends it early; the result is then NaN.
+        A stop request ends it early; there is no result then.
         """
         loop = self.recipe.loop
         total, count = 0.0, 0
@@ -130,12 +132,12 @@ class Trainer:
                 total += self.model.loss(batch.tokens_BS, batch.targets_BS).main.item() * batch.targets_BS.numel()
                 count += batch.targets_BS.numel()
         self.model.train()
-        return total / count if count else math.nan
+        return total / count if count else None
 
     def evaluate_and_record(self, stop: StopRequest | None) -> None:
         """Evaluate now and write it down; nothing is written when a stop request cut it short."""
         value, c = self.evaluate(stop), self.counters
-        if not math.isnan(value):
+        if value is not None:
             c.val_loss, c.evaluated_at = value, c.step
             self.recorder.eval(c.step, seconds=c.seconds, tokens=c.tokens, val_loss=value)
 
@@ -146,19 +148,23 @@ class Trainer:
         files, meta = self._state().capture()
         loop = self.recipe.loop
         try:
-            return checkpoint.save(self.run, self.counters.step, files, meta, keep_last=loop.keep_last)
+            saved = checkpoint.save(self.run, self.counters.step, files, meta, keep_last=loop.keep_last)
         except CheckpointError as error:
             if loop.save_failure == "stop":
                 raise
             self.recorder.event(self.counters.step, f"checkpoint failed, the run goes on: {error}")
-            self.notes += (str(error),)
+            self.unsaved = str(error)
             return None
+        self.unsaved = None
+        return saved
 
     def finish(self) -> dict[str, Any]:
         """Last evaluation, checkpoint and token view; returns the summary, also written to summary.json."""
+        # first what cannot be had again
+        self.save()
         if self.counters.evaluated_at != self.counters.step:
             self.evaluate_and_record(None)
-        self.save()
+            self.save()
         if self.recorder.header.layers:
             self._write_token_view()
         self.recorder.close()
@@ -214,6 +220,8 @@ class Trainer:
             tokens_per_s=num_tokens / elapsed,
             stats=result.stats,
         )
+        # what is recorded is part of training's price: only a mixture pays it in full
+        c.seconds += time.perf_counter() - started - elapsed
         self.line = line or self.line
         self._judge(result)
         return Progress(

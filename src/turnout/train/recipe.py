@@ -25,7 +25,7 @@ class OptimizerConfig:
     beta1: float = 0.9  # decay of the gradient's mean
     beta2: float = 0.95  # decay of the gradient's square
     eps: float = 1e-8  # added to the root of the square
-    weight_decay: float = 0.1  # decoupled decay of matrices; vectors and biases have none
+    weight_decay: float = 0.1  # decoupled decay of matrices and experts; norms and routers have none
     clip: float = 1.0  # largest gradient norm; 0: no clipping
 
     def __post_init__(self) -> None:
@@ -82,6 +82,10 @@ class LoopConfig:
         for name in ("batch_size", "seq_len", "accumulate", "eval_tokens", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loop.{name}={getattr(self, name)} must be at least 1")
+        if self.eval_tokens < self.seq_len:
+            raise ConfigError(f"loop.eval_tokens={self.eval_tokens} must be at least loop.seq_len={self.seq_len}")
+        if not self.probe.strip():
+            raise ConfigError("loop.probe is empty; give a text to be routed for the report")
         if self.steps == 0 and not self.minutes > 0:
             raise ConfigError(f"loop.minutes={self.minutes} must be above 0 when loop.steps = 0")
 
@@ -99,6 +103,8 @@ class Recipe:
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} must be at least 0 and below 2**32")
         if self.loop.seq_len > self.model.max_seq_len:
             raise ConfigError(
                 f"loop.seq_len={self.loop.seq_len} is more than model.max_seq_len={self.model.max_seq_len}; "

@@ -47,7 +47,7 @@ def _recipe_data(name_or_path: str) -> dict[str, Any]:
     if name_or_path in RECIPES:
         return to_dict(RECIPES[name_or_path]())
     if path.suffix == ".toml" or path.is_file():
-        return load_toml(path)
+        return to_dict(from_dict(Recipe, load_toml(path)))
     names = RECIPES.names()
     raise ConfigError(
         f"unknown recipe {name_or_path!r}; built in: {', '.join(names)}{nearest(name_or_path, names)}; "
