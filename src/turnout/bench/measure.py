@@ -54,8 +54,17 @@ def peak_mib(function: Callable[[], None]) -> float:
 
 def _report_peak(function: Callable[[], None], writer: Connection) -> None:
     function()
-    unit = 1024 if sys.platform == "darwin" else 1
-    writer.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / unit)
+    writer.send(_peak_bytes() / 2**20)
+
+
+def _peak_bytes() -> int:
+    # VmHWM, because Linux carries ru_maxrss over from the process that started this one
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM"))
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def machine() -> dict[str, object]:
