@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from turnout.cli import main as cli
 from turnout.config import describe, dump_toml
 from turnout.data.prepare import Dataset
+from turnout.train import doctor
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
 from turnout.train.signals import StopRequest
@@ -234,6 +236,22 @@ def test_doctor_proves_the_backends(turnout) -> None:
     assert result.code == 0
     rows = {row["name"]: row for row in json.loads(result.out.splitlines()[-1])["backends"]}
     assert all(rows[name]["proven"] for name in ("loop", "padded_bmm", "grouped_mm"))
+
+
+def test_doctor_and_bench_refuse_a_backend_whose_last_gradient_is_nan(turnout, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = doctor._run
+
+    def poisoned(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        tensors = original(backend, dtype)
+        return [*tensors[:-1], tensors[-1] * torch.nan] if backend == "padded_bmm" else tensors
+
+    monkeypatch.setattr(doctor, "_run", poisoned)
+    result = turnout("doctor", "--json")
+    rows = {row["name"]: row for row in json.loads(result.out.splitlines()[-1])["backends"]}
+    assert (result.code, rows["padded_bmm"]["proven"], rows["loop"]["proven"]) == (1, False, True)
+    refused = turnout("bench", "train-step", "--rounds", "1")
+    assert refused.code == 1
+    assert "no number is printed on a red gate: padded_bmm" in " ".join(refused.err.split())
 
 
 def test_sigterm_ends_the_command_with_143_and_it_resumes(recipe_file: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def doctor(as_json: options.Json = False) -> None:
         screen.print(table(part, columns, cells))
     if as_json:
         print_json({part: [vars(row) for row in rows] for part, rows in findings.items()} | {"process": process})
-    if not any(row.proven for row in findings["backends"]):
+    if any(row.available and not row.proven for row in findings["backends"]):
         raise typer.Exit(1)
 
 
