@@ -142,7 +142,11 @@ def kill_repeatedly(server: Server, run: Path, *, again: bool, deleting: bool) -
     (run / "completed").write_bytes(struct.pack("<q", 5))
     draw, hits = random.Random(again), Counter[str]()
     child = save_with_slow_deletion if deleting else save_for_ever
-    for _ in range(KILLS // 2):
+    wanted = "deleting" if deleting else ".tmp"
+    for number in range(4 * KILLS):
+        # how many random moments fall inside a save depends on the disk: go on until enough have
+        if number >= KILLS // 2 and hits[wanted] > KILLS // 10:
+            break
         server.start(child, run, again)
         pid = int(server.wait_for("deleting" if deleting else "ready")[-1].split()[1])
         time.sleep(draw.uniform(0, 0.006 if deleting else 0.03))
