@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 
 from turnout.cli import options
+from turnout.cli.console import write_pieces
 
 
 def add_to(app: typer.Typer) -> None:
@@ -43,11 +44,7 @@ def chat(
     for note in trained.notes:
         screen.print(f"note: {note}", markup=False)
     while prompt := _ask(screen):
-        for piece in continue_text(trained.model, trained.tokenizer, prompt, config):
-            # not through rich, which would wrap lines and read :x: as an emoji
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+        write_pieces(sys.stdout, continue_text(trained.model, trained.tokenizer, prompt, config))
 
 
 def _ask(screen: Console) -> str:

@@ -1,7 +1,8 @@
 """What a person sees goes to stderr under --json, so that stdout ends in one JSON object."""
 
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,17 @@ def error_console() -> Console:
 def print_json(value: dict[str, Any]) -> None:
     """The last line under --json."""
     print(json.dumps(value), flush=True)
+
+
+def write_pieces(out: TextIO, pieces: Iterable[str]) -> str:
+    """Write text as it comes and return all of it; not through rich, which wraps lines and reads :x: as an emoji."""
+    written = []
+    for piece in pieces:
+        written.append(piece)
+        out.write(piece)
+        out.flush()
+    out.write("\n")
+    return "".join(written)
 
 
 def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> Table:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from turnout.cli import options
-from turnout.cli.console import console, print_json
+from turnout.cli.console import console, print_json, write_pieces
 
 
 def add_to(app: typer.Typer) -> None:
@@ -49,13 +49,9 @@ def generate(
         screen.print(f"note: {note}")
     out = sys.stderr if as_json else sys.stdout
     out.write(prompt)
-    started, pieces = time.perf_counter(), []
-    for piece in continue_text(trained.model, trained.tokenizer, prompt, config):
-        pieces.append(piece)
-        out.write(piece)
-        out.flush()
-    out.write("\n")
+    started = time.perf_counter()
+    text = write_pieces(out, continue_text(trained.model, trained.tokenizer, prompt, config))
     if as_json:
-        seconds, text = time.perf_counter() - started, "".join(pieces)
+        seconds = time.perf_counter() - started
         tokens = len(trained.tokenizer.encode(text))
         print_json({"text": text, "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / max(seconds, 1e-9)})

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from turnout.data.prepare import default_cache, prepare
 from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
-from turnout.train.banner import banner
+from turnout.train.banner import Fact, banner
 from turnout.train.loop import Progress as StepProgress
 from turnout.train.loop import Trainer, recipe_of
 from turnout.train.recipe import Recipe
@@ -28,13 +29,18 @@ class Training:
     screen: Console
     process: str  # what the process was told about threads and memory
 
+    @cached_property
+    def _banner(self) -> list[Fact]:
+        # counts a model on the meta device: once is enough
+        return banner(self.recipe)
+
     def facts(self) -> dict[str, Any]:
         """The banner as data."""
-        return {fact.name: fact.value for fact in banner(self.recipe)}
+        return {fact.name: fact.value for fact in self._banner}
 
     def print_banner(self) -> None:
-        width = max(len(fact.name) for fact in banner(self.recipe))
-        for fact in banner(self.recipe):
+        width = max(len(fact.name) for fact in self._banner)
+        for fact in self._banner:
             self.screen.print(f"  [dim]{fact.name:>{width}}[/]  {fact.text}", highlight=False, soft_wrap=True)
         self.screen.print(f"  [dim]{'process':>{width}}[/]  {self.process}", highlight=False, soft_wrap=True)
 

@@ -51,11 +51,6 @@ def train_memory(config: ModelConfig, batch_size: int, seq_len: int, dtype: torc
     )
 
 
-def train_memory_bytes(config: ModelConfig, batch_size: int, seq_len: int, dtype: torch.dtype = torch.float32) -> int:
-    """Peak of `train_memory`, in bytes."""
-    return train_memory(config, batch_size, seq_len, dtype).peak
-
-
 def _layer_bytes(config: ModelConfig, size: int, *, sparse: bool) -> int:
     """Bytes a block keeps for a token: inputs of both norms and what they give, attention, FFN."""
     kept = 4 * config.dim + config.attention.kept_per_token

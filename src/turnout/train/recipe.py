@@ -6,6 +6,7 @@ from typing import Literal
 from turnout.data.prepare import DataConfig
 from turnout.errors import ConfigError
 from turnout.models import ModelConfig
+from turnout.train.guards import NonFinitePolicy
 
 PROBE = '''def mean(values):
     """Average of a list of numbers."""
@@ -69,7 +70,7 @@ class LoopConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 autocast; auto: where the device has it
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
     compile: bool = False  # torch.compile the model
-    nonfinite: Literal["stop", "skip"] = "stop"  # on NaN or infinity in loss or gradients
+    nonfinite: NonFinitePolicy = "stop"  # on NaN or infinity in loss or gradients
     max_skipped: int = 10  # steps skipped in a row before the run stops all the same
     save_failure: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written (full disk)
     sinks: tuple[str, ...] = ()  # further places for metrics: tensorboard, wandb, trackio
