@@ -117,7 +117,10 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
 
 
 def describe(cls: type, prefix: str = "") -> list[FieldDoc]:
-    """Every setting reachable from `cls`, with its type, default and the comment beside it."""
+    """Every setting reachable from `cls`, with its type, default and the comment beside it.
+
+    A setting of one row of a table says so in its text: "topk: experts per token"; `[]` in a path is an item of a list.
+    """
     docs = []
     hints = typing.get_type_hints(cls)
     comments = _field_comments(cls)
@@ -135,7 +138,23 @@ def describe(cls: type, prefix: str = "") -> list[FieldDoc]:
                 text=comments.get(field.name, ""),
             )
         )
+        docs += _describe_rows(inner, path)
     return docs
+
+
+def _describe_rows(hint: Any, path: str) -> list[FieldDoc]:
+    """Settings of every row of the table a field takes its value, or its values, from."""
+    if get_origin(hint) in (tuple, list):
+        hint, path = get_args(hint)[0], f"{path}[]"
+    if not hasattr(hint, "TABLE"):
+        return []
+    rows = {name: hint.TABLE[name] for name in hint.TABLE.names()}
+    return [
+        dataclasses.replace(doc, text=f"{name}: {doc.text}")
+        for name, row in rows.items()
+        if dataclasses.is_dataclass(row)
+        for doc in describe(typing.cast(type, row), path)
+    ]
 
 
 def _join(where: str, key: str) -> str:

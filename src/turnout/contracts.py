@@ -72,6 +72,11 @@ class RouterConfig(ABC):
     def choices(self) -> int:
         """Most experts a token can have."""
 
+    @property
+    def own_balance(self) -> str:
+        """How the router balances load by itself, without a loss, in a few words; empty if it does not."""
+        return ""
+
     @abstractmethod
     def build(self, dim: int, num_experts: int) -> nn.Module:
         """The module, which keeps the contract of `Router.forward`.
@@ -109,6 +114,7 @@ class Loss(ABC):
     """An auxiliary loss on routing. A frozen dataclass of settings; pure."""
 
     TABLE: ClassVar[Table[type["Loss"]]] = Table("loss")
+    balances: ClassVar[bool] = False  # its gradient moves tokens from full experts to empty ones
 
     @abstractmethod
     def term(

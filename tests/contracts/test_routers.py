@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.contracts.cases import Case, draw, draw_case, error, simple_case
 from turnout import MoE, reference, total_loss
 from turnout.contracts import Loss, RouterConfig
-from turnout.routers import Switch, TopK
+from turnout.routers import DeepSeekV3, Switch, TopK
 from turnout.routers.pieces import MOST_ARGMAX_PASSES, select_topk
 from turnout.tensors import RouterOutput
 
@@ -195,3 +195,21 @@ def test_switch_jitter_stays_within_its_bounds() -> None:
     logits_RE = router(torch.ones(5000, 1)).logits_RE.detach()
     assert 0.75 <= float(logits_RE.min()) < 0.76
     assert 1.24 < float(logits_RE.max()) <= 1.25
+
+
+def test_the_bias_that_balances_keeps_its_steps_in_a_bfloat16_model() -> None:
+    router = DeepSeekV3(k=2, bias_step=0.001).build(8, 4).bfloat16()
+    stats = MoE(dim=8, hidden=4, num_experts=4, router=router)(torch.randn(64, 8, dtype=torch.bfloat16)).stats
+    router.bias_E.fill_(1.0)
+    for _ in range(10):
+        router.after_step(replace(stats, assigned_E=torch.tensor([4, 2, 1, 1])))
+    assert router.bias_E.dtype == torch.float32
+    torch.testing.assert_close(router.bias_E, torch.tensor([0.99, 1.0, 1.01, 1.01]))
+
+
+def test_the_bias_that_balances_moves_with_its_router() -> None:
+    router = DeepSeekV3(k=2).build(8, 4)
+    assert router.to("meta", torch.bfloat16).bias_E.is_meta
+    placed = router.to_empty(device="cpu")
+    placed.reset_parameters()
+    assert placed.bias_E.tolist() == [0.0] * 4

@@ -2,51 +2,25 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
-from turnout.cli import main as cli
-from turnout.config import describe, dump_toml
+from turnout.config import describe, dump_toml, from_dict, to_dict
 from turnout.data.prepare import Dataset
+from turnout.layers import MoE
 from turnout.train import doctor
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
 from turnout.train.signals import StopRequest
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def turnout(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
-):
-    """Runs the command line in this process."""
-    monkeypatch.setenv("TURNOUT_CACHE", str(tmp_path_factory.mktemp("cli-cache")))
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def run(*args: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["turnout", *args])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return run
 
 
 @pytest.fixture
@@ -80,16 +54,44 @@ def test_a_dry_run_says_sizes_balance_and_kernel_and_writes_nothing(turnout, rec
     result = turnout("train", str(recipe_file), "--out", str(tmp_path / "run"), "--dry-run", "--json")
     facts = json.loads(result.out.splitlines()[-1])
     assert facts["parameters"]["total"] > facts["parameters"]["active"] > 0
-    assert facts["balance"] == {"live": True, "terms": [{"loss": "load_balance", "coefficient": 0.01}]}
+    terms = [{"loss": "load_balance", "coefficient": 0.01}]
+    assert facts["balance"] == {"live": True, "terms": terms, "router": ""}
     assert facts["experts"]["backend"] == "grouped_mm"
     assert facts["memory_bytes"] > 0
+    assert (facts["data_prepared"], facts["fits"], facts["steps"], facts["tokens"]) == (False, True, 12, 12 * 2 * 16)
+    assert facts["minutes"] == pytest.approx(12 * facts["seconds_per_step"] / 60)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_banner_says_when_balancing_is_off(turnout, recipe_file: Path) -> None:
-    result = turnout("train", str(recipe_file), "--set", "model.moe.losses=[]", "--dry-run")
+def test_a_dry_run_looks_at_the_text_and_at_the_memory(turnout, recipe_file: Path) -> None:
+    unknown = turnout("train", str(recipe_file), "--data", "no-such-corpus", "--dry-run")
+    assert unknown.code == 2
+    assert "no-such-corpus" in unknown.err
+    huge = turnout("train", str(recipe_file), "--set", "model.moe.hidden=400000000", "--dry-run")
+    assert huge.code == 0
+    assert "does not fit" in huge.out
+
+
+BIASED = "{name = 'deepseek_v3', k = 2, bias_step = %s}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "balanced"),
+    [
+        (["model.moe.losses=[]"], False),
+        (["model.moe.losses=[{name = 'load_balance', coefficient = 0.0}]"], False),
+        (["model.moe.losses=[{name = 'router_z', coefficient = 0.1}]"], False),
+        (["model.moe.losses=[]", f"model.moe.router={BIASED % 0.0}"], False),
+        (["model.moe.losses=[]", f"model.moe.router={BIASED % 0.001}"], True),
+        (["model.moe.losses=[{name = 'load_balance', coefficient = 0.01}]"], True),
+    ],
+)
+def test_the_banner_says_when_balancing_is_off(settings: list[str], balanced: bool, turnout, recipe_file: Path) -> None:
+    options = [part for setting in settings for part in ("--set", setting)]
+    result = turnout("train", str(recipe_file), *options, "--dry-run", "--json")
     assert result.code == 0, result.err
-    assert "NOT balanced" in result.out
+    assert ("NOT balanced" in result.out + result.err) is not balanced
+    assert json.loads(result.out.splitlines()[-1])["balance"]["live"] is balanced
 
 
 def test_generate_is_deterministic_by_seed(turnout, trained_run: Path) -> None:
@@ -218,10 +220,21 @@ def test_a_damaged_checkpoint_is_refused_before_use(turnout, trained_run: Path, 
 def test_train_help_documents_every_field_of_a_recipe(turnout) -> None:
     result = turnout("train", "--help")
     assert result.code == 0
-    docs = describe(Recipe)
-    assert len(docs) > 40
-    assert [doc.path for doc in docs if doc.path not in result.out] == []
-    assert [doc.path for doc in docs if not doc.text] == []
+    # what a recipe on disk may hold: read from a whole one, not from what help is made of
+    written = from_dict(Recipe, {"model": {"moe": {"capacity": {"name": "fixed"}}}})
+    paths = {re.sub(r"\.\d+", "[]", path) for path in _leaves(to_dict(written)) if not path.endswith(".name")}
+    assert {"model.moe.router.k", "model.moe.losses[].coefficient", "model.moe.capacity.factor"} <= paths
+    assert [path for path in sorted(paths) if path not in result.out] == []
+    assert [doc.path for doc in describe(Recipe) if not doc.text.strip(": ")] == []
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[str]:
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path
 
 
 @pytest.mark.parametrize("verb", ["train", "chat", "generate", "report", "compare", "bench", "doctor", "plan"])
@@ -239,13 +252,13 @@ def test_doctor_proves_the_backends(turnout) -> None:
 
 
 def test_doctor_and_bench_refuse_a_backend_whose_last_gradient_is_nan(turnout, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = doctor._run
+    original = doctor._run_layer
 
-    def poisoned(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
-        tensors = original(backend, dtype)
-        return [*tensors[:-1], tensors[-1] * torch.nan] if backend == "padded_bmm" else tensors
+    def poisoned(layer: MoE, x_TD: torch.Tensor) -> list[torch.Tensor]:
+        tensors = original(layer, x_TD)
+        return [*tensors[:-1], tensors[-1] * torch.nan] if layer.config.backend == "padded_bmm" else tensors
 
-    monkeypatch.setattr(doctor, "_run", poisoned)
+    monkeypatch.setattr(doctor, "_run_layer", poisoned)
     result = turnout("doctor", "--json")
     rows = {row["name"]: row for row in json.loads(result.out.splitlines()[-1])["backends"]}
     assert (result.code, rows["padded_bmm"]["proven"], rows["loop"]["proven"]) == (1, False, True)

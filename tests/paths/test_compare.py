@@ -10,6 +10,7 @@ import pytest
 
 from turnout.data.prepare import Dataset
 from turnout.errors import ConfigError
+from turnout.models.size import sizes
 from turnout.train import checkpoint
 from turnout.train.compare import Curve, ahead_from, check_comparable, compare, seconds_to, verdicts
 from turnout.train.recipe import Recipe
@@ -17,7 +18,7 @@ from turnout.train.recipes import load_recipe
 from turnout.train.signals import StopRequest
 
 
-def curve(recipe: str, losses: Sequence[float], seed: int = 0) -> Curve:
+def curve(recipe: str, losses: Sequence[float], seed: int = 0, *, complete: bool = True) -> Curve:
     seconds = tuple(10.0 * (i + 1) for i in range(len(losses)))
     return Curve(
         recipe=recipe,
@@ -28,6 +29,8 @@ def curve(recipe: str, losses: Sequence[float], seed: int = 0) -> Curve:
         tokens_per_s=100.0,
         params_total=2,
         params_active=1,
+        train_flops_per_token=6,
+        complete=complete,
     )
 
 
@@ -72,9 +75,50 @@ def test_one_seed_that_never_reaches_the_loss_means_not_reached() -> None:
     assert verdict.break_even_s is None
 
 
-def test_recipes_on_different_text_are_not_compared() -> None:
+def test_a_seed_cut_short_is_shown_and_not_judged() -> None:
+    short = [curve("moe", [5.0, 3.0], complete=False), curve("dense", [5.5, 3.4])]
+    assert verdicts(short) == []
+    (verdict,) = verdicts([*short, curve("moe", [5.0, 3.0], seed=1), curve("dense", [5.5, 3.1], seed=1)])
+    assert verdict.margins == pytest.approx((0.1,))
+
+
+@pytest.mark.parametrize("setting", ["data.val_fraction=0.1", "loop.eval_tokens=4096", "loop.seq_len=128"])
+def test_recipes_on_different_text_are_not_compared(setting: str) -> None:
     with pytest.raises(ConfigError, match="do not use the same data or evaluation text"):
-        check_comparable([load_recipe("tiny"), load_recipe("tiny-dense", ["data.val_fraction=0.1"])])
+        check_comparable([load_recipe("tiny"), load_recipe("tiny-dense", [setting])])
+
+
+def test_recipes_of_one_name_are_not_compared() -> None:
+    with pytest.raises(ConfigError, match="same name"):
+        check_comparable([load_recipe("tiny"), load_recipe("tiny")])
+
+
+def test_the_twins_compute_the_same() -> None:
+    moe, dense = (sizes(load_recipe(name).model, 256) for name in ("tiny", "tiny-dense"))
+    router = 2 * 3 * 4 * 16 * load_recipe("tiny").model.dim  # its own product, which the twin has not
+    assert moe.train_flops_per_token - router == dense.train_flops_per_token
+
+
+def test_a_run_that_turns_nan_ends_alone(small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path) -> None:
+    sick = replace(small_recipe, name="sick", optimizer=replace(small_recipe.optimizer, lr=1e30))
+    said: list[str] = []
+    seen: list[int] = []
+    with StopRequest() as stop:
+        curves = compare(
+            [sick, small_recipe],
+            small_dataset,
+            tmp_path,
+            minutes=0.05,
+            seeds=[0],
+            stop=stop,
+            say=said.append,
+            on_seed=lambda so_far: seen.append(len(so_far)),
+        )
+    assert any("sick seed 0 ends here" in line for line in said)
+    assert [c.complete for c in curves if c.recipe == small_recipe.name] == [True]
+    assert not any(c.complete for c in curves if c.recipe == "sick")
+    assert verdicts(curves) == []
+    assert seen == [len(curves)]
 
 
 def test_a_comparison_stopped_in_the_middle_of_a_turn_keeps_whole_turns_and_saves_every_run(
@@ -91,6 +135,7 @@ def test_a_comparison_stopped_in_the_middle_of_a_turn_keeps_whole_turns_and_save
     with StopRequest() as stop:
         curves = compare(recipes, small_dataset, tmp_path, minutes=0.05, seeds=[0, 1], stop=stop, say=stop_after_two)
     assert [len(c.val_loss) for c in curves] == [2, 2]
-    assert len(verdicts(curves)) == 1
+    assert not any(c.complete for c in curves)
+    assert verdicts(curves) == []
     for recipe in recipes:
         assert checkpoint.load(tmp_path / f"{recipe.name}-seed-0").step > 0

@@ -134,7 +134,7 @@ def test_a_missing_file_a_small_vocabulary_and_a_small_model_are_errors(tmp_path
     with pytest.raises(ConfigError, match="vocab_size=256 must be at least 257"):
         Tokenizer.train(["text"], 256)
     learnt().require_fits(learnt().vocab_size)
-    with pytest.raises(DataError, match=r"has \d+ tokens but the model only vocab_size=300"):
+    with pytest.raises(DataError, match=r"has \d+ tokens, model\.vocab_size=300; set model\.vocab_size=\d+"):
         learnt().require_fits(300)
 
 

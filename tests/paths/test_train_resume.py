@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from turnout.data.prepare import Dataset
-from turnout.routers import GShardTop2
-from turnout.train import checkpoint
+from turnout.routers import DeepSeekV3, GShardTop2
+from turnout.train import checkpoint, state
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
 from turnout.train.signals import StopRequest
@@ -56,17 +56,18 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
 
-def with_random_router(recipe: Recipe) -> Recipe:
-    """A router that draws: the random generator must be restored as well."""
-    assert recipe.model.moe is not None
-    return replace(recipe, model=replace(recipe.model, moe=replace(recipe.model.moe, router=GShardTop2())))
+# one router draws, so the random generator must be restored as well; the other's bias moves without a gradient
+ROUTERS = {"draws": GShardTop2(), "moves its bias": DeepSeekV3(k=2, bias_step=0.01)}
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("router", ROUTERS)
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    seed: int, small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path
+    router: str, seed: int, small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path
 ) -> None:
-    recipe = replace(with_random_router(small_recipe), seed=seed)
+    assert small_recipe.model.moe is not None
+    moe = replace(small_recipe.model.moe, router=ROUTERS[router])
+    recipe = replace(small_recipe, model=replace(small_recipe.model, moe=moe), seed=seed)
     train_to_end(recipe, small_dataset, tmp_path / "whole")
     train_with_a_stop(recipe, small_dataset, tmp_path / "cut", at_step=3 + seed)
     whole, cut = everything(tmp_path / "whole"), everything(tmp_path / "cut")
@@ -76,6 +77,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert whole["sampler"] == cut["sampler"]
     assert whole["counters"] == cut["counters"]
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_a_resume_says_which_random_state_it_could_not_restore(
+    small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_to_end(small_recipe, small_dataset, tmp_path / "run")
+    monkeypatch.setattr(state, "set_rng_state", lambda _: ("a device is missing",))
+    assert "a device is missing" in Trainer(small_recipe, small_dataset, tmp_path / "run", resume=True).notes
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from turnout.data.prepare import Dataset
-from turnout.errors import CheckpointError, ConfigError, NonFiniteError
+from turnout.errors import CheckpointError, DataError, NonFiniteError
 from turnout.train import checkpoint, loop
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
@@ -181,5 +181,5 @@ def test_a_tokenizer_larger_than_the_model_is_refused(
     smaller = replace(
         small_recipe, data=replace(small_recipe.data, vocab_size=280), model=replace(small_recipe.model, vocab_size=280)
     )
-    with pytest.raises(ConfigError, match=re.escape("the tokenizer has 300 tokens, model.vocab_size=280")):
+    with pytest.raises(DataError, match=re.escape("the tokenizer has 300 tokens, model.vocab_size=280")):
         Trainer(smaller, small_dataset, tmp_path / "run")

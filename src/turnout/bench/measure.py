@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from turnout.errors import TurnoutError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
@@ -40,20 +42,32 @@ def race(contestants: Mapping[str, Callable[[], object]], *, rounds: int, warmup
 
 
 def peak_mib(function: Callable[[], None]) -> float:
-    """Peak resident memory of a fresh process that calls `function`, which must be picklable, in MiB."""
+    """Peak resident memory of a fresh process that calls `function`, which must be picklable, in MiB.
+
+    Raises: TurnoutError with the process's last words if it fails or is killed.
+    """
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     child = context.Process(target=_report_peak, args=(function, writer))
     child.start()
     writer.close()
     try:
-        return float(reader.recv())
+        answer = reader.recv()
+    except EOFError:
+        answer = "it was killed, perhaps for want of memory"
     finally:
         child.join()
+    if isinstance(answer, str):
+        raise TurnoutError(f"the process that measures peak memory ended with exit code {child.exitcode}: {answer}")
+    return answer
 
 
 def _report_peak(function: Callable[[], None], writer: Connection) -> None:
-    function()
+    try:
+        function()
+    except Exception as error:
+        writer.send(f"{type(error).__name__}: {error}")
+        raise
     writer.send(_peak_bytes() / 2**20)
 
 

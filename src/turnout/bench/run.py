@@ -57,9 +57,9 @@ def check_gate() -> None:
         raise TurnoutError(f"no number is printed on a red gate: {'; '.join(broken)}")
 
 
-def _ratio(timings: dict[str, Any], numerator: str, denominator: str) -> float:
+def _ratio(timings: dict[str, Any], numerator: str, denominator: str) -> float | None:
     if numerator not in timings or denominator not in timings:
-        return float("nan")
+        return None
     return timings[numerator].ms_median / timings[denominator].ms_median
 
 

@@ -1,19 +1,26 @@
 """Case train-step: a whole optimizer step of a recipe's model against transformers' Mixtral of the same shape.
 
-Everybody gets the same tokens, the same fused AdamW, the same clipping, and its balance loss switched on.
+Everybody gets the same tokens, the same fused AdamW, the same clipping, and its balance loss switched on. Ours is the
+training loop's own step, with its checks for NaN and its statistics. Mixtral's weights always sum to 1, whatever
+`router.scale` says; the work is the same.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
 from turnout.layers.attention import AttentionConfig
 from turnout.models import Decoder, ModelConfig
+from turnout.train.device import autocast_for
+from turnout.train.optimizer import build_optimizer
 from turnout.train.recipe import Recipe
+from turnout.train.step import train_step
 
 PEERS = ("turnout", "transformers-grouped_mm", "transformers-eager", "dense-twin", "gemm-limit")
 
@@ -49,31 +56,34 @@ def few_steps(name: str, recipe: Recipe, dense: Recipe) -> None:
 
 
 def _our_step(model: Decoder, tokens_BS: Tensor, recipe: Recipe) -> Callable[[], object]:
-    def loss() -> Tensor:
-        return model.loss(tokens_BS[:, :-1], tokens_BS[:, 1:]).total
-
-    return functools.partial(_step, model, loss, _adamw(model, recipe), recipe.optimizer.clip)
+    batch = Batch(tokens_BS=tokens_BS[:, :-1], targets_BS=tokens_BS[:, 1:])
+    return functools.partial(
+        train_step,
+        model,
+        model.loss,
+        build_optimizer(model, recipe.optimizer),
+        [batch],
+        max_norm=_max_norm(recipe),
+        autocast=autocast_for(tokens_BS.device, torch.float32),
+    )
 
 
 def _mixtral_step(recipe: Recipe, tokens_BS: Tensor, implementation: str) -> Callable[[], object]:
     model = _mixtral(recipe.model, implementation)
     inputs_BS = tokens_BS[:, :-1].contiguous()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, fused=True)
 
-    def loss() -> Tensor:
-        return model(input_ids=inputs_BS, labels=inputs_BS).loss
+    def step() -> None:
+        model(input_ids=inputs_BS, labels=inputs_BS).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), _max_norm(recipe))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    return functools.partial(_step, model, loss, _adamw(model, recipe), recipe.optimizer.clip)
-
-
-def _step(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, clip: float) -> None:
-    loss().backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    return step
 
 
-def _adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, fused=True)
+def _max_norm(recipe: Recipe) -> float:
+    return recipe.optimizer.clip or math.inf
 
 
 def _mixtral(model: ModelConfig, implementation: str) -> Any:
@@ -106,12 +116,16 @@ def _mixtral(model: ModelConfig, implementation: str) -> Any:
 
 
 def _gemms(model: ModelConfig, num_tokens: int) -> Callable[[], object]:
-    """Every matrix product of forward and backward with the same active FLOPs, and nothing else."""
+    """Every product with a weight, forward and backward, as one dense matrix each, and nothing else.
+
+    No layer can be faster than its share of these; attention's products of queries and keys are not among them.
+    """
     attention, dim, moe = _attention(model), model.dim, model.moe
     heads, width = attention.num_heads, attention.head_dim
     active = model.hidden if moe is None else moe.router.choices * moe.hidden + moe.shared_hidden
     qkv = (heads + 2 * attention.num_kv_heads) * width
     block = [(qkv, dim), (dim, heads * width), (2 * active, dim), (dim, active)]
+    block += [] if moe is None else [(moe.num_experts, dim)]
     shapes = block * model.num_layers + [(model.vocab_size, dim)]
     matrices = [(torch.randn(num_tokens, inner), torch.randn(inner, outer)) for outer, inner in shapes]
     outputs = [torch.empty(num_tokens, weight.shape[1]) for _, weight in matrices]

@@ -53,11 +53,15 @@ def _card(case: str, recipe: str, rows: list[dict[str, Any]]) -> Any:
             f"{row['ms_min']:.0f}",
             f"{row['ms_max']:.0f}",
             f"{row['tokens_per_s']:,.0f}",
-            f"{row['speedup_of_turnout']:.2f}x",
-            f"{row['ratio_to_dense']:.2f}",
-            f"{row['ratio_to_limit']:.2f}",
-            "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+            _number(row["speedup_of_turnout"], ".2f", "x"),
+            _number(row["ratio_to_dense"], ".2f"),
+            _number(row["ratio_to_limit"], ".2f"),
+            _number(row["peak_mib"], ".0f"),
         ]
         for row in rows
     ]
     return table(f"{case} of {recipe}: everybody in turns in one process", columns, cells)
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"

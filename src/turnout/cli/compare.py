@@ -53,7 +53,8 @@ def compare(
             minutes=minutes,
             seeds=range(first_seed, first_seed + seeds),
             stop=stop,
-            say=lambda line: screen.print(f"  {line}", highlight=False),
+            say=lambda line: screen.print(f"  {line}", highlight=False, markup=False),
+            on_seed=lambda so_far: write_comparison(so_far, folder) if so_far else None,
         )
     if not curves:
         screen.print(f"stopped before every recipe had its first turn; the runs in {folder} are saved")
@@ -70,17 +71,18 @@ def _print(screen: Any, curves: list[Any], path: Path) -> None:
     from turnout.train.compare import verdicts
 
     columns = {"recipe": "left", "seed": "right", "minutes": "right", "tokens": "right", "tokens/s": "right"}
-    columns |= {"validation loss": "right", "parameters": "right", "active": "right"}
+    columns |= {"validation loss": "right", "parameters": "right", "active": "right", "MFLOP/token": "right"}
     cells = [
         [
             c.recipe,
             str(c.seed),
-            f"{c.seconds[-1] / 60:.1f}",
+            f"{c.seconds[-1] / 60:.1f}{'' if c.complete else ' (cut short)'}",
             f"{c.tokens[-1]:,}",
             f"{c.tokens_per_s:,.0f}",
             f"{c.val_loss[-1]:.4f}",
             f"{c.params_total / 1e6:.2f} M",
             f"{c.params_active / 1e6:.2f} M",
+            f"{c.train_flops_per_token / 1e6:.2f}",
         ]
         for c in curves
     ]
@@ -106,7 +108,9 @@ def _rows(curves: list[Any]) -> list[dict[str, Any]]:
             "minutes": c.seconds[-1] / 60,
             "tokens": c.tokens[-1],
             "val_loss": c.val_loss[-1],
+            "complete": c.complete,
             "tokens_per_s": c.tokens_per_s,
+            "train_flops_per_token": c.train_flops_per_token,
             "seconds_to_loss_of": {name: seconds_to(c, final[name, c.seed]) for name in names if name != c.recipe},
             "curve": {"seconds": c.seconds, "tokens": c.tokens, "val_loss": c.val_loss},
         }

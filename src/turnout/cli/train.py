@@ -51,7 +51,7 @@ def train(
     minutes: Annotated[float | None, typer.Option(help="Short for --set loop.steps=0 --set loop.minutes=M.")] = None,
     steps: Annotated[int | None, typer.Option(help="Short for --set loop.steps=N.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would run: sizes, FLOPs, memory, paths.")
+        bool, typer.Option("--dry-run", help="Say what would run and how long: sizes, FLOPs, memory, paths.")
     ] = False,
     threads: options.Threads = 0,
     as_json: options.Json = False,
@@ -69,8 +69,9 @@ def train(
     training = Training(recipe=chosen, run=choose_run(chosen.name, out, resume), screen=screen, process=process)
     training.print_banner()
     if dry_run:
+        outlook = training.print_outlook()
         if as_json:
-            print_json(training.facts())
+            print_json(training.facts() | outlook)
         return
     summary = training.run_to_end(resume=resume is not None)
     if as_json:

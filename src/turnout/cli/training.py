@@ -9,14 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from turnout.data.prepare import default_cache, prepare
+from turnout.data.prepare import default_cache, is_prepared, prepare
 from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
 from turnout.train.banner import Fact, banner
+from turnout.train.device import pick_device
+from turnout.train.estimate import memory_here, seconds_per_step
 from turnout.train.loop import Progress as StepProgress
-from turnout.train.loop import Trainer, recipe_of
+from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
-from turnout.train.recipes import load_recipe
+from turnout.train.recipes import load_recipe, recipe_of
 from turnout.train.signals import StopRequest
 
 
@@ -39,10 +41,40 @@ class Training:
         return {fact.name: fact.value for fact in self._banner}
 
     def print_banner(self) -> None:
-        width = max(len(fact.name) for fact in self._banner)
         for fact in self._banner:
-            self.screen.print(f"  [dim]{fact.name:>{width}}[/]  {fact.text}", highlight=False, soft_wrap=True)
-        self.screen.print(f"  [dim]{'process':>{width}}[/]  {self.process}", highlight=False, soft_wrap=True)
+            self._line(fact.name, fact.text)
+        self._line("process", self.process)
+
+    def print_outlook(self) -> dict[str, Any]:
+        """For a dry run: is the text at hand, does the model fit, how long will it take; the same as data.
+
+        Raises: ConfigError or DataError, as the run would, if the text or the tokenizer cannot be used.
+        """
+        ready = is_prepared(self.recipe.data, default_cache())
+        self._line("text", "prepared" if ready else "found; it is read and encoded when the run starts")
+        device = pick_device(self.recipe.loop.device)
+        needed = next(fact.value for fact in self._banner if fact.name == "memory_bytes")
+        if needed > memory_here(device):
+            self._line("time", f"[bold yellow]does not fit[/]: {device} has {memory_here(device) / 2**20:,.0f} MiB")
+            return {"data_prepared": ready, "fits": False}
+        seconds = seconds_per_step(self.recipe)
+        loop = self.recipe.loop
+        steps = loop.steps or int(60 * loop.minutes / seconds)
+        tokens = steps * loop.batch_size * loop.seq_len * loop.accumulate
+        minutes = steps * seconds / 60
+        self._line("time", f"{steps:,} steps, {tokens:,} tokens in {minutes:.1f} min: measured {seconds:.3g} s a step")
+        return {
+            "data_prepared": ready,
+            "fits": True,
+            "seconds_per_step": seconds,
+            "steps": steps,
+            "tokens": tokens,
+            "minutes": minutes,
+        }
+
+    def _line(self, name: str, text: str) -> None:
+        width = max(len(fact.name) for fact in self._banner)
+        self.screen.print(f"  [dim]{name:>{width}}[/]  {text}", highlight=False, soft_wrap=True)
 
     def run_to_end(self, *, resume: bool) -> dict[str, Any]:
         """Prepare, train, finish, report; the summary. A signal at any point leaves a checkpoint."""

@@ -79,16 +79,39 @@ def prepare(config: DataConfig, cache: Path, say: Callable[[str], None] = lambda
     `say` is told what is being done, line by line.
     Raises: ConfigError for an unknown corpus or path; DataError if the text or the tokenizer cannot be used.
     """
-    corpus = open_corpus(config.corpus, text_field=config.text_field, invalid_utf8=config.invalid_utf8)
-    given = None if config.tokenizer == "bpe" else Tokenizer.load(Path(config.tokenizer).expanduser())
+    corpus, given = _sources(config)
     try:
-        fingerprint = corpus.fingerprint(cache)
-        folder = cache / "prepared" / f"{corpus.name}-{_key(config, fingerprint, given)}"
-        if not (folder / "dataset.json").exists():
+        folder = _folder(config, corpus, given, cache)
+        if not _is_complete(folder):
             _build(config, corpus, given, cache, folder, say)
     except OSError as error:
         raise DataError(f"cannot use the cache {cache}: {error}; set $TURNOUT_CACHE to a folder with room") from error
     return _open(folder)
+
+
+def is_prepared(config: DataConfig, cache: Path) -> bool:
+    """Whether `prepare` would find its work done; looks at the text and the tokenizer, and writes nothing.
+
+    Raises: ConfigError for an unknown corpus or path; DataError if the text or the tokenizer cannot be read.
+    """
+    corpus, given = _sources(config)
+    try:
+        return _is_complete(_folder(config, corpus, given, cache))
+    except OSError as error:
+        raise DataError(f"cannot read corpus {corpus.name!r}: {error}") from error
+
+
+def _sources(config: DataConfig) -> tuple[Corpus, Tokenizer | None]:
+    corpus = open_corpus(config.corpus, text_field=config.text_field, invalid_utf8=config.invalid_utf8)
+    return corpus, None if config.tokenizer == "bpe" else Tokenizer.load(Path(config.tokenizer).expanduser())
+
+
+def _folder(config: DataConfig, corpus: Corpus, given: Tokenizer | None, cache: Path) -> Path:
+    return cache / "prepared" / f"{corpus.name}-{_key(config, corpus.fingerprint(cache), given)}"
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / "dataset.json").exists()
 
 
 def _key(config: DataConfig, corpus_fingerprint: str, given: Tokenizer | None) -> str:

@@ -127,8 +127,8 @@ class Tokenizer:
         """
         if model_vocab_size < self.vocab_size:
             raise DataError(
-                f"the tokenizer has {self.vocab_size} tokens but the model only vocab_size={model_vocab_size}; "
-                "use the model's own tokenizer, or a model with at least as many"
+                f"the tokenizer has {self.vocab_size} tokens, model.vocab_size={model_vocab_size}; "
+                f"set model.vocab_size={self.vocab_size} or more, or use another tokenizer"
             )
 
     @cached_property

@@ -34,6 +34,8 @@ def load_balance_loss(scores_RE: Tensor, counts_E: Tensor) -> Tensor:
 class LoadBalance(Loss):
     """Load-balance loss over the micro-batch, each sequence, or the whole data-parallel group."""
 
+    balances = True
+
     coefficient: float = 0.01  # weight of the term in the total loss
     scope: Scope = "micro_batch"  # tokens over which load is counted
     count: Literal["all", "first"] = "all"  # choices that count as load; GShard's algorithm 1 counts first choices

@@ -1,5 +1,6 @@
 """DeepSeek-V3: sigmoid scores, a bias that balances load without a loss, and a limit on the groups a token reaches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,10 @@ class DeepSeekV3(RouterConfig):
     def choices(self) -> int:
         return self.k
 
+    @property
+    def own_balance(self) -> str:
+        return f"bias of the router x {self.bias_step:g} a step" if self.bias_step else ""
+
     def build(self, dim: int, num_experts: int) -> Router:
         if num_experts % self.groups:
             legal = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
@@ -65,6 +70,15 @@ class DeepSeekV3Router(Router):
         self.config = config
         self.score = LinearScore(dim, num_experts, bias=False, init_std=config.init_std)
         self.register_buffer("bias_E", torch.zeros(num_experts))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeepSeekV3Router":
+        """The bias moves with the module and keeps its dtype: bfloat16 would round its steps of 0.001 away."""
+        before_E = self.bias_E
+        super()._apply(fn, recurse)
+        if self.bias_E.dtype != before_E.dtype:
+            known = self.bias_E if before_E.is_meta else before_E
+            self.bias_E = known.to(self.bias_E.device, before_E.dtype)
+        return self
 
     def reset_parameters(self) -> None:
         """The score resets itself."""

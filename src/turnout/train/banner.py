@@ -66,10 +66,17 @@ def _balance(recipe: Recipe) -> Fact:
     terms = [
         {"loss": loss.TABLE.name_of(type(loss)), "coefficient": vars(loss).get("coefficient")} for loss in moe.losses
     ]
-    live = [t for t in terms if t["coefficient"]]
-    words = ", ".join(f"{t['loss']} x {t['coefficient']:g}{'' if t['coefficient'] else ' (OFF)'}" for t in terms)
-    text = words if live else f"[bold yellow]NOT balanced[/]: {words or 'no auxiliary loss'}"
-    return Fact(name="balance", value={"live": bool(live), "terms": terms}, text=text)
+    live = any(loss.balances and term["coefficient"] for loss, term in zip(moe.losses, terms, strict=True))
+    own = moe.router.own_balance
+    words = [own] if own else []
+    words += [f"{t['loss']} x {t['coefficient']:g}{'' if t['coefficient'] else ' (OFF)'}" for t in terms]
+    is_live = live or bool(own)
+    text = ", ".join(words or ["no auxiliary loss"])
+    return Fact(
+        name="balance",
+        value={"live": is_live, "terms": terms, "router": own},
+        text=text if is_live else f"[bold yellow]NOT balanced[/]: {text}",
+    )
 
 
 def _kernel(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Fact:

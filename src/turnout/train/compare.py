@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from turnout.data.prepare import Dataset
-from turnout.errors import ConfigError
+from turnout.errors import ConfigError, NonFiniteError
+from turnout.models.size import sizes
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
 from turnout.train.signals import StopRequest
@@ -27,11 +28,13 @@ class Curve:
     tokens_per_s: float
     params_total: int
     params_active: int
+    train_flops_per_token: int  # matrix and attention products, forward and backward
+    complete: bool  # trained to the end of its budget
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A recipe against the baseline, the last recipe of the comparison, over the same seeds."""
+    """A recipe against the baseline, the last recipe of the comparison, over the seeds both brought to the end."""
 
     recipe: str
     baseline: str
@@ -50,42 +53,52 @@ def compare(
     seeds: Sequence[int],
     stop: StopRequest,
     say: Callable[[str], None],
+    on_seed: Callable[[Sequence[Curve]], None] = lambda _: None,
 ) -> list[Curve]:
     """Train every recipe for the budget at every seed, in turns; run folders go to OUT/RECIPE-seed-N.
 
-    Raises: ConfigError if the recipes do not read the same data; a stop request ends after saving every run.
+    `on_seed` gets all curves so far after each seed, so that hours of work are not lost with the last of them.
+    Raises: ConfigError if the recipes cannot be compared; a stop request ends after saving every run.
     """
     check_comparable(recipes)
     curves: list[Curve] = []
     for seed in seeds:
         trainers = [_trainer(recipe, dataset, out, minutes, seed) for recipe in recipes]
         curves += _take_turns(trainers, minutes, stop, say)
+        on_seed(curves)
         if stop.requested:
             break
     return curves
 
 
 def check_comparable(recipes: Sequence[Recipe]) -> None:
-    """Raises: ConfigError if the recipes differ in data or evaluation."""
+    """Raises: ConfigError if two recipes have one name, or differ in data or evaluation."""
     first = recipes[0]
+    names = [recipe.name for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two of the recipes have the same name ({', '.join(names)}); set `name` in their files")
     for other in recipes[1:]:
-        if other.data != first.data or other.loop.eval_tokens != first.loop.eval_tokens:
+        if _evaluation(other) != _evaluation(first):
             raise ConfigError(
                 f"{other.name} and {first.name} do not use the same data or evaluation text; "
-                "a comparison needs equal [data] tables and loop.eval_tokens"
+                "a comparison needs equal [data] tables, loop.eval_tokens and loop.seq_len"
             )
 
 
+def _evaluation(recipe: Recipe) -> tuple[object, ...]:
+    # the longer the sequence, the more context a token has: losses at two lengths are two quantities
+    return recipe.data, recipe.loop.eval_tokens, recipe.loop.seq_len
+
+
 def verdicts(curves: Sequence[Curve]) -> list[Verdict]:
-    """Every recipe against the last one; empty when there are fewer than two."""
+    """Every recipe against the last one, where both have a seed brought to the end; a schedule cut short has no end."""
     names = list(dict.fromkeys(curve.recipe for curve in curves))
-    if len(names) < 2:
-        return []
-    baseline = {c.seed: c for c in curves if c.recipe == names[-1]}
-    return [
-        _verdict(name, [(c, baseline[c.seed]) for c in curves if c.recipe == name and c.seed in baseline])
-        for name in names[:-1]
-    ]
+    whole = [curve for curve in curves if curve.complete]
+    baseline = {c.seed: c for c in whole if c.recipe == names[-1]}
+    pairs = {
+        name: [(c, baseline[c.seed]) for c in whole if c.recipe == name and c.seed in baseline] for name in names[:-1]
+    }
+    return [_verdict(name, found) for name, found in pairs.items() if found]
 
 
 def seconds_to(curve: Curve, loss: float) -> float | None:
@@ -138,33 +151,42 @@ def _take_turns(
     trainers: Sequence[Trainer], minutes: float, stop: StopRequest, say: Callable[[str], None]
 ) -> list[Curve]:
     points: list[list[tuple[float, int, float]]] = [[] for _ in trainers]
+    running = list(trainers)
     for turn in range(1, TURNS + 1):
         for trainer, seen in zip(trainers, points, strict=True):
-            trainer.train(stop, pause_at_s=60 * minutes * turn / TURNS)
-            trainer.evaluate_and_record(stop)
-            c = trainer.counters
-            if not stop.requested and c.val_loss is not None:
-                seen.append((c.seconds, c.tokens, c.val_loss))
+            if trainer not in running:
+                continue
+            try:
+                trainer.train(stop, pause_at_s=60 * minutes * turn / TURNS)
+            except NonFiniteError as error:
+                say(f"{trainer.recipe.name} seed {trainer.recipe.seed} ends here: {error}")
+                running.remove(trainer)
+                continue
+            val_loss = trainer.evaluate_and_record(stop)
+            if val_loss is not None and not stop.requested:
+                seen.append((trainer.counters.seconds, trainer.counters.tokens, val_loss))
         if stop.requested:
             break
-        scores = ", ".join(f"{t.recipe.name} {t.counters.val_loss:.4f}" for t in trainers)
-        say(f"{trainers[0].counters.seconds / 60:5.1f} min  seed {trainers[0].recipe.seed}  {scores}")
-    for trainer in trainers:
+        scores = ", ".join(f"{t.recipe.name} {t.counters.val_loss:.4f}" for t in running)
+        say(f"{minutes * turn / TURNS:5.1f} min  seed {trainers[0].recipe.seed}  {scores}")
+    for trainer in running:
         trainer.recorder.close() if stop.requested else trainer.finish()
-    # a stop in the middle of a turn leaves some with a point more
-    turns = min(len(seen) for seen in points)
-    return [_curve(trainer, seen[:turns]) for trainer, seen in zip(trainers, points, strict=True)] if turns else []
+    return [_curve(trainer, seen) for trainer, seen in zip(trainers, points, strict=True) if seen]
 
 
 def _curve(trainer: Trainer, points: Sequence[tuple[float, int, float]]) -> Curve:
-    summary = trainer.summary()
+    recipe = trainer.recipe
+    size = sizes(recipe.model, recipe.loop.seq_len)
+    seconds, tokens, val_loss = zip(*points, strict=True)
     return Curve(
-        recipe=trainer.recipe.name,
-        seed=trainer.recipe.seed,
-        seconds=tuple(p[0] for p in points),
-        tokens=tuple(p[1] for p in points),
-        val_loss=tuple(p[2] for p in points),
-        tokens_per_s=summary["tokens_per_s"],
-        params_total=summary["params_total"],
-        params_active=summary["params_active"],
+        recipe=recipe.name,
+        seed=recipe.seed,
+        seconds=seconds,
+        tokens=tokens,
+        val_loss=val_loss,
+        tokens_per_s=trainer.summary()["tokens_per_s"],
+        params_total=size.total,
+        params_active=size.active,
+        train_flops_per_token=size.train_flops_per_token,
+        complete=len(points) == TURNS,
     )

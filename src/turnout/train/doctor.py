@@ -1,23 +1,27 @@
 """Proof, on this machine, that each expert backend computes what the dense oracle computes."""
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from turnout import reference
 from turnout.contracts import ExpertBackend
 from turnout.errors import TurnoutError
 from turnout.layers import MoE
+from turnout.losses import LoadBalance
+from turnout.routers import TopK
 from turnout.tensors import total_loss
 
 OPTIONAL = {
-    "transformers": "hf, bench",
-    "tensorboard": "track",
-    "matplotlib": "plot",
-    "fastapi": "serve",
-    "wandb": "none: pip install wandb",
-    "trackio": "none: pip install trackio",
+    "transformers": "turnout[bench]",
+    "tensorboard": "turnout[track]",
+    "matplotlib": "turnout[plot]",
+    "fastapi": "turnout[serve]",
+    "wandb": "wandb",
+    "trackio": "trackio",
 }
 TOLERANCE = 1e-5
 
@@ -33,7 +37,7 @@ class Finding:
 
 
 def examine() -> dict[str, list[Finding]]:
-    """Backends (tried forward and backward against the loop in float64), transports, optional dependencies."""
+    """Backends (tried forward and backward against the dense oracle in float64), transports, optional dependencies."""
     return {
         "backends": [_try_backend(name) for name in ExpertBackend.TABLE.names()],
         "transports": [_gloo()],
@@ -43,7 +47,8 @@ def examine() -> dict[str, list[Finding]]:
 
 def _try_backend(name: str) -> Finding:
     try:
-        pairs = zip(_run(name, torch.float32), _run("loop", torch.float64), strict=True)
+        layer, x_TD = _layer(name)
+        pairs = zip(_run_layer(layer, x_TD), _run_oracle(layer, x_TD), strict=True)
         # torch's max keeps NaN, Python's would drop it
         worst = float(
             torch.stack([(got - want).abs().max() / want.abs().max().clamp(min=1) for got, want in pairs]).max()
@@ -54,20 +59,46 @@ def _try_backend(name: str) -> Finding:
         return Finding(name=name, available=True, proven=False, reason=f"failed: {error}")
     proven = worst < TOLERANCE
     return Finding(
-        name=name, available=True, proven=proven, reason=f"forward and backward in float32, worst error {worst:.1e}"
+        name=name,
+        available=True,
+        proven=proven,
+        reason=f"forward and backward in float32 against the oracle, worst error {worst:.1e}",
     )
 
 
-def _run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+def _layer(backend: str) -> tuple[MoE, Tensor]:
+    """A layer large enough that every expert has rows, with weights that matter, and its input."""
     generator = torch.Generator().manual_seed(0)
-    layer = MoE(dim=20, hidden=12, num_experts=5, backend=backend)
+    layer = MoE(dim=20, hidden=12, num_experts=5, backend=backend, router=TopK(k=2), losses=(LoadBalance(),))
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    x = torch.randn(33, 20, generator=generator).to(dtype).requires_grad_()
-    out = layer.to(dtype)(x)
-    (out.y.square().sum() + total_loss(out.losses)).backward()
-    return [t.double() for t in (out.y.detach(), x.grad, *(p.grad for p in layer.parameters())) if t is not None]
+    return layer, torch.randn(33, 20, generator=generator)
+
+
+def _run_layer(layer: MoE, x_TD: Tensor) -> list[Tensor]:
+    """Output, then gradients of the input and of every parameter, in float64."""
+    x_TD = x_TD.clone().requires_grad_()
+    out = layer(x_TD)
+    loss = out.y.square().sum() + total_loss(out.losses)
+    return [t.double() for t in (out.y.detach(), *torch.autograd.grad(loss, [x_TD, *layer.parameters()]))]
+
+
+def _run_oracle(layer: MoE, x_TD: Tensor) -> list[Tensor]:
+    """The same of `turnout.reference`, which shares no code with the layer."""
+    leaf = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    x_TD = x_TD.double().requires_grad_()
+    logits_TE = x_TD @ leaf["router.score.weight_ED"].T
+    expert_TK = reference.best_experts(logits_TE.detach(), 2)
+    weights = zip(leaf["experts.up_EDG"].unbind(), leaf["experts.down_EFD"].unbind(), strict=True)
+    y_TD = reference.moe(
+        x_TD,
+        reference.topk_gates(logits_TE, expert_TK),
+        [functools.partial(reference.ffn, up_DG=up, down_FD=down, kind="swiglu") for up, down in weights],
+    )
+    balance = reference.load_balance(reference.softmax(logits_TE), expert_TK)
+    loss = y_TD.square().sum() + LoadBalance().coefficient * balance
+    return [y_TD.detach(), *torch.autograd.grad(loss, [x_TD, *leaf.values()])]
 
 
 def _gloo() -> Finding:
@@ -77,6 +108,8 @@ def _gloo() -> Finding:
     )
 
 
-def _optional(name: str, extra: str) -> Finding:
+def _optional(name: str, package: str) -> Finding:
     available = importlib.util.find_spec(name) is not None
-    return Finding(name=name, available=available, proven=False, reason="found" if available else f"extra: {extra}")
+    return Finding(
+        name=name, available=available, proven=False, reason="found" if available else f"pip install {package!r}"
+    )

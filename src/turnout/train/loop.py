@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from turnout.config import dump_toml, from_dict, load_toml
+from turnout.config import dump_toml
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Batch, Sampler, count_windows, validation_batches
-from turnout.errors import CheckpointError, ConfigError, NonFiniteError
+from turnout.errors import CheckpointError, NonFiniteError
 from turnout.models import Decoder
 from turnout.models.size import sizes
 from turnout.observe.recorder import Recorder
@@ -61,8 +61,8 @@ class Trainer:
     """One run. Owns the model, the optimizer, the sampler and the clock; the run's folder holds all of it."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset, run: Path, *, resume: bool = False) -> None:
-        """Raises: ConfigError if the folder holds another run or the tokenizer does not fit; CheckpointError."""
-        _check_vocabulary(recipe, dataset)
+        """Raises: ConfigError if the folder holds another run; DataError if the data does not fit; CheckpointError."""
+        dataset.tokenizer.require_fits(recipe.model.vocab_size)
         self.recipe, self.dataset, self.run = recipe, dataset, run
         loop = recipe.loop
         self.device = pick_device(loop.device)
@@ -134,12 +134,13 @@ class Trainer:
         self.model.train()
         return total / count if count else None
 
-    def evaluate_and_record(self, stop: StopRequest | None) -> None:
-        """Evaluate now and write it down; nothing is written when a stop request cut it short."""
+    def evaluate_and_record(self, stop: StopRequest | None) -> float | None:
+        """Evaluate now and write it down; None, and nothing is written, when a stop request cut it short."""
         value, c = self.evaluate(stop), self.counters
         if value is not None:
             c.val_loss, c.evaluated_at = value, c.step
             self.recorder.eval(c.step, seconds=c.seconds, tokens=c.tokens, val_loss=value)
+        return value
 
     def save(self) -> Path | None:
         """A checkpoint of everything; None if it could not be written and the policy is to go on."""
@@ -294,27 +295,9 @@ class Trainer:
 
     def _resume(self) -> None:
         loaded = checkpoint.load(self.run, self.device)
-        self.counters = Counters(**self._state().restore(loaded))
-        self.notes += loaded.notes
+        counters, notes = self._state().restore(loaded)
+        self.counters = Counters(**counters)
+        self.notes += loaded.notes + notes
 
     def _on_device(self, batch: Batch) -> Batch:
         return Batch(tokens_BS=batch.tokens_BS.to(self.device), targets_BS=batch.targets_BS.to(self.device))
-
-
-def recipe_of(run: Path) -> Recipe:
-    """The resolved recipe of a run folder.
-
-    Raises: ConfigError if the folder holds no run.
-    """
-    if not (run / "recipe.toml").is_file():
-        raise ConfigError(f"{run} is not a run folder: it has no recipe.toml")
-    return from_dict(Recipe, load_toml(run / "recipe.toml"))
-
-
-def _check_vocabulary(recipe: Recipe, dataset: Dataset) -> None:
-    needed = dataset.tokenizer.vocab_size
-    if needed > recipe.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {needed} tokens, model.vocab_size={recipe.model.vocab_size}; "
-            f"set model.vocab_size={needed} or more, or use another tokenizer"
-        )

@@ -16,7 +16,7 @@ RECIPES: Table[Callable[[], Recipe]] = Table("recipe")
 @RECIPES.register("tiny")
 def tiny() -> Recipe:
     """A Mixture-of-Experts language model for two CPU cores and about ten minutes."""
-    optimizer = OptimizerConfig(lr=4e-3, router_lr_scale=0.02)
+    optimizer = OptimizerConfig(lr=4e-3, router_lr_scale=0.1)
     return Recipe(name="tiny", model=presets.tiny(), optimizer=optimizer, loop=LoopConfig(batch_size=16))
 
 
@@ -40,6 +40,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises: ConfigError naming the built-in recipes, or the field that does not fit.
     """
     return from_dict(Recipe, override(_recipe_data(name_or_path), overrides))
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The resolved recipe of a run folder.
+
+    Raises: ConfigError if the folder holds no run.
+    """
+    if not (run / "recipe.toml").is_file():
+        raise ConfigError(f"{run} is not a run folder: it has no recipe.toml")
+    return from_dict(Recipe, load_toml(run / "recipe.toml"))
 
 
 def _recipe_data(name_or_path: str) -> dict[str, Any]:

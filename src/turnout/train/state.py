@@ -36,8 +36,8 @@ class RunState:
         }
         return files, meta
 
-    def restore(self, loaded: Checkpoint) -> dict[str, Any]:
-        """Put everything back, bit for bit, and return the counters.
+    def restore(self, loaded: Checkpoint) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Put everything back, bit for bit; returns the counters, and notes on what this machine cannot restore.
 
         Raises: CheckpointError before anything is changed if the checkpoint is of another model or other data.
         """
@@ -46,5 +46,5 @@ class RunState:
         moments = FlatState(tensors=loaded.files["optimizer"], meta=loaded.meta["optimizer"])
         set_optimizer_state(self.optimizer, self.model.named_parameters(), moments)
         self.model.load_state_dict(loaded.files["model"])
-        set_rng_state(FlatState(tensors=loaded.files["rng"], meta=loaded.meta["rng"]))
-        return loaded.meta["counters"]
+        notes = set_rng_state(FlatState(tensors=loaded.files["rng"], meta=loaded.meta["rng"]))
+        return loaded.meta["counters"], notes

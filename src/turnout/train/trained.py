@@ -7,8 +7,8 @@ from turnout.data.tokenizer import Tokenizer
 from turnout.models import Decoder
 from turnout.train import checkpoint
 from turnout.train.checkpoint_fit import check_fits
-from turnout.train.loop import recipe_of
 from turnout.train.recipe import Recipe
+from turnout.train.recipes import recipe_of
 
 
 @dataclass(frozen=True, kw_only=True)

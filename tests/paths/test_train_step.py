@@ -1,0 +1,62 @@
+"""One optimizer step: micro-batches add up to the batch, and a bad one changes nothing."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from turnout.data.prepare import Dataset
+from turnout.data.sampler import Batch, Sampler
+from turnout.models import Decoder
+from turnout.train.device import autocast_for
+from turnout.train.optimizer import build_optimizer
+from turnout.train.recipe import Recipe
+from turnout.train.step import StepResult, train_step
+
+CPU = torch.device("cpu")
+
+
+def step(model: Decoder, recipe: Recipe, batches: list[Batch]) -> StepResult:
+    optimizer = build_optimizer(model, recipe.optimizer)
+    autocast = autocast_for(CPU, torch.float32)
+    return train_step(model, model.loss, optimizer, batches, max_norm=1.0, autocast=autocast)
+
+
+@pytest.fixture
+def batches(small_dataset: Dataset) -> list[Batch]:
+    sampler = Sampler(small_dataset.train, 2, 16, 0)
+    return [sampler.next_batch() for _ in range(4)]
+
+
+def test_micro_batches_add_up_to_the_whole_batch(small_recipe: Recipe, batches: list[Batch]) -> None:
+    dense = replace(small_recipe.model, moe=None, hidden=16)
+    whole, parts = Decoder(dense).double(), Decoder(dense).double()
+    parts.load_state_dict(whole.state_dict())
+    joined = Batch(
+        tokens_BS=torch.cat([b.tokens_BS for b in batches]), targets_BS=torch.cat([b.targets_BS for b in batches])
+    )
+    at_once, in_parts = step(whole, small_recipe, [joined]), step(parts, small_recipe, batches)
+    assert in_parts.loss == pytest.approx(at_once.loss, rel=1e-12)
+    assert in_parts.grad_norm == pytest.approx(at_once.grad_norm, rel=1e-10)
+    for (name, want), got in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_statistics_of_micro_batches_are_summed(small_recipe: Recipe, batches: list[Batch]) -> None:
+    result = step(Decoder(small_recipe.model), small_recipe, batches)
+    num_tokens = sum(batch.tokens_BS.numel() for batch in batches)
+    for stats in result.stats:
+        assert int(stats.num_routed) == num_tokens
+        assert int(stats.assigned_E.sum()) == 2 * num_tokens
+
+
+def test_a_step_that_is_not_finite_changes_nothing(small_recipe: Recipe, batches: list[Batch]) -> None:
+    model = Decoder(small_recipe.model)
+    before = deepcopy(model.state_dict())
+    model.embedding_VD.register_hook(lambda grad: grad * torch.nan)
+    result = step(model, small_recipe, batches)
+    assert result.problem is not None
+    assert "embedding_VD" in result.problem
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
