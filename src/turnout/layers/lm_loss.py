@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100
-CHUNK_BYTES = 8 << 20  # logits held at a time: about what stays in cache
+CHUNK_BYTES = 32 << 20  # logits held at a time: large enough for the matrix products to be at full speed
 
 
 def lm_loss(h_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
@@ -25,38 +25,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, h_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
         wants_grad = any(ctx.needs_input_grad)
         wide = torch.promote_types(h_TD.dtype, torch.float32)
-        count = (target_T != IGNORE).sum().clamp(min=1)
-        grad_h, grad_w = (torch.empty_like(h_TD), torch.zeros_like(weight_VD)) if wants_grad else (None, None)
-        total = torch.zeros((), dtype=wide, device=h_TD.device)
-        chunk = max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
+        counted_T = target_T != IGNORE
+        # an ignored row is all zeros from here on: its logits are finite, and it adds nothing to W's gradient
+        h_TD = h_TD.masked_fill(~counted_T.unsqueeze(1), 0.0)
+        target_T1 = target_T.clamp(min=0).unsqueeze(1)
+        vocab_size, dim = weight_VD.shape
+        grad_h = torch.empty_like(h_TD) if wants_grad else None
+        grad_w_DV = weight_VD.new_zeros(dim, vocab_size) if wants_grad else None
+        chosen_T1 = torch.empty(target_T1.shape, dtype=wide, device=h_TD.device)
+        chunk = max(1, CHUNK_BYTES // (4 * vocab_size))
         for start in range(0, len(h_TD), chunk):
             rows = slice(start, start + chunk)
-            h_CD = h_TD[rows]
-            loss_C, grad_CV = _chunk_loss((h_CD @ weight_VD.t()).to(wide), target_T[rows])
-            total += loss_C.sum()
-            if grad_h is not None and grad_w is not None:
-                grad_CV = grad_CV.div_(count).to(h_TD.dtype)
+            h_CD, target_C1 = h_TD[rows], target_T1[rows]
+            log_share_CV = (h_CD @ weight_VD.t()).to(wide).log_softmax(dim=1)
+            chosen_T1[rows] = log_share_CV.gather(1, target_C1)
+            if grad_h is not None and grad_w_DV is not None:
+                # softmax minus one-hot; the division by the number of targets waits for the small tensors
+                grad_CV = log_share_CV.exp_()
+                grad_CV.scatter_add_(1, target_C1, grad_CV.new_full(target_C1.shape, -1.0))
+                grad_CV = grad_CV.to(h_TD.dtype)
                 torch.mm(grad_CV, weight_VD, out=grad_h[rows])
-                grad_w.addmm_(grad_CV.t(), h_CD)
-        ctx.save_for_backward(grad_h, grad_w)
-        return total / count
+                # a (D, V) product of a wide right side is the faster one on CPU
+                grad_w_DV.addmm_(h_CD.t(), grad_CV)
+        count = counted_T.sum().clamp(min=1)
+        ctx.save_for_backward(grad_h, grad_w_DV, counted_T, count)
+        return -chosen_T1.squeeze(1).masked_fill(~counted_T, 0.0).sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_h, grad_w = ctx.saved_tensors
-        scale = grads[0]
-        return grad_h * scale.to(grad_h.dtype), grad_w * scale.to(grad_w.dtype), None
-
-
-def _chunk_loss(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses, and softmax minus one-hot written over the logits; both zero where the target is ignored."""
-    counted_C1 = (target_C != IGNORE).unsqueeze(1)
-    target_C1 = target_C.clamp(min=0).unsqueeze(1)
-    logits_CV.sub_(logits_CV.amax(dim=1, keepdim=True))
-    chosen_C1 = logits_CV.gather(1, target_C1)
-    sum_C1 = logits_CV.exp_().sum(dim=1, keepdim=True)
-    loss_C1 = (sum_C1.log() - chosen_C1).masked_fill(~counted_C1, 0.0)
-    logits_CV.mul_(counted_C1 / sum_C1)
-    logits_CV.scatter_add_(1, target_C1, -counted_C1.to(logits_CV.dtype))
-    return loss_C1.squeeze(1), logits_CV
+        grad_h, grad_w_DV, counted_T, count = ctx.saved_tensors
+        scale = grads[0] / count
+        grad_w = torch.empty_like(grad_w_DV.t(), memory_format=torch.contiguous_format)
+        torch.mul(grad_w_DV.t(), scale.to(grad_w.dtype), out=grad_w)
+        scale_T1 = torch.where(counted_T, scale, 0.0).unsqueeze(1).to(grad_h.dtype)
+        return grad_h * scale_T1, grad_w, None
