@@ -1,5 +1,6 @@
 """What a user types: exit codes, one clear error, JSON last, help that names every field."""
 
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 from turnout.config import describe, dump_toml, from_dict, to_dict
 from turnout.data.prepare import Dataset
 from turnout.layers import MoE
+from turnout.models import Decoder
 from turnout.train import doctor
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
@@ -281,3 +283,49 @@ def test_sigterm_ends_the_command_with_143_and_it_resumes(recipe_file: Path, tmp
     assert child.wait(timeout=60) == 143
     assert "stopped and saved" in rest
     assert (run / "checkpoints" / "latest").exists()
+
+
+def test_a_step_that_is_left_out_is_told_at_once(
+    turnout, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Decoder.loss, iter(range(100))
+
+    def sick_in_the_third_step(self: Decoder, *args: Any) -> Any:
+        result = original(self, *args)
+        return replace(result, main=result.main * torch.nan) if next(calls) == 2 else result
+
+    monkeypatch.setattr(Decoder, "loss", sick_in_the_third_step)
+    skip = ("--set", "loop.nonfinite=skip", "--set", "loop.eval_every=0")
+    result = turnout("train", str(recipe_file), *skip, "--out", str(tmp_path / "run"))
+    assert result.code == 0, result.err
+    assert "step 3: not finite, update left out: main loss is nan" in result.out
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_before_a_run_is_made(
+    turnout, recipe_file: Path, trained_run: Path, tmp_path: Path
+) -> None:
+    tokenizer = f"data.tokenizer='{trained_run / 'tokenizer.json'}'"
+    small = ("--set", tokenizer, "--set", "model.vocab_size=290", "--set", "data.vocab_size=290")
+    result = turnout("train", str(recipe_file), *small, "--out", str(tmp_path / "run"))
+    assert result.code == 1
+    assert "the tokenizer has 300 tokens, model.vocab_size=290" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_chat_answers_each_line_and_ends_with_the_input(
+    turnout, trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a router\nthe experts\n"))
+    result = turnout("chat", str(trained_run), "--max-new-tokens", "5", "--seed", "1", "--json")
+    assert result.code == 0, result.err
+    turns = json.loads(result.out.splitlines()[-1])["turns"]
+    assert [turn["prompt"] for turn in turns] == ["a router", "the experts"]
+    assert all(0 < turn["tokens"] <= 5 for turn in turns)
+    assert turns[0]["text"] in result.err
+
+
+def test_a_path_with_brackets_is_shown_as_it_is(turnout, recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "[bold]run[/]:smile:"
+    result = turnout("train", str(recipe_file), "--out", str(run))
+    assert result.code == 0, result.err
+    assert str(run) in result.out

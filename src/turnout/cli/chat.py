@@ -4,9 +4,10 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from turnout.cli import options
-from turnout.cli.console import write_pieces
+from turnout.cli.console import console, print_json, write_pieces
 
 
 def add_to(app: typer.Typer) -> None:
@@ -22,6 +23,7 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     threads: options.Threads = 0,
+    as_json: options.Json = False,
 ) -> None:
     """Talk to a trained model. A base model continues text: type the beginning of what you want to read."""
     from turnout.cli.process import own_process
@@ -39,16 +41,21 @@ def chat(
     )
     own_process(threads)
     trained = load_trained(run)
-    screen = Console()
-    screen.print(f"[dim]{trained.recipe.name} at step {trained.step}; an empty line or Ctrl-D ends[/]")
+    screen = console(as_json=as_json)
+    screen.print(f"{trained.recipe.name} at step {trained.step}; an empty line or Ctrl-D ends", style="dim")
     for note in trained.notes:
-        screen.print(f"note: {note}", markup=False)
+        screen.print(f"note: {note}")
+    turns = []
     while prompt := _ask(screen):
-        write_pieces(sys.stdout, continue_text(trained.model, trained.tokenizer, prompt, config))
+        generation = continue_text(trained.model, trained.tokenizer, prompt, config)
+        text = write_pieces(sys.stderr if as_json else sys.stdout, generation)
+        turns.append({"prompt": prompt, "text": text, "tokens": generation.num_tokens})
+    if as_json:
+        print_json({"run": str(run), "turns": turns})
 
 
 def _ask(screen: Console) -> str:
     try:
-        return screen.input("[bold cyan]>[/] ").replace("\\n", "\n")
+        return screen.input(Text("> ", style="bold cyan")).replace("\\n", "\n")
     except EOFError:
         return ""

@@ -45,7 +45,7 @@ def compare(
     screen = console(as_json=as_json)
     screen.print(f"  {own_process(threads)}; {minutes:g} minutes each, seeds {first_seed}..{first_seed + seeds - 1}")
     with StopRequest() as stop:
-        dataset = prepare(chosen[0].data, default_cache(), say=lambda line: screen.print(f"  [dim]{line}[/]"))
+        dataset = prepare(chosen[0].data, default_cache(), say=lambda line: screen.print(f"  {line}", style="dim"))
         curves = run_comparison(
             chosen,
             dataset,
@@ -53,7 +53,7 @@ def compare(
             minutes=minutes,
             seeds=range(first_seed, first_seed + seeds),
             stop=stop,
-            say=lambda line: screen.print(f"  {line}", highlight=False, markup=False),
+            say=lambda line: screen.print(f"  {line}"),
             on_seed=lambda so_far: write_comparison(so_far, folder) if so_far else None,
         )
     if not curves:
@@ -71,13 +71,13 @@ def _print(screen: Any, curves: list[Any], path: Path) -> None:
     from turnout.train.compare import verdicts
 
     columns = {"recipe": "left", "seed": "right", "minutes": "right", "tokens": "right", "tokens/s": "right"}
-    columns |= {"validation loss": "right", "parameters": "right", "active": "right", "MFLOP/token": "right"}
+    columns |= {"val loss": "right", "params": "right", "active": "right", "MFLOP": "right"}
     cells = [
         [
             c.recipe,
             str(c.seed),
-            f"{c.seconds[-1] / 60:.1f}{'' if c.complete else ' (cut short)'}",
-            f"{c.tokens[-1]:,}",
+            f"{c.seconds[-1] / 60:.1f}{'' if c.complete else ' cut'}",
+            f"{c.tokens[-1] / 1e6:.2f} M",
             f"{c.tokens_per_s:,.0f}",
             f"{c.val_loss[-1]:.4f}",
             f"{c.params_total / 1e6:.2f} M",
@@ -86,7 +86,7 @@ def _print(screen: Any, curves: list[Any], path: Path) -> None:
         ]
         for c in curves
     ]
-    screen.print(table("Same text, same wall clock", columns, cells))
+    screen.print(table("Same text, same wall clock; MFLOP of training a token; cut: stopped early", columns, cells))
     for v in verdicts(curves):
         reached = "does not reach its final loss" if v.time_ratio is None else f"needs {v.time_ratio:.2f} of its time"
         even = (

@@ -6,15 +6,17 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def console(*, as_json: bool) -> Console:
-    """Where a verb prints for people."""
-    return Console(stderr=as_json)
+    """Where a verb prints for people. Text is shown as it is: a path may hold what rich reads as markup or an emoji."""
+    return Console(stderr=as_json, markup=False, emoji=False, highlight=False)
 
 
-def error_console() -> Console:
-    return Console(stderr=True)
+def print_error(text: str) -> None:
+    """One line on stderr."""
+    console(as_json=True).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -50,8 +50,8 @@ def generate(
     out = sys.stderr if as_json else sys.stdout
     out.write(prompt)
     started = time.perf_counter()
-    text = write_pieces(out, continue_text(trained.model, trained.tokenizer, prompt, config))
+    generation = continue_text(trained.model, trained.tokenizer, prompt, config)
+    text = write_pieces(out, generation)
     if as_json:
-        seconds = time.perf_counter() - started
-        tokens = len(trained.tokenizer.encode(text))
+        seconds, tokens = time.perf_counter() - started, generation.num_tokens
         print_json({"text": text, "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / max(seconds, 1e-9)})

@@ -7,7 +7,7 @@ import typer
 
 from turnout import __version__
 from turnout.cli import bench, chat, compare, data, doctor, generate, plan, report, train
-from turnout.cli.console import error_console
+from turnout.cli.console import print_error
 from turnout.errors import ConfigError, RequestError, TurnoutError
 
 app = typer.Typer(
@@ -34,19 +34,15 @@ def main() -> None:
     try:
         app()
     except TurnoutError as error:
-        error_console().print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        print_error(str(error))
         sys.exit(2 if isinstance(error, ConfigError | RequestError) else 1)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             # the reader (head, less) is gone; nothing is left to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
-            error_console().print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+            print_error(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        error_console().print("interrupted")
+        print_error("interrupted")
         sys.exit(130)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from turnout.data.prepare import default_cache, is_prepared, prepare
 from turnout.errors import CheckpointError, ConfigError
@@ -42,7 +43,7 @@ class Training:
 
     def print_banner(self) -> None:
         for fact in self._banner:
-            self._line(fact.name, fact.text)
+            self._line(fact.name, fact.text, alarming=fact.alarming)
         self._line("process", self.process)
 
     def print_outlook(self) -> dict[str, Any]:
@@ -55,7 +56,7 @@ class Training:
         device = pick_device(self.recipe.loop.device)
         needed = next(fact.value for fact in self._banner if fact.name == "memory_bytes")
         if needed > memory_here(device):
-            self._line("time", f"[bold yellow]does not fit[/]: {device} has {memory_here(device) / 2**20:,.0f} MiB")
+            self._line("time", f"does not fit: {device} has {memory_here(device) / 2**20:,.0f} MiB", alarming=True)
             return {"data_prepared": ready, "fits": False}
         seconds = seconds_per_step(self.recipe)
         loop = self.recipe.loop
@@ -72,21 +73,25 @@ class Training:
             "minutes": minutes,
         }
 
-    def _line(self, name: str, text: str) -> None:
+    def _line(self, name: str, text: str, *, alarming: bool = False) -> None:
         width = max(len(fact.name) for fact in self._banner)
-        self.screen.print(f"  [dim]{name:>{width}}[/]  {text}", highlight=False, soft_wrap=True)
+        line = Text.assemble((f"  {name:>{width}}  ", "dim"), (text, "bold yellow" if alarming else ""))
+        self.screen.print(line, soft_wrap=True)
+
+    def _note(self, text: str) -> None:
+        self.screen.print(Text.assemble("  ", ("note: ", "yellow"), text), soft_wrap=True)
 
     def run_to_end(self, *, resume: bool) -> dict[str, Any]:
         """Prepare, train, finish, report; the summary. A signal at any point leaves a checkpoint."""
         with StopRequest() as stop:
             dataset = prepare(
-                self.recipe.data, default_cache(), say=lambda line: self.screen.print(f"  [dim]{line}[/]")
+                self.recipe.data, default_cache(), say=lambda line: self.screen.print(f"  {line}", style="dim")
             )
             for note in dataset.notes:
-                self.screen.print(f"  [yellow]note:[/] {note}")
+                self._note(note)
             trainer = Trainer(self.recipe, dataset, self.run, resume=resume)
             for note in trainer.notes:
-                self.screen.print(f"  [yellow]note:[/] {note}")
+                self._note(note)
             with _Display(self.screen) as display:
                 outcome = trainer.train(stop, on_step=display.show)
             if outcome == "stopped":
@@ -97,7 +102,7 @@ class Training:
             summary = trainer.finish()
             self._require_saved(trainer)
         report = write_report(self.run, self.run / "report.html")
-        self.screen.print(_last_words(summary, report), highlight=False, soft_wrap=True)
+        self.screen.print(_last_words(summary, report), soft_wrap=True)
         return summary
 
     def _require_saved(self, trainer: Trainer) -> None:
@@ -128,11 +133,13 @@ class _Display:
             self._bar.stop()
 
     def show(self, progress: StepProgress) -> None:
+        for text in progress.news:
+            self._screen.print(Text.assemble("  ", (f"step {progress.step}: ", "yellow"), text), soft_wrap=True)
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=progress.done, description=_words(progress))
         elif progress.seconds - self._printed_s >= self.EVERY_S or progress.step == 1:
             self._printed_s = progress.seconds
-            self._screen.print(f"  {progress.done:4.0%}  {_words(progress)}", highlight=False, soft_wrap=True)
+            self._screen.print(f"  {progress.done:4.0%}  {_words(progress)}", soft_wrap=True)
 
 
 def _words(progress: StepProgress) -> str:
@@ -148,7 +155,7 @@ def _words(progress: StepProgress) -> str:
 def _last_words(summary: dict[str, Any], report: Path) -> str:
     return (
         f"  trained {summary['steps']} steps, {summary['tokens']:,} tokens in {summary['seconds'] / 60:.1f} minutes "
-        f"({summary['tokens_per_s']:,.0f} tokens/s); validation loss [bold]{summary['val_loss']:.4f}[/]\n"
+        f"({summary['tokens_per_s']:,.0f} tokens/s); validation loss {summary['val_loss']:.4f}\n"
         f"  run     {summary['run']}\n  report  {report}\n  talk    turnout chat {summary['run']}"
     )
 

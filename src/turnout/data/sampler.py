@@ -21,6 +21,10 @@ class Batch:
     tokens_BS: Int64[Tensor, "B S"]
     targets_BS: Int64[Tensor, "B S"]
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same windows on a device."""
+        return Batch(tokens_BS=self.tokens_BS.to(device), targets_BS=self.targets_BS.to(device))
+
 
 class Sampler:
     """Endless batches. Each epoch visits every window once, in an order drawn from (seed, epoch).

@@ -48,8 +48,30 @@ class Tokenizer(Protocol):
     def token_bytes(self, token: int) -> bytes: ...
 
 
-def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> Iterator[str]:
-    """Pieces of the text that continues `prompt`, as soon as they are certain; an empty prompt begins a document.
+class Generation(Iterator[str]):
+    """Pieces of text as soon as they are certain, and how many tokens were drawn for them so far."""
+
+    def __init__(self, tokens: Iterator[int], tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self.num_tokens = 0
+        self._pieces = self._stream(tokens, tokenizer, TextStream(stop))
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _stream(self, tokens: Iterator[int], tokenizer: Tokenizer, stream: TextStream) -> Iterator[str]:
+        for token in tokens:
+            self.num_tokens += 1
+            piece = stream.push(tokenizer.token_bytes(token))
+            if piece:
+                yield piece
+            if stream.stopped:
+                return
+        if rest := stream.finish():
+            yield rest
+
+
+def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> Generation:
+    """The text that continues `prompt`, piece by piece; an empty prompt begins a document.
 
     Ends at the model's end of text, at a stop string, after max_new_tokens, or when max_seq_len is full.
     Raises: RequestError, at once, if the prompt is longer than the model's max_seq_len.
@@ -57,7 +79,7 @@ def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, config: Generate
     tokens = generate_tokens(
         model, tokenizer.encode(prompt), config, end=tokenizer.eot_id, choices=tokenizer.vocab_size
     )
-    return _pieces(tokens, tokenizer, TextStream(config.stop))
+    return Generation(tokens, tokenizer, config.stop)
 
 
 def generate_tokens(
@@ -114,14 +136,3 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator:
         generator.seed()
         return generator
     return generator.manual_seed(seed)
-
-
-def _pieces(tokens: Iterator[int], tokenizer: Tokenizer, stream: TextStream) -> Iterator[str]:
-    for token in tokens:
-        piece = stream.push(tokenizer.token_bytes(token))
-        if piece:
-            yield piece
-        if stream.stopped:
-            return
-    if rest := stream.finish():
-        yield rest

@@ -92,9 +92,12 @@ class _Rotate(torch.autograd.Function):
 
 def _rotate(x_BSHX: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = (table.to(x_BSHX.dtype)[:, None, :] for table in (cos, sin))
-    left, right = x_BSHX.chunk(2, dim=-1)
+    # laid out for every head: rows of all heads are one long loop, where half a head is a very short one
+    cos_SHX = torch.cat([cos, cos], dim=-1).expand(-1, x_BSHX.shape[2], -1).contiguous()
     turned = torch.empty(x_BSHX.shape, dtype=x_BSHX.dtype, device=x_BSHX.device)
+    torch.mul(x_BSHX, cos_SHX, out=turned)
+    left, right = x_BSHX.chunk(2, dim=-1)
     turned_left, turned_right = turned.chunk(2, dim=-1)
-    torch.mul(left, cos, out=turned_left).addcmul_(right, sin, value=-1)
-    torch.mul(right, cos, out=turned_right).addcmul_(left, sin)
+    turned_left.addcmul_(right, sin, value=-1)
+    turned_right.addcmul_(left, sin)
     return turned

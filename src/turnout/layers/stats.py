@@ -23,11 +23,15 @@ def collect_stats(routing: RouterOutput, admission: Admission) -> MoEStats:
 
 
 def _margin(scores_RE: Tensor) -> Tensor:
-    """Best score minus the second best, 0 for a tie: by two maxima, which cost a third of torch's topk on CPU."""
-    best_R = scores_RE.amax(dim=1)
-    is_best_RE = scores_RE == best_R.unsqueeze(1)
-    second_R = scores_RE.masked_fill(is_best_RE, 0.0).amax(dim=1)
-    return (best_R - second_R).masked_fill_(is_best_RE.sum(dim=1) > 1, 0.0)
+    """Best score minus the second best, 0 for a tie.
+
+    By two maxima over the first axis, where they are vectorised: several times cheaper than torch's topk on CPU.
+    """
+    scores_ER = scores_RE.t().contiguous()
+    best_R = scores_ER.amax(dim=0)
+    is_best_ER = scores_ER == best_R
+    second_R = scores_ER.masked_fill(is_best_ER, 0.0).amax(dim=0)
+    return (best_R - second_R).masked_fill_(is_best_ER.sum(dim=0) > 1, 0.0)
 
 
 def _count(value: int, device: torch.device) -> torch.Tensor:

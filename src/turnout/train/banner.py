@@ -20,6 +20,7 @@ class Fact:
     name: str
     value: Any  # JSON
     text: str
+    alarming: bool = False  # a person should not pass over it
 
 
 def banner(recipe: Recipe) -> list[Fact]:
@@ -35,7 +36,7 @@ def banner(recipe: Recipe) -> list[Fact]:
     tokens_per_step = loop.batch_size * loop.seq_len * loop.accumulate
     length = f"{loop.steps} steps" if loop.steps else f"{loop.minutes:g} minutes"
     return [
-        Fact(name="recipe", value=recipe.name, text=f"[bold]{recipe.name}[/], seed {recipe.seed}, {length}"),
+        Fact(name="recipe", value=recipe.name, text=f"{recipe.name}, seed {recipe.seed}, {length}"),
         Fact(name="data", value=recipe.data.corpus, text=f"{recipe.data.corpus}, vocabulary {model.vocab_size:,}"),
         Fact(
             name="parameters",
@@ -75,7 +76,8 @@ def _balance(recipe: Recipe) -> Fact:
     return Fact(
         name="balance",
         value={"live": is_live, "terms": terms, "router": own},
-        text=text if is_live else f"[bold yellow]NOT balanced[/]: {text}",
+        text=text if is_live else f"NOT balanced: {text}",
+        alarming=not is_live,
     )
 
 

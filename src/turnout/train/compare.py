@@ -53,7 +53,7 @@ def compare(
     seeds: Sequence[int],
     stop: StopRequest,
     say: Callable[[str], None],
-    on_seed: Callable[[Sequence[Curve]], None] = lambda _: None,
+    on_seed: Callable[[Sequence[Curve]], object] = lambda _: None,
 ) -> list[Curve]:
     """Train every recipe for the budget at every seed, in turns; run folders go to OUT/RECIPE-seed-N.
 

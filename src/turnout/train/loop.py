@@ -12,7 +12,7 @@ import torch
 
 from turnout.config import dump_toml
 from turnout.data.prepare import Dataset
-from turnout.data.sampler import Batch, Sampler, count_windows, validation_batches
+from turnout.data.sampler import Sampler, count_windows, validation_batches
 from turnout.errors import CheckpointError, NonFiniteError
 from turnout.models import Decoder
 from turnout.models.size import sizes
@@ -55,6 +55,7 @@ class Progress:
     tokens_per_s: float
     val_loss: float | None
     line: dict[str, Any]  # the step's record: loss, balance, drops
+    news: tuple[str, ...]  # spikes, steps left out, checkpoints that failed, since the step before
 
 
 class Trainer:
@@ -76,6 +77,7 @@ class Trainer:
         self.notes: tuple[str, ...] = ()  # what a person should know of a resume
         self.unsaved: str | None = None  # why the last checkpoint could not be written
         self.line: dict[str, Any] = {}  # record of the last step
+        self._news: list[str] = []
         if resume:
             self._resume()
         self.recorder = self._open_recorder(resume=resume)
@@ -128,7 +130,7 @@ class Trainer:
                 if stop is not None and stop.requested:
                     count = 0
                     break
-                batch = self._on_device(batch)
+                batch = batch.to(self.device)
                 total += self.model.loss(batch.tokens_BS, batch.targets_BS).main.item() * batch.targets_BS.numel()
                 count += batch.targets_BS.numel()
         self.model.train()
@@ -153,7 +155,7 @@ class Trainer:
         except CheckpointError as error:
             if loop.save_failure == "stop":
                 raise
-            self.recorder.event(self.counters.step, f"checkpoint failed, the run goes on: {error}")
+            self._tell(f"checkpoint failed, the run goes on: {error}")
             self.unsaved = str(error)
             return None
         self.unsaved = None
@@ -197,7 +199,7 @@ class Trainer:
         started = time.perf_counter()
         factor = lr_factor(self.done, recipe.schedule)
         set_lr(self.optimizer, factor)
-        batches = [self._on_device(self.sampler.next_batch()) for _ in range(recipe.loop.accumulate)]
+        batches = [self.sampler.next_batch().to(self.device) for _ in range(recipe.loop.accumulate)]
         result = train_step(
             self.model,
             self._loss,
@@ -225,6 +227,7 @@ class Trainer:
         c.seconds += time.perf_counter() - started - elapsed
         self.line = line or self.line
         self._judge(result)
+        news, self._news = tuple(self._news), []
         return Progress(
             step=c.step,
             done=self.done,
@@ -232,6 +235,7 @@ class Trainer:
             tokens_per_s=num_tokens / elapsed,
             val_loss=c.val_loss,
             line=self.line,
+            news=news,
         )
 
     def _judge(self, result: StepResult) -> None:
@@ -242,10 +246,10 @@ class Trainer:
             c.train_loss = result.loss if c.train_loss is None else 0.95 * c.train_loss + 0.05 * result.loss
             spiked, c.losses = is_spike(SPIKE, c.losses, result.loss)
             if spiked:
-                self.recorder.event(c.step, f"loss spike: {result.loss:.4f}")
+                self._tell(f"loss spike: {result.loss:.4f}")
             return
         c.skipped_in_a_row += 1
-        self.recorder.event(c.step, f"not finite, update left out: {result.problem}")
+        self._tell(f"not finite, update left out: {result.problem}")
         weights_are_good = not result.problem.startswith("weight")
         if loop.nonfinite == "skip" and weights_are_good and c.skipped_in_a_row <= loop.max_skipped:
             return
@@ -256,6 +260,11 @@ class Trainer:
             f"{f' and {saved} holds the weights before it' if saved else ''}. "
             "Lower optimizer.lr, or set loop.nonfinite=skip to leave such steps out"
         )
+
+    def _tell(self, text: str) -> None:
+        """An event for the record, and for whoever watches."""
+        self.recorder.event(self.counters.step, text)
+        self._news.append(text)
 
     def _owes_evaluation(self) -> bool:
         """True also after a resume, when the stop came before or during the evaluation of this step."""
@@ -298,6 +307,3 @@ class Trainer:
         counters, notes = self._state().restore(loaded)
         self.counters = Counters(**counters)
         self.notes += loaded.notes + notes
-
-    def _on_device(self, batch: Batch) -> Batch:
-        return Batch(tokens_BS=batch.tokens_BS.to(self.device), targets_BS=batch.targets_BS.to(self.device))
