@@ -1,17 +1,21 @@
 """Every parameter has one group, experts and routers their own learning rates; the schedule rises, then falls."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from turnout.models import Decoder
+from turnout.routers import TopK
 from turnout.train.optimizer import build_optimizer, lr_factor, set_lr
 from turnout.train.recipe import OptimizerConfig, Recipe, ScheduleConfig
 
 
 def test_every_parameter_is_in_one_group_with_its_own_rate_and_decay(small_recipe: Recipe) -> None:
-    model = Decoder(small_recipe.model)
+    assert small_recipe.model.moe is not None
+    moe_config = replace(small_recipe.model.moe, bias=True, router=TopK(k=2, bias=True))
+    model = Decoder(replace(small_recipe.model, moe=moe_config))
     config = OptimizerConfig(lr=1e-3, expert_lr_scale=2.0, router_lr_scale=0.5, weight_decay=0.1)
     optimizer = build_optimizer(model, config)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -21,7 +25,8 @@ def test_every_parameter_is_in_one_group_with_its_own_rate_and_decay(small_recip
         id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
     }
     moe = model.moe_blocks()[0][1]
-    assert {settings[id(p)] for p in moe.experts.parameters()} == {(1e-3, 0.1)}
+    for name, parameter in moe.experts.named_parameters():
+        assert settings[id(parameter)] == (1e-3, 0.0 if "bias" in name else 0.1), name
     assert {settings[id(p)] for p in moe.router.parameters()} == {(0.25e-3, 0.0)}
     assert settings[id(model.embedding_VD)] == (0.5e-3, 0.1)
     assert settings[id(model.norm.weight_D)] == (0.5e-3, 0.0)

@@ -10,6 +10,7 @@ from turnout.data.prepare import Dataset
 from turnout.data.sampler import Batch, Sampler
 from turnout.models import Decoder
 from turnout.train.device import autocast_for
+from turnout.train.estimate import memory_here, seconds_per_step
 from turnout.train.optimizer import build_optimizer
 from turnout.train.recipe import Recipe
 from turnout.train.step import StepResult, train_step
@@ -60,3 +61,10 @@ def test_a_step_that_is_not_finite_changes_nothing(small_recipe: Recipe, batches
     assert "embedding_VD" in result.problem
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_measuring_a_step_leaves_the_random_state_alone(small_recipe: Recipe) -> None:
+    before = torch.get_rng_state()
+    assert seconds_per_step(small_recipe, CPU) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+    assert memory_here(CPU) > 1 << 28

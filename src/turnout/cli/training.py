@@ -15,7 +15,7 @@ from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
 from turnout.train.banner import Fact, banner
 from turnout.train.device import pick_device
-from turnout.train.estimate import memory_here, seconds_per_step
+from turnout.train.estimate import estimate_time
 from turnout.train.loop import Progress as StepProgress
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
@@ -53,25 +53,9 @@ class Training:
         """
         ready = is_prepared(self.recipe.data, default_cache())
         self._line("text", "prepared" if ready else "found; it is read and encoded when the run starts")
-        device = pick_device(self.recipe.loop.device)
-        needed = next(fact.value for fact in self._banner if fact.name == "memory_bytes")
-        if needed > memory_here(device):
-            self._line("time", f"does not fit: {device} has {memory_here(device) / 2**20:,.0f} MiB", alarming=True)
-            return {"data_prepared": ready, "fits": False}
-        seconds = seconds_per_step(self.recipe)
-        loop = self.recipe.loop
-        steps = loop.steps or int(60 * loop.minutes / seconds)
-        tokens = steps * loop.batch_size * loop.seq_len * loop.accumulate
-        minutes = steps * seconds / 60
-        self._line("time", f"{steps:,} steps, {tokens:,} tokens in {minutes:.1f} min: measured {seconds:.3g} s a step")
-        return {
-            "data_prepared": ready,
-            "fits": True,
-            "seconds_per_step": seconds,
-            "steps": steps,
-            "tokens": tokens,
-            "minutes": minutes,
-        }
+        time = estimate_time(self.recipe, pick_device(self.recipe.loop.device))
+        self._line("time", time.reason, alarming=not time.fits)
+        return {"data_prepared": ready, **vars(time)}
 
     def _line(self, name: str, text: str, *, alarming: bool = False) -> None:
         width = max(len(fact.name) for fact in self._banner)

@@ -4,17 +4,52 @@ import math
 import os
 import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 
 from turnout.data.sampler import Batch
 from turnout.models import Decoder
-from turnout.train.device import autocast_for, compute_dtype, pick_device
+from turnout.models.memory import train_memory
+from turnout.train.device import autocast_for, compute_dtype
 from turnout.train.optimizer import build_optimizer
 from turnout.train.recipe import Recipe
 from turnout.train.step import train_step
 
 _WARMUP, _TIMED = 1, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeEstimate:
+    """Numbers are None where the model does not fit, so nothing could be measured."""
+
+    fits: bool
+    reason: str  # the estimate, or what it does not fit in
+    seconds_per_step: float | None = None
+    steps: int | None = None  # of the whole run
+    tokens: int | None = None  # of the whole run
+    minutes: float | None = None  # of the whole run, without evaluation and saving
+
+
+def estimate_time(recipe: Recipe, device: torch.device) -> TimeEstimate:
+    """Length of the run by a few steps at its full size, if the estimate of its memory says that they fit."""
+    loop = recipe.loop
+    needed, here = train_memory(recipe.model, loop.batch_size, loop.seq_len).peak, memory_here(device)
+    if needed > here:
+        words = f"does not fit: it needs about {needed / 2**20:,.0f} MiB and {device} has {here / 2**20:,.0f}"
+        return TimeEstimate(fits=False, reason=words)
+    seconds = seconds_per_step(recipe, device)
+    steps = loop.steps or int(60 * loop.minutes / seconds)
+    tokens = steps * loop.batch_size * loop.seq_len * loop.accumulate
+    minutes = steps * seconds / 60
+    return TimeEstimate(
+        fits=True,
+        reason=f"{steps:,} steps, {tokens:,} tokens in {minutes:.1f} minutes: measured {seconds:.3g} s a step",
+        seconds_per_step=seconds,
+        steps=steps,
+        tokens=tokens,
+        minutes=minutes,
+    )
 
 
 def memory_here(device: torch.device) -> int:
@@ -24,13 +59,12 @@ def memory_here(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def seconds_per_step(recipe: Recipe) -> float:
+def seconds_per_step(recipe: Recipe, device: torch.device) -> float:
     """Median seconds of an optimizer step at the recipe's full size, on random tokens; torch's generator is put back.
 
     Random tokens load the experts of a fresh router about evenly; a trained router's steps take somewhat longer.
     """
     loop = recipe.loop
-    device = pick_device(loop.device)
     with torch.random.fork_rng():
         model = Decoder(recipe.model).to(device)
         shape = (loop.batch_size, loop.seq_len)

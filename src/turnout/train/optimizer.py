@@ -10,22 +10,27 @@ from turnout.train.recipe import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.AdamW:
-    """Fused AdamW over other matrices, routed experts, routers and vectors; routers and vectors do not decay.
+    """Fused AdamW; experts and routers learn at rates of their own; routers, biases, norms and vectors do not decay.
 
     Each group keeps its peak learning rate under `peak_lr`.
     """
-    experts = _parameters_in(model, (FFNExperts, ModuleExperts))
-    routers = _parameters_in(model, (Router,))
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in {id(q) for q in (*experts, *routers)}]
-    matrices, vectors = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "peak_lr": config.lr},
-        {"params": experts, "weight_decay": config.weight_decay, "peak_lr": config.lr * config.expert_lr_scale},
-        {"params": routers, "weight_decay": 0.0, "peak_lr": config.lr * config.router_lr_scale},
-        {"params": vectors, "weight_decay": 0.0, "peak_lr": config.lr},
-    ]
+    experts = _ids_in(model, (FFNExperts, ModuleExperts))
+    routers = _ids_in(model, (Router,))
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if id(parameter) in routers:
+            scale = config.router_lr_scale
+        elif id(parameter) in experts:
+            scale = config.expert_lr_scale
+        # stacked over experts, a bias has two axes
+        is_matrix = parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
+        decay = config.weight_decay if is_matrix and id(parameter) not in routers else 0.0
+        groups.setdefault((config.lr * scale, decay), []).append(parameter)
     return optim.AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": members, "weight_decay": decay, "peak_lr": lr} for (lr, decay), members in groups.items()],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -33,9 +38,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.AdamW:
     )
 
 
-def _parameters_in(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Tensor]:
-    found = {id(p): p for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
-    return [p for p in found.values() if p.requires_grad]
+def _ids_in(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
+    return {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
 
 
 def lr_factor(progress: float, config: ScheduleConfig) -> float:
