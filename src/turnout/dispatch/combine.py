@@ -29,7 +29,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         y_MD, weight_M = ctx.saved_tensors
         wide = torch.promote_types(y_MD.dtype, weight_M.dtype)
         grad_MD = grads[0].index_select(0, ctx.plan.token_M).to(wide)

@@ -76,7 +76,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_MD,) = grads
         wide = torch.promote_types(grad_MD.dtype, torch.float32)
         return sum_rows_by_token(grad_MD.to(wide).contiguous(), ctx.plan, None).to(grad_MD.dtype), None

@@ -67,7 +67,7 @@ class _FusedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (up_MG,) = ctx.saved_tensors
         gate, up = up_MG.chunk(2, dim=-1)
         grad_MG = torch.empty_like(up_MG)

@@ -36,7 +36,7 @@ class _GroupedMM(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_MD, weight_EDG, end_E = ctx.saved_tensors
         (grad_MG,) = grads
         grad_x = _rows_by_matrix(grad_MG, weight_EDG.transpose(1, 2), end_E) if ctx.needs_input_grad[0] else None
