@@ -6,7 +6,6 @@ training loop's own step, with its checks for NaN and its statistics. Mixtral's 
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +62,7 @@ def _our_step(model: Decoder, tokens_BS: Tensor, recipe: Recipe) -> Callable[[],
         model.loss,
         build_optimizer(model, recipe.optimizer),
         [batch],
-        max_norm=_max_norm(recipe),
+        max_norm=recipe.optimizer.max_norm,
         autocast=autocast_for(tokens_BS.device, torch.float32),
     )
 
@@ -75,15 +74,11 @@ def _mixtral_step(recipe: Recipe, tokens_BS: Tensor, implementation: str) -> Cal
 
     def step() -> None:
         model(input_ids=inputs_BS, labels=inputs_BS).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), _max_norm(recipe))
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.max_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def _max_norm(recipe: Recipe) -> float:
-    return recipe.optimizer.clip or math.inf
 
 
 def _mixtral(model: ModelConfig, implementation: str) -> Any:

@@ -1,6 +1,5 @@
 """How long a run will take here: measured on a few steps of its own, not guessed from FLOPs."""
 
-import math
 import os
 import statistics
 import time
@@ -78,7 +77,7 @@ def seconds_per_step(recipe: Recipe, device: torch.device) -> float:
                 model.loss,
                 optimizer,
                 [Batch(tokens_BS=tokens_BS, targets_BS=tokens_BS)] * loop.accumulate,
-                max_norm=recipe.optimizer.clip or math.inf,
+                max_norm=recipe.optimizer.max_norm,
                 autocast=autocast_for(device, compute_dtype(device, loop.precision)),
             )
             seconds.append(time.perf_counter() - started)

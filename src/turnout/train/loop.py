@@ -205,7 +205,7 @@ class Trainer:
             self._loss,
             self.optimizer,
             batches,
-            max_norm=recipe.optimizer.clip or math.inf,
+            max_norm=recipe.optimizer.max_norm,
             autocast=self.autocast,
         )
         num_tokens = sum(batch.targets_BS.numel() for batch in batches)

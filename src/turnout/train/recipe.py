@@ -1,5 +1,6 @@
 """A recipe: everything that defines a run, as frozen dataclasses; TOML on disk, dotted overrides on the way."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,11 @@ class OptimizerConfig:
         for name in ("weight_decay", "clip"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be at least 0")
+
+    @property
+    def max_norm(self) -> float:
+        """Largest gradient norm, infinite where `clip` is 0."""
+        return self.clip or math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
