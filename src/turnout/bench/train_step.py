@@ -5,7 +5,6 @@ training loop's own step, with its checks for NaN and its statistics. Mixtral's 
 `router.scale` says; the work is the same.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +15,8 @@ from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
 from turnout.layers.attention import AttentionConfig
 from turnout.models import Decoder, ModelConfig
-from turnout.train.device import autocast_for
-from turnout.train.optimizer import build_optimizer
+from turnout.train.estimate import step_on
 from turnout.train.recipe import Recipe
-from turnout.train.step import train_step
 
 PEERS = ("turnout", "transformers-grouped_mm", "transformers-eager", "dense-twin", "gemm-limit")
 
@@ -56,15 +53,7 @@ def few_steps(name: str, recipe: Recipe, dense: Recipe) -> None:
 
 def _our_step(model: Decoder, tokens_BS: Tensor, recipe: Recipe) -> Callable[[], object]:
     batch = Batch(tokens_BS=tokens_BS[:, :-1], targets_BS=tokens_BS[:, 1:])
-    return functools.partial(
-        train_step,
-        model,
-        model.loss,
-        build_optimizer(model, recipe.optimizer),
-        [batch],
-        max_norm=recipe.optimizer.max_norm,
-        autocast=autocast_for(tokens_BS.device, torch.float32),
-    )
+    return step_on(model, [batch], recipe, torch.float32)
 
 
 def _mixtral_step(recipe: Recipe, tokens_BS: Tensor, implementation: str) -> Callable[[], object]:

@@ -1,8 +1,10 @@
 """How long a run will take here: measured on a few steps of its own, not guessed from FLOPs."""
 
+import functools
 import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +15,7 @@ from turnout.models.memory import train_memory
 from turnout.train.device import autocast_for, compute_dtype
 from turnout.train.optimizer import build_optimizer
 from turnout.train.recipe import Recipe
-from turnout.train.step import train_step
+from turnout.train.step import StepResult, train_step
 
 _WARMUP, _TIMED = 1, 3
 
@@ -68,17 +70,24 @@ def seconds_per_step(recipe: Recipe, device: torch.device) -> float:
         model = Decoder(recipe.model).to(device)
         shape = (loop.batch_size, loop.seq_len)
         tokens_BS = torch.randint(recipe.model.vocab_size, shape, device=device)
-        optimizer = build_optimizer(model, recipe.optimizer)
+        batches = [Batch(tokens_BS=tokens_BS, targets_BS=tokens_BS)] * loop.accumulate
+        step = step_on(model, batches, recipe, compute_dtype(device, loop.precision))
         seconds = []
         for _ in range(_WARMUP + _TIMED):
             started = time.perf_counter()
-            train_step(
-                model,
-                model.loss,
-                optimizer,
-                [Batch(tokens_BS=tokens_BS, targets_BS=tokens_BS)] * loop.accumulate,
-                max_norm=recipe.optimizer.max_norm,
-                autocast=autocast_for(device, compute_dtype(device, loop.precision)),
-            )
+            step()
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[_WARMUP:])
+
+
+def step_on(model: Decoder, batches: Sequence[Batch], recipe: Recipe, dtype: torch.dtype) -> Callable[[], StepResult]:
+    """The training loop's own step on the same batches again and again, with the recipe's optimizer and clipping."""
+    return functools.partial(
+        train_step,
+        model,
+        model.loss,
+        build_optimizer(model, recipe.optimizer),
+        batches,
+        max_norm=recipe.optimizer.max_norm,
+        autocast=autocast_for(batches[0].tokens_BS.device, dtype),
+    )
