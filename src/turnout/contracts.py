@@ -58,6 +58,9 @@ class Router(nn.Module, ABC):
     ) -> RouterOutput:
         """Route R tokens, none of them padding; `token_R` gives their places among the layer's tokens."""
 
+    def before_training(self, token_counts_V: Int64[Tensor, "V"]) -> None:
+        """Called once before a new run with how often its text has each token id; routers by token id override it."""
+
     def after_step(self, stats: MoEStats) -> None:
         """Called once per optimizer step with the whole step's stats; routers that learn from load override it."""
 

@@ -124,18 +124,20 @@ def draw_settings(row: Callable[..., Row], rng: random.Random, fits: Callable[[R
 def draw(case: Case, *, backend: str = "loop", dtype: torch.dtype = torch.float64) -> tuple[MoE, Inputs]:
     """The layer and the inputs of the case, the same for every backend; some tokens are zero, so all logits tie."""
     generator = torch.Generator().manual_seed(case.seed)
-    layer = MoE(
-        case.dim,
-        case.hidden,
-        case.num_experts,
-        router=case.router,
-        expert=own_expert(case) if case.expert == MODULES else case.expert,
-        bias=case.bias,
-        capacity=case.capacity,
-        losses=case.losses,
-        shared_hidden=case.shared_hidden,
-        backend=backend,
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(case.seed)  # what a router draws when it is built
+        layer = MoE(
+            case.dim,
+            case.hidden,
+            case.num_experts,
+            router=case.router,
+            expert=own_expert(case) if case.expert == MODULES else case.expert,
+            bias=case.bias,
+            capacity=case.capacity,
+            losses=case.losses,
+            shared_hidden=case.shared_hidden,
+            backend=backend,
+        )
     layer = layer.to(dtype).train(case.training)
     x = _draw(case.content, (*case.shape, case.dim), generator)
     inputs = Inputs(

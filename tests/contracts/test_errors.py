@@ -18,7 +18,7 @@ from turnout.experts import FFNExperts, ModuleExperts, available_backends, choos
 from turnout.experts.activations import Activation
 from turnout.layers import MoEConfig
 from turnout.losses import LoadBalance, RouterZ, load_balance_loss
-from turnout.routers import DeepSeekV3, GShardTop2, Switch, TopK
+from turnout.routers import DeepSeekV3, GShardTop2, Hash, Switch, TopK
 from turnout.tensors import Assignment
 
 SOURCE = Path(turnout.__file__).parent
@@ -40,6 +40,10 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: DeepSeekV3(bias_step=-1.0), ConfigError, r"router\.bias_step=-1\.0 must be at least 0"),
     (lambda: DeepSeekV3(groups=4).build(4, 10), ConfigError, r"groups=4 must divide num_experts=10; legal: \[1, 2, 5"),
     (lambda: DeepSeekV3(k=5, groups=4).build(4, 16), ConfigError, r"router\.k=5 is more than the 4 experts in top_gro"),
+    (lambda: Hash(k=0), ConfigError, r"router\.k=0 must be at least 1"),
+    (lambda: Hash(tries=0), ConfigError, r"router\.tries=0 must be at least 1"),
+    (lambda: Hash(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
+    (lambda: Hash().build(4, 3)(torch.zeros(2, 4)), ShapeError, r"hash router chooses by token id: .* with token_ids"),
     (lambda: TopK().build(4, 3)(torch.zeros(2, 5)), ShapeError, r"router got width 5; it was built for dim=4"),
     (lambda: TopK().build(4, 3)(torch.zeros(2, 4), None, torch.ones(3).bool()), ShapeError, r"mask .*\(3,\).*\(2,\)"),
     (lambda: TopK().build(4, 3)(torch.zeros(2, 4), None, torch.ones(2)), ShapeError, r"torch\.float32; .* torch\.bool"),

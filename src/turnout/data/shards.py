@@ -82,6 +82,10 @@ class TokenShard:
         """The tokens of one document, without the end of text."""
         return self.tokens[self.document_starts[number] : self.document_starts[number + 1] - 1]
 
+    def token_counts(self, most: int = 1 << 24) -> NDArray[np.int64]:
+        """How often each id of the vocabulary stands in the first `most` tokens."""
+        return np.bincount(self.tokens[:most], minlength=self.index.vocab_size).astype(np.int64)
+
 
 class ShardWriter:
     """Takes the documents of one shard, in order; `write_shard` makes it."""

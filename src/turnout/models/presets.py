@@ -10,7 +10,7 @@ from turnout.layers.rope import Yarn
 from turnout.losses import LoadBalance, RouterZ
 from turnout.models.decoder import ModelConfig
 from turnout.registry import Table
-from turnout.routers import DeepSeekV3, Switch, TopK
+from turnout.routers import DeepSeekV3, Hash, Switch, TopK
 
 PRESETS: Table[Callable[[], ModelConfig]] = Table("model preset")
 
@@ -19,6 +19,7 @@ PRESETS: Table[Callable[[], ModelConfig]] = Table("model preset")
 def tiny() -> ModelConfig:
     """The recipe `tiny`: narrow, so that minutes of CPU see many tokens a parameter, which is where experts pay.
 
+    Experts by token id: in so short a life a learned router spends its tokens on learning where to send them.
     The weights of a token's two experts sum to 2, so that two experts of half the width start out as loud as the
     twin's one network; with a sum of 1 the layer learns as if its learning rate were halved. Initial weights of
     0.02, which suit widths in the thousands, are too small for a width of 64. Measurements: docs/LOG.md.
@@ -27,7 +28,7 @@ def tiny() -> ModelConfig:
         dim=64,
         num_layers=4,
         attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=32),
-        moe=MoEConfig(num_experts=16, hidden=128, router=TopK(k=2, scale=2.0, init_std=0.06), init_std=0.06),
+        moe=MoEConfig(num_experts=32, hidden=128, router=Hash(k=2, scale=2.0), losses=(), init_std=0.06),
         init_std=0.06,
     )
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from turnout.config import dump_toml
+from turnout.contracts import Router
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Sampler, count_windows, validation_batches
 from turnout.errors import CheckpointError, NonFiniteError
@@ -80,6 +81,8 @@ class Trainer:
         self._news: list[str] = []
         if resume:
             self._resume()
+        else:
+            self._show_text_to_routers()
         self.recorder = self._open_recorder(resume=resume)
         self._loss = torch.compile(self.model.loss) if loop.compile else self.model.loss
 
@@ -285,6 +288,12 @@ class Trainer:
         choices = [token_choices(assignment) for assignment in out.assignments]
         pieces = [tokenizer.decode([token]) for token in ids]
         self.recorder.token_view(self.counters.step, pieces, [e for e, _ in choices], [w for _, w in choices])
+
+    def _show_text_to_routers(self) -> None:
+        token_counts_V = torch.from_numpy(self.dataset.train.token_counts())
+        for _, layer in self.model.moe_blocks():
+            if isinstance(layer.router, Router):
+                layer.router.before_training(token_counts_V)
 
     def _open_recorder(self, *, resume: bool) -> Recorder:
         layers = self.model.moe_blocks()

@@ -1,0 +1,123 @@
+"""Hash: a token's experts are a fixed function of its id; nothing is learned, so nothing has to be balanced."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turnout.contracts import Router, RouterConfig
+from turnout.errors import ConfigError, ShapeError
+from turnout.routers.pieces import from_topk
+from turnout.tensors import RouterOutput
+
+# a product of two numbers below it fits int64
+PRIME = 2**31 - 1
+
+
+@RouterConfig.TABLE.register("hash")
+@dataclass(frozen=True, kw_only=True)
+class Hash(RouterConfig):
+    """Routing by token id: every token of one id takes the same k experts, each with weight scale / k.
+
+    Each layer draws its own function, so tokens that share an expert in one layer part in the next. An expert is as
+    busy as the ids it was given are frequent; a new run draws `tries` functions and keeps the evenest on its text.
+    Source: Roller et al. 2021, arXiv:2106.04426 (random hash); the functions are universal, Carter & Wegman 1979.
+    """
+
+    k: int = 1  # experts per token
+    scale: float = 1.0  # sum of a token's weights
+    tries: int = 64  # functions drawn before training, of which the one with the lowest greatest load is kept
+
+    def __post_init__(self) -> None:
+        for name in ("k", "tries"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"router.{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def choices(self) -> int:
+        return self.k
+
+    @property
+    def own_balance(self) -> str:
+        return "fixed hash of the token id"
+
+    def build(self, dim: int, num_experts: int) -> Router:
+        if self.k > num_experts:
+            raise ConfigError(f"router.k={self.k} is more than num_experts={num_experts}; legal: 1 to {num_experts}")
+        return HashRouter(dim, num_experts, self)
+
+
+class HashRouter(Router):
+    """The module of `Hash`: owns the coefficients of its two functions, as a buffer that checkpoints keep."""
+
+    coefficients: Tensor  # (2 functions, factor and summand) int64
+
+    def __init__(self, dim: int, num_experts: int, config: Hash) -> None:
+        super().__init__(dim, num_experts)
+        self.config = config
+        self.register_buffer("coefficients", torch.empty(2, 2, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws both functions anew."""
+        self.coefficients.random_(1, PRIME)
+
+    def route(
+        self,
+        x_RD: Tensor,
+        token_ids_R: Tensor | None,
+        token_R: Tensor,
+        num_tokens: int,
+        generator: torch.Generator | None,
+    ) -> RouterOutput:
+        """Raises: ShapeError without token ids."""
+        del generator
+        if token_ids_R is None:
+            raise ShapeError("the hash router chooses by token id: call the layer with token_ids, one for each token")
+        expert_RK = self._experts(token_ids_R)
+        share, shape_RE = 1 / self.config.k, (len(token_R), self.num_experts)
+        assignment = from_topk(
+            expert_RK,
+            x_RD.new_full(expert_RK.shape, share * self.config.scale),
+            token_R,
+            num_tokens=num_tokens,
+            num_experts=self.num_experts,
+        )
+        # the log of the scores, written down: log(0) is slow
+        logits_RE = x_RD.new_full(shape_RE, -math.inf).scatter_(1, expert_RK, math.log(share))
+        scores_RE = x_RD.new_zeros(shape_RE).scatter_(1, expert_RK, share)
+        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=token_R)
+
+    @torch.no_grad()
+    def before_training(self, token_counts_V: Tensor) -> None:
+        """Keeps the evenest of `tries` functions, the present one among them."""
+        id_V = torch.arange(len(token_counts_V), device=token_counts_V.device)
+        lowest, best = math.inf, self.coefficients.clone()
+        for attempt in range(self.config.tries):
+            if attempt:
+                self.reset_parameters()
+            expert_N = self._experts(id_V.to(self.coefficients.device)).reshape(-1)
+            count_N = token_counts_V.to(expert_N.device).repeat_interleave(self.config.k)
+            load_E = count_N.new_zeros(self.num_experts).index_add_(0, expert_N, count_N)
+            if (greatest := int(load_E.max())) < lowest:
+                lowest, best = greatest, self.coefficients.clone()
+        self.coefficients.copy_(best)
+
+    def _experts(self, token_ids_R: Tensor) -> Tensor:
+        """Double hashing: from a first expert on by a stride that shares no factor with E, so all k differ."""
+        id_R = token_ids_R.remainder(PRIME)
+        start_R = _universal(id_R, self.coefficients[0], self.num_experts)
+        if self.config.k == 1:
+            return start_R.unsqueeze(1)
+        coprime = [s for s in range(1, self.num_experts + 1) if math.gcd(s, self.num_experts) == 1]
+        strides = torch.tensor(coprime, device=id_R.device)
+        stride_R = strides[_universal(id_R, self.coefficients[1], len(coprime))]
+        step_K = torch.arange(self.config.k, device=id_R.device)
+        return (start_R.unsqueeze(1) + stride_R.unsqueeze(1) * step_K) % self.num_experts
+
+
+def _universal(id_R: Tensor, coefficients: Tensor, size: int) -> Tensor:
+    """((a * id + b) mod p) mod size."""
+    factor, summand = coefficients.unbind()
+    return torch.addcmul(summand, id_R, factor).remainder_(PRIME).remainder_(size)
