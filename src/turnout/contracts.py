@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from turnout.errors import ShapeError
+from turnout.errors import ConfigError, ShapeError
 from turnout.registry import Table
-from turnout.tensors import Admission, Assignment, LossTerm, MoEStats, RouterOutput, Rows
+from turnout.tensors import Admission, Assignment, LossTerm, MoEStats, RouterInput, RouterOutput, Rows
 
 
 class Router(nn.Module, ABC):
@@ -19,6 +19,8 @@ class Router(nn.Module, ABC):
     `forward` is final: it takes padding out before `route` sees the tokens, and computes in at least float32,
     so no router can count, send or give room to a padding token, or lose precision to the model's dtype.
     """
+
+    any_top_k: ClassVar[bool] = False  # a call may ask for any number of choices, 1 to E
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
@@ -31,32 +33,47 @@ class Router(nn.Module, ABC):
         token_ids_T: Int64[Tensor, "T"] | None = None,
         mask_T: Bool[Tensor, "T"] | None = None,
         generator: torch.Generator | None = None,
+        *,
+        top_k: int | None = None,
     ) -> RouterOutput:
-        """Route the tokens whose mask is true (all, without a mask).
+        """Route the tokens whose mask is true (all, without a mask); `top_k` replaces the router's own for this call.
 
-        Raises: ShapeError if the width or the mask does not fit.
+        Raises: ShapeError if the width or the mask does not fit; ConfigError if the router cannot give top_k choices.
         """
         num_tokens, dim = x_TD.shape
         if dim != self.dim:
             raise ShapeError(f"router got width {dim}; it was built for dim={self.dim}")
+        if top_k is not None:
+            self._check_top_k(top_k)
         token_R = torch.arange(num_tokens, device=x_TD.device) if mask_T is None else _real_tokens(mask_T, num_tokens)
         if mask_T is not None:
             x_TD = x_TD[token_R]
             token_ids_T = None if token_ids_T is None else token_ids_T[token_R]
         x_RD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         with torch.autocast(x_TD.device.type, enabled=False):
-            return self.route(x_RD, token_ids_T, token_R, num_tokens, generator)
+            return self.route(
+                RouterInput(
+                    x_RD=x_RD,
+                    token_ids_R=token_ids_T,
+                    token_R=token_R,
+                    num_tokens=num_tokens,
+                    generator=generator,
+                    top_k=top_k,
+                )
+            )
 
     @abstractmethod
-    def route(
-        self,
-        x_RD: Float[Tensor, "R D"],
-        token_ids_R: Int64[Tensor, "R"] | None,
-        token_R: Int64[Tensor, "R"],
-        num_tokens: int,
-        generator: torch.Generator | None,
-    ) -> RouterOutput:
-        """Route R tokens, none of them padding; `token_R` gives their places among the layer's tokens."""
+    def route(self, tokens: RouterInput) -> RouterOutput:
+        """Route the R tokens of one call, none of them padding."""
+
+    def _check_top_k(self, top_k: int) -> None:
+        if not self.any_top_k:
+            raise ConfigError(
+                f"top_k={top_k} for one call: a {type(self).__name__} has its own number of choices; "
+                "leave top_k out, or use the topk router"
+            )
+        if not 1 <= top_k <= self.num_experts:
+            raise ConfigError(f"top_k={top_k} must be from 1 to num_experts={self.num_experts}")
 
     def before_training(self, token_counts_V: Int64[Tensor, "V"]) -> None:
         """Called once before a new run with how often its text has each token id; routers by token id override it."""
@@ -73,7 +90,7 @@ class RouterConfig(ABC):
     @property
     @abstractmethod
     def choices(self) -> int:
-        """Most experts a token can have."""
+        """Experts a token has: exactly, at most, or on average where the router aims at an average."""
 
     @property
     def own_balance(self) -> str:
@@ -109,8 +126,19 @@ class CapacityPolicy(ABC):
     TABLE: ClassVar[Table[type["CapacityPolicy"]]] = Table("capacity policy")
 
     @abstractmethod
-    def admit(self, assignment: Assignment) -> Admission:
-        """Admission over the same N assignments; kept + dropped = all."""
+    def admit(
+        self,
+        assignment: Assignment,
+        *,
+        training: bool = True,
+        generator: torch.Generator | None = None,
+        factor: float | None = None,
+    ) -> Admission:
+        """Admission over the same N assignments; kept + dropped = all.
+
+        `factor` replaces the policy's own capacity factor for this call.
+        Raises: ConfigError if the policy has no such factor.
+        """
 
 
 class Loss(ABC):

@@ -39,6 +39,7 @@ class Assignment:
     num_experts: int
     declined_N: Bool[Tensor, "N"] | None = None  # choices the router will not send, which still hold their place
     top_k: int | None = None  # K, when rows are token-major and every routed token has exactly K choices
+    priority_N: Float[Tensor, "N"] | None = None  # what a capacity by score keeps first; None: the weights
 
     @cached_property
     def counts_E(self) -> Int64[Tensor, "E"]:
@@ -60,6 +61,18 @@ class Assignment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterInput:
+    """What a router sees of one call of the layer: R tokens, none of them padding."""
+
+    x_RD: Float[Tensor, "R D"]  # at least float32
+    token_ids_R: Int64[Tensor, "R"] | None
+    token_R: Int64[Tensor, "R"]  # index of each row in the layer's T tokens
+    num_tokens: int  # T, padding included
+    generator: torch.Generator | None
+    top_k: int | None = None  # choices per token this call asks for, instead of the router's own
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossTerm:
     """One auxiliary loss: the total adds `coefficient * value`."""
 
@@ -77,7 +90,8 @@ class RouterOutput:
     logits_RE: Float[Tensor, "R E"]
     scores_RE: Float[Tensor, "R E"]  # each row sums to 1
     token_R: Int64[Tensor, "R"]  # index of each row in the layer's T tokens
-    losses: tuple[LossTerm, ...] = ()
+    losses: tuple[LossTerm, ...] = ()  # terms only this router can form
+    smooth_load_E: Float[Tensor, "E"] | None = None  # expected load as a function with a gradient (noisy routers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,17 +132,24 @@ class MoE(nn.Module):
         mask: Bool[Tensor, "*batch"] | None = None,
         token_ids: Int64[Tensor, "*batch"] | None = None,
         generator: torch.Generator | None = None,
+        top_k: int | None = None,
+        capacity_factor: float | None = None,
     ) -> MoEOutput:
         """Shapes: x (..., D), the axis before D being the sequence; mask and token_ids (...), mask False = padding.
 
+        `top_k` and `capacity_factor` replace those of the router and the capacity policy for this call (Tutel).
         Under activation checkpointing leave `generator` None: a recomputation restores torch's own state alone, and
         would draw anew from any other.
-        Raises: ShapeError if they do not fit.
+        Raises: ShapeError if they do not fit; ConfigError if the router or the policy cannot take such a change.
         """
         self._check(x, mask, token_ids)
         x_TD = x.reshape(-1, self.dim)
-        routing = self.router(x_TD, _flat(token_ids), _flat(mask), generator)
-        admission = self.config.capacity.admit(routing.assignment)
+        # a user's router need not know of top_k
+        asked = {} if top_k is None else {"top_k": top_k}
+        routing = self.router(x_TD, _flat(token_ids), _flat(mask), generator, **asked)
+        admission = self.config.capacity.admit(
+            routing.assignment, training=self.training, generator=generator, factor=capacity_factor
+        )
         plan = plan_dispatch(routing.assignment, admission)
         backend = choose_backend(self.experts, self.config.backend, dtype=_row_dtype(x), device=x.device)
         rows = pack(x_TD.to(_row_dtype(x)), plan, layout=backend.layout, capacity=admission.capacity)

@@ -9,7 +9,7 @@ from torch import Tensor
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
 from turnout.routers.pieces import LinearScore, from_topk, select_topk, sigmoid_shares
-from turnout.tensors import MoEStats, RouterOutput
+from turnout.tensors import MoEStats, RouterInput, RouterOutput
 
 
 @RouterConfig.TABLE.register("deepseek_v3")
@@ -84,16 +84,8 @@ class DeepSeekV3Router(Router):
         """The score resets itself."""
         self.bias_E.zero_()
 
-    def route(
-        self,
-        x_RD: Tensor,
-        token_ids_R: Tensor | None,
-        token_R: Tensor,
-        num_tokens: int,
-        generator: torch.Generator | None,
-    ) -> RouterOutput:
-        del token_ids_R, generator
-        logits_RE = self.score(x_RD)
+    def route(self, tokens: RouterInput) -> RouterOutput:
+        logits_RE = self.score(tokens.x_RD)
         biased_RE = logits_RE.detach().sigmoid() + self.bias_E
         expert_RK = select_topk(
             within_best_groups(biased_RE, self.config.groups, self.config.top_groups), self.config.k
@@ -101,12 +93,11 @@ class DeepSeekV3Router(Router):
         assignment = from_topk(
             expert_RK,
             sigmoid_shares(logits_RE.gather(1, expert_RK)) * self.config.scale,
-            token_R,
-            num_tokens=num_tokens,
+            tokens,
             num_experts=self.num_experts,
         )
         scores_RE = sigmoid_shares(logits_RE)
-        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=token_R)
+        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=tokens.token_R)
 
     @torch.no_grad()
     def after_step(self, stats: MoEStats) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
 from turnout.routers.pieces import LinearScore, from_topk, select_topk
-from turnout.tensors import RouterOutput
+from turnout.tensors import RouterInput, RouterOutput
 
 
 @RouterConfig.TABLE.register("gshard")
@@ -43,34 +43,27 @@ class GShardRouter(Router):
         self.config = config
         self.score = LinearScore(dim, num_experts, bias=False, init_std=config.init_std)
 
-    def route(
-        self,
-        x_RD: Tensor,
-        token_ids_R: Tensor | None,
-        token_R: Tensor,
-        num_tokens: int,
-        generator: torch.Generator | None,
-    ) -> RouterOutput:
+    def route(self, tokens: RouterInput) -> RouterOutput:
         """In evaluation the second expert is always sent: chance is a regulariser of training."""
-        del token_ids_R
-        logits_RE = self.score(x_RD)
+        logits_RE = self.score(tokens.x_RD)
         expert_R2 = select_topk(logits_RE, 2)
         # g1 / (g1 + g2) of the full softmax, without its overflow
         weight_R2 = logits_RE.gather(1, expert_R2).softmax(dim=1)
         declined_N = None
         if self.training and self.config.second_expert == "random":
-            draw_R = torch.rand(len(token_R), dtype=x_RD.dtype, device=x_RD.device, generator=generator)
+            draw_R = torch.rand(
+                len(tokens.token_R), dtype=tokens.x_RD.dtype, device=tokens.x_RD.device, generator=tokens.generator
+            )
             declined_N = declined_second(weight_R2.detach(), draw_R).reshape(-1)
         assignment = from_topk(
             expert_R2,
             weight_R2,
-            token_R,
-            num_tokens=num_tokens,
+            tokens,
             num_experts=self.num_experts,
             declined_N=declined_N,
         )
         scores_RE = logits_RE.softmax(dim=1)
-        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=token_R)
+        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=tokens.token_R)
 
 
 def declined_second(weight_R2: Tensor, draw_R: Tensor) -> Tensor:

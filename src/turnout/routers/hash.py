@@ -9,7 +9,7 @@ from torch import Tensor
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError, ShapeError
 from turnout.routers.pieces import from_topk
-from turnout.tensors import RouterOutput
+from turnout.tensors import RouterInput, RouterOutput
 
 # a product of two numbers below it fits int64
 PRIME = 2**31 - 1
@@ -63,31 +63,22 @@ class HashRouter(Router):
         """Draws both functions anew."""
         self.coefficients.random_(1, PRIME)
 
-    def route(
-        self,
-        x_RD: Tensor,
-        token_ids_R: Tensor | None,
-        token_R: Tensor,
-        num_tokens: int,
-        generator: torch.Generator | None,
-    ) -> RouterOutput:
+    def route(self, tokens: RouterInput) -> RouterOutput:
         """Raises: ShapeError without token ids."""
-        del generator
-        if token_ids_R is None:
+        if tokens.token_ids_R is None:
             raise ShapeError("the hash router chooses by token id: call the layer with token_ids, one for each token")
-        expert_RK = self._experts(token_ids_R)
-        share, shape_RE = 1 / self.config.k, (len(token_R), self.num_experts)
+        expert_RK = self._experts(tokens.token_ids_R)
+        share, shape_RE = 1 / self.config.k, (len(tokens.token_R), self.num_experts)
         assignment = from_topk(
             expert_RK,
-            x_RD.new_full(expert_RK.shape, share * self.config.scale),
-            token_R,
-            num_tokens=num_tokens,
+            tokens.x_RD.new_full(expert_RK.shape, share * self.config.scale),
+            tokens,
             num_experts=self.num_experts,
         )
         # the log of the scores, written down: log(0) is slow
-        logits_RE = x_RD.new_full(shape_RE, -math.inf).scatter_(1, expert_RK, math.log(share))
-        scores_RE = x_RD.new_zeros(shape_RE).scatter_(1, expert_RK, share)
-        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=token_R)
+        logits_RE = tokens.x_RD.new_full(shape_RE, -math.inf).scatter_(1, expert_RK, math.log(share))
+        scores_RE = tokens.x_RD.new_zeros(shape_RE).scatter_(1, expert_RK, share)
+        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=tokens.token_R)
 
     @torch.no_grad()
     def before_training(self, token_counts_V: Tensor) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from turnout.tensors import Assignment
+from turnout.tensors import Assignment, RouterInput
 
 # above this many choices one stable sort costs less than the passes
 MOST_ARGMAX_PASSES = 8
@@ -59,20 +59,19 @@ def sigmoid_shares(logits_RE: Tensor) -> Tensor:
 def from_topk(
     expert_RK: Tensor,
     weight_RK: Tensor,
-    token_R: Tensor,
+    tokens: RouterInput,
     *,
-    num_tokens: int,
     num_experts: int,
     declined_N: Tensor | None = None,
 ) -> Assignment:
     """Token-major assignment of K choices for each of R tokens."""
     top_k = expert_RK.shape[1]
     return Assignment(
-        token_N=token_R.repeat_interleave(top_k),
+        token_N=tokens.token_R.repeat_interleave(top_k),
         expert_N=expert_RK.reshape(-1),
         weight_N=weight_RK.reshape(-1),
-        choice_N=torch.arange(top_k, device=token_R.device).repeat(len(token_R)),
-        num_tokens=num_tokens,
+        choice_N=torch.arange(top_k, device=expert_RK.device).repeat(len(tokens.token_R)),
+        num_tokens=tokens.num_tokens,
         num_experts=num_experts,
         declined_N=declined_N,
         top_k=top_k,

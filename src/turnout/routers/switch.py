@@ -8,7 +8,7 @@ from torch import Tensor
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
 from turnout.routers.pieces import LinearScore, from_topk, select_topk
-from turnout.tensors import RouterOutput
+from turnout.tensors import RouterInput, RouterOutput
 
 
 @RouterConfig.TABLE.register("switch")
@@ -42,26 +42,17 @@ class SwitchRouter(Router):
         self.config = config
         self.score = LinearScore(dim, num_experts, bias=False, init_std=config.init_std)
 
-    def route(
-        self,
-        x_RD: Tensor,
-        token_ids_R: Tensor | None,
-        token_R: Tensor,
-        num_tokens: int,
-        generator: torch.Generator | None,
-    ) -> RouterOutput:
-        del token_ids_R
-        logits_RE = self.score(self._jittered(x_RD, generator))
+    def route(self, tokens: RouterInput) -> RouterOutput:
+        logits_RE = self.score(self._jittered(tokens.x_RD, tokens.generator))
         scores_RE = logits_RE.softmax(dim=1)
         expert_R1 = select_topk(logits_RE, 1)
         assignment = from_topk(
             expert_R1,
             scores_RE.gather(1, expert_R1),
-            token_R,
-            num_tokens=num_tokens,
+            tokens,
             num_experts=self.num_experts,
         )
-        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=token_R)
+        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=tokens.token_R)
 
     def _jittered(self, x_RD: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.training or self.config.jitter == 0:

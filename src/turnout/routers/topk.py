@@ -9,7 +9,7 @@ from torch import Tensor
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
 from turnout.routers.pieces import LinearScore, from_topk, select_topk, sigmoid_shares
-from turnout.tensors import RouterOutput
+from turnout.tensors import RouterInput, RouterOutput
 
 
 @RouterConfig.TABLE.register("topk")
@@ -55,20 +55,12 @@ class TopKRouter(Router):
         self.config = config
         self.score = LinearScore(dim, num_experts, bias=config.bias, init_std=config.init_std)
 
-    def route(
-        self,
-        x_RD: Tensor,
-        token_ids_R: Tensor | None,
-        token_R: Tensor,
-        num_tokens: int,
-        generator: torch.Generator | None,
-    ) -> RouterOutput:
-        del token_ids_R, generator
-        logits_RE = self.score(x_RD)
+    def route(self, tokens: RouterInput) -> RouterOutput:
+        logits_RE = self.score(tokens.x_RD)
         expert_RK = select_topk(logits_RE, self.config.k)
         scores_RE, weight_RK = self._weights(logits_RE, expert_RK)
-        assignment = from_topk(expert_RK, weight_RK, token_R, num_tokens=num_tokens, num_experts=self.num_experts)
-        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=token_R)
+        assignment = from_topk(expert_RK, weight_RK, tokens, num_experts=self.num_experts)
+        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=tokens.token_R)
 
     def _weights(self, logits_RE: Tensor, expert_RK: Tensor) -> tuple[Tensor, Tensor]:
         chosen_RK = logits_RE.gather(1, expert_RK)
