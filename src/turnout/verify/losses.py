@@ -1,0 +1,69 @@
+"""Checks of the auxiliary loss: the most repeated bug of the field is its scale."""
+
+from collections.abc import Iterable
+
+import torch
+
+from turnout.verify.cases import distance, draw, layers
+from turnout.verify.check import Measured, check
+from turnout.verify.subject import NotApplicable, Subject
+
+SCALE = "the balance coefficient means something else at another batch size, number of ranks or share of padding"
+
+
+@check("A1", "twice the same tokens, the same loss", meaning=SCALE)
+def _intensive(subject: Subject) -> Iterable[Measured]:
+    for layer, words in layers(subject):
+        x = draw(layer, 14)
+        for times in (2, 4):
+            got, want = layer.auxiliary_loss(torch.cat([x] * times, dim=1)), layer.auxiliary_loss(x)
+            yield Measured(error=distance(got, want), tolerance=1e-6, case=f"T=14 x {times} {words}")
+
+
+@check("A2", "padding does not change the loss", meaning=SCALE)
+def _padding(subject: Subject) -> Iterable[Measured]:
+    for layer, words in layers(subject):
+        x = draw(layer, 30)
+        for real in (27, 15):
+            mask = torch.arange(30).unsqueeze(0) < real
+            got, want = layer.auxiliary_loss(x, mask), layer.auxiliary_loss(x[:, :real])
+            yield Measured(error=distance(got, want), tolerance=1e-6, case=f"T=30 real={real} {words}")
+
+
+@check("A3", "the loss moves the router and nothing else", meaning="balance bends the experts, or does nothing at all")
+def _reach(subject: Subject) -> Iterable[Measured]:
+    for layer, words in layers(subject):
+        if layer.num_experts < 3:
+            continue
+        value = layer.auxiliary_loss(draw(layer, 25))
+        if not value.requires_grad:
+            yield Measured(error=float("inf"), tolerance=0, case=f"no gradient at all: {words}")
+            continue
+        leaves = {n: p for n, p in layer.module.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        moved = {name for name, gradient in zip(leaves, found, strict=True) if gradient.any()}
+        router = set(layer.router_parameters()) & set(leaves)
+        if not router:
+            raise NotApplicable("the router has no parameters to learn")
+        strays = sorted(moved - router) + sorted(() if moved & router else router)
+        yield Measured(error=float(len(strays)), tolerance=0, case=f"{' '.join(strays)} {words}".strip())
+
+
+@check("A4", "another call in between does not change the loss", meaning="two models in one process share their losses")
+def _not_stored(subject: Subject) -> Iterable[Measured]:
+    for layer, words in layers(subject):
+        x, other = draw(layer, 11), draw(layer, 29, seed=8)
+        want = layer.auxiliary_loss(x)
+        layer.forward(other)
+        yield Measured(error=distance(layer.auxiliary_loss(x), want), tolerance=0, case=f"T=11 {words}")
+
+
+@check("A5", "an even load has the lowest loss", meaning="the balance loss rewards imbalance")
+def _direction(subject: Subject) -> Iterable[Measured]:
+    """All tokens the same, so a few experts take everything, against random tokens."""
+    for layer, words in layers(subject):
+        if layer.num_experts < 3:
+            continue
+        even = layer.auxiliary_loss(draw(layer, 256))
+        crowded = layer.auxiliary_loss(draw(layer, 1).expand(1, 256, layer.dim) * 3)
+        yield Measured(error=float((even - crowded).clamp(min=0)), tolerance=0, case=f"T=256 {words}")

@@ -1,0 +1,73 @@
+"""Run the checks on a subject."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from turnout.verify import gradients, losses, outputs, padding, routing, state  # noqa: F401  (they fill the table)
+from turnout.verify.check import CHECKS, Check, Measured, Result
+from turnout.verify.subject import NotApplicable, Subject
+
+
+def verify(
+    subject: Subject, ids: Sequence[str] = (), *, on_result: Callable[[Result], None] = lambda _: None
+) -> list[Result]:
+    """Every check (or those named) on the subject, in the order of the table.
+
+    A check stops at its first failing case, and cases go from small to large: what is shown is the smallest failure.
+    An exception inside a layer is a failure of the check, not of the suite.
+    Raises: ConfigError for an unknown id.
+    """
+    results = []
+    for id in ids or sorted(CHECKS.names(), key=lambda id: (id[0], int(id[1:]))):
+        result = _run(id, CHECKS[id], subject)
+        on_result(result)
+        results.append(result)
+    return results
+
+
+def _run(id: str, check: Check, subject: Subject) -> Result:
+    worst: Measured | None = None
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for measured in check.cases(subject):
+                if not measured.holds:
+                    return _result(id, check, "fail", measured)
+                if worst is None or measured.error > worst.error:
+                    worst = measured
+    except NotApplicable as reason:
+        return _told(id, check, "not applicable", str(reason))
+    except Exception as error:  # whatever a layer of others' raises
+        return _told(id, check, "fail", f"{type(error).__name__}: {_first_line(error)}")
+    if worst is None:
+        return _told(id, check, "not applicable", "no case fits this layer")
+    return _result(id, check, "pass", worst)
+
+
+def _result(id: str, check: Check, outcome: str, measured: Measured) -> Result:
+    return Result(
+        id=id,
+        title=check.title,
+        outcome=outcome,  # type: ignore[arg-type]
+        error=measured.error,
+        tolerance=measured.tolerance,
+        case=measured.case,
+        meaning=check.meaning,
+    )
+
+
+def _told(id: str, check: Check, outcome: str, text: str) -> Result:
+    return Result(
+        id=id,
+        title=check.title,
+        outcome=outcome,  # type: ignore[arg-type]
+        error=None,
+        tolerance=None,
+        case=text,
+        meaning=check.meaning,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

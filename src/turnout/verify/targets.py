@@ -1,0 +1,48 @@
+"""What `turnout verify TARGET` can name."""
+
+import inspect
+from pathlib import Path
+
+from turnout import presets
+from turnout.errors import ConfigError
+from turnout.layers import MoE
+from turnout.registry import nearest
+from turnout.train.recipes import RECIPES, load_recipe, recipe_of
+from turnout.verify.adapters import BLOCKS, from_config, from_factory, from_preset, from_transformers
+from turnout.verify.subject import Subject
+
+
+def layer_presets() -> list[str]:
+    """Names of `turnout.presets` that build a layer."""
+    return [
+        name for name, part in inspect.getmembers(presets, inspect.isfunction) if part.__annotations__["return"] is MoE
+    ]
+
+
+def subject(target: str) -> Subject:
+    """The layer a target names: a preset of a paper, a recipe (name, TOML file or run folder), another library's block
+    (`transformers:mixtral`, `transformers:mixtral:grouped_mm`), or a factory (`package.module:function`).
+
+    Raises: ConfigError naming what there is.
+    """
+    library, _, rest = target.partition(":")
+    if library == "transformers" and rest:
+        return from_transformers(*rest.split(":", 1))
+    if rest:
+        return from_factory(target)
+    if target in layer_presets():
+        return from_preset(target)
+    if target in RECIPES or target.endswith(".toml") or (Path(target) / "recipe.toml").is_file():
+        return _recipe(target)
+    known = [*layer_presets(), *RECIPES.names(), *(f"transformers:{name}" for name in BLOCKS)]
+    raise ConfigError(
+        f"unknown target {target!r}; available: {', '.join(known)}{nearest(target, known)}; "
+        "or a recipe.toml, a run folder, package.module:factory"
+    )
+
+
+def _recipe(target: str) -> Subject:
+    recipe = recipe_of(Path(target)) if Path(target).is_dir() else load_recipe(target)
+    if recipe.model.moe is None:
+        raise ConfigError(f"{target} has no Mixture-of-Experts layer to verify")
+    return from_config(f"{target}: its MoE layer", recipe.model.dim, recipe.model.moe)

@@ -1,0 +1,485 @@
+"""The conformance suite passes ours, and catches a layer broken on purpose in each of its laws."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from turnout import presets
+from turnout.cli.main import app
+from turnout.errors import ConfigError
+from turnout.layers import MoE
+from turnout.losses import LoadBalance
+from turnout.routers import TopK
+from turnout.verify import CHECKS, Result, Sizes, Subject, verify
+from turnout.verify.adapters.own import OwnLayer
+from turnout.verify.targets import layer_presets, subject
+
+
+def healthy(sizes: Sizes) -> OwnLayer:
+    return OwnLayer(
+        MoE(
+            sizes.dim,
+            sizes.hidden,
+            sizes.num_experts,
+            router=TopK(k=sizes.k, renormalize=False),
+            losses=(LoadBalance(coefficient=0.1),),
+        )
+    )
+
+
+def run(id: str, build: Callable[[Sizes], OwnLayer]) -> Result:
+    (result,) = verify(Subject(name="x", build=build), [id])
+    return result
+
+
+class _Broken(OwnLayer):
+    """A healthy layer; each subclass breaks one law."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(healthy(sizes).module)
+
+
+class _Louder(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask) * (1 + 3e-5)
+
+
+class _Rounded(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x, mask)
+        return y + (y * 3).round() * 0.02 if x.dtype == torch.bfloat16 else y
+
+
+class _NeedsTokens(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if x.shape[1] == 0:
+            raise RuntimeError("cannot reshape tensor of 0 elements")
+        return super().forward(x, mask)
+
+
+class _Place(_Broken):
+    """The answer depends on the place in the batch."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        place = torch.arange(x.shape[-2]).to(x.dtype).unsqueeze(1)
+        return super().forward(x, mask) * (1 + 1e-6 * place)
+
+
+class _BatchNorm(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x, mask)
+        return y - 0.01 * y.mean(dim=(0, 1)) if y.numel() else y
+
+
+class _PerRow(_Broken):
+    """Sequences of a batch see each other's number."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask) * (1 + 0.1 * (x.shape[0] - 1))
+
+
+class _Strides(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x.as_strided(x.shape, torch.empty(x.shape).stride()), mask)
+
+
+class _Writes(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x, mask)
+        if self.module.training:
+            with torch.no_grad():
+                x.mul_(1.01)
+        return y
+
+
+class _Single(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask) * (2.0 if self.num_experts == 1 else 1.0)
+
+
+class _Float32(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask).float()
+
+
+class _Overflow(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask) + 1e-30 * x.exp() if x.abs().max() > 1e3 else super().forward(x, mask)
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, y_grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return y_grad * 1.01
+
+
+class _Gradient(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return _Scaled.apply(super().forward(x, mask))  # pyright: ignore[reportReturnType]
+
+
+class _DeadRouter(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for parameter in self.module.router.parameters():
+            parameter.requires_grad_(True)
+        gate_TE = self.gates(x.reshape(-1, self.dim)).detach()
+        y_TD = sum(gate_TE[:, e : e + 1] * f(x.reshape(-1, self.dim)) for e, f in enumerate(self.experts()))
+        return torch.as_tensor(y_TD).view_as(x)
+
+
+class _Stray(_Broken):
+    """Unused experts get a little gradient."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        extra = sum(1e-9 * p.sum() for p in self.module.experts.parameters())
+        return super().forward(x, mask) + extra
+
+
+class _NeedsDense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, y_grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not y_grad.is_contiguous():
+            raise RuntimeError("grad must be contiguous")
+        return y_grad
+
+
+class _Expanded(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return _NeedsDense.apply(super().forward(x, mask))  # pyright: ignore[reportReturnType]
+
+
+class _Counter(_Broken):
+    """What it returns depends on how often it was called."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        self.module.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.module.get_buffer("calls").add_(1)
+        return super().forward(x, mask) * (1 + 1e-3 * float(self.module.get_buffer("calls")))
+
+
+class _CountsInTraining(_Counter):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask) if self.module.training else OwnLayer.forward(self, x, mask)
+
+
+class _Uninitialised(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask) + torch.empty(1, dtype=x.dtype).fill_(0) + _never_written(x)
+
+
+def _never_written(x: Tensor) -> Tensor:
+    """NaN where torch fills fresh memory with it; zero elsewhere, so that this test does not depend on chance."""
+    fresh = torch.empty(3, dtype=x.dtype)
+    return x.new_zeros(()) if not fresh.isnan().any() else fresh.sum()
+
+
+class _IgnoresMask(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        return y - 0.01 * y.mean(dim=(0, 1)) if y.numel() else y
+
+    def counts(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().counts(x)
+
+    def auxiliary_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().auxiliary_loss(x)
+
+
+class _EmptyMean(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x, mask)
+        return y if mask is None else y + 0 * x[mask].mean()
+
+
+class _LowPrecisionRouter(_Broken):
+    def gates(self, x_TD: Tensor) -> Tensor:
+        if x_TD.dtype != torch.bfloat16:
+            return super().gates(x_TD)
+        logits_TE = (x_TD @ self.module.router.get_parameter("score.weight_ED").T * 2).round()
+        return torch.zeros_like(logits_TE).scatter(1, logits_TE.topk(self.module.config.router.choices, 1).indices, 1.0)
+
+
+class _Random(_Broken):
+    def gates(self, x_TD: Tensor) -> Tensor:
+        return super().gates(x_TD + 0.1 * torch.randn_like(x_TD))
+
+
+class _LastOfTies(_Broken):
+    def gates(self, x_TD: Tensor) -> Tensor:
+        return super().gates(x_TD).flip(1)
+
+
+class _NaNWhenSure(_Broken):
+    def gates(self, x_TD: Tensor) -> Tensor:
+        gate_TE = super().gates(x_TD)
+        return gate_TE / (gate_TE < 1 - 1e-6) if gate_TE.numel() else gate_TE
+
+
+class _NoisyTraining(_Broken):
+    def gates(self, x_TD: Tensor) -> Tensor:
+        return super().gates(x_TD + 0.5 * torch.randn_like(x_TD)) if self.module.training else super().gates(x_TD)
+
+
+class _Negative(_Broken):
+    def gates(self, x_TD: Tensor) -> Tensor:
+        return super().gates(x_TD) * -1
+
+
+class _Undercounts(_Broken):
+    def counts(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().counts(x, mask) // 2
+
+
+class _SumsLoss(_Broken):
+    def auxiliary_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().auxiliary_loss(x, mask) * x.shape[1]
+
+
+class _LossOnExperts(_Broken):
+    def auxiliary_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().auxiliary_loss(x, mask) + 1e-3 * super().forward(x, mask).square().mean()
+
+
+class _SharedLoss(_Broken):
+    """The loss of the last call of anybody, as kept in a class attribute."""
+
+    last: Tensor | None = None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        type(self).last = super().auxiliary_loss(x, mask)
+        return super().forward(x, mask)
+
+    def auxiliary_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().auxiliary_loss(x, mask) if type(self).last is None else type(self).last  # type: ignore[return-value]
+
+
+class _RewardsImbalance(_Broken):
+    def auxiliary_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return -super().auxiliary_loss(x, mask)
+
+
+class _Shared(_Broken):
+    """Every layer of the process scales by what the last one saw."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        type(self).scale = 1 + 1e-3 * float(x.detach().sum())
+        return _Late.apply(super().forward(x, mask), type(self))  # pyright: ignore[reportReturnType]
+
+
+class _Late(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, y: Tensor, owner: type[_Shared]) -> Tensor:
+        ctx.owner = owner  # type: ignore[attr-defined]
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: object, y_grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return y_grad * ctx.owner.scale, None  # type: ignore[attr-defined]
+
+
+class _Hidden(_Broken):
+    """A weight no checkpoint holds, another one in each layer."""
+
+    scales = itertools.count(1.0)
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        self.own_scale = next(self.scales)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask) * self.own_scale
+
+
+class _Unseeded(_Broken):
+    generator = torch.Generator()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        noise = torch.randn(x.shape, generator=type(self).generator, dtype=x.dtype)
+        return super().forward(x + 0.01 * noise if self.module.training else x, mask)
+
+
+class _Detached(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask).detach().requires_grad_()
+
+
+class _Autocast(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x, mask)
+        return y * 1.5 if torch.is_autocast_enabled("cpu") else y
+
+
+class _Inference(_Broken):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x, mask)
+        return y * 1.5 if torch.is_inference_mode_enabled() else y
+
+
+class _ShallowCopy(_Broken):
+    def __deepcopy__(self, memo: object) -> "_ShallowCopy":
+        return self
+
+
+class _OtherCopy(_Broken):
+    def __deepcopy__(self, memo: object) -> "_OtherCopy":
+        other = _OtherCopy(Sizes(dim=self.dim, num_experts=self.num_experts, k=1))
+        other.module.double()
+        return other
+
+
+BROKEN: dict[str, type[_Broken]] = {
+    "O1": _Louder,
+    "O2": _Louder,
+    "O3": _Rounded,
+    "O4": _NeedsTokens,
+    "O5": _Place,
+    "O6": _Place,
+    "O7": _BatchNorm,
+    "O8": _PerRow,
+    "O9": _Strides,
+    "O10": _Writes,
+    "O11": _Single,
+    "O12": _Louder,
+    "O13": _Float32,
+    "O14": _Overflow,
+    "G1": _Gradient,
+    "G2": _Gradient,
+    "G3": _DeadRouter,
+    "G4": _Stray,
+    "G5": _Expanded,
+    "G6": _NeedsTokens,
+    "G7": _CountsInTraining,
+    "G8": _Counter,
+    "G9": _BatchNorm,
+    "G10": _Uninitialised,
+    "P1": _IgnoresMask,
+    "P2": _IgnoresMask,
+    "P3": _IgnoresMask,
+    "P4": _IgnoresMask,
+    "P5": _EmptyMean,
+    "R1": _LowPrecisionRouter,
+    "R2": _Random,
+    "R3": _LastOfTies,
+    "R4": _NaNWhenSure,
+    "R5": _NoisyTraining,
+    "R6": _Negative,
+    "R7": _Undercounts,
+    "R8": _OtherCopy,
+    "A1": _SumsLoss,
+    "A2": _IgnoresMask,
+    "A3": _LossOnExperts,
+    "A4": _SharedLoss,
+    "A5": _RewardsImbalance,
+    "S1": _Counter,
+    "S2": _CountsInTraining,
+    "S3": _Shared,
+    "S4": _Hidden,
+    "S5": _Unseeded,
+    "S6": _Detached,
+    "S7": _Autocast,
+    "S8": _Inference,
+    "S9": _ShallowCopy,
+}
+
+
+def test_every_check_has_a_broken_layer() -> None:
+    assert set(BROKEN) == set(CHECKS.names())
+
+
+@pytest.mark.parametrize("id", CHECKS.names())
+def test_a_healthy_layer_passes(id: str) -> None:
+    result = run(id, healthy)
+    assert result.outcome == "pass", result
+
+
+@pytest.mark.parametrize("id", sorted(BROKEN))
+def test_a_layer_broken_on_purpose_is_caught(id: str) -> None:
+    result = run(id, BROKEN[id])
+    assert result.outcome == "fail", result
+    assert result.case
+
+
+@pytest.mark.parametrize("name", layer_presets())
+def test_layers_of_the_papers_pass_what_applies_to_them(name: str) -> None:
+    failed = {r.id: r.case for r in verify(subject(name)) if r.outcome == "fail"}
+    assert set(failed) <= KNOWN_FAILURES.get(name, set()), failed
+
+
+# laws the papers themselves give up: capacity makes a token's way depend on those before it, chance on the draw
+KNOWN_FAILURES: dict[str, set[str]] = {
+    "gshard": {"O5", "O6", "O7", "G9", "R5", "P1", "P2"},
+    "switch": {"O5", "O6", "O7", "G9", "R5", "P1", "P2", "O4"},
+}
+
+
+def test_a_user_s_module_is_seen_from_outside() -> None:
+    results = {r.id: r for r in verify(subject("tests.paths.test_verify:plain_network"))}
+    assert results["O6"].outcome == results["G2"].outcome == results["S6"].outcome == "pass"
+    assert results["P1"].outcome == "not applicable"
+    assert results["P1"].case == "its forward takes no mask"
+    assert results["O1"].case == "shows no routing weights"
+
+
+def plain_network(dim: int, hidden: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, dim))
+
+
+def test_the_verb_prints_the_failures_and_exits_with_1() -> None:
+    done = CliRunner().invoke(app, ["verify", "tests.paths.test_verify:forgetful", "--json"])
+    assert done.exit_code == 1
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    failed = {check["id"] for check in answer["checks"] if check["outcome"] == "fail"}
+    assert "S1" in failed
+    assert answer["failed"] == len(failed)
+    assert answer["passed"] + answer["failed"] + answer["not_applicable"] == len(CHECKS)
+
+
+def forgetful(dim: int, hidden: int, num_experts: int, k: int) -> _Broken:
+    return _Counter(Sizes(dim=dim, hidden=hidden, num_experts=num_experts, k=k))
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("mixtrall", r"unknown target 'mixtrall'; available: .*did you mean 'mixtral'"),
+        ("tiny-dense", r"has no Mixture-of-Experts layer"),
+        ("no_such_package:f", r"cannot import 'no_such_package'"),
+        ("json:no_such_function", r"has no function 'no_such_function'"),
+        ("transformers:bert", r"unknown transformers block 'bert'; available: mixtral"),
+    ],
+)
+def test_a_wrong_target_names_what_there_is(target: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        subject(target)
+
+
+def test_an_unknown_check_is_named() -> None:
+    with pytest.raises(ConfigError, match="unknown check 'Z9'"):
+        verify(subject("mixtral"), ["Z9"])
+
+
+def test_sizes_a_layer_cannot_take_are_left_out() -> None:
+    preset = subject("mixtral")
+    result = next(iter(verify(preset, ["O11"])))
+    assert (result.outcome, "k=1" in result.case) == ("not applicable", True)
+    assert replace(preset, name="y").name == "y"
+    assert presets.mixtral(8, 8, 4).config.router.choices == 2
