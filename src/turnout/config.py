@@ -116,10 +116,12 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
     return result
 
 
-def describe(cls: type, prefix: str = "") -> list[FieldDoc]:
+def describe(cls: type, prefix: str = "", *, inside: tuple[Any, ...] = ()) -> list[FieldDoc]:
     """Every setting reachable from `cls`, with its type, default and the comment beside it.
 
     A setting of one row of a table says so in its text: "topk: experts per token"; `[]` in a path is an item of a list.
+    A part that takes another part of its own table (a tree of routers) is not followed into the table again: `inside`
+    are the tables on the way here.
     """
     docs = []
     hints = typing.get_type_hints(cls)
@@ -128,7 +130,7 @@ def describe(cls: type, prefix: str = "") -> list[FieldDoc]:
         path = _join(prefix, field.name)
         inner = _strip_optional(hints[field.name])
         if dataclasses.is_dataclass(inner) and not hasattr(inner, "TABLE"):
-            docs += describe(typing.cast(type, inner), path)
+            docs += describe(typing.cast(type, inner), path, inside=inside)
             continue
         docs.append(
             FieldDoc(
@@ -138,22 +140,22 @@ def describe(cls: type, prefix: str = "") -> list[FieldDoc]:
                 text=comments.get(field.name, ""),
             )
         )
-        docs += _describe_rows(inner, path)
+        docs += _describe_rows(inner, path, inside)
     return docs
 
 
-def _describe_rows(hint: Any, path: str) -> list[FieldDoc]:
+def _describe_rows(hint: Any, path: str, inside: tuple[Any, ...]) -> list[FieldDoc]:
     """Settings of every row of the table a field takes its value, or its values, from."""
     if get_origin(hint) in (tuple, list):
         hint, path = get_args(hint)[0], f"{path}[]"
-    if not hasattr(hint, "TABLE"):
+    if not hasattr(hint, "TABLE") or hint.TABLE in inside:
         return []
     rows = {name: hint.TABLE[name] for name in hint.TABLE.names()}
     return [
         dataclasses.replace(doc, text=f"{name}: {doc.text}")
         for name, row in rows.items()
         if dataclasses.is_dataclass(row)
-        for doc in describe(typing.cast(type, row), path)
+        for doc in describe(typing.cast(type, row), path, inside=(*inside, hint.TABLE))
     ]
 
 

@@ -53,7 +53,8 @@ class Router(nn.Module, ABC):
         with torch.autocast(x_TD.device.type, enabled=False):
             return self.route(
                 RouterInput(
-                    x_RD=x_RD,
+                    # one reader of x: its gradients add up in the same order with and without a mask
+                    x_RD=x_RD.view_as(x_RD),
                     token_ids_R=token_ids_T,
                     token_R=token_R,
                     num_tokens=num_tokens,
@@ -86,6 +87,7 @@ class RouterConfig(ABC):
     """A row of the router table: settings without sizes; `build` adds the sizes."""
 
     TABLE: ClassVar[Table[type["RouterConfig"]]] = Table("router")
+    causal: ClassVar[bool] = True  # out of training, a token's experts do not depend on the tokens after it
 
     @property
     @abstractmethod
@@ -96,6 +98,17 @@ class RouterConfig(ABC):
     def own_balance(self) -> str:
         """How the router balances load by itself, without a loss, in a few words; empty if it does not."""
         return ""
+
+    @property
+    def gives_smooth_load(self) -> bool:
+        """Whether its output has `smooth_load_E`."""
+        return False
+
+    def check_decoder(self) -> None:  # noqa: B027  (a hook)
+        """Called by a model that reads from left to right.
+
+        Raises: ConfigError if a token's experts depend on later tokens.
+        """
 
     @abstractmethod
     def build(self, dim: int, num_experts: int) -> nn.Module:
@@ -111,6 +124,11 @@ class GivenRouter(RouterConfig):
 
     module: nn.Module
     most_choices: int
+
+    @property
+    def gives_smooth_load(self) -> bool:
+        """Not known before it has run: `load_cv` finds out then."""
+        return True
 
     @property
     def choices(self) -> int:
@@ -146,6 +164,9 @@ class Loss(ABC):
 
     TABLE: ClassVar[Table[type["Loss"]]] = Table("loss")
     balances: ClassVar[bool] = False  # its gradient moves tokens from full experts to empty ones
+
+    def check(self, router: RouterConfig, num_experts: int) -> None:  # noqa: B027  (a hook)
+        """Called when a layer is built. Raises: ConfigError if the loss cannot be formed on that router."""
 
     @abstractmethod
     def term(

@@ -5,7 +5,7 @@ Tensors end in their shape, in letters of this legend (the suffix describes the 
     T tokens   R routed tokens (tokens that are not padding)   D model width   F expert hidden
     E experts  K choices per token   N assignments   M rows dispatched (kept assignments)
     L experts on this rank   C capacity   G gate-and-up columns (F, or 2F when gated)
-    V vocabulary   S sequence   B batch   H heads   X head width
+    V vocabulary   S sequence   B batch   H heads   X head width   Z latent width
 
 Scalars and lists carry no suffix.
 """

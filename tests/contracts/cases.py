@@ -33,6 +33,15 @@ NUMBERS: dict[str, tuple[float, ...]] = {
     "minimum": (0, 1, 4),
     "group_size": (0, 0, 1, 5, 16),
     "coefficient": (0.0, 0.01, 1.0),
+    "p": (0.1, 0.4, 0.7, 1.0),
+    "most": (0, 0, 1, 3),
+    "expected_choices": (1, 2),
+    "proj_dim": (2, 16),
+    "alignment": (1, 1, 4),
+    "threshold": (0.5, 0.75, 1.0),
+    "eval_factor": (0.0, 0.0, 0.5, 2.0),
+    "vocab_size": (0, 64),
+    "skew": (0.0, 1.0),
 }
 
 
@@ -92,12 +101,12 @@ def draw_case(seed: int) -> Case:
     return Case(
         seed=seed,
         shape=_draw_shape(rng),
-        dim=rng.randint(1, 24),
+        dim=fitting_dim(router, num_experts, rng.randint(1, 24)),
         hidden=rng.randint(1, 24),
         num_experts=num_experts,
         router=router,
         capacity=_must(draw_settings(CapacityPolicy.TABLE[rng.choice(CapacityPolicy.TABLE.names())], rng)),
-        losses=tuple(_must(draw_settings(LOSS_ROWS[n], rng)) for n in LOSS_ROWS if rng.random() < 0.7),
+        losses=tuple(loss for loss in map(partial(_draw_loss, num_experts, router, rng), LOSS_ROWS) if loss),
         expert=expert,
         bias=rng.random() < 0.5,
         shared_hidden=rng.choice([0, 0, 1, 7, 12]),
@@ -177,11 +186,11 @@ def run_layer(layer: MoE, inputs: Inputs, seed: int) -> tuple[Result, MoEOutput]
     return Result(y=out.y.detach(), losses=losses, grads=grads, kept_E=kept_E), out
 
 
-def own_selection(layer: MoE, inputs: Inputs, seed: int) -> Assignment:
-    """What the layer's router chooses in the layer's dtype."""
+def own_selection(layer: MoE, inputs: Inputs, seed: int, generator: torch.Generator | None = None) -> Assignment:
+    """What the layer's router chooses in the layer's dtype; draws go on from a generator that is given."""
     x = inputs.x.to(next(layer.parameters()).dtype)
     mask_T = None if inputs.mask is None else inputs.mask.reshape(-1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed) if generator is None else generator
     return layer.router(x.reshape(-1, layer.dim), inputs.token_ids.reshape(-1), mask_T, generator).assignment
 
 
@@ -219,7 +228,8 @@ def simple_case(**changes: Any) -> Case:
         training=True,
         content="normal",
     )
-    return replace(base, **changes)
+    case = replace(base, **changes)
+    return replace(case, dim=fitting_dim(case.router, case.num_experts, case.dim))
 
 
 LOSS_ROWS = dict(Loss.TABLE.items())
@@ -233,8 +243,26 @@ def _draw_router(row: Callable[..., RouterConfig], rng: random.Random) -> tuple[
     raise AssertionError(f"no settings of {row} fit any number of experts")
 
 
+def _draw_loss(num_experts: int, router: RouterConfig, rng: random.Random, name: str) -> Loss | None:
+    """A loss of that row which the router can feed; None when it is not drawn, or none fits."""
+    if rng.random() >= 0.7:
+        return None
+    return draw_settings(LOSS_ROWS[name], rng, fits=lambda loss: loss.check(router, num_experts))
+
+
+def fitting_dim(router: RouterConfig, num_experts: int, wanted: int) -> int:
+    """The least width from `wanted` on for which the router builds; GrAP needs num_experts to divide it."""
+    for dim in range(wanted, wanted + num_experts):
+        try:
+            router.build(dim, num_experts)
+        except ConfigError:
+            continue
+        return dim
+    return wanted
+
+
 def _builds(num_experts: int, router: RouterConfig) -> object:
-    return router.build(4, num_experts)
+    return router.build(fitting_dim(router, num_experts, 4), num_experts)
 
 
 def _draw_shape(rng: random.Random) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from tests.contracts.cases import MODULES, Case, Inputs, Result, main_loss
+from tests.contracts.cases import MODULES, Case, Inputs, Result, main_loss, own_selection
 from turnout import MoE, reference
 from turnout.contracts import Loss
 from turnout.dispatch import Dropless, FixedCapacity
@@ -35,7 +35,7 @@ def run_dense(case: Case, inputs: Inputs, layer: MoE, *, selection: Assignment |
     x = inputs.x.clone().requires_grad_()
     x_TD = x.reshape(-1, case.dim)
     routing = route(case, inputs, x_TD, leaves, layer, selection)
-    keep_N = kept(case, routing)
+    keep_N = kept(case, inputs, layer, routing)
     assignment, token_R = routing.assignment, routing.token_R
     gate_TE = torch.zeros(len(x_TD), case.num_experts, dtype=torch.float64).index_put(
         (assignment.token_N, assignment.expert_N), assignment.weight_N * keep_N, accumulate=True
@@ -46,6 +46,8 @@ def run_dense(case: Case, inputs: Inputs, layer: MoE, *, selection: Assignment |
     total = main_loss(y, inputs.y_grad)
     for loss, value in zip(case.losses, values, strict=True):
         total = total + loss.coefficient * value  # type: ignore[attr-defined]
+    for term in routing.losses:
+        total = total + term.coefficient * term.value
     names = ["x", *leaves]
     # a leaf without a path to the loss has gradient zero
     grads = torch.autograd.grad(total, [x, *leaves.values()], allow_unused=True, materialize_grads=True)
@@ -70,12 +72,12 @@ def route(
     token_R = torch.arange(len(x_TD)) if inputs.mask is None else inputs.mask.reshape(-1).nonzero().squeeze(1)
     uniform = _draws(generator, next(layer.parameters()).dtype)
     logits_RE = _logits(case, x_TD[token_R], leaves, uniform)
-    expert_RK = _selected(case, logits_RE, layer) if selection is None else selection.as_topk()[0]
+    expert_RK = _selected(case, logits_RE, layer, generator) if selection is None else selection.as_topk()[0]
     gate_RE = reference.topk_gates(logits_RE, expert_RK, **_gate_settings(case))
     weight_RK = gate_RE.gather(1, expert_RK)
     declined_N = None if selection is None else selection.declined_N
     if declined_N is None and _declines(case):
-        sent_R = 2 * weight_RK[:, 1] > uniform((len(token_R),))
+        sent_R = _sends_second(case.router, weight_RK[:, 1], uniform)
         declined_N = torch.stack([torch.zeros_like(sent_R), ~sent_R], dim=1).flatten()
     num_choices = case.router.choices
     return RouterOutput(
@@ -95,27 +97,34 @@ def route(
     )
 
 
-def kept(case: Case, routing: RouterOutput) -> Tensor:
-    """Which assignments are sent: (N,) bool."""
+def kept(case: Case, inputs: Inputs, layer: MoE, routing: RouterOutput) -> Tensor:
+    """Which assignments are sent: (N,) bool.
+
+    By score, at random or by affinity it hangs on the last bits of weights, or on chance: the policy is asked about
+    the layer's own routing, and tests/contracts/test_capacity.py judges it.
+    """
     assignment, policy = routing.assignment, case.capacity
     sent_N = torch.ones_like(assignment.token_N, dtype=torch.bool)
     if assignment.declined_N is not None:
         sent_N = ~assignment.declined_N
     if isinstance(policy, Dropless):
         return sent_N
-    if not isinstance(policy, FixedCapacity) or assignment.top_k is None:
-        keep_N = policy.admit(assignment).keep_N
+    if not isinstance(policy, FixedCapacity) or policy.priority != "position" or assignment.top_k is None:
+        generator = torch.Generator().manual_seed(case.seed)
+        own = own_selection(layer, inputs, case.seed, generator)
+        keep_N = policy.admit(own, training=case.training, generator=generator).keep_N
         return sent_N if keep_N is None else keep_N
     within_RK = torch.zeros_like(sent_N).view(-1, assignment.top_k)
     for group_R in _groups(routing.token_R, policy.group_size):
         place = reference.places(assignment.as_topk()[0][group_R], case.num_experts)
-        within_RK[group_R] = place < capacity_of(policy, place.numel(), case.num_experts)
+        within_RK[group_R] = place < capacity_of(policy, place.numel(), case.num_experts, training=case.training)
     return sent_N & within_RK.flatten()
 
 
-def capacity_of(policy: FixedCapacity, num_assignments: int, num_experts: int) -> int:
+def capacity_of(policy: FixedCapacity, num_assignments: int, num_experts: int, *, training: bool) -> int:
     """The least integer c with c * experts >= factor * assignments, counted up in exact hundredths."""
-    hundredths, c = round(policy.factor * 100), policy.minimum
+    factor = policy.factor if training else policy.eval_factor or policy.factor
+    hundredths, c = round(factor * 100), policy.minimum
     while c * num_experts * 100 < hundredths * num_assignments:
         c += 1
     return c
@@ -167,12 +176,23 @@ def _logits(case: Case, x_RD: Tensor, leaves: Leaves, uniform: Callable[[tuple[i
     return x_RD @ leaves["router.score.weight_ED"].T + leaves.get("router.score.bias_E", 0.0)
 
 
-def _selected(case: Case, logits_RE: Tensor, layer: MoE) -> Tensor:
+def _selected(case: Case, logits_RE: Tensor, layer: MoE, generator: torch.Generator) -> Tensor:
     score_RE = logits_RE.detach()
     if isinstance(case.router, DeepSeekV3):
         biased_RE = 1 / (1 + torch.exp(-score_RE)) + layer.router.get_buffer("bias_E").double()
         score_RE = reference.within_groups(biased_RE, case.router.groups, case.router.top_groups)
+    if isinstance(case.router, GShardTop2) and case.router.second_expert == "sampled" and case.training:
+        return _best_and_first_to_arrive(score_RE, generator)
     return reference.best_experts(score_RE, case.router.choices)
+
+
+def _best_and_first_to_arrive(score_RE: Tensor, generator: torch.Generator) -> Tensor:
+    """Second comes who arrives first of the others, at exponential times over their probabilities."""
+    # drawn in float32 whatever the dtype of the layer
+    time_RE = -torch.log1p(-torch.rand(score_RE.shape, generator=generator, dtype=torch.float32).double())
+    best_R1 = reference.best_experts(score_RE, 1)
+    late_RE = (-time_RE / reference.softmax(score_RE)).scatter(1, best_R1, -torch.inf)
+    return torch.cat([best_R1, reference.best_experts(late_RE, 1)], dim=1)
 
 
 def _gate_settings(case: Case) -> dict[str, Any]:
@@ -185,7 +205,16 @@ def _gate_settings(case: Case) -> dict[str, Any]:
 
 
 def _declines(case: Case) -> bool:
-    return isinstance(case.router, GShardTop2) and case.router.second_expert == "random" and case.training
+    policy = case.router.second_expert if isinstance(case.router, GShardTop2) else "all"
+    return policy in ("none", "threshold") or (policy == "random" and case.training)
+
+
+def _sends_second(router: Any, weight_R: Tensor, uniform: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+    if router.second_expert == "none":
+        return torch.zeros_like(weight_R, dtype=torch.bool)
+    if router.second_expert == "threshold":
+        return weight_R > router.threshold
+    return 2 * weight_R > uniform(tuple(weight_R.shape))
 
 
 def _scores(case: Case, logits_RE: Tensor) -> Tensor:

@@ -14,8 +14,17 @@ from torch import Tensor
 from tests.contracts.cases import draw, draw_case, error, own_selection
 from turnout import reference
 from turnout.contracts import CapacityPolicy
-from turnout.dispatch import Dropless, FixedCapacity, combine, pack, plan_dispatch, unpack
-from turnout.dispatch.capacity import queue_position
+from turnout.dispatch import (
+    AffinityThreshold,
+    Dropless,
+    FixedCapacity,
+    TutelCapacity,
+    combine,
+    pack,
+    plan_dispatch,
+    queue_position,
+    unpack,
+)
 from turnout.tensors import Admission, Assignment
 
 POLICIES = CapacityPolicy.TABLE.names()
@@ -47,6 +56,7 @@ def any_assignment(seed: int, num_tokens: int, num_experts: int, is_topk: bool, 
 assignments = st.builds(
     any_assignment, st.integers(0, 10**6), st.integers(0, 12), st.integers(1, 6), st.booleans(), st.booleans()
 )
+priorities = st.sampled_from(["position", "score", "random"])
 policies = st.one_of(
     st.just(Dropless()),
     st.builds(
@@ -54,18 +64,36 @@ policies = st.one_of(
         factor=st.sampled_from([0.1, 0.5, 1.0, 1.25, 3.0]),
         minimum=st.integers(0, 3),
         group_size=st.integers(0, 5),
+        priority=priorities,
+        eval_factor=st.sampled_from([0.0, 0.5, 2.0]),
+    ),
+    st.builds(
+        TutelCapacity,
+        factor=st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.25]),
+        alignment=st.sampled_from([1, 2, 8]),
+        priority=priorities,
+    ),
+    st.builds(
+        AffinityThreshold,
+        threshold=st.sampled_from([0.1, 0.6, 0.75, 1.0]),
+        minimum=st.integers(0, 3),
+        factor=st.sampled_from([0.0, 0.5, 1.1]),
     ),
 )
+factors = st.sampled_from([None, None, -1.5, -0.5, 0.0, 0.5, 1.0])
 
 
 @settings(max_examples=150)
-@given(assignment=assignments, policy=policies)
+@given(assignment=assignments, policy=policies, training=st.booleans(), factor=factors)
 def test_kept_and_dropped_make_all_assignments_by_expert_and_by_reason(
-    assignment: Assignment, policy: CapacityPolicy
+    assignment: Assignment, policy: CapacityPolicy, training: bool, factor: float | None
 ) -> None:
-    admission = policy.admit(assignment)
+    if isinstance(policy, Dropless) and factor:
+        factor = 0.0
+    admission = policy.admit(assignment, training=training, generator=chance(), factor=factor)
     keep_N = kept(admission, assignment)
     kept_E = torch.bincount(assignment.expert_N[keep_N], minlength=assignment.num_experts)
+    assert set(admission.dropped_E) == {"capacity", "policy"}
     assert torch.equal(kept_E + sum(admission.dropped_E.values()), assignment.counts_E)
     assert all((dropped_E >= 0).all() for dropped_E in admission.dropped_E.values())
     if admission.capacity is not None:
@@ -81,7 +109,7 @@ def test_no_expert_takes_more_rows_than_the_capacity_says(name: str) -> None:
     for case in cases[:60]:
         layer, inputs = draw(case)
         assignment = own_selection(layer, inputs, case.seed)
-        admission = case.capacity.admit(assignment)
+        admission = case.capacity.admit(assignment, generator=chance())
         plan = plan_dispatch(assignment, admission)
         assert admission.capacity is None or int(plan.counts_E.max()) <= admission.capacity, case
         assert int(plan.counts_E.sum()) == len(plan.token_M) == int(kept(admission, assignment).sum()), case
@@ -137,7 +165,7 @@ def test_identity_experts_give_each_token_the_sum_of_its_kept_weights(
     assignment: Assignment, policy: CapacityPolicy, layout: str, fixed: bool
 ) -> None:
     """Permute, then unpermute, then combine; forward and backward in x and in the weights."""
-    admission = policy.admit(assignment)
+    admission = policy.admit(assignment, generator=chance())
     plan = plan_dispatch(assignment, admission)
     x_TD = torch.randn(assignment.num_tokens, 3, dtype=torch.float64).requires_grad_()
     weight_N = assignment.weight_N.clone().requires_grad_()
@@ -163,7 +191,7 @@ def test_identity_experts_give_each_token_the_sum_of_its_kept_weights(
 def test_a_plan_orders_rows_by_expert_and_sends_each_kept_assignment_once(
     assignment: Assignment, policy: CapacityPolicy
 ) -> None:
-    admission = policy.admit(assignment)
+    admission = policy.admit(assignment, generator=chance())
     plan = plan_dispatch(assignment, admission)
     expert_M = assignment.expert_N[plan.assignment_M]
     assert torch.equal(expert_M, expert_M.sort().values)
@@ -195,11 +223,18 @@ def test_the_fast_path_adds_nothing_a_general_assignment_would_not() -> None:
         case = draw_case(seed)
         layer, inputs = draw(case)
         fast = own_selection(layer, inputs, case.seed)
+        if fast.top_k is None:
+            continue
         plain = replace(fast, top_k=None)
-        plans = [plan_dispatch(a, case.capacity.admit(a)) for a in (fast, plain)]
+        plans = [plan_dispatch(a, case.capacity.admit(a, generator=chance())) for a in (fast, plain)]
         for name in ("assignment_M", "token_M", "counts_E", "row_by_token_M", "row_offset_T"):
             assert torch.equal(getattr(plans[0], name), getattr(plans[1], name)), (name, case)
 
 
 def kept(admission: Admission, assignment: Assignment) -> Tensor:
     return torch.ones_like(assignment.token_N, dtype=torch.bool) if admission.keep_N is None else admission.keep_N
+
+
+def chance() -> torch.Generator:
+    """The same draws for every call."""
+    return torch.Generator().manual_seed(0)

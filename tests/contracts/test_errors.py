@@ -4,6 +4,7 @@ import ast
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,18 +13,56 @@ from torch import nn
 import turnout
 from turnout import MoE
 from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
-from turnout.dispatch import FixedCapacity
+from turnout.dispatch import AffinityThreshold, Dropless, FixedCapacity, TutelCapacity
 from turnout.errors import ConfigError, ShapeError, TurnoutError
 from turnout.experts import FFNExperts, ModuleExperts, available_backends, choose_backend
 from turnout.experts.activations import Activation
 from turnout.layers import MoEConfig
-from turnout.losses import LoadBalance, RouterZ, load_balance_loss
-from turnout.routers import DeepSeekV3, GShardTop2, Hash, Switch, TopK
+from turnout.losses import (
+    CommunicationBalance,
+    DeviceBalance,
+    Entropy,
+    Importance,
+    LoadBalance,
+    LoadCV,
+    Locality,
+    RouterZ,
+    load_balance_loss,
+    locality_loss,
+)
+from turnout.routers import (
+    BASE,
+    Cosine,
+    DeepSeekV3,
+    DeviceLimited,
+    ExpertChoice,
+    Forced,
+    GShardTop2,
+    Hash,
+    Hierarchical,
+    LocMoE,
+    LocMoEPlus,
+    NoisyTopK,
+    Quantile,
+    ReMoE,
+    Replay,
+    Sinkhorn,
+    Switch,
+    TopK,
+    TopP,
+    recording_of,
+)
 from turnout.tensors import Assignment
 
 SOURCE = Path(turnout.__file__).parent
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
+
+
+def exact_without_scipy() -> object:
+    with patch("importlib.util.find_spec", return_value=None):
+        return BASE(solver="exact").build(4, 2)
+
 
 Cause = Callable[[], object]
 CASES: list[tuple[Cause, type[TurnoutError], str]] = [
@@ -44,6 +83,111 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: Hash(tries=0), ConfigError, r"router\.tries=0 must be at least 1"),
     (lambda: Hash(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
     (lambda: Hash().build(4, 3)(torch.zeros(2, 4)), ShapeError, r"hash router chooses by token id: .* with token_ids"),
+    (lambda: TopK(gate_noise=-1.0), ConfigError, r"router\.gate_noise=-1\.0 must be a number of at least 0"),
+    (lambda: TopK(gate_noise=INF), ConfigError, r"router\.gate_noise=inf must be a number of at least 0"),
+    (lambda: GShardTop2(threshold=0.5), ConfigError, r"threshold=0\.5 must be in \[0, 0\.5\).*second_expert='none'"),
+    (lambda: GShardTop2(threshold=NAN), ConfigError, r"router\.threshold=nan must be in \[0, 0\.5\)"),
+    (lambda: NoisyTopK(k=1), ConfigError, r"router\.k=1 must be at least 2: the weight of a single choice is 1"),
+    (lambda: NoisyTopK(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 2 to 3"),
+    (lambda: Cosine(k=0), ConfigError, r"router\.k=0 must be at least 1"),
+    (lambda: Cosine(k=1), ConfigError, r"router\.k=1 with renormalize=true .* set renormalize=false"),
+    (lambda: Cosine(proj_dim=1), ConfigError, r"router\.proj_dim=1 must be at least 2: in one dimension"),
+    (lambda: Cosine(temperature=0.001), ConfigError, r"temperature=0\.001 must be a number of at least 0\.01"),
+    (lambda: Cosine(temperature=INF), ConfigError, r"temperature=inf must be a number of at least 0\.01"),
+    (lambda: Cosine(init_std=0.0), ConfigError, r"init_std=0\.0 must be above 0: a zero vector has no direction"),
+    (lambda: Cosine(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
+    (lambda: TopP(p=0.0), ConfigError, r"router\.p=0\.0 must be in \(0, 1\]"),
+    (lambda: TopP(p=NAN), ConfigError, r"router\.p=nan must be in \(0, 1\]"),
+    (lambda: TopP(most=-1), ConfigError, r"router\.most=-1 must be at least 0; 0 is no limit"),
+    (lambda: TopP(most=1), ConfigError, r"expected_choices=2 must be at least 1, and at most most=1"),
+    (lambda: TopP(expected_choices=0), ConfigError, r"router\.expected_choices=0 must be at least 1"),
+    (lambda: TopP(most=5).build(4, 3), ConfigError, r"router\.most=5 is more than num_experts=3"),
+    (lambda: TopP(expected_choices=4).build(4, 3), ConfigError, r"expected_choices=4 is more than num_experts=3"),
+    (lambda: LocMoE().build(12, 5), ConfigError, r"num_experts=5 must divide dim=12; legal: \[1, 2, 3, 4, 6, 12\]"),
+    (lambda: LocMoEPlus().build(12, 5), ConfigError, r"num_experts=5 must divide dim=12; legal: \[1, 2, 3"),
+    (lambda: LocMoEPlus(k=0), ConfigError, r"router\.k=0 must be at least 1"),
+    (lambda: LocMoEPlus(k=5).build(12, 4), ConfigError, r"router\.k=5 is more than num_experts=4; legal: 1 to 4"),
+    (lambda: LocMoEPlus(threshold=0.0), ConfigError, r"router\.threshold=0\.0 must be above 0 and at most 1"),
+    (lambda: LocMoEPlus(factor=NAN), ConfigError, r"router\.factor=nan must be a number above 0"),
+    (lambda: LocMoEPlus(temperature=0.0), ConfigError, r"router\.temperature=0\.0 must be a number above 0"),
+    (lambda: LocMoEPlus(switch_kept=1.5), ConfigError, r"router\.switch_kept=1\.5 must be from 0 to 1"),
+    (lambda: LocMoEPlus(switch_window=0), ConfigError, r"router\.switch_window=0 must be at least 1"),
+    (lambda: LocMoEPlus(switch_kept=0.1), ConfigError, r"switch_kept=0\.1 would wait forever .* before_switch=hybrid"),
+    (lambda: ExpertChoice(k=0), ConfigError, r"router\.k=0 must be at least 1"),
+    (
+        lambda: ExpertChoice(in_decoder="never"),
+        ConfigError,
+        r"router\.in_decoder='never' must be one of: refuse, allow",
+    ),
+    (lambda: ExpertChoice().check_decoder(), ConfigError, r"expert choice lets .* later tokens: .*in_decoder='allow'"),
+    (lambda: ExpertChoice(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
+    (lambda: BASE(solver="greedy"), ConfigError, r"router\.solver='greedy' must be one of: auction, exact"),
+    (lambda: BASE(precision=0.0), ConfigError, r"router\.precision=0\.0 must be from 1e-6 up to 1"),
+    (
+        exact_without_scipy,
+        ConfigError,
+        r"router\.solver='exact' needs the package scipy: .* or use 'auction'",
+    ),
+    (lambda: Sinkhorn(k=0), ConfigError, r"router\.k=0 must be at least 1"),
+    (lambda: Sinkhorn(tolerance=NAN), ConfigError, r"router\.tolerance=nan must be above 0"),
+    (lambda: Sinkhorn(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
+    (lambda: Quantile(rounds=0), ConfigError, r"router\.rounds=0 must be at least 1"),
+    (lambda: Quantile(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
+    (lambda: ReMoE(k=0), ConfigError, r"router\.k=0 must be at least 1"),
+    (lambda: ReMoE(start=0.0), ConfigError, r"router\.start=0\.0 must be above 0 and at most router\.limit=1\.0"),
+    (lambda: ReMoE(growth=1.0), ConfigError, r"router\.growth=1\.0 must be a number above 1"),
+    (lambda: ReMoE(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
+    (lambda: Hash(vocab_size=-1), ConfigError, r"router\.vocab_size=-1 must be at least 0"),
+    (
+        lambda: Hash(vocab_size=3).build(4, 3).before_training(torch.ones(5).long()),
+        ConfigError,
+        r"vocab_size=3 is less than the 5 ids .* legal: 5 or more, or 0",
+    ),
+    (lambda: Forced(k=0), ConfigError, r"router\.k=0 must be at least 1"),
+    (lambda: Forced(skew=NAN), ConfigError, r"router\.skew=nan must be a number of at least 0"),
+    (lambda: Forced(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
+    (lambda: Hierarchical(groups=1), ConfigError, r"router\.groups=1 must be at least 2; for one group use its router"),
+    (
+        lambda: Hierarchical(groups=4).build(4, 10),
+        ConfigError,
+        r"groups=4 must divide num_experts=10 into groups of at",
+    ),
+    (
+        lambda: Hierarchical(groups=4, inner=TopK(k=3)).build(4, 8),
+        ConfigError,
+        r"the inner router chooses among 2: router\.k=3",
+    ),
+    (
+        lambda: Replay(TopK().build(4, 3), any_assignment()),
+        ConfigError,
+        r"recording has num_experts=1; the live router has 3",
+    ),
+    (
+        lambda: Replay(Hash().build(4, 1), any_assignment()),
+        ConfigError,
+        r"weights a HashRouter gives .* set weights='recorded'",
+    ),
+    (
+        lambda: Replay(Switch().build(4, 1), any_assignment())(torch.zeros(2, 4)),
+        ShapeError,
+        r"recording has 1 tokens; this call has 2",
+    ),
+    (
+        lambda: Replay(Switch().build(4, 1), any_assignment())(torch.zeros(1, 4), None, torch.zeros(1).bool()),
+        ShapeError,
+        r"made with another mask",
+    ),
+    (
+        lambda: recording_of(torch.tensor([[0, 0]]), num_experts=4),
+        ShapeError,
+        r"recorded token needs 2 different experts from 0 to 3",
+    ),
+    (lambda: TopK().build(4, 3)(torch.zeros(2, 4), top_k=4), ConfigError, r"top_k=4 must be from 1 to num_experts=3"),
+    (lambda: Switch().build(4, 3)(torch.zeros(2, 4), top_k=2), ConfigError, r"a SwitchRouter has its own number of"),
+    (lambda: DeviceLimited(k=0), ConfigError, r"router\.k=0 must be at least 1"),
+    (lambda: DeviceLimited(groups=2, top_groups=3), ConfigError, r"top_groups=3 must be from 1 to groups=2"),
+    (lambda: DeviceLimited(groups=4).build(4, 10), ConfigError, r"groups=4 must divide num_experts=10; legal: \[1"),
+    (lambda: DeviceLimited(groups=4).build(4, 16), ConfigError, r"router\.k=6 is more than the 4 experts in top_gro"),
     (lambda: TopK().build(4, 3)(torch.zeros(2, 5)), ShapeError, r"router got width 5; it was built for dim=4"),
     (lambda: TopK().build(4, 3)(torch.zeros(2, 4), None, torch.ones(3).bool()), ShapeError, r"mask .*\(3,\).*\(2,\)"),
     (lambda: TopK().build(4, 3)(torch.zeros(2, 4), None, torch.ones(2)), ShapeError, r"torch\.float32; .* torch\.bool"),
@@ -73,6 +217,31 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: FixedCapacity(factor=INF), ConfigError, r"capacity\.factor=inf must be a number above 0"),
     (lambda: FixedCapacity(minimum=-1), ConfigError, r"capacity\.minimum=-1 and group_size=0 must be at least 0"),
     (lambda: FixedCapacity(group_size=-2), ConfigError, r"capacity\.minimum=1 and group_size=-2 must be at least 0"),
+    (
+        lambda: FixedCapacity(eval_factor=-1.0),
+        ConfigError,
+        r"capacity\.eval_factor=-1\.0 must be a number, at least 0; 0: the same",
+    ),
+    (lambda: FixedCapacity(eval_factor=INF), ConfigError, r"capacity\.eval_factor=inf must be a number"),
+    (
+        lambda: FixedCapacity().admit(any_assignment(), factor=NAN),
+        ConfigError,
+        r"capacity_factor=nan for one call must",
+    ),
+    (
+        lambda: Dropless().admit(any_assignment(), factor=1.0),
+        ConfigError,
+        r"capacity_factor=1\.0 .* policy none has no",
+    ),
+    (lambda: TutelCapacity(factor=NAN), ConfigError, r"capacity\.factor=nan must be a finite number: above 0 a factor"),
+    (lambda: TutelCapacity(alignment=0), ConfigError, r"capacity\.alignment=0 must be at least 1"),
+    (lambda: AffinityThreshold(threshold=0.0), ConfigError, r"capacity\.threshold=0\.0 must be above 0 and at most 1"),
+    (lambda: AffinityThreshold(minimum=-1), ConfigError, r"capacity\.minimum=-1 must be at least 0"),
+    (
+        lambda: AffinityThreshold(factor=-1.0),
+        ConfigError,
+        r"capacity\.factor=-1\.0 must be a number, at least 0; 0: no",
+    ),
     # backends
     (
         lambda: choose("grouped_mm", FFNExperts(4, 4, 2), torch.float64),
@@ -86,6 +255,23 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: LoadBalance(coefficient=-0.1), ConfigError, r"load_balance\.coefficient=-0\.1 must be at least 0"),
     (lambda: LoadBalance(coefficient=NAN), ConfigError, r"load_balance\.coefficient=nan must be at least 0"),
     (lambda: RouterZ(coefficient=-1.0), ConfigError, r"router_z\.coefficient=-1\.0 must be at least 0"),
+    (lambda: Importance(coefficient=-1.0), ConfigError, r"importance\.coefficient=-1\.0 must be at least 0"),
+    (lambda: LoadCV(coefficient=-1.0), ConfigError, r"load_cv\.coefficient=-1\.0 must be at least 0"),
+    (lambda: MoE(4, 8, 2, losses=(LoadCV(),)), ConfigError, r"load_cv needs a router with noise.*noisy_topk"),
+    (lambda: Entropy(coefficient=NAN), ConfigError, r"entropy\.coefficient=nan must be at least 0"),
+    (lambda: DeviceBalance(coefficient=-1.0), ConfigError, r"device_balance\.coefficient=-1\.0 must be at least 0"),
+    (lambda: DeviceBalance(groups=0), ConfigError, r"device_balance\.groups=0 must be at least 1"),
+    (lambda: DeviceBalance(groups=3).check(TopK(), 8), ConfigError, r"groups=3 of a balance .* legal: \[1, 2, 4, 8\]"),
+    (lambda: Locality(coefficient=NAN), ConfigError, r"locality\.coefficient=nan must be at least 0"),
+    (lambda: Locality(epsilon=1.0), ConfigError, r"locality\.epsilon=1\.0 must be between 0 and 1"),
+    (
+        lambda: Locality(experts_per_node=2, node=1).local_distribution(torch.ones(1, 3)),
+        ConfigError,
+        r"locality: node=1 would hold experts 2 to 3 at experts_per_node=2; num_experts=3",
+    ),
+    (lambda: locality_loss(torch.ones(2, 3), torch.ones(4)), ShapeError, r"local_E .*\(4,\); scores_RE needs \(3,\)"),
+    (lambda: CommunicationBalance(coefficient=-1.0), ConfigError, r"communication_balance\.coefficient=-1\.0 must be"),
+    (lambda: CommunicationBalance(groups=2, top_groups=3), ConfigError, r"top_groups=3 must be from 1 to groups=2"),
     (
         lambda: load_balance_loss(torch.ones(2, 3), torch.ones(4)),
         ShapeError,

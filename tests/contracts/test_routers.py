@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.contracts.cases import Case, draw, draw_case, error, simple_case
 from turnout import MoE, reference, total_loss
 from turnout.contracts import Loss, RouterConfig
+from turnout.errors import ConfigError
 from turnout.routers import DeepSeekV3, Switch, TopK
 from turnout.routers.pieces import MOST_ARGMAX_PASSES, select_topk
 from turnout.tensors import RouterOutput
@@ -43,11 +44,13 @@ def test_an_assignment_is_well_formed(row: str) -> None:
         num_routed = len(routing.token_R)
         assert routing.logits_RE.shape == routing.scores_RE.shape == (num_routed, case.num_experts), case
         assert error(routing.scores_RE.sum(dim=1), torch.ones(num_routed, dtype=torch.float64)) < 1e-14, case
-        assert len(assignment.token_N) <= num_routed * case.router.choices, case
+        # where the number varies, `choices` is the number aimed at
+        most = case.num_experts if assignment.top_k is None else case.router.choices
+        assert len(assignment.token_N) <= num_routed * most, case
         assert real_T[assignment.token_N].all(), f"padding was assigned in {case}"
         pairs_N = assignment.token_N * case.num_experts + assignment.expert_N
         assert len(pairs_N.unique()) == len(pairs_N), f"a token goes to one expert twice in {case}"
-        choices_N = assignment.token_N * case.router.choices + assignment.choice_N
+        choices_N = assignment.token_N * most + assignment.choice_N
         assert len(choices_N.unique()) == len(choices_N), f"a choice is made twice in {case}"
         assert assignment.weight_N.isfinite().all()
         assert int(assignment.counts_E.sum()) == len(assignment.token_N)
@@ -58,12 +61,16 @@ def test_an_assignment_is_well_formed(row: str) -> None:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_order_of_tokens_does_not_matter_without_a_capacity(row: str) -> None:
+    if row == "forced":
+        pytest.skip("it deals tokens out by their place, and nothing else")
     for case in cases_of(row, 20):
         case = simple_case(
             router=case.router, num_experts=case.num_experts, training=False, shape=(33,), seed=case.seed
         )
         layer, inputs = draw(case)
-        x_TD, ids_T = inputs.x + 0.01, inputs.token_ids
+        # no two tokens alike: a limit that cuts among equals may go by their order
+        x_TD = inputs.x + 0.01 * torch.rand(inputs.x.shape, generator=torch.Generator().manual_seed(1)).double()
+        ids_T = inputs.token_ids
         order_T = torch.randperm(33, generator=torch.Generator().manual_seed(case.seed))
         y_TD = layer(x_TD, token_ids=ids_T).y
         assert error(layer(x_TD[order_T], token_ids=ids_T[order_T]).y, y_TD[order_T]) < 1e-12, case
@@ -108,7 +115,7 @@ def test_extreme_logits_give_finite_weights_and_gradients(row: str, logit: float
         with torch.no_grad():
             for parameter in layer.router.parameters():
                 parameter.fill_(logit)
-        x = torch.ones(6, 1, requires_grad=True)
+        x = torch.ones(6, layer.dim, requires_grad=True)
         out = layer(x, token_ids=inputs.token_ids, generator=torch.Generator().manual_seed(0))
         (out.y.sum() + total_loss(out.losses)).backward()
         assert out.y.isfinite().all(), case
@@ -119,14 +126,23 @@ def test_extreme_logits_give_finite_weights_and_gradients(row: str, logit: float
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("loss", Loss.TABLE.names())
 def test_with_the_main_loss_at_zero_the_router_moves_by_exactly_the_coefficient(row: str, loss: str) -> None:
-    drawn = next(case for case in cases_of(row, 50) if case.num_experts > 2)
+    # so many that every group of a hierarchy has a choice
+    drawn = next(case for case in cases_of(row, 200) if case.num_experts >= 12)
+    # over one device, the balance of devices is a constant
+    groups = min(n for n in range(2, drawn.num_experts + 1) if drawn.num_experts % n == 0)
+    settings = {"groups": groups} if loss in ("device_balance", "communication_balance") else {}
     grads = {}
     for coefficient in (1.0, 0.25, 0.0):
         # a power of two, so that scaling rounds nothing
-        part = Loss.TABLE[loss](coefficient=coefficient)  # type: ignore[call-arg]
+        part = Loss.TABLE[loss](coefficient=coefficient, **settings)  # type: ignore[call-arg]
+        try:
+            part.check(drawn.router, drawn.num_experts)
+        except ConfigError:
+            pytest.skip("this router cannot feed this loss, and the layer says so when it is built")
         layer, inputs = draw(simple_case(router=drawn.router, num_experts=drawn.num_experts, losses=(part,)))
         out = layer(inputs.x, token_ids=inputs.token_ids, generator=torch.Generator().manual_seed(0))
-        (0 * out.y.sum() + total_loss(out.losses)).backward()
+        # the router's own terms come first, and have their own coefficients
+        (0 * out.y.sum() + total_loss(out.losses[-1:])).backward()
         grads[coefficient] = {name: p.grad for name, p in layer.named_parameters()}
     for name, unit in grads[1.0].items():
         assert unit is not None

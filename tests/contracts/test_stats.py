@@ -10,7 +10,7 @@ import torch
 from tests.contracts.cases import Case, draw, draw_case, error, own_selection, simple_case
 from turnout import MoE, MoEStats
 from turnout.dispatch import Dropless, FixedCapacity
-from turnout.routers import GShardTop2
+from turnout.routers import Forced, GShardTop2
 
 COUNTS = ("assigned_E", "dropped_capacity_E", "dropped_policy_E", "num_routed", "num_padding")
 
@@ -27,8 +27,9 @@ def test_stats_count_every_token_and_every_assignment_once() -> None:
         layer, inputs = draw(case)
         generator = torch.Generator().manual_seed(case.seed)
         stats = layer(inputs.x, mask=inputs.mask, token_ids=inputs.token_ids, generator=generator).stats
-        assignment = own_selection(layer, inputs, case.seed)
-        admission = case.capacity.admit(assignment)
+        generator = torch.Generator().manual_seed(case.seed)
+        assignment = own_selection(layer, inputs, case.seed, generator)
+        admission = case.capacity.admit(assignment, training=case.training, generator=generator)
         keep_N = torch.ones_like(assignment.token_N) if admission.keep_N is None else admission.keep_N.long()
         kept_E = torch.zeros(case.num_experts, dtype=torch.int64).index_add(0, assignment.expert_N, keep_N)
         assert torch.equal(kept_E + stats.dropped_capacity_E + stats.dropped_policy_E, stats.assigned_E), case
@@ -40,6 +41,8 @@ def test_stats_count_every_token_and_every_assignment_once() -> None:
 def test_stats_of_micro_batches_add_to_the_stats_of_the_batch() -> None:
     for seed in range(40):
         case = replace(draw_case(seed), shape=(37,), capacity=Dropless(), training=False)
+        if not case.router.causal or isinstance(case.router, Forced):
+            continue  # here a token's experts depend on the tokens of its batch
         layer, inputs = draw(case)
         mask = torch.ones(37, dtype=torch.bool) if inputs.mask is None else inputs.mask
         whole = layer(inputs.x, mask=mask, token_ids=inputs.token_ids).stats

@@ -1,13 +1,14 @@
-"""Which assignments are sent: capacity policies, each a row of the table."""
+"""Which assignments are sent: no limit, or a fixed factor over the balanced load."""
 
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from turnout.contracts import CapacityPolicy
+from turnout.dispatch.admission import admission, factor_of_call, rows_needed, rows_of_factor
+from turnout.dispatch.queue import Priority, arrival_order, queue_position
 from turnout.errors import ConfigError
 from turnout.tensors import Admission, Assignment
 
@@ -17,100 +18,95 @@ from turnout.tensors import Admission, Assignment
 class Dropless(CapacityPolicy):
     """Every assignment the router does not decline is sent."""
 
-    def admit(self, assignment: Assignment) -> Admission:
-        keep_N = None if assignment.declined_N is None else ~assignment.declined_N
-        return _admission(assignment, within_N=None, keep_N=keep_N, capacity=None)
+    def admit(
+        self,
+        assignment: Assignment,
+        *,
+        training: bool = True,
+        generator: torch.Generator | None = None,
+        factor: float | None = None,
+    ) -> Admission:
+        """A `factor` of 0 asks for what this policy does anyway: drop nothing.
+
+        Raises: ConfigError for any other factor.
+        """
+        del training, generator
+        if factor:
+            raise ConfigError(
+                f"capacity_factor={factor} for one call: the capacity policy none has no factor; "
+                "leave it out, pass 0, or use the policy fixed or tutel"
+            )
+        return admission(assignment)
 
 
 @CapacityPolicy.TABLE.register("fixed")
 @dataclass(frozen=True, kw_only=True)
 class FixedCapacity(CapacityPolicy):
-    """An expert takes at most ceil(factor * assignments / experts) rows, first come first served.
+    """An expert takes at most ceil(factor * assignments / experts) rows, in the order of its queue.
 
-    The queue is GShard's: first choices of all tokens in token order, then second choices, and so on; a declined
-    choice keeps its place. With K choices a token and no padding that capacity is factor * K * T / E; it is
+    By position the queue is GShard's: first choices of all tokens in token order, then second choices, and so on; a
+    declined choice keeps its place. With K choices a token and no padding that capacity is factor * K * T / E; it is
     computed from routed tokens only, so padding cannot change it.
-    Source: Lepikhin et al. 2020, arXiv:2006.16668, section 2.2 and algorithm 1.
+    Source: Lepikhin et al. 2020, arXiv:2006.16668, section 2.2 and algorithm 1; priorities: `arrival_order`.
     """
 
     factor: float = 1.25  # capacity over the balanced load
     minimum: int = 1  # least capacity of an expert, in rows
     group_size: int = 0  # neighbouring places of the batch that share a capacity, padding's too; 0: all of them
+    priority: Priority = "position"  # whose rows are kept: earlier tokens', higher scores', or by chance
+    eval_factor: float = 0.0  # capacity over the balanced load in evaluation; 0: the same as factor
 
     def __post_init__(self) -> None:
         if not (self.factor > 0 and math.isfinite(self.factor)):
             raise ConfigError(
                 f"capacity.factor={self.factor} must be a number above 0; for no limit use the policy none"
             )
+        if not (self.eval_factor >= 0 and math.isfinite(self.eval_factor)):
+            raise ConfigError(
+                f"capacity.eval_factor={self.eval_factor} must be a number, at least 0; 0: the same as factor"
+            )
         if self.minimum < 0 or self.group_size < 0:
             raise ConfigError(f"capacity.minimum={self.minimum} and group_size={self.group_size} must be at least 0")
 
-    def admit(self, assignment: Assignment) -> Admission:
-        num_assignments = len(assignment.token_N)
+    def admit(
+        self,
+        assignment: Assignment,
+        *,
+        training: bool = True,
+        generator: torch.Generator | None = None,
+        factor: float | None = None,
+    ) -> Admission:
+        """For this call a `factor` of 0 drops nothing; -f drops as f does, in blocks no larger than needed (Tutel)."""
+        factor = self._own_factor(training) if factor is None else factor_of_call(factor)
+        if factor == 0:
+            return admission(assignment)
+        arrival_N = arrival_order(assignment, self.priority, generator)
         if self.group_size == 0:
-            capacity = self.rows(num_assignments, assignment.num_experts)
-            within_N = queue_position(assignment, assignment.expert_N, assignment.num_experts) < capacity
+            capacity = self.rows(len(arrival_N), assignment.num_experts, abs(factor))
+            within_N = queue_position(assignment, assignment.expert_N, assignment.num_experts, arrival_N) < capacity
         else:
-            within_N = self._within_groups(assignment)
-            num_groups = self._num_groups(assignment)
-            capacity = min(
-                num_assignments,
-                self.rows(num_assignments, assignment.num_experts) + num_groups * max(self.minimum, 1),
-            )
-        keep_N = within_N if assignment.declined_N is None else within_N & ~assignment.declined_N
-        return _admission(assignment, within_N=within_N, keep_N=keep_N, capacity=capacity)
+            capacity, within_N = self._by_groups(assignment, arrival_N, abs(factor))
+        if factor < 0:
+            capacity = min(capacity, rows_needed(assignment))
+        return admission(assignment, within_N=within_N, capacity=capacity)
 
-    def rows(self, num_assignments: int, num_experts: int) -> int:
+    def rows(self, num_assignments: int, num_experts: int, factor: float | None = None) -> int:
         """Capacity of one expert for that many assignments."""
-        # a product such as 1.1 * 10 must not be lifted to the next integer by its last bits
-        least = self.factor * num_assignments / num_experts * (1 - 4 * sys.float_info.epsilon)
-        return max(self.minimum, math.ceil(least))
+        factor = self.factor if factor is None else factor
+        return max(self.minimum, rows_of_factor(factor, num_assignments, num_experts))
 
-    def _num_groups(self, assignment: Assignment) -> int:
-        return max(1, -(-assignment.num_tokens // self.group_size))
+    def _own_factor(self, training: bool) -> float:
+        return self.factor if training or self.eval_factor == 0 else self.eval_factor
 
-    def _within_groups(self, assignment: Assignment) -> Tensor:
-        num_groups, num_experts = self._num_groups(assignment), assignment.num_experts
+    def _by_groups(self, assignment: Assignment, arrival_N: Tensor, factor: float) -> tuple[int, Tensor]:
+        """Most rows an expert can get from all groups, and which assignments are within their group's capacity."""
+        num_experts = assignment.num_experts
+        num_groups = max(1, -(-assignment.num_tokens // self.group_size))
         group_N = assignment.token_N // self.group_size
-        position_N = queue_position(assignment, group_N * num_experts + assignment.expert_N, num_groups * num_experts)
+        queue_N = group_N * num_experts + assignment.expert_N
+        position_N = queue_position(assignment, queue_N, num_groups * num_experts, arrival_N)
         sizes = torch.bincount(group_N, minlength=num_groups)
-        limits = [self.rows(size, num_experts) for size in sizes.tolist()]
-        return position_N < torch.tensor(limits, device=position_N.device)[group_N]
-
-
-def queue_position(assignment: Assignment, queue_N: Tensor, num_queues: int) -> Tensor:
-    """Place of each assignment in its queue, counting from 0: by choice, then by token.
-
-    Shapes: queue_N (N,) int64 in [0, num_queues); returns (N,) int64.
-    """
-    arrival_N = _arrival_order(assignment)
-    queue_sorted_N, order_N = queue_N[arrival_N].sort(stable=True)
-    start_by_queue = torch.bincount(queue_N, minlength=num_queues).cumsum(0).roll(1)
-    start_by_queue[:1] = 0
-    place_N = torch.arange(len(queue_N), device=queue_N.device) - start_by_queue[queue_sorted_N]
-    return torch.empty_like(queue_N).index_copy_(0, arrival_N[order_N], place_N)
-
-
-def _arrival_order(assignment: Assignment) -> Tensor:
-    num_assignments = len(assignment.token_N)
-    index_N = torch.arange(num_assignments, device=assignment.token_N.device)
-    if assignment.top_k is not None:
-        return index_N.view(-1, assignment.top_k).t().reshape(-1)
-    return (assignment.choice_N * assignment.num_tokens + assignment.token_N).argsort(stable=True)
-
-
-def _admission(
-    assignment: Assignment, *, within_N: Tensor | None, keep_N: Tensor | None, capacity: int | None
-) -> Admission:
-    """A declined choice past the capacity counts as dropped by capacity alone: every drop has one reason."""
-    none_E = torch.zeros_like(assignment.counts_E)
-    over_E = none_E if within_N is None else _count(assignment, ~within_N)
-    declined_E = none_E
-    if assignment.declined_N is not None:
-        declined_N = assignment.declined_N if within_N is None else assignment.declined_N & within_N
-        declined_E = _count(assignment, declined_N)
-    return Admission(keep_N=keep_N, capacity=capacity, dropped_E={"capacity": over_E, "policy": declined_E})
-
-
-def _count(assignment: Assignment, which_N: Tensor) -> Tensor:
-    return torch.bincount(assignment.expert_N[which_N], minlength=assignment.num_experts)
+        limits = [self.rows(size, num_experts, factor) for size in sizes.tolist()]
+        within_N = position_N < torch.tensor(limits, device=position_N.device)[group_N]
+        rounded_up = self.rows(len(group_N), num_experts, factor) + num_groups * max(self.minimum, 1)
+        return min(len(group_N), rounded_up), within_N

@@ -12,6 +12,7 @@ from turnout.dispatch import Dropless, combine, pack, plan_dispatch, unpack
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts import FFNExperts, ModuleExperts, choose_backend
 from turnout.experts.activations import Activation
+from turnout.layers.latent import Latent
 from turnout.layers.mlp import MLP
 from turnout.layers.stats import collect_stats
 from turnout.losses import LoadBalance
@@ -32,15 +33,18 @@ class MoEConfig:
     expert: str = "swiglu"  # kind of expert: swiglu, gelu, relu, swiglu_clamped
     bias: bool = False  # experts have biases
     shared_hidden: int = 0  # hidden width of the shared expert that sees every token; 0: none
+    latent_dim: int = 0  # width in which the routed experts work, between two projections they share; 0: the model's
     backend: str = "auto"  # expert backend: auto, loop, padded_bmm, grouped_mm
     init_std: float = 0.02  # standard deviation of the experts' initial weights
 
     def __post_init__(self) -> None:
-        for name, least in (("num_experts", 1), ("hidden", 1), ("shared_hidden", 0)):
+        for name, least in (("num_experts", 1), ("hidden", 1), ("shared_hidden", 0), ("latent_dim", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"moe.{name}={getattr(self, name)} must be at least {least}")
         if self.router.choices > self.num_experts:
             raise ConfigError(f"moe.router takes {self.router.choices} experts a token; num_experts={self.num_experts}")
+        for loss in self.losses:
+            loss.check(self.router, self.num_experts)
         if self.expert not in Activation.TABLE:
             Activation.TABLE[self.expert]
         legal = ["auto", *ExpertBackend.TABLE.names()]
@@ -59,6 +63,8 @@ class MoE(nn.Module):
     3. the plan orders those by expert, and `pack` gathers their rows;
     4. the backend computes each expert on its rows;
     5. `combine` adds each token's rows, weighted; a token without rows gets exactly zero.
+
+    With a `latent_dim` steps 3 to 5 work in that width: x is projected down before them and y up after them.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class MoE(nn.Module):
         capacity: CapacityPolicy | None = None,
         losses: tuple[Loss, ...] = (LoadBalance(),),
         shared_hidden: int = 0,
+        latent_dim: int = 0,
         backend: str = "auto",
         init_std: float = 0.02,
     ) -> None:
@@ -94,6 +101,7 @@ class MoE(nn.Module):
             expert=expert if isinstance(expert, str) else "swiglu",
             bias=bias,
             shared_hidden=shared_hidden,
+            latent_dim=latent_dim,
             backend=backend,
             init_std=init_std,
         )
@@ -102,11 +110,12 @@ class MoE(nn.Module):
         self.router = config.router.build(dim, num_experts)
         self.experts: nn.Module
         if isinstance(expert, str):
-            self.experts = FFNExperts(dim, hidden, num_experts, kind=expert, bias=bias, init_std=init_std)
+            self.experts = FFNExperts(latent_dim or dim, hidden, num_experts, kind=expert, bias=bias, init_std=init_std)
         else:
             self.experts = ModuleExperts(expert, num_experts)
         shared = MLP(dim, shared_hidden, kind=config.expert, bias=bias, init_std=init_std) if shared_hidden else None
         self.shared = shared
+        self.latent = Latent(dim, latent_dim, init_std=init_std) if latent_dim else None
 
     @classmethod
     def from_config(cls, dim: int, config: MoEConfig) -> "MoE":
@@ -121,6 +130,7 @@ class MoE(nn.Module):
             capacity=config.capacity,
             losses=config.losses,
             shared_hidden=config.shared_hidden,
+            latent_dim=config.latent_dim,
             backend=config.backend,
             init_std=config.init_std,
         )
@@ -152,8 +162,10 @@ class MoE(nn.Module):
         )
         plan = plan_dispatch(routing.assignment, admission)
         backend = choose_backend(self.experts, self.config.backend, dtype=_row_dtype(x), device=x.device)
-        rows = pack(x_TD.to(_row_dtype(x)), plan, layout=backend.layout, capacity=admission.capacity)
-        y_TD = combine(unpack(backend.run(self.experts, rows), plan), routing.assignment, plan)
+        narrow = x_TD if self.latent is None else self.latent.down(x_TD, _flat(mask))
+        rows = pack(narrow.to(_row_dtype(x)), plan, layout=backend.layout, capacity=admission.capacity)
+        y = combine(unpack(backend.run(self.experts, rows), plan), routing.assignment, plan)
+        y_TD = y if self.latent is None else self.latent.up(y)
         if self.shared is not None:
             y_TD = _add_shared(y_TD, x_TD, self.shared, None if mask is None else routing.token_R)
         sequence_length = x.shape[-2] if x.ndim > 2 else max(len(x_TD), 1)

@@ -22,11 +22,25 @@ def load_balance_loss(scores_RE: Tensor, counts_E: Tensor) -> Tensor:
     Source: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1 (times E^2); Fedus et al. 2021,
         arXiv:2101.03961, eq. 4-6 (without alpha); general k as in Megatron-Core: E / (k T^2) * sum.
     """
-    num_routed, num_experts = scores_RE.shape
+    return load_balance_from_counts(scores_RE, counts_E, num_tokens=scores_RE.shape[0])
+
+
+def load_balance_from_counts(scores_RE: Tensor, counts_E: Tensor, *, num_tokens: int) -> Tensor:
+    """What these tokens add to the balance loss of a whole step of `num_tokens` tokens, with the whole step's counts.
+
+    The values of the step's parts (micro-batches, ranks), and their gradients, add up to those of the whole, however
+    the tokens are split and wherever padding stands. A step that averages n parts gives each n times its value, or
+    `load_balance_loss` with the step's counts, weighed by the part's share of the tokens: the two are equal.
+
+    Shapes: scores_RE (R, E), rows sum to 1; counts_E (E,) assignments per expert of the whole step; returns ().
+    Raises: ShapeError if the two disagree on E.
+    Source: Qiu et al. 2025, arXiv:2501.11873.
+    """
+    num_experts = scores_RE.shape[1]
     if counts_E.shape != (num_experts,):
         raise ShapeError(f"counts_E has shape {tuple(counts_E.shape)}; scores_RE needs ({num_experts},)")
     load_E = counts_E.to(scores_RE.dtype) / counts_E.sum().clamp(min=1)
-    return num_experts * (load_E * scores_RE.sum(dim=0)).sum() / max(num_routed, 1)
+    return num_experts * (load_E * scores_RE.sum(dim=0)).sum() / max(num_tokens, 1)
 
 
 @Loss.TABLE.register("load_balance")
@@ -55,7 +69,8 @@ class LoadBalance(Loss):
         """Counts every choice made, dropped or not, as the papers do.
 
         Scope `global` sums counts over `group` (the default group when torch.distributed runs), after Qiu et
-        al. 2025, arXiv:2501.11873; the mean score stays local, so averaging gradients over ranks is exact.
+        al. 2025, arXiv:2501.11873; the mean score stays local. Averaging gradients over ranks is exact when each
+        weighs as much as it has tokens.
         """
         del admission
         value = (

@@ -57,6 +57,8 @@ class ModelConfig:
         if self.positions == "learned" and self.attention.needs_rope:
             kind = AttentionKind.TABLE.name_of(type(self.attention))
             raise ConfigError(f"attention {kind!r} turns a part of each head: it needs model.positions='rope'")
+        if self.moe is not None and self.moe_layers():
+            self.moe.router.check_decoder()
 
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the blocks that have experts."""

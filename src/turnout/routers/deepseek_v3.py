@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, from_topk, select_topk, sigmoid_shares
+from turnout.routers.pieces import LinearScore, from_topk, select_topk, sigmoid_shares, within_best_groups
 from turnout.tensors import MoEStats, RouterInput, RouterOutput
 
 
@@ -104,16 +104,3 @@ class DeepSeekV3Router(Router):
         """Biases one step towards balance."""
         load_E = stats.assigned_E.to(self.bias_E.dtype)
         self.bias_E.add_((load_E.mean() - load_E).sign(), alpha=self.config.bias_step)
-
-
-def within_best_groups(scores_RE: Tensor, groups: int, top_groups: int) -> Tensor:
-    """The scores, -inf outside the `top_groups` groups whose two best scores have the highest sum.
-
-    Shapes: scores_RE (R, E), expert e in group e // (E / groups); returns (R, E).
-    """
-    if groups == top_groups:
-        return scores_RE
-    by_group = scores_RE.unflatten(1, (groups, -1))
-    group_score = by_group.topk(min(2, by_group.shape[2]), dim=2).values.sum(dim=2)
-    reached = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, select_topk(group_score, top_groups), True)
-    return by_group.masked_fill(~reached.unsqueeze(2), -torch.inf).flatten(1)

@@ -1,5 +1,6 @@
 """Hash: a token's experts are a fixed function of its id; nothing is learned, so nothing has to be balanced."""
 
+import heapq
 import math
 from dataclasses import dataclass
 
@@ -22,17 +23,23 @@ class Hash(RouterConfig):
 
     Each layer draws its own function, so tokens that share an expert in one layer part in the next. An expert is as
     busy as the ids it was given are frequent; a new run draws `tries` functions and keeps the evenest on its text.
-    Source: Roller et al. 2021, arXiv:2106.04426 (random hash); the functions are universal, Carter & Wegman 1979.
+    With `vocab_size` the layer has a table instead, in which a new run gives the most frequent ids to the emptiest
+    experts: evener, at V x k integers a layer.
+    Source: Roller et al. 2021, arXiv:2106.04426 (random hash, balanced hash); the functions are universal, Carter &
+        Wegman 1979.
     """
 
     k: int = 1  # experts per token
     scale: float = 1.0  # sum of a token's weights
     tries: int = 64  # functions drawn before training, of which the one with the lowest greatest load is kept
+    vocab_size: int = 0  # ids in a table balanced by their frequency, in place of a function; 0: no table
 
     def __post_init__(self) -> None:
         for name in ("k", "tries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"router.{name}={getattr(self, name)} must be at least 1")
+        if self.vocab_size < 0:
+            raise ConfigError(f"router.vocab_size={self.vocab_size} must be at least 0; 0: a function, no table")
 
     @property
     def choices(self) -> int:
@@ -40,7 +47,7 @@ class Hash(RouterConfig):
 
     @property
     def own_balance(self) -> str:
-        return "fixed hash of the token id"
+        return "table of token ids, balanced by frequency" if self.vocab_size else "fixed hash of the token id"
 
     def build(self, dim: int, num_experts: int) -> Router:
         if self.k > num_experts:
@@ -49,19 +56,25 @@ class Hash(RouterConfig):
 
 
 class HashRouter(Router):
-    """The module of `Hash`: owns the coefficients of its two functions, as a buffer that checkpoints keep."""
+    """The module of `Hash`: owns the coefficients of its two functions, and the table, as buffers checkpoints keep."""
 
     coefficients: Tensor  # (2 functions, factor and summand) int64
+    expert_VK: Tensor | None  # the table; None without a vocab_size
 
     def __init__(self, dim: int, num_experts: int, config: Hash) -> None:
         super().__init__(dim, num_experts)
         self.config = config
         self.register_buffer("coefficients", torch.empty(2, 2, dtype=torch.int64))
+        table = torch.empty(config.vocab_size, config.k, dtype=torch.int64) if config.vocab_size else None
+        self.register_buffer("expert_VK", table)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws both functions anew."""
+        """Draws both functions anew; they also fill the table."""
         self.coefficients.random_(1, PRIME)
+        if self.expert_VK is not None:
+            id_V = torch.arange(self.config.vocab_size, device=self.expert_VK.device)
+            self.expert_VK.copy_(self._hashed(id_V))
 
     def route(self, tokens: RouterInput) -> RouterOutput:
         """Raises: ShapeError without token ids."""
@@ -82,20 +95,43 @@ class HashRouter(Router):
 
     @torch.no_grad()
     def before_training(self, token_counts_V: Tensor) -> None:
-        """Keeps the evenest of `tries` functions, the present one among them."""
+        """Keeps the evenest of `tries` functions, the present one among them; or balances the table.
+
+        Raises: ConfigError if the text has more ids than the table.
+        """
+        if self.expert_VK is not None:
+            self._balance_table(self.expert_VK, token_counts_V)
+            return
         id_V = torch.arange(len(token_counts_V), device=token_counts_V.device)
         lowest, best = math.inf, self.coefficients.clone()
         for attempt in range(self.config.tries):
             if attempt:
                 self.reset_parameters()
-            expert_N = self._experts(id_V.to(self.coefficients.device)).reshape(-1)
+            expert_N = self._hashed(id_V.to(self.coefficients.device)).reshape(-1)
             count_N = token_counts_V.to(expert_N.device).repeat_interleave(self.config.k)
             load_E = count_N.new_zeros(self.num_experts).index_add_(0, expert_N, count_N)
             if (greatest := int(load_E.max())) < lowest:
                 lowest, best = greatest, self.coefficients.clone()
         self.coefficients.copy_(best)
 
+    def _balance_table(self, expert_VK: Tensor, token_counts_V: Tensor) -> None:
+        num_ids = len(token_counts_V)
+        if num_ids > self.config.vocab_size:
+            raise ConfigError(
+                f"router.vocab_size={self.config.vocab_size} is less than the {num_ids} ids of the text's tokenizer; "
+                f"legal: {num_ids} or more, or 0 for a function of any id"
+            )
+        # in strict order of frequency every layer would part the ids alike
+        order_V = (token_counts_V * (1 + torch.rand(num_ids, dtype=torch.float64))).argsort(descending=True)
+        # ids the text does not have stay where the function put them
+        seen_V = order_V[token_counts_V[order_V] > 0]
+        table_VK = emptiest_experts(token_counts_V[seen_V].tolist(), self.num_experts, self.config.k)
+        expert_VK[seen_V.to(expert_VK.device)] = table_VK.to(expert_VK.device)
+
     def _experts(self, token_ids_R: Tensor) -> Tensor:
+        return self._hashed(token_ids_R) if self.expert_VK is None else self.expert_VK[token_ids_R]
+
+    def _hashed(self, token_ids_R: Tensor) -> Tensor:
         """Double hashing: from a first expert on by a stride that shares no factor with E, so all k differ."""
         id_R = token_ids_R.remainder(PRIME)
         start_R = _universal(id_R, self.coefficients[0], self.num_experts)
@@ -112,3 +148,19 @@ def _universal(id_R: Tensor, coefficients: Tensor, size: int) -> Tensor:
     """((a * id + b) mod p) mod size."""
     factor, summand = coefficients.unbind()
     return torch.addcmul(summand, id_R, factor).remainder_(PRIME).remainder_(size)
+
+
+def emptiest_experts(counts: list[int], num_experts: int, k: int) -> Tensor:
+    """The k experts of each id, which are the k with the least load when its turn comes.
+
+    Shapes: returns (len(counts), k) int64, ids in the order of `counts`.
+    Source: Roller et al. 2021, arXiv:2106.04426 (balanced hash), for any k.
+    """
+    heap = [(0, expert) for expert in range(num_experts)]
+    rows = []
+    for count in counts:
+        emptiest = [heapq.heappop(heap) for _ in range(k)]
+        rows.append([expert for _, expert in emptiest])
+        for load, expert in emptiest:
+            heapq.heappush(heap, (load + count, expert))
+    return torch.tensor(rows, dtype=torch.int64).view(-1, k)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from turnout.errors import ConfigError
 from turnout.tensors import Assignment, RouterInput
 
 # above this many choices one stable sort costs less than the passes
@@ -48,6 +49,53 @@ def select_topk(scores_RE: Tensor, k: int) -> Tensor:
     return torch.cat(picks, dim=1)
 
 
+def within_best_groups(scores_RE: Tensor, groups: int, top_groups: int, *, best: int = 2) -> Tensor:
+    """The scores, -inf outside the `top_groups` groups whose `best` best scores have the highest sum.
+
+    Shapes: scores_RE (R, E), expert e in group e // (E / groups); returns (R, E).
+    """
+    if groups == top_groups:
+        return scores_RE
+    by_group = scores_RE.unflatten(1, (groups, -1))
+    group_score = by_group.topk(min(best, by_group.shape[2]), dim=2).values.sum(dim=2)
+    reached = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, select_topk(group_score, top_groups), True)
+    return by_group.masked_fill(~reached.unsqueeze(2), -torch.inf).flatten(1)
+
+
+def check_reach(k: int, *, groups: int, top_groups: int, num_experts: int) -> None:
+    """Raises: ConfigError if the groups cannot be equal, or the groups of a token hold fewer than k experts."""
+    if num_experts % groups:
+        legal = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+        raise ConfigError(f"router.groups={groups} must divide num_experts={num_experts}; legal: {legal}")
+    reachable = num_experts // groups * top_groups
+    if k > reachable:
+        raise ConfigError(
+            f"router.k={k} is more than the {reachable} experts in top_groups={top_groups} of groups={groups}, "
+            f"num_experts={num_experts}"
+        )
+
+
+def normal_draw(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers in the shape of `like`; drawn in float32 whatever its dtype: one seed is one noise."""
+    return torch.randn(like.shape, dtype=torch.float32, device=like.device, generator=generator).to(like.dtype)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel numbers of uniform ones in [0, 1): added to logits, their greatest is a draw from the softmax.
+
+    0 gives +inf and nothing gives -inf, so what is masked by -inf is never drawn.
+    """
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def smooth_load(clean_RE: Tensor, threshold: Tensor, std: Tensor | float) -> Tensor:
+    """Sum over tokens of P(clean + std * N(0, 1) > threshold): a load per expert with a gradient.
+
+    Shapes: clean_RE (R, E), scores without noise; threshold and std broadcast to it; returns (E,).
+    """
+    return torch.special.ndtr((clean_RE - threshold) / std).sum(dim=0)
+
+
 def sigmoid_shares(logits_RE: Tensor) -> Tensor:
     """Each sigmoid over the sum of its row's; also where they all underflow, which would be 0 / 0.
 
@@ -75,4 +123,22 @@ def from_topk(
         num_experts=num_experts,
         declined_N=declined_N,
         top_k=top_k,
+    )
+
+
+def from_chosen(chosen_RE: Tensor, weight_RE: Tensor, tokens: RouterInput) -> Assignment:
+    """Token-major assignment of a varying number of experts to each token; choice 0 is its highest weight.
+
+    Shapes: chosen_RE (R, E) bool; weight_RE (R, E).
+    """
+    row_N, expert_N = chosen_RE.nonzero(as_tuple=True)
+    best_first_RE = weight_RE.detach().masked_fill(~chosen_RE, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    choice_RE = best_first_RE.argsort(dim=1)
+    return Assignment(
+        token_N=tokens.token_R[row_N],
+        expert_N=expert_N,
+        weight_N=weight_RE.masked_select(chosen_RE),
+        choice_N=choice_RE.masked_select(chosen_RE),
+        num_tokens=tokens.num_tokens,
+        num_experts=chosen_RE.shape[1],
     )

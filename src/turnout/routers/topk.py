@@ -1,15 +1,15 @@
 """Token choice: every token takes its k best experts."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, from_topk, select_topk, sigmoid_shares
-from turnout.tensors import RouterInput, RouterOutput
+from turnout.routers.pieces import LinearScore, from_topk, normal_draw, select_topk, sigmoid_shares, smooth_load
+from turnout.tensors import Assignment, RouterInput, RouterOutput
 
 
 @RouterConfig.TABLE.register("topk")
@@ -19,6 +19,9 @@ class TopK(RouterConfig):
 
     softmax + renormalize: softmax over the k chosen logits (Shazeer 2017, Mixtral, Qwen3); softmax alone: weights
     of the full softmax (OLMoE, DeepSeek-V1/V2); sigmoid + renormalize: DeepSeek-V3 without its bias.
+
+    A call may ask for any number of choices, 1 to E; one choice renormalised has the weight `scale`, whatever its
+    score. Source of this and of `gate_noise`: Hwang et al. 2022 (Tutel), arXiv:2206.03382.
     """
 
     k: int = 2  # experts per token
@@ -26,6 +29,7 @@ class TopK(RouterConfig):
     renormalize: bool = True  # the k weights of a token sum to `scale`
     scale: float = 1.0  # factor on the weights (DeepSeek's route scale)
     bias: bool = False  # the score has a bias per expert (GPT-OSS)
+    gate_noise: float = 0.0  # in training, logits get normal noise of deviation gate_noise / num_experts
     init_std: float = 0.02  # standard deviation of the score's initial weights
 
     def __post_init__(self) -> None:
@@ -36,10 +40,16 @@ class TopK(RouterConfig):
                 "router.k=1 with renormalize=true gives every token weight 1 and the router no gradient; "
                 "set renormalize=false, or use the switch router"
             )
+        if not (self.gate_noise >= 0 and math.isfinite(self.gate_noise)):
+            raise ConfigError(f"router.gate_noise={self.gate_noise} must be a number of at least 0")
 
     @property
     def choices(self) -> int:
         return self.k
+
+    @property
+    def gives_smooth_load(self) -> bool:
+        return self.gate_noise > 0
 
     def build(self, dim: int, num_experts: int) -> Router:
         if self.k > num_experts:
@@ -50,17 +60,43 @@ class TopK(RouterConfig):
 class TopKRouter(Router):
     """The module of `TopK`: owns the score's weights."""
 
+    any_top_k: ClassVar[bool] = True
+
     def __init__(self, dim: int, num_experts: int, config: TopK) -> None:
         super().__init__(dim, num_experts)
         self.config = config
         self.score = LinearScore(dim, num_experts, bias=config.bias, init_std=config.init_std)
 
     def route(self, tokens: RouterInput) -> RouterOutput:
-        logits_RE = self.score(tokens.x_RD)
-        expert_RK = select_topk(logits_RE, self.config.k)
+        """With noise, weights, scores and losses are those of the noisy logits."""
+        clean_RE = logits_RE = self.score(tokens.x_RD)
+        if self.training and self.config.gate_noise > 0:
+            logits_RE = clean_RE + self._std * normal_draw(clean_RE, tokens.generator)
+        expert_RK = select_topk(logits_RE, self.config.k if tokens.top_k is None else tokens.top_k)
         scores_RE, weight_RK = self._weights(logits_RE, expert_RK)
         assignment = from_topk(expert_RK, weight_RK, tokens, num_experts=self.num_experts)
-        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=tokens.token_R)
+        return RouterOutput(
+            assignment=assignment,
+            logits_RE=logits_RE,
+            scores_RE=scores_RE,
+            token_R=tokens.token_R,
+            smooth_load_E=self._smooth_load(clean_RE, logits_RE, assignment) if self.config.gate_noise > 0 else None,
+        )
+
+    @property
+    def _std(self) -> float:
+        return self.config.gate_noise / self.num_experts
+
+    def _smooth_load(self, clean_RE: Tensor, noisy_RE: Tensor, assignment: Assignment) -> Tensor:
+        """The chance to pass the k-th score again, summed over tokens; the count where no noise is.
+
+        Phi((logit - k-th noisy logit) / deviation): so V-MoE (Riquelme et al. 2021, arXiv:2106.05974, appendix A).
+        Tutel's code has the softmax of the logits in place of the first.
+        """
+        if not self.training:
+            return assignment.counts_E.to(clean_RE.dtype)
+        kth_R1 = noisy_RE.gather(1, assignment.as_topk()[0][:, -1:])
+        return smooth_load(clean_RE, kth_R1, self._std)
 
     def _weights(self, logits_RE: Tensor, expert_RK: Tensor) -> tuple[Tensor, Tensor]:
         chosen_RK = logits_RE.gather(1, expert_RK)

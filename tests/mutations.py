@@ -1,0 +1,351 @@
+"""Mutation check: break the numerics in one place at a time; the contract tests must notice.
+
+Usage: python -m tests.mutations [--only NAME] [--jobs 2]. Prints one line a mutation and the share caught; exits 1
+below 90 %. Works on copies: the working tree stays as it is.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYER = "tests/contracts/test_layer_equals_oracle.py"
+ROUTERS = "tests/contracts/test_routers.py"
+LOSSES = "tests/contracts/test_losses.py"
+TOKEN = "tests/contracts/test_token_choice.py"
+PADDING = "tests/contracts/test_padding.py"
+CAPACITY = "tests/contracts/test_capacity.py"
+DISPATCH = "tests/contracts/test_dispatch.py"
+GSHARD = "tests/contracts/test_gshard.py"
+LOCMOE = "tests/contracts/test_locmoe.py"
+GROUPED = "tests/contracts/test_grouped_mm.py"
+LEAST_CAUGHT = 0.9
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One place of the source, written wrongly."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(
+        "padding mask ignored",
+        "contracts.py",
+        "x_TD = x_TD[token_R]",
+        "x_TD = x_TD[token_R] * 1.0 + x_TD.mean()",
+        (PADDING,),
+    ),
+    Mutation(
+        "padding counted as tokens",
+        "contracts.py",
+        "return mask_T.nonzero().squeeze(1)",
+        "return torch.arange(num_tokens)",
+        (PADDING, ROUTERS),
+    ),
+    Mutation(
+        "router in the model's dtype",
+        "contracts.py",
+        "x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))",
+        "x_TD",
+        (ROUTERS,),
+    ),
+    Mutation(
+        "router under autocast", "contracts.py", "enabled=False):", "enabled=torch.is_autocast_enabled()):", (ROUTERS,)
+    ),
+    Mutation(
+        "ties to the higher index",
+        "routers/pieces.py",
+        "pick_R1 = left_RE.argmax(dim=1, keepdim=True)",
+        "pick_R1 = left_RE.shape[1] - 1 - left_RE.flip(1).argmax(dim=1, keepdim=True)",
+        (ROUTERS,),
+    ),
+    Mutation(
+        "second choice may be the first",
+        "routers/pieces.py",
+        "left_RE.scatter_(1, pick_R1, -torch.inf)",
+        "left_RE.scatter_(1, pick_R1, left_RE.min() - 1)",
+        (ROUTERS, LAYER),
+    ),
+    Mutation(
+        "no renormalisation",
+        "routers/topk.py",
+        "chosen_RK.softmax(dim=1) if self.config.renormalize else",
+        "scores_RE.gather(1, expert_RK) if self.config.renormalize else",
+        (LAYER, ROUTERS),
+    ),
+    Mutation("no route scale", "routers/topk.py", "weight_RK * self.config.scale", "weight_RK", (LAYER, ROUTERS)),
+    Mutation(
+        "bias in the weights",
+        "routers/deepseek_v3.py",
+        "sigmoid_shares(logits_RE.gather(1, expert_RK))",
+        "sigmoid_shares((logits_RE + self.bias_E).gather(1, expert_RK))",
+        (LAYER,),
+    ),
+    Mutation(
+        "bias not in the selection",
+        "routers/deepseek_v3.py",
+        "logits_RE.detach().sigmoid() + self.bias_E",
+        "logits_RE.detach().sigmoid()",
+        (LAYER,),
+    ),
+    Mutation(
+        "bias steps the wrong way",
+        "routers/deepseek_v3.py",
+        "(load_E.mean() - load_E)",
+        "(load_E - load_E.mean())",
+        (ROUTERS, "tests/contracts"),
+    ),
+    Mutation(
+        "gradient into the selection bias",
+        "routers/deepseek_v3.py",
+        "logits_RE.detach().sigmoid()",
+        "logits_RE.sigmoid()",
+        (LAYER, ROUTERS),
+    ),
+    Mutation("group score is the maximum", "routers/pieces.py", "best: int = 2", "best: int = 1", (LAYER, ROUTERS)),
+    Mutation(
+        "gshard: second always sent", "routers/gshard.py", "return draw_R / 2", "return draw_R * 0", (GSHARD, LAYER)
+    ),
+    Mutation("gshard: g2 > r", "routers/gshard.py", "return draw_R / 2", "return draw_R", (GSHARD, LAYER)),
+    Mutation(
+        "gshard: a declined choice leaves the queue",
+        "dispatch/queue.py",
+        "queue_sorted_N, order_N = queue_N[arrival_N].sort(stable=True)",
+        "arrival_N = arrival_N[assignment.declined_N[arrival_N].int().argsort(stable=True)]"
+        " if assignment.declined_N is not None else arrival_N\n"
+        "    queue_sorted_N, order_N = queue_N[arrival_N].sort(stable=True)",
+        (GSHARD, LAYER),
+    ),
+    Mutation(
+        "second choices before first",
+        "dispatch/queue.py",
+        "index_N.view(-1, assignment.top_k).t().reshape(-1)",
+        "index_N",
+        (GSHARD, DISPATCH, LAYER),
+    ),
+    Mutation(
+        "the counter starts at one",
+        "dispatch/queue.py",
+        "place_N = torch.arange(len(queue_N), device=queue_N.device)",
+        "place_N = 1 + torch.arange(len(queue_N), device=queue_N.device)",
+        (GSHARD, DISPATCH),
+    ),
+    Mutation(
+        "the capacity is rounded down",
+        "dispatch/admission.py",
+        "return math.ceil(factor",
+        "return math.floor(factor",
+        (LAYER, DISPATCH),
+    ),
+    Mutation(
+        "one row too many",
+        "dispatch/capacity.py",
+        "num_experts, arrival_N) < capacity",
+        "num_experts, arrival_N) <= capacity",
+        (LAYER, DISPATCH),
+    ),
+    Mutation(
+        "drops counted twice",
+        "dispatch/admission.py",
+        "~wanted_N if within_N is None else within_N & ~wanted_N",
+        "~wanted_N",
+        (DISPATCH, CAPACITY, LAYER),
+    ),
+    Mutation(
+        "tutel: 0 falls back to the setting",
+        "dispatch/tutel.py",
+        "factor = self.factor if factor is None else factor_of_call(factor)",
+        "factor = factor or self.factor",
+        (CAPACITY,),
+    ),
+    Mutation(
+        "scores from the worst",
+        "dispatch/queue.py",
+        "argsort(descending=True, stable=True)]",
+        "argsort(descending=False, stable=True)]",
+        (CAPACITY,),
+    ),
+    Mutation(
+        "weights applied twice",
+        "dispatch/combine.py",
+        "weight_M = assignment.weight_N.index_select(0, plan.assignment_M)",
+        "weight_M = assignment.weight_N.index_select(0, plan.assignment_M) ** 2",
+        (LAYER,),
+    ),
+    Mutation(
+        "no gradient to the weights",
+        "dispatch/combine.py",
+        "grad_weight_M = torch.linalg.vecdot(grad_MD, y_MD.to(wide))",
+        "grad_weight_M = 0 * torch.linalg.vecdot(grad_MD, y_MD.to(wide))",
+        (LAYER, ROUTERS),
+    ),
+    Mutation(
+        "weights of the wrong rows",
+        "dispatch/combine.py",
+        "index_select(0, plan.assignment_M)",
+        "index_select(0, plan.assignment_M.sort().values)",
+        (LAYER,),
+    ),
+    Mutation(
+        "rows of the wrong tokens",
+        "dispatch/permute.py",
+        "token_M=token_in_order[order_M]",
+        "token_M=token_in_order",
+        (LAYER, DISPATCH),
+    ),
+    Mutation(
+        "unstable order of rows",
+        "dispatch/permute.py",
+        "key_N.to(narrow).argsort(stable=True)",
+        "key_N.to(narrow).flip(0).argsort(stable=True).sub(len(key_N) - 1).neg()",
+        (DISPATCH, LAYER, "tests/contracts"),
+    ),
+    Mutation(
+        "gather's gradient overwrites",
+        "dispatch/permute.py",
+        "return sum_rows_by_token(grad_MD.to(wide).contiguous(), ctx.plan, None).to(grad_MD.dtype), None",
+        "zeros_TD = grad_MD.new_zeros(len(ctx.plan.row_offset_T), grad_MD.shape[1])\n"
+        "        return zeros_TD.index_copy(0, ctx.plan.token_M, grad_MD), None",
+        (LAYER,),
+    ),
+    Mutation(
+        "balance without E",
+        "losses/load_balance.py",
+        "return num_experts * (load_E * scores_RE.sum(dim=0)).sum()",
+        "return (load_E * scores_RE.sum(dim=0)).sum()",
+        (LOSSES, LAYER),
+    ),
+    Mutation("balance without 1/T", "losses/load_balance.py", ".sum() / max(num_routed, 1)", ".sum()", (LOSSES, LAYER)),
+    Mutation(
+        "balance counts first choices",
+        "losses/load_balance.py",
+        'assignment.counts_E if self.count == "all"',
+        'assignment.first_choice_counts_E() if self.count == "all"',
+        (LOSSES, LAYER),
+    ),
+    Mutation("z-loss without the square", "losses/router_z.py", ".square().sum()", ".sum()", (LOSSES, LAYER)),
+    Mutation(
+        "z-loss of the mean",
+        "losses/router_z.py",
+        "logits_RE.logsumexp(dim=1)",
+        "logits_RE.mean(dim=1)",
+        (LOSSES, LAYER),
+    ),
+    Mutation(
+        "switch renormalises",
+        "routers/switch.py",
+        "scores_RE.gather(1, expert_R1)",
+        "torch.ones_like(scores_RE.gather(1, expert_R1))",
+        (LAYER, ROUTERS),
+    ),
+    Mutation(
+        "jitter in evaluation",
+        "routers/switch.py",
+        "if not self.training or self.config.jitter == 0:",
+        "if self.config.jitter == 0:",
+        (ROUTERS,),
+    ),
+    Mutation(
+        "offsets start late",
+        "experts/grouped_mm.py",
+        "counts_E.cumsum(0).to(torch.int32)",
+        "counts_E.roll(1).cumsum(0).to(torch.int32)",
+        (GROUPED, LAYER),
+    ),
+    Mutation(
+        "weights not transposed in backward",
+        "experts/grouped_mm.py",
+        "_rows_by_rows(x_MD, grad_MG, end_E) if",
+        "_rows_by_rows(x_MD, grad_MG, end_E) * 0.5 if",
+        (GROUPED, LAYER),
+    ),
+    Mutation(
+        "bias of the neighbour",
+        "experts/grouped_mm.py",
+        "bias_EG.to(y_MG.dtype).repeat_interleave",
+        "bias_EG.roll(1, 0).to(y_MG.dtype).repeat_interleave",
+        (LAYER, GROUPED),
+    ),
+    Mutation(
+        "shared expert on padding",
+        "layers/moe.py",
+        "return y_TD.index_add(0, token_R, shared(x_TD[token_R]).to(y_TD.dtype))",
+        "return y_TD + shared(x_TD)",
+        (PADDING, LAYER),
+    ),
+    Mutation(
+        "locmoe: affinity without its norm",
+        "routers/resonance.py",
+        "(place_N < floor)",
+        "(place_N <= floor)",
+        (LOCMOE,),
+    ),
+    Mutation(
+        "locmoe: worst tokens kept",
+        "routers/resonance.py",
+        "affinity_N.argsort(descending=True, stable=True)",
+        "affinity_N.argsort(descending=False, stable=True)",
+        (LOCMOE,),
+    ),
+    Mutation(
+        "top-any ignored",
+        "routers/topk.py",
+        "self.config.k if tokens.top_k is None else tokens.top_k",
+        "self.config.k",
+        (TOKEN,),
+    ),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="mutations whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if arguments.only in mutation.name]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        caught = list(pool.map(_is_caught, chosen))
+    share = sum(caught) / max(len(caught), 1)
+    print(f"{sum(caught)} of {len(caught)} caught: {share:.0%}")
+    return 0 if share >= LEAST_CAUGHT else 1
+
+
+def _is_caught(mutation: Mutation) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", source)
+        path = source / "turnout" / mutation.file
+        text = path.read_text()
+        if text.count(mutation.old) < 1:
+            print(f"STALE   {mutation.name}: {mutation.file} has no {mutation.old!r}")
+            return False
+        path.write_text(text.replace(mutation.old, mutation.new, 1))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        done = subprocess.run(
+            [*command, *mutation.tests],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    # 1: a test failed; anything else (a mutant that cannot be imported, say) proves nothing
+    is_caught = done.returncode == 1
+    print(f"{'caught ' if is_caught else 'MISSED '} {mutation.name}", flush=True)
+    return is_caught
+
+
+if __name__ == "__main__":
+    sys.exit(main())
