@@ -1,5 +1,6 @@
 """A comparison is read off curves: margins, time to the other's loss, break-even."""
 
+import math
 import os
 import signal
 from collections.abc import Sequence
@@ -7,15 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from turnout.contracts import RouterConfig
 from turnout.data.prepare import Dataset
 from turnout.errors import ConfigError
 from turnout.models.size import sizes
+from turnout.tensors import Assignment
 from turnout.train import checkpoint
 from turnout.train.compare import Curve, ahead_from, check_comparable, compare, seconds_to, verdicts
 from turnout.train.recipe import Recipe
 from turnout.train.recipes import load_recipe
+from turnout.train.routing_facts import _rows_sent, _told_by_id
 from turnout.train.signals import StopRequest
+from turnout.train.variants import with_routers
 
 
 def curve(recipe: str, losses: Sequence[float], seed: int = 0, *, complete: bool = True) -> Curve:
@@ -31,6 +37,10 @@ def curve(recipe: str, losses: Sequence[float], seed: int = 0, *, complete: bool
         params_active=1,
         train_flops_per_token=6,
         complete=complete,
+        dropped_share=0.0,
+        max_violation=0.0,
+        router_entropy=0.0,
+        routing=None,
     )
 
 
@@ -139,3 +149,55 @@ def test_a_comparison_stopped_in_the_middle_of_a_turn_keeps_whole_turns_and_save
     assert verdicts(curves) == []
     for recipe in recipes:
         assert checkpoint.load(tmp_path / f"{recipe.name}-seed-0").step > 0
+
+
+def test_every_router_trains_the_same_model_for_the_same_steps(
+    small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path
+) -> None:
+    recipes = with_routers(small_recipe, RouterConfig.TABLE.names())
+    with StopRequest() as stop:
+        curves = compare(
+            recipes, small_dataset, tmp_path, minutes=0, steps=24, seeds=[0], stop=stop, say=lambda line: None
+        )
+    assert [c.recipe for c in curves] == [f"small-{name}" for name in RouterConfig.TABLE.names()]
+    for c in curves:
+        assert c.complete
+        assert c.tokens[-1] == 24 * 2 * 16
+        assert all(math.isfinite(loss) for loss in c.val_loss), c
+        assert c.routing is not None
+        assert 0 <= c.routing.specialisation <= 1 + 1e-9
+        assert c.routing.experts_per_token > 0
+    by_name = {c.recipe.removeprefix("small-"): c.routing for c in curves}
+    assert by_name["hash"] is not None
+    assert by_name["hash"].specialisation == pytest.approx(1.0)
+    assert by_name["topk"] is not None
+    assert by_name["topk"].experts_per_token == 2
+
+
+def test_a_recipe_without_experts_has_no_routers() -> None:
+    with pytest.raises(ConfigError, match="tiny-dense has no experts to route to"):
+        with_routers(load_recipe("tiny-dense"), ["topk"])
+
+
+def test_rows_sent_are_counted_once_a_rank() -> None:
+    """Four tokens on two ranks, four experts: 0, 1 on rank 0; 2, 3 on rank 1."""
+    expert_N = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    assignment = Assignment(
+        token_N=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]),
+        expert_N=expert_N,
+        weight_N=torch.ones(8),
+        choice_N=torch.tensor([0, 1] * 4),
+        num_tokens=4,
+        num_experts=4,
+        top_k=2,
+    )
+    # tokens 0, 1 are at home on rank 0 and 2, 3 on rank 1: 1 goes across for both of its experts, and so does 2
+    assert _rows_sent(assignment, 2) == 2
+    assert _rows_sent(replace(assignment, declined_N=expert_N > 1), 2) == 1
+
+
+def test_specialisation_is_one_where_the_id_decides_and_zero_where_it_tells_nothing() -> None:
+    assert _told_by_id(torch.eye(4)) == pytest.approx(1.0)
+    assert _told_by_id(torch.ones(4, 3)) == pytest.approx(0.0, abs=1e-6)
+    assert _told_by_id(torch.ones(4, 1)) == 0.0
+    assert 0 < _told_by_id(torch.tensor([[3.0, 1.0], [1.0, 3.0]])) < 1

@@ -17,6 +17,10 @@ def add_to(app: typer.Typer) -> None:
 def compare(
     recipes: Annotated[list[str], typer.Argument(help="Recipes; the last one is the baseline.", show_default=False)],
     minutes: Annotated[float, typer.Option(help="Training minutes each recipe gets, evaluation not counted.")] = 20.0,
+    steps: Annotated[int, typer.Option(help="Steps each recipe gets instead of minutes; 0: minutes.", min=0)] = 0,
+    routers: Annotated[
+        str, typer.Option(help="Each recipe with experts once with each of these routers (comma-separated, or all).")
+    ] = "",
     seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, ...", min=1)] = 1,
     first_seed: Annotated[int, typer.Option(help="The first seed.", min=0)] = 0,
     settings: options.Set = None,
@@ -39,11 +43,13 @@ def compare(
     if minutes <= 0:
         raise ConfigError(f"--minutes {minutes} must be above 0")
     overrides = options.recipe_overrides(settings, data)
-    chosen = [load_recipe(name, overrides) for name in recipes]
+    chosen = _with_routers([load_recipe(name, overrides) for name in recipes], routers)
     check_comparable(chosen)
     folder = choose_run("compare", out, None)
     screen = console(as_json=as_json)
-    screen.print(f"  {own_process(threads)}; {minutes:g} minutes each, seeds {first_seed}..{first_seed + seeds - 1}")
+    screen.print(
+        f"  {own_process(threads)}; {_budget(minutes, steps)} each, seeds {first_seed}..{first_seed + seeds - 1}"
+    )
     with StopRequest() as stop:
         dataset = prepare(chosen[0].data, default_cache(), say=lambda line: screen.print(f"  {line}", style="dim"))
         curves = run_comparison(
@@ -51,6 +57,7 @@ def compare(
             dataset,
             folder,
             minutes=minutes,
+            steps=steps,
             seeds=range(first_seed, first_seed + seeds),
             stop=stop,
             say=lambda line: screen.print(f"  {line}"),
@@ -65,6 +72,24 @@ def compare(
         print_json({"rows": _rows(curves), "verdicts": [asdict(v) for v in verdicts(curves)], "out": str(path)})
     if stop.received:
         raise typer.Exit(128 + int(stop.received))
+
+
+def _budget(minutes: float, steps: int) -> str:
+    return f"{steps} steps" if steps else f"{minutes:g} minutes"
+
+
+def _with_routers(recipes: list[Any], routers: str) -> list[Any]:
+    from turnout.contracts import RouterConfig
+    from turnout.train.variants import with_routers
+
+    if not routers:
+        return recipes
+    names = RouterConfig.TABLE.names() if routers == "all" else [name.strip() for name in routers.split(",")]
+    return [
+        variant
+        for recipe in recipes
+        for variant in ([recipe] if recipe.model.moe is None else with_routers(recipe, names))
+    ]
 
 
 def _print(screen: Any, curves: list[Any], path: Path) -> None:
@@ -87,6 +112,7 @@ def _print(screen: Any, curves: list[Any], path: Path) -> None:
         for c in curves
     ]
     screen.print(table("Same text, same wall clock; MFLOP of training a token; cut: stopped early", columns, cells))
+    _print_routing(screen, curves)
     for v in verdicts(curves):
         reached = "does not reach its final loss" if v.time_ratio is None else f"needs {v.time_ratio:.2f} of its time"
         even = (
@@ -94,6 +120,28 @@ def _print(screen: Any, curves: list[Any], path: Path) -> None:
         )
         screen.print(f"{v.recipe} against {v.baseline}: {v.margin:+.4f} nats better, {reached}, {even}")
     screen.print(f"wrote {path}")
+
+
+def _print_routing(screen: Any, curves: list[Any]) -> None:
+    routed = [c for c in curves if c.routing is not None]
+    if not routed:
+        return
+    columns = {"recipe": "left", "seed": "right", "experts a token": "right", "dropped": "right"}
+    columns |= {"worst load": "right", "undecided": "right", "told by id": "right", "bytes a token": "right"}
+    cells = [
+        [
+            c.recipe,
+            str(c.seed),
+            f"{c.routing.experts_per_token:.2f}",
+            f"{c.dropped_share:.1%}",
+            f"{c.max_violation:+.0%}",
+            f"{c.router_entropy:.2f}",
+            f"{c.routing.specialisation:.2f}",
+            f"{c.routing.sent_bytes_per_token:,.0f}",
+        ]
+        for c in routed
+    ]
+    screen.print(table("Routing; bytes a layer would send between 8 ranks, there and back", columns, cells))
 
 
 def _rows(curves: list[Any]) -> list[dict[str, Any]]:
@@ -111,6 +159,10 @@ def _rows(curves: list[Any]) -> list[dict[str, Any]]:
             "complete": c.complete,
             "tokens_per_s": c.tokens_per_s,
             "train_flops_per_token": c.train_flops_per_token,
+            "dropped_share": c.dropped_share,
+            "max_violation": c.max_violation,
+            "router_entropy": c.router_entropy,
+            "routing": None if c.routing is None else vars(c.routing),
             "seconds_to_loss_of": {name: seconds_to(c, final[name, c.seed]) for name in names if name != c.recipe},
             "curve": {"seconds": c.seconds, "tokens": c.tokens, "val_loss": c.val_loss},
         }

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from turnout.data.prepare import Dataset
+from turnout.data.sampler import validation_batches
 from turnout.errors import ConfigError, NonFiniteError
 from turnout.models.size import sizes
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
+from turnout.train.routing_facts import RoutingFacts, routing_facts
 from turnout.train.signals import StopRequest
 
 TURNS = 24  # turns each recipe gets; after each one it is evaluated
@@ -30,6 +32,10 @@ class Curve:
     params_active: int
     train_flops_per_token: int  # matrix and attention products, forward and backward
     complete: bool  # trained to the end of its budget
+    dropped_share: float  # of the last recorded step's assignments
+    max_violation: float  # of the last recorded step: greatest load over the fair share, minus 1
+    router_entropy: float  # of the last recorded step: 1 is undecided
+    routing: RoutingFacts | None  # on validation text, after training; None: no experts, or not complete
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,7 @@ def compare(
     out: Path,
     *,
     minutes: float,
+    steps: int = 0,
     seeds: Sequence[int],
     stop: StopRequest,
     say: Callable[[str], None],
@@ -57,14 +64,16 @@ def compare(
 ) -> list[Curve]:
     """Train every recipe for the budget at every seed, in turns; run folders go to OUT/RECIPE-seed-N.
 
+    The budget is wall clock, or, with `steps` above 0, that many steps: the same tokens where batches are equal.
+
     `on_seed` gets all curves so far after each seed, so that hours of work are not lost with the last of them.
     Raises: ConfigError if the recipes cannot be compared; a stop request ends after saving every run.
     """
     check_comparable(recipes)
     curves: list[Curve] = []
     for seed in seeds:
-        trainers = [_trainer(recipe, dataset, out, minutes, seed) for recipe in recipes]
-        curves += _take_turns(trainers, minutes, stop, say)
+        trainers = [_trainer(recipe, dataset, out, minutes, steps, seed) for recipe in recipes]
+        curves += _take_turns(trainers, stop, say)
         on_seed(curves)
         if stop.requested:
             break
@@ -141,15 +150,13 @@ def _worst(values: Sequence[float | None]) -> float | None:
     return max(known) if known and len(known) == len(values) else None
 
 
-def _trainer(recipe: Recipe, dataset: Dataset, out: Path, minutes: float, seed: int) -> Trainer:
+def _trainer(recipe: Recipe, dataset: Dataset, out: Path, minutes: float, steps: int, seed: int) -> Trainer:
     # evaluation happens between turns, at the same moments for all
-    loop = replace(recipe.loop, steps=0, minutes=minutes, eval_every=0, save_every=0)
+    loop = replace(recipe.loop, steps=steps, minutes=minutes, eval_every=0, save_every=0)
     return Trainer(replace(recipe, seed=seed, loop=loop), dataset, out / f"{recipe.name}-seed-{seed}")
 
 
-def _take_turns(
-    trainers: Sequence[Trainer], minutes: float, stop: StopRequest, say: Callable[[str], None]
-) -> list[Curve]:
+def _take_turns(trainers: Sequence[Trainer], stop: StopRequest, say: Callable[[str], None]) -> list[Curve]:
     points: list[list[tuple[float, int, float]]] = [[] for _ in trainers]
     running = list(trainers)
     for turn in range(1, TURNS + 1):
@@ -157,7 +164,7 @@ def _take_turns(
             if trainer not in running:
                 continue
             try:
-                trainer.train(stop, pause_at_s=60 * minutes * turn / TURNS)
+                trainer.train(stop, pause_at=turn / TURNS)
             except NonFiniteError as error:
                 say(f"{trainer.recipe.name} seed {trainer.recipe.seed} ends here: {error}")
                 running.remove(trainer)
@@ -168,7 +175,8 @@ def _take_turns(
         if stop.requested:
             break
         scores = ", ".join(f"{t.recipe.name} {t.counters.val_loss:.4f}" for t in running)
-        say(f"{minutes * turn / TURNS:5.1f} min  seed {trainers[0].recipe.seed}  {scores}")
+        minutes = trainers[0].counters.seconds / 60
+        say(f"{minutes:5.1f} min  seed {trainers[0].recipe.seed}  {scores}")
     for trainer in running:
         trainer.recorder.close() if stop.requested else trainer.finish()
     return [_curve(trainer, seen) for trainer, seen in zip(trainers, points, strict=True) if seen]
@@ -178,6 +186,8 @@ def _curve(trainer: Trainer, points: Sequence[tuple[float, int, float]]) -> Curv
     recipe = trainer.recipe
     size = sizes(recipe.model, recipe.loop.seq_len)
     seconds, tokens, val_loss = zip(*points, strict=True)
+    complete = len(points) == TURNS
+    line = trainer.line
     return Curve(
         recipe=recipe.name,
         seed=recipe.seed,
@@ -188,5 +198,15 @@ def _curve(trainer: Trainer, points: Sequence[tuple[float, int, float]]) -> Curv
         params_total=size.total,
         params_active=size.active,
         train_flops_per_token=size.train_flops_per_token,
-        complete=len(points) == TURNS,
+        complete=complete,
+        dropped_share=line.get("dropped_share", 0.0),
+        max_violation=line.get("max_violation", 0.0),
+        router_entropy=line.get("router_entropy", 0.0),
+        routing=_routing(trainer) if complete else None,
     )
+
+
+def _routing(trainer: Trainer) -> RoutingFacts | None:
+    loop = trainer.recipe.loop
+    batches = validation_batches(trainer.dataset.val, loop.batch_size, loop.seq_len, loop.eval_tokens)
+    return routing_facts(trainer.model, [batch.to(trainer.device) for batch in batches])

@@ -98,9 +98,9 @@ class Trainer:
         stop: StopRequest,
         *,
         on_step: Callable[[Progress], None] = lambda _: None,
-        pause_at_s: float = math.inf,
+        pause_at: float = math.inf,
     ) -> Outcome:
-        """Steps until the run is done, a signal asks to stop, or the training clock reaches `pause_at_s`.
+        """Steps until the run is done, a signal asks to stop, or the share `pause_at` of the run is done.
 
         A stop saves first.
         Raises: NonFiniteError by policy, after saving what is still good.
@@ -111,7 +111,7 @@ class Trainer:
                 return "stopped"
             if self.done >= 1:
                 return "done"
-            if self.counters.seconds >= pause_at_s:
+            if self.done >= pause_at:
                 return "paused"
             if self._owes_evaluation():
                 self.evaluate_and_record(stop)

@@ -1,0 +1,81 @@
+"""What a trained router does on validation text: how its experts differ, and what a placement would have to move."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turnout.data.sampler import Batch
+from turnout.models import Decoder
+from turnout.tensors import Assignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingFacts:
+    """Means over the MoE layers of one model."""
+
+    experts_per_token: float  # choices sent
+    specialisation: float  # share of an expert's identity that the token's id tells: I(id; expert) / H(expert); 0 to 1
+    sent_bytes_per_token: float  # rows to other ranks and back, each once per rank, float32
+
+
+@torch.inference_mode()
+def routing_facts(model: Decoder, batches: Iterable[Batch], *, num_ranks: int = 8) -> RoutingFacts | None:
+    """Facts of the model as it is, in evaluation; None without experts.
+
+    The placement is the plain one: expert e on rank e * num_ranks // E, tokens in equal runs over the ranks.
+    """
+    names = [name for name, _ in model.moe_blocks()]
+    if not names:
+        return None
+    was_training = model.training
+    model.eval()
+    found = [_facts(model, batch, num_ranks) for batch in batches]
+    model.train(was_training)
+    tables = [sum(tables) for tables in zip(*(tables for tables, _, _ in found), strict=True)]
+    rows, tokens = sum(r for _, r, _ in found), sum(batch_tokens for _, _, batch_tokens in found)
+    choices = sum(float(torch.as_tensor(table).sum()) for table in tables)
+    layers = len(names)
+    return RoutingFacts(
+        experts_per_token=choices / (tokens * layers),
+        specialisation=sum(_told_by_id(torch.as_tensor(table)) for table in tables) / layers,
+        # there and back, four bytes a number
+        sent_bytes_per_token=2 * 4 * model.config.dim * rows / (tokens * layers),
+    )
+
+
+def _facts(model: Decoder, batch: Batch, num_ranks: int) -> tuple[list[Tensor], int, int]:
+    """For each layer how often each id meets each expert (V, E); rows sent over all layers; tokens."""
+    out = model(batch.tokens_BS)
+    ids_T = batch.tokens_BS.reshape(-1)
+    tables = [_meetings(a, ids_T, model.config.vocab_size) for a in out.assignments]
+    return tables, sum(_rows_sent(a, num_ranks) for a in out.assignments), len(ids_T)
+
+
+def _meetings(assignment: Assignment, ids_T: Tensor, vocab_size: int) -> Tensor:
+    size = assignment.num_experts
+    sent_N = slice(None) if assignment.declined_N is None else ~assignment.declined_N
+    cell_N = ids_T[assignment.token_N[sent_N]] * size + assignment.expert_N[sent_N]
+    return torch.bincount(cell_N, minlength=vocab_size * size).view(vocab_size, size).double()
+
+
+def _rows_sent(assignment: Assignment, num_ranks: int) -> int:
+    """Pairs (token, other rank): a token that two experts of one rank want is sent there once."""
+    sent_N = slice(None) if assignment.declined_N is None else ~assignment.declined_N
+    token_N, expert_N = assignment.token_N[sent_N], assignment.expert_N[sent_N]
+    here_N = token_N * num_ranks // max(assignment.num_tokens, 1)
+    there_N = expert_N * num_ranks // assignment.num_experts
+    pairs_N = (token_N * num_ranks + there_N)[here_N != there_N]
+    return len(pairs_N.unique())
+
+
+def _told_by_id(table_VE: Tensor) -> float:
+    """Mutual information of id and expert over the entropy of the expert; 0 for a single expert."""
+    joint_VE = table_VE / table_VE.sum().clamp(min=1)
+    expert_E, id_V = joint_VE.sum(dim=0), joint_VE.sum(dim=1)
+    entropy = float(torch.special.entr(expert_E).sum())
+    both = float(torch.special.entr(joint_VE).sum())
+    told = entropy + float(torch.special.entr(id_V).sum()) - both
+    return 0.0 if entropy < 1e-12 or math.isnan(told) else told / entropy
