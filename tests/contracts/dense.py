@@ -1,7 +1,7 @@
 """A case computed by turnout.reference: what the layer must equal.
 
 Where no paper known here defines a row (a new router, policy, loss or expert kind, a user's modules), the row itself is
-asked, in float64 on the oracle's own leaves; everything around it is still judged.
+asked, on the oracle's own leaves; everything around it is still judged.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ def run_dense(case: Case, inputs: Inputs, layer: MoE, *, selection: Assignment |
     keep_N = kept(case, inputs, layer, routing)
     assignment, token_R = routing.assignment, routing.token_R
     gate_TE = torch.zeros(len(x_TD), case.num_experts, dtype=torch.float64).index_put(
-        (assignment.token_N, assignment.expert_N), assignment.weight_N * keep_N, accumulate=True
+        (assignment.token_N, assignment.expert_N), assignment.weight_N.double() * keep_N, accumulate=True
     )
     y_RD = reference.moe(x_TD[token_R], gate_TE[token_R], experts(case, leaves, layer), _shared(case, leaves))
     y = torch.zeros_like(x_TD).index_put((token_R,), y_RD).view_as(x)
@@ -65,10 +65,11 @@ def route(
     """Routing of the real tokens, from the papers where this file knows the router."""
     generator = torch.Generator().manual_seed(case.seed)
     if not isinstance(case.router, KNOWN_ROUTERS):
-        router = deepcopy(layer.router).double()
-        own = {n.removeprefix("router."): v for n, v in leaves.items() if n.startswith("router.")}
+        # in the layer's dtype: in another one, near-ties would fall the other way
+        router, dtype = deepcopy(layer.router), next(layer.parameters()).dtype
+        own = {n.removeprefix("router."): v.to(dtype) for n, v in leaves.items() if n.startswith("router.")}
         flat = [None if v is None else v.reshape(-1) for v in (inputs.token_ids, inputs.mask)]
-        return functional_call(router, own, (x_TD, *flat, generator))
+        return functional_call(router, own, (x_TD.to(dtype), *flat, generator))
     token_R = torch.arange(len(x_TD)) if inputs.mask is None else inputs.mask.reshape(-1).nonzero().squeeze(1)
     uniform = _draws(generator, next(layer.parameters()).dtype)
     logits_RE = _logits(case, x_TD[token_R], leaves, uniform)

@@ -44,9 +44,6 @@ def sweep_cases(backend: str, dtype: torch.dtype, numbers: range) -> Iterator[Ca
     first = FAMILIES.index((backend, dtype)) * 1_000_000
     for number in numbers:
         case = draw_case(first + number)
-        if dtype != torch.float64 and not isinstance(case.router, KNOWN_ROUTERS):
-            # the oracle can be given the layer's own selection only for routers it knows
-            case = replace(case, router=TopK(k=1, renormalize=False))
         if case.expert == MODULES and backend != "loop":
             kinds = Activation.TABLE.names()
             case = replace(case, expert=kinds[number % len(kinds)])
@@ -73,7 +70,7 @@ def test_the_sweep_has_two_thousand_float64_configurations_and_every_row_in_ever
     assert sum(len(numbers) for _, _, numbers in CHUNKS) == sum(len(cases) for cases in by_family.values())
     for (backend, _), cases in by_family.items():
         routers = Counter(type(case.router) for case in cases)
-        assert all(routers[row] > 50 for _, row in RouterConfig.TABLE.items() if row in KNOWN_ROUTERS), routers
+        assert all(routers[row] > 10 for _, row in RouterConfig.TABLE.items()), routers
         policies = Counter(type(case.capacity) for case in cases)
         assert all(policies[row] > 50 for _, row in CapacityPolicy.TABLE.items()), policies  # type: ignore[index]
         kinds = Counter((case.expert, case.bias) for case in cases)
@@ -96,7 +93,8 @@ def check(case: Case, *, backend: str, dtype: torch.dtype) -> float:
     """Assert that layer and oracle agree on the case; the worst relative error."""
     layer, inputs = draw(case, backend=backend, dtype=dtype)
     got, _ = run_layer(layer, inputs, case.seed)
-    selection = None if dtype == torch.float64 else own_selection(layer, inputs, case.seed)
+    known = isinstance(case.router, KNOWN_ROUTERS)
+    selection = own_selection(layer, inputs, case.seed) if known and dtype != torch.float64 else None
     want = run_dense(case, inputs, layer, selection=selection)
     found = tensors(got)
     errors = {name: difference(found.get(name), value) for name, value in tensors(want).items()}

@@ -1,0 +1,77 @@
+"""Which laws of `turnout verify` each layer keeps, ours and others': writes docs/verify.md.
+
+Usage: python -m benchmarks.verify_layers
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from turnout.verify import CHECKS, Result, verify
+from turnout.verify.run import in_order
+from turnout.verify.targets import subject
+
+PAGE = Path(__file__).parents[1] / "docs" / "verify.md"
+OURS = ("mixtral", "olmoe", "qwen3_moe", "deepseek_moe", "switch", "gshard", "tiny")
+THEIRS = tuple(
+    f"transformers:{block}:{implementation}"
+    for block in ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+    for implementation in ("eager", "grouped_mm")
+)
+SIGN = {"pass": "yes", "fail": "**no**", "not applicable": "-"}
+
+
+def main() -> None:
+    results = {target: {r.id: r for r in verify(subject(target))} for target in (*OURS, *THEIRS)}
+    versions = {name: version for target in results for name, version in subject(target).versions.items()}
+    lines = [
+        "# What layers keep",
+        "",
+        "Written by `python -m benchmarks.verify_layers`; one layer alone: `turnout verify TARGET`. "
+        + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        + ", CPU.",
+        "",
+        "Each row is a law of Mixture-of-Experts layers, tried from small cases to large in float64 unless it says",
+        "otherwise. `-`: the layer has no such thing (a mask, an auxiliary loss) or does not show it; a law that a",
+        "paper gives up on purpose (a capacity makes tokens depend on each other) counts as not kept all the same.",
+        "Sizes are small; speed, other devices and many processes are not looked at.",
+        "",
+        *_table(results, OURS, "Ours"),
+        *_table(results, THEIRS, "Hugging Face transformers"),
+        "## Where a law is not kept",
+        "",
+        "The smallest case found, and how far off it was (the error allowed in brackets).",
+        "",
+    ]
+    for target, found in results.items():
+        lines += [f"- `{target}` {_failure(r)}" for r in found.values() if r.outcome == "fail"]
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for target, found in results.items():
+        print(target, dict(Counter(r.outcome for r in found.values())))
+
+
+def _table(results: dict[str, dict[str, Result]], targets: tuple[str, ...], title: str) -> list[str]:
+    names = [target.removeprefix("transformers:").replace(":", " ") for target in targets]
+    rows = [
+        f"| {id} | {CHECKS[id].title} | {' | '.join(SIGN[results[target][id].outcome] for target in targets)} |"
+        for id in in_order(CHECKS.names())
+    ]
+    kept = [Counter(r.outcome for r in results[target].values()) for target in targets]
+    summary = [f"{c['pass']} of {c['pass'] + c['fail']}" for c in kept]
+    return [
+        f"## {title}",
+        "",
+        f"| | law | {' | '.join(names)} |",
+        "|---|---|" + "---|" * len(names),
+        *rows,
+        f"| | kept of those that apply | {' | '.join(summary)} |",
+        "",
+    ]
+
+
+def _failure(result: Result) -> str:
+    off = "" if result.error is None else f" off by {result.error:.1e} ({result.tolerance:.0e})"
+    return f"{result.id} {result.title}:{off} {result.case}"
+
+
+if __name__ == "__main__":
+    main()
