@@ -38,7 +38,7 @@ NUMBERS: dict[str, tuple[float, ...]] = {
     "expected_choices": (1, 2),
     "proj_dim": (2, 16),
     "alignment": (1, 1, 4),
-    "threshold": (0.5, 0.75, 1.0),
+    "threshold": (0.1, 0.3, 0.45, 0.75),
     "eval_factor": (0.0, 0.0, 0.5, 2.0),
     "vocab_size": (0, 64),
     "skew": (0.0, 1.0),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.contracts.cases import Case, draw, draw_case, error, simple_case
+from tests.contracts.cases import Case, draw, draw_case, error, fitting_dim, simple_case
 from turnout import MoE, reference, total_loss
 from turnout.contracts import Loss, RouterConfig
 from turnout.errors import ConfigError
@@ -79,7 +79,7 @@ def test_the_order_of_tokens_does_not_matter_without_a_capacity(row: str) -> Non
 @pytest.mark.parametrize("row", ROWS)
 def test_a_bfloat16_model_routes_as_its_weights_would_in_float32(row: str) -> None:
     for case in cases_of(row, 20):
-        layer, inputs = draw(replace(case, dim=24), dtype=torch.bfloat16)
+        layer, inputs = draw(replace(case, dim=fitting_dim(case.router, case.num_experts, 24)), dtype=torch.bfloat16)
         wide = deepcopy(layer).float()
         x = inputs.x.bfloat16()
         got = routed(layer, x, inputs.mask, inputs.token_ids)

@@ -7,7 +7,7 @@ from turnout.losses.entropy import Entropy, routing_entropy
 from turnout.losses.importance import Importance
 from turnout.losses.load_balance import LoadBalance, load_balance_from_counts, load_balance_loss
 from turnout.losses.load_cv import LoadCV
-from turnout.losses.locality import Locality
+from turnout.losses.locality import Locality, locality_loss
 from turnout.losses.router_z import RouterZ, router_z_loss
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "cv_squared",
     "load_balance_from_counts",
     "load_balance_loss",
+    "locality_loss",
     "router_z_loss",
     "routing_entropy",
 ]
