@@ -169,9 +169,10 @@ def test_every_router_trains_the_same_model_for_the_same_steps(
         assert c.routing.experts_per_token > 0
     by_name = {c.recipe.removeprefix("small-"): c.routing for c in curves}
     assert by_name["hash"] is not None
-    assert by_name["hash"].specialisation == pytest.approx(1.0)
     assert by_name["topk"] is not None
     assert by_name["topk"].experts_per_token == 2
+    # the id tells both experts, but not which of the two
+    assert by_name["hash"].specialisation > by_name["topk"].specialisation
 
 
 def test_a_recipe_without_experts_has_no_routers() -> None:

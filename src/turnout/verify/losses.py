@@ -66,4 +66,4 @@ def _direction(subject: Subject) -> Iterable[Measured]:
             continue
         even = layer.auxiliary_loss(draw(layer, 256))
         crowded = layer.auxiliary_loss(draw(layer, 1).expand(1, 256, layer.dim) * 3)
-        yield Measured(error=float((even - crowded).clamp(min=0)), tolerance=0, case=f"T=256 {words}")
+        yield Measured(error=float((even - crowded).detach().clamp(min=0)), tolerance=0, case=f"T=256 {words}")
