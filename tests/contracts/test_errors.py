@@ -258,6 +258,11 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: Importance(coefficient=-1.0), ConfigError, r"importance\.coefficient=-1\.0 must be at least 0"),
     (lambda: LoadCV(coefficient=-1.0), ConfigError, r"load_cv\.coefficient=-1\.0 must be at least 0"),
     (lambda: MoE(4, 8, 2, losses=(LoadCV(),)), ConfigError, r"load_cv needs a router with noise.*noisy_topk"),
+    (
+        lambda: MoE(4, 8, 2, router=TopK().build(4, 2), losses=(LoadCV(),))(torch.zeros(3, 4)),
+        ConfigError,
+        r"load_cv needs a router with noise",
+    ),
     (lambda: Entropy(coefficient=NAN), ConfigError, r"entropy\.coefficient=nan must be at least 0"),
     (lambda: DeviceBalance(coefficient=-1.0), ConfigError, r"device_balance\.coefficient=-1\.0 must be at least 0"),
     (lambda: DeviceBalance(groups=0), ConfigError, r"device_balance\.groups=0 must be at least 1"),

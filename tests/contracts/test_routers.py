@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.contracts.cases import Case, draw, draw_case, error, fitting_dim, simple_case
 from turnout import MoE, reference, total_loss
 from turnout.contracts import Loss, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers import DeepSeekV3, Switch, TopK
+from turnout.routers import DeepSeekV3, Hash, Switch, TopK
+from turnout.routers.hash import HashRouter
 from turnout.routers.pieces import MOST_ARGMAX_PASSES, select_topk
 from turnout.tensors import RouterOutput
 
@@ -229,3 +230,45 @@ def test_the_bias_that_balances_moves_with_its_router() -> None:
     placed = router.to_empty(device="cpu")
     placed.reset_parameters()
     assert placed.bias_E.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize(("k", "num_experts"), [(1, 1), (1, 7), (2, 2), (3, 12), (8, 8), (5, 64)])
+def test_hash_gives_one_id_the_same_experts_everywhere_and_k_different_ones(k: int, num_experts: int) -> None:
+    router = Hash(k=k, scale=3.0).build(4, num_experts)
+    ids_T = torch.arange(2**31 - 40, 2**31).repeat(2)
+    routing = router(torch.randn(80, 4), ids_T)
+    expert_TK, weight_TK = routing.assignment.as_topk()
+    assert torch.equal(expert_TK[:40], expert_TK[40:])
+    assert all(len(set(row)) == k for row in expert_TK.tolist())
+    assert torch.allclose(weight_TK.sum(dim=1), torch.tensor(3.0))
+    assert torch.allclose(routing.logits_RE.softmax(dim=1), routing.scores_RE)
+
+
+def test_hash_spreads_ids_evenly_and_differently_in_each_layer() -> None:
+    routers = [Hash(k=2).build(4, 8) for _ in range(2)]
+    ids_T = torch.arange(20_000)
+    first, second = (router(torch.zeros(20_000, 4), ids_T).assignment.as_topk()[0] for router in routers)
+    pairs = torch.zeros(8, 8).index_put_((first[:, 0], second[:, 0]), torch.ones(20_000), accumulate=True)
+    assert pairs.min() > 0.5 * 20_000 / 64  # independent: every pair of experts meets
+    assert torch.bincount(first[:, 1], minlength=8).min() > 0.8 * 20_000 / 8
+
+
+def test_hash_keeps_the_evenest_function_it_drew() -> None:
+    counts_V = torch.bincount((torch.rand(50_000, generator=torch.Generator().manual_seed(0)) ** 2 * 900).long())
+
+    def greatest_load(router: nn.Module) -> float:
+        ids_T = torch.repeat_interleave(counts_V)
+        load_E = router(torch.zeros(len(ids_T), 4), ids_T).assignment.counts_E
+        return float(load_E.max() / load_E.double().mean())
+
+    loads = []
+    for tries in (1, 64):
+        torch.manual_seed(1)
+        router = Hash(tries=tries).build(4, 16)
+        drawn = greatest_load(router)
+        assert isinstance(router, HashRouter)
+        router.before_training(counts_V)
+        loads.append(greatest_load(router))
+        assert loads[-1] <= drawn
+    assert loads[0] == drawn
+    assert loads[1] < 0.95 * loads[0]

@@ -16,14 +16,14 @@ RECIPES: Table[Callable[[], Recipe]] = Table("recipe")
 @RECIPES.register("tiny")
 def tiny() -> Recipe:
     """A Mixture-of-Experts language model for two CPU cores and about ten minutes."""
-    optimizer = OptimizerConfig(lr=4e-3)
+    optimizer = OptimizerConfig(lr=6e-3, expert_lr_scale=0.15)
     return Recipe(name="tiny", model=presets.tiny(), optimizer=optimizer, loop=LoopConfig(batch_size=16))
 
 
 @RECIPES.register("tiny-dense")
 def tiny_dense() -> Recipe:
     """The dense twin of `tiny`: the same data, active FLOPs and wall clock."""
-    optimizer = OptimizerConfig(lr=4e-3)
+    optimizer = OptimizerConfig(lr=6e-3)
     return Recipe(name="tiny-dense", model=presets.tiny_dense(), optimizer=optimizer, loop=LoopConfig(batch_size=16))
 
 
