@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from turnout.cli.compare import _rows
 from turnout.contracts import RouterConfig
 from turnout.data.prepare import Dataset
 from turnout.errors import ConfigError
@@ -17,6 +18,7 @@ from turnout.models.size import sizes
 from turnout.tensors import Assignment
 from turnout.train import checkpoint
 from turnout.train.compare import Curve, ahead_from, check_comparable, compare, seconds_to, verdicts
+from turnout.train.compare_plot import write_comparison
 from turnout.train.recipe import Recipe
 from turnout.train.recipes import load_recipe
 from turnout.train.routing_facts import _rows_sent, _told_by_id
@@ -201,3 +203,17 @@ def test_specialisation_is_one_where_the_id_decides_and_zero_where_it_tells_noth
     assert _told_by_id(torch.ones(4, 3)) == pytest.approx(0.0, abs=1e-6)
     assert _told_by_id(torch.ones(4, 1)) == 0.0
     assert 0 < _told_by_id(torch.tensor([[3.0, 1.0], [1.0, 3.0]])) < 1
+
+
+@pytest.mark.parametrize("losses", [[5.0], [float("nan")], [5.0, float("nan"), 4.0, 3.0, 2.0, 1.0]])
+def test_a_comparison_cut_short_still_has_its_picture(losses: list[float], tmp_path: Path) -> None:
+    curves = [curve("moe", losses, complete=False), curve("dense", losses[:1], complete=False)]
+    assert write_comparison(curves, tmp_path).is_file()
+    assert write_comparison(curves[:1], tmp_path).is_file()
+
+
+def test_rows_of_a_seed_that_only_one_recipe_began() -> None:
+    curves = [curve("moe", [5.0, 4.0]), curve("dense", [5.0, 4.5]), curve("moe", [5.0], seed=1, complete=False)]
+    rows = _rows(curves)
+    assert rows[0]["seconds_to_loss_of"]["dense"] == pytest.approx(15.0)
+    assert rows[2]["seconds_to_loss_of"] == {}

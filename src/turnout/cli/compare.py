@@ -163,7 +163,11 @@ def _rows(curves: list[Any]) -> list[dict[str, Any]]:
             "max_violation": c.max_violation,
             "router_entropy": c.router_entropy,
             "routing": None if c.routing is None else vars(c.routing),
-            "seconds_to_loss_of": {name: seconds_to(c, final[name, c.seed]) for name in names if name != c.recipe},
+            "seconds_to_loss_of": {
+                name: seconds_to(c, final[name, c.seed])
+                for name in names
+                if name != c.recipe and (name, c.seed) in final
+            },
             "curve": {"seconds": c.seconds, "tokens": c.tokens, "val_loss": c.val_loss},
         }
         for c in curves

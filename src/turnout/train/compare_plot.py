@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -36,8 +37,10 @@ def _plot(curves: Sequence[Curve], path: Path) -> Path:
     axes[1].set_xlabel("million tokens")
     axes[0].set_ylabel("validation loss (nats per token)")
     axes[0].legend(frameon=False)
-    top = sorted(loss for c in curves for loss in c.val_loss)[-len(names) - 1]
-    axes[0].set_ylim(top=top)
+    # the first evaluations, one of each recipe, would press the rest together
+    losses = sorted(loss for c in curves for loss in c.val_loss if math.isfinite(loss))
+    if len(losses) > 2 * len(names):
+        axes[0].set_ylim(top=losses[-len(names) - 1])
     figure.savefig(path)
     pyplot.close(figure)
     return path
