@@ -12,11 +12,8 @@ from turnout.verify.targets import subject
 
 PAGE = Path(__file__).parents[1] / "docs" / "verify.md"
 OURS = ("mixtral", "olmoe", "qwen3_moe", "deepseek_moe", "switch", "gshard", "tiny")
-THEIRS = tuple(
-    f"transformers:{block}:{implementation}"
-    for block in ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
-    for implementation in ("eager", "grouped_mm")
-)
+# their eager experts alone: grouped_mm has no float64, in which most laws are tried
+THEIRS = tuple(f"transformers:{block}:eager" for block in ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"))
 SIGN = {"pass": "yes", "fail": "**no**", "not applicable": "-"}
 
 

@@ -71,7 +71,7 @@ def _modes(subject: Subject) -> Iterable[Measured]:
 @check("R6", "weights are not negative", meaning="an expert's answer is taken away instead of added")
 def _signs(subject: Subject) -> Iterable[Measured]:
     for layer, x, words in cases(subject):
-        yield Measured(error=float(layer.gates(x[0]).min().clamp(max=0).abs()), tolerance=0, case=words)
+        yield Measured(error=float(layer.gates(x[0]).detach().min().clamp(max=0).abs()), tolerance=0, case=words)
 
 
 @check("R7", "the load reported is the load there was", meaning="balance is steered by numbers that are not true")
