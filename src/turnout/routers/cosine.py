@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, from_topk, select_topk
+from turnout.routers.pieces import LinearScore, check_choices, from_topk, select_topk
 from turnout.tensors import RouterInput, RouterOutput
 
 LOWEST_TEMPERATURE = 0.01
@@ -57,8 +57,7 @@ class Cosine(RouterConfig):
         return self.k
 
     def build(self, dim: int, num_experts: int) -> Router:
-        if self.k > num_experts:
-            raise ConfigError(f"router.k={self.k} is more than num_experts={num_experts}; legal: 1 to {num_experts}")
+        check_choices(self.k, num_experts)
         return CosineRouter(dim, num_experts, self)
 
 

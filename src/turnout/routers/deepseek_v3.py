@@ -8,7 +8,14 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, from_topk, select_topk, sigmoid_shares, within_best_groups
+from turnout.routers.pieces import (
+    LinearScore,
+    check_reach,
+    from_topk,
+    select_topk,
+    sigmoid_shares,
+    within_best_groups,
+)
 from turnout.tensors import MoEStats, RouterInput, RouterOutput
 
 
@@ -48,15 +55,7 @@ class DeepSeekV3(RouterConfig):
         return f"bias of the router x {self.bias_step:g} a step" if self.bias_step else ""
 
     def build(self, dim: int, num_experts: int) -> Router:
-        if num_experts % self.groups:
-            legal = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-            raise ConfigError(f"router.groups={self.groups} must divide num_experts={num_experts}; legal: {legal}")
-        reachable = num_experts // self.groups * self.top_groups
-        if self.k > reachable:
-            raise ConfigError(
-                f"router.k={self.k} is more than the {reachable} experts in top_groups={self.top_groups} of "
-                f"groups={self.groups}, num_experts={num_experts}"
-            )
+        check_reach(self.k, groups=self.groups, top_groups=self.top_groups, num_experts=num_experts)
         return DeepSeekV3Router(dim, num_experts, self)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, from_chosen, select_topk
+from turnout.routers.pieces import LinearScore, check_choices, from_chosen, select_topk
 from turnout.tensors import RouterInput, RouterOutput
 
 
@@ -54,8 +54,7 @@ class ExpertChoice(RouterConfig):
             )
 
     def build(self, dim: int, num_experts: int) -> Router:
-        if self.k > num_experts:
-            raise ConfigError(f"router.k={self.k} is more than num_experts={num_experts}; legal: 1 to {num_experts}")
+        check_choices(self.k, num_experts)
         return ExpertChoiceRouter(dim, num_experts, self)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import from_topk
+from turnout.routers.pieces import check_choices, from_topk
 from turnout.tensors import RouterInput, RouterOutput
 
 # its multiples, modulo 1, cover any interval more evenly than those of any other number
@@ -43,8 +43,7 @@ class Forced(RouterConfig):
         return "" if self.skew else "tokens dealt in turn"
 
     def build(self, dim: int, num_experts: int) -> Router:
-        if self.k > num_experts:
-            raise ConfigError(f"router.k={self.k} is more than num_experts={num_experts}; legal: 1 to {num_experts}")
+        check_choices(self.k, num_experts)
         return ForcedRouter(dim, num_experts, self)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError, ShapeError
-from turnout.routers.pieces import from_topk
+from turnout.routers.pieces import check_choices, from_topk
 from turnout.tensors import RouterInput, RouterOutput
 
 # a product of two numbers below it fits int64
@@ -50,8 +50,7 @@ class Hash(RouterConfig):
         return "table of token ids, balanced by frequency" if self.vocab_size else "fixed hash of the token id"
 
     def build(self, dim: int, num_experts: int) -> Router:
-        if self.k > num_experts:
-            raise ConfigError(f"router.k={self.k} is more than num_experts={num_experts}; legal: 1 to {num_experts}")
+        check_choices(self.k, num_experts)
         return HashRouter(dim, num_experts, self)
 
 

@@ -12,7 +12,7 @@ from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
 from turnout.routers.affinity_theory import min_capacity
 from turnout.routers.grap import check_blocks, grap_affinity, row_affinity
-from turnout.routers.pieces import LinearScore, from_topk, select_topk
+from turnout.routers.pieces import LinearScore, check_choices, from_topk, select_topk
 from turnout.routers.resonance import keep_best
 from turnout.tensors import Assignment, MoEStats, RouterInput, RouterOutput
 
@@ -78,8 +78,7 @@ class LocMoEPlus(RouterConfig):
         return self.k
 
     def build(self, dim: int, num_experts: int) -> Router:
-        if self.k > num_experts:
-            raise ConfigError(f"router.k={self.k} is more than num_experts={num_experts}; legal: 1 to {num_experts}")
+        check_choices(self.k, num_experts)
         if self.gate == "grap":
             check_blocks(dim, num_experts)
         return LocMoEPlusRouter(dim, num_experts, self)
@@ -162,8 +161,6 @@ class LocMoEPlusRouter(Router):
         return floor, capacity
 
     def _affinity(self, x_RD: Tensor) -> Tensor:
-        # the affinity reads x twice; behind a view both gradients are summed first, with padding and without
-        x_RD = x_RD.view_as(x_RD)
         if self.score is None:
             return grap_affinity(x_RD, self.num_experts)
         return row_affinity(x_RD, self.score.weight_ED.to(x_RD.dtype))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, from_topk, normal_draw, select_topk, smooth_load
+from turnout.routers.pieces import LinearScore, check_choices, from_topk, normal_draw, select_topk, smooth_load
 from turnout.tensors import RouterInput, RouterOutput
 
 # added to the deviation, which softplus alone lets fall to 0, where the load has no gradient (FastMoE's noisy gate)
@@ -43,8 +43,7 @@ class NoisyTopK(RouterConfig):
         return True
 
     def build(self, dim: int, num_experts: int) -> Router:
-        if self.k > num_experts:
-            raise ConfigError(f"router.k={self.k} is more than num_experts={num_experts}; legal: 2 to {num_experts}")
+        check_choices(self.k, num_experts, least=2)
         return NoisyTopKRouter(dim, num_experts, self)
 
 

@@ -62,6 +62,12 @@ def within_best_groups(scores_RE: Tensor, groups: int, top_groups: int, *, best:
     return by_group.masked_fill(~reached.unsqueeze(2), -torch.inf).flatten(1)
 
 
+def check_choices(k: int, num_experts: int, *, least: int = 1) -> None:
+    """Raises: ConfigError if a token would have more choices than there are experts."""
+    if k > num_experts:
+        raise ConfigError(f"router.k={k} is more than num_experts={num_experts}; legal: {least} to {num_experts}")
+
+
 def check_reach(k: int, *, groups: int, top_groups: int, num_experts: int) -> None:
     """Raises: ConfigError if the groups cannot be equal, or the groups of a token hold fewer than k experts."""
     if num_experts % groups:

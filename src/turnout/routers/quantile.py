@@ -7,7 +7,7 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, from_topk, select_topk, sigmoid_shares
+from turnout.routers.pieces import LinearScore, check_choices, from_topk, select_topk, sigmoid_shares
 from turnout.tensors import RouterInput, RouterOutput
 
 
@@ -43,8 +43,7 @@ class Quantile(RouterConfig):
         return "prices by quantile in training"
 
     def build(self, dim: int, num_experts: int) -> Router:
-        if self.k > num_experts:
-            raise ConfigError(f"router.k={self.k} is more than num_experts={num_experts}; legal: 1 to {num_experts}")
+        check_choices(self.k, num_experts)
         return QuantileRouter(dim, num_experts, self)
 
 

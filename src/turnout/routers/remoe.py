@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, from_chosen
+from turnout.routers.pieces import LinearScore, check_choices, from_chosen
 from turnout.tensors import LossTerm, MoEStats, RouterInput, RouterOutput
 
 # added to a token's sum of gates where they become shares: without it their gradient has no bound near 0 / 0
@@ -52,8 +52,7 @@ class ReMoE(RouterConfig):
         return "L1 of the gates weighed by load" if self.balanced else ""
 
     def build(self, dim: int, num_experts: int) -> Router:
-        if self.k > num_experts:
-            raise ConfigError(f"router.k={self.k} is more than num_experts={num_experts}; legal: 1 to {num_experts}")
+        check_choices(self.k, num_experts)
         return ReMoERouter(dim, num_experts, self)
 
 

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, from_topk, normal_draw, select_topk, sigmoid_shares, smooth_load
+from turnout.routers.pieces import (
+    LinearScore,
+    check_choices,
+    from_topk,
+    normal_draw,
+    select_topk,
+    sigmoid_shares,
+    smooth_load,
+)
 from turnout.tensors import Assignment, RouterInput, RouterOutput
 
 
@@ -52,8 +60,7 @@ class TopK(RouterConfig):
         return self.gate_noise > 0
 
     def build(self, dim: int, num_experts: int) -> Router:
-        if self.k > num_experts:
-            raise ConfigError(f"router.k={self.k} is more than num_experts={num_experts}; legal: 1 to {num_experts}")
+        check_choices(self.k, num_experts)
         return TopKRouter(dim, num_experts, self)
 
 

@@ -290,8 +290,11 @@ class Trainer:
         self.recorder.token_view(self.counters.step, pieces, [e for e, _ in choices], [w for _, w in choices])
 
     def _show_text_to_routers(self) -> None:
+        layers = self.model.moe_blocks()
+        if not layers:
+            return
         token_counts_V = torch.from_numpy(self.dataset.train.token_counts())
-        for _, layer in self.model.moe_blocks():
+        for _, layer in layers:
             if isinstance(layer.router, Router):
                 layer.router.before_training(token_counts_V)
 

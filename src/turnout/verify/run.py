@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from turnout.verify import gradients, losses, outputs, padding, routing, state  # noqa: F401  (they fill the table)
-from turnout.verify.check import CHECKS, Check, Measured, Result
+from turnout.verify.check import CHECKS, Check, Measured, Outcome, Result
 from turnout.verify.subject import NotApplicable, Subject
 
 
@@ -38,38 +38,26 @@ def _run(id: str, check: Check, subject: Subject) -> Result:
             torch.manual_seed(0)
             for measured in check.cases(subject):
                 if not measured.holds:
-                    return _result(id, check, "fail", measured)
+                    return _result(id, check, "fail", measured.case, measured)
                 if worst is None or measured.error > worst.error:
                     worst = measured
     except NotApplicable as reason:
-        return _told(id, check, "not applicable", str(reason))
+        return _result(id, check, "not applicable", str(reason))
     except Exception as error:  # whatever a layer of others' raises
-        return _told(id, check, "fail", f"{type(error).__name__}: {_first_line(error)}")
+        return _result(id, check, "fail", f"{type(error).__name__}: {_first_line(error)}")
     if worst is None:
-        return _told(id, check, "not applicable", "no case fits this layer")
-    return _result(id, check, "pass", worst)
+        return _result(id, check, "not applicable", "no case fits this layer")
+    return _result(id, check, "pass", worst.case, worst)
 
 
-def _result(id: str, check: Check, outcome: str, measured: Measured) -> Result:
+def _result(id: str, check: Check, outcome: Outcome, case: str, measured: Measured | None = None) -> Result:
     return Result(
         id=id,
         title=check.title,
-        outcome=outcome,  # type: ignore[arg-type]
-        error=measured.error,
-        tolerance=measured.tolerance,
-        case=measured.case,
-        meaning=check.meaning,
-    )
-
-
-def _told(id: str, check: Check, outcome: str, text: str) -> Result:
-    return Result(
-        id=id,
-        title=check.title,
-        outcome=outcome,  # type: ignore[arg-type]
-        error=None,
-        tolerance=None,
-        case=text,
+        outcome=outcome,
+        error=None if measured is None else measured.error,
+        tolerance=None if measured is None else measured.tolerance,
+        case=case,
         meaning=check.meaning,
     )
 
