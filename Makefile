@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 DEMO := runs/demo
 DEMO_MINUTES ?= 5
 
-.PHONY: demo test check static format clean
+.PHONY: demo test check static peers format clean
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
@@ -26,6 +26,11 @@ static: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --level error
 	$(BIN)/lint-imports
+
+# tests against other systems, which `make test` does not install
+peers: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[peers]"
+	$(BIN)/pytest -q tests/contracts/test_deepspeed_gates.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -7,6 +7,7 @@ corpus) is written as a table with a `name`: `router = {name = "topk", k = 2}`.
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 import tomllib
 import types
@@ -191,6 +192,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (tuple, list):
         items = _expect(value, list | tuple, "a list", where)
         return origin(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if hint in (int, float) and type(value) in (int, float):
+        _require_finite(value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Path:
@@ -200,6 +203,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}={value!r} must be {_type_name(hint)}")
         return value
     return value
+
+
+def _require_finite(value: Any, where: str) -> None:
+    # no setting means anything at infinity: where there may be no limit, 0 says so
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}={value} must be a finite number")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where} must be at least -2**63 and below 2**63; it has {value.bit_length()} bits")
 
 
 def _convert_row(base: Any, value: Any, where: str) -> Any:

@@ -104,6 +104,11 @@ class RouterConfig(ABC):
         """Whether its output has `smooth_load_E`."""
         return False
 
+    @property
+    def scores_have_gradient(self) -> bool:
+        """Whether a gradient of the scores reaches anything: the router's parameters, or x."""
+        return True
+
     def check_decoder(self) -> None:  # noqa: B027  (a hook)
         """Called by a model that reads from left to right.
 
@@ -160,13 +165,26 @@ class CapacityPolicy(ABC):
 
 
 class Loss(ABC):
-    """An auxiliary loss on routing. A frozen dataclass of settings; pure."""
+    """An auxiliary loss on routing. A frozen dataclass of settings; pure. `check` is final."""
 
     TABLE: ClassVar[Table[type["Loss"]]] = Table("loss")
     balances: ClassVar[bool] = False  # its gradient moves tokens from full experts to empty ones
 
-    def check(self, router: RouterConfig, num_experts: int) -> None:  # noqa: B027  (a hook)
-        """Called when a layer is built. Raises: ConfigError if the loss cannot be formed on that router."""
+    def check(self, router: RouterConfig, num_experts: int) -> None:
+        """Called when a layer is built.
+
+        Raises: ConfigError if the loss cannot be formed on that router, or would be a constant there.
+        """
+        if not router.scores_have_gradient:
+            raise ConfigError(
+                f"the loss {type(self).__name__} would be a constant: nothing in the router {type(router).__name__} "
+                "learns, or passes a gradient on; leave auxiliary losses out: losses=(), in a recipe "
+                "model.moe.losses=[]"
+            )
+        self.check_own(router, num_experts)
+
+    def check_own(self, router: RouterConfig, num_experts: int) -> None:  # noqa: B027  (a hook)
+        """What this loss alone needs. Raises: ConfigError if the router or the sizes lack it."""
 
     @abstractmethod
     def term(

@@ -3,10 +3,10 @@
 `hidden` is the hidden width of one routed expert. Initial weights are the library's, not the papers'.
 """
 
-from turnout.dispatch import FixedCapacity
+from turnout.dispatch import FixedCapacity, TutelCapacity
 from turnout.layers import MoE
-from turnout.losses import LoadBalance, RouterZ
-from turnout.routers import GShardTop2, Switch, TopK
+from turnout.losses import LoadBalance, Locality, RouterZ
+from turnout.routers import DeepSeekV3, ExpertChoice, GShardTop2, LocMoE, LocMoEPlus, Switch, TopK
 
 
 def gshard(
@@ -144,4 +144,134 @@ def deepseek_moe(
         losses=(LoadBalance(coefficient=coefficient),),
         shared_hidden=num_shared * hidden,
         backend=backend,
+    )
+
+
+def deepseek_v3(
+    dim: int,
+    hidden: int,
+    num_experts: int = 256,
+    *,
+    k: int = 8,
+    groups: int = 8,
+    top_groups: int = 4,
+    num_shared: int = 1,
+    coefficient: float = 1e-4,
+    backend: str = "auto",
+) -> MoE:
+    """DeepSeek-V3: top-8 of 256 by sigmoid plus a bias that balances, 4 of 8 groups a token, one shared expert.
+
+    Source: DeepSeek-AI 2024, arXiv:2412.19437, sections 2.1.2 and 4.2; the loss, by sequence, is its complement.
+    """
+    return MoE(
+        dim,
+        hidden,
+        num_experts,
+        router=DeepSeekV3(k=k, groups=groups, top_groups=top_groups),
+        losses=(LoadBalance(coefficient=coefficient, scope="sequence"),),
+        shared_hidden=num_shared * hidden,
+        backend=backend,
+    )
+
+
+def tutel(
+    dim: int,
+    hidden: int,
+    num_experts: int,
+    *,
+    k: int = 2,
+    capacity_factor: float = 1.0,
+    coefficient: float = 0.01,
+    backend: str = "auto",
+) -> MoE:
+    """Tutel: top-2, renormalised weights, ReLU experts, capacity by Tutel's setting (0: whatever is needed).
+
+    k and the setting may change from call to call (`top_k`, `capacity_factor`). The loss is its gshard_loss, on
+    first choices, whose coefficient Tutel leaves to its user; of those its paper tries on SwinV2, 0.01 is the best.
+    Source: Hwang et al. 2022, arXiv:2206.03382, section 4.1.
+    """
+    return MoE(
+        dim,
+        hidden,
+        num_experts,
+        router=TopK(k=k),
+        expert="relu",
+        capacity=TutelCapacity(factor=capacity_factor),
+        losses=(LoadBalance(coefficient=coefficient, count="first"),),
+        backend=backend,
+    )
+
+
+def expert_choice(dim: int, hidden: int, num_experts: int, *, k: int = 2, backend: str = "auto") -> MoE:
+    """Expert choice: every expert takes its k T / E best tokens, so there is nothing to balance; ReLU experts.
+
+    For encoders: who is taken depends on the whole call.
+    Source: Zhou et al. 2022, arXiv:2202.09368, section 3, capacity factor 2.
+    """
+    return MoE(dim, hidden, num_experts, router=ExpertChoice(k=k), expert="relu", losses=(), backend=backend)
+
+
+def locmoe(
+    dim: int,
+    hidden: int,
+    num_experts: int,
+    *,
+    experts_per_node: int = 0,
+    node: int = 0,
+    capacity_factor: float = 1.1,
+    minimum: int = 1,
+    coefficient: float = 0.01,
+    backend: str = "auto",
+) -> MoE:
+    """LocMoE: top-1 by a gate that learns nothing, GELU experts, balance and locality loss.
+
+    `node` holds `experts_per_node` experts from `node * experts_per_node` on; 0: one node holds them all. `minimum`
+    is the lower bound of theorem 1, which `routers.affinity_theory.min_capacity` evaluates on a batch.
+    The paper gives no coefficient of the locality loss: it is taken to be that of the balance loss.
+    Source: Li et al. 2024, arXiv:2401.13920.
+    """
+    return MoE(
+        dim,
+        hidden,
+        num_experts,
+        router=LocMoE(),
+        expert="gelu",
+        capacity=FixedCapacity(factor=capacity_factor, minimum=minimum),
+        losses=_locmoe_losses(coefficient, experts_per_node or num_experts, node),
+        backend=backend,
+    )
+
+
+def locmoe_plus(
+    dim: int,
+    hidden: int,
+    num_experts: int,
+    *,
+    k: int = 1,
+    threshold: float = 0.75,
+    experts_per_node: int = 0,
+    node: int = 0,
+    coefficient: float = 0.01,
+    backend: str = "auto",
+) -> MoE:
+    """LocMoE+: tokens choose experts by affinity, experts keep the best of them; losses and experts as in `locmoe`.
+
+    Its capacity is the router's own: between the lower bound of remark 7 and 1.1 times the balanced load.
+    Source: Li et al. 2024, arXiv:2406.00023.
+    """
+    return MoE(
+        dim,
+        hidden,
+        num_experts,
+        router=LocMoEPlus(k=k, threshold=threshold),
+        expert="gelu",
+        losses=_locmoe_losses(coefficient, experts_per_node or num_experts, node),
+        backend=backend,
+    )
+
+
+def _locmoe_losses(coefficient: float, experts_per_node: int, node: int) -> tuple[LoadBalance, Locality]:
+    return (
+        LoadBalance(coefficient=coefficient),
+        Locality(coefficient=coefficient, experts_per_node=experts_per_node, node=node),
     )

@@ -153,6 +153,39 @@ def gshard_gating(logits_SE: Tensor, draw_S: Tensor, capacity: int) -> GShardGat
     return GShardGating(gate_SE=gate_SE, expert_S2=expert_S2, position_S2=position_S2, kept_S2=kept_S2, loss=loss)
 
 
+def hash_experts(ids: Sequence[int], functions: Sequence[tuple[int, int]], num_experts: int, k: int) -> Tensor:
+    """The k experts of each token id by double hashing: h1, h1 + s, h1 + 2 s, ... modulo E.
+
+    h1(id) = ((a1 id + b1) mod p) mod E with p = 2^31 - 1; of the n strides from 1 to E that share no factor with E,
+    s is number ((a2 id + b2) mod p) mod n, counting from 0, so the k experts differ.
+    Shapes: `functions` holds (a1, b1) and (a2, b2); returns (T, k) int64.
+    Source: Roller et al. 2021, arXiv:2106.04426, section 3.1 (random hash); Carter & Wegman 1979 (the functions);
+        Knuth, The Art of Computer Programming 3, section 6.4, algorithm D (double hashing).
+    """
+    (a1, b1), (a2, b2) = functions
+    p = 2**31 - 1
+    strides = [s for s in range(1, num_experts + 1) if math.gcd(s, num_experts) == 1]
+    expert_TK = torch.zeros(len(ids), k, dtype=torch.int64)
+    for t, token_id in enumerate(ids):
+        expert = (a1 * token_id + b1) % p % num_experts
+        stride = strides[(a2 * token_id + b2) % p % len(strides)]
+        for choice in range(k):
+            expert_TK[t, choice] = (expert + choice * stride) % num_experts
+    return expert_TK
+
+
+def even_gates(expert_TK: Tensor, num_experts: int, *, scale: float = 1.0) -> Tensor:
+    """Gates of experts that are not weighed against each other: scale / K for each of a token's K.
+
+    Shapes: expert_TK (T, K); returns (T, E) float64.
+    """
+    gate_TE = torch.zeros(len(expert_TK), num_experts, dtype=torch.float64)
+    for t, chosen in enumerate(expert_TK.tolist()):
+        for expert in chosen:
+            gate_TE[t, expert] = scale / len(chosen)
+    return gate_TE
+
+
 def places(expert_TK: Tensor, num_experts: int) -> Tensor:
     """Place of each choice in its expert's queue, from 0: first choices of all tokens, then second choices, ...
 

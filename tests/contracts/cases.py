@@ -212,15 +212,17 @@ def error(got: Tensor, want: Tensor) -> float:
 
 def simple_case(**changes: Any) -> Case:
     """A middling case to vary by hand."""
+    router: RouterConfig = changes.get("router", RouterConfig.TABLE["topk"]())
+    losses = (LoadBalance(coefficient=0.5), RouterZ(coefficient=0.5))
     base = Case(
         seed=0,
         shape=(3, 11),
         dim=12,
         hidden=10,
         num_experts=5,
-        router=RouterConfig.TABLE["topk"](),
+        router=router,
         capacity=CapacityPolicy.TABLE["none"](),
-        losses=(LoadBalance(coefficient=0.5), RouterZ(coefficient=0.5)),
+        losses=losses if router.scores_have_gradient else (),
         expert="swiglu",
         bias=True,
         shared_hidden=0,

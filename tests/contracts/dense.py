@@ -18,10 +18,10 @@ from turnout.contracts import Loss
 from turnout.dispatch import Dropless, FixedCapacity
 from turnout.experts.activations import Activation
 from turnout.losses import LoadBalance, RouterZ
-from turnout.routers import DeepSeekV3, GShardTop2, Switch, TopK
+from turnout.routers import DeepSeekV3, GShardTop2, Hash, Switch, TopK
 from turnout.tensors import Admission, Assignment, RouterOutput
 
-KNOWN_ROUTERS = (TopK, Switch, GShardTop2, DeepSeekV3)
+KNOWN_ROUTERS = (TopK, Switch, GShardTop2, DeepSeekV3, Hash)
 KNOWN_KINDS = ("relu", "gelu", "swiglu", "swiglu_clamped")
 Leaves = Mapping[str, Tensor]
 
@@ -71,6 +71,8 @@ def route(
         flat = [None if v is None else v.reshape(-1) for v in (inputs.token_ids, inputs.mask)]
         return functional_call(router, own, (x_TD.to(dtype), *flat, generator))
     token_R = torch.arange(len(x_TD)) if inputs.mask is None else inputs.mask.reshape(-1).nonzero().squeeze(1)
+    if isinstance(case.router, Hash):
+        return _by_id(case.router, inputs.token_ids.reshape(-1), token_R, layer)
     uniform = _draws(generator, next(layer.parameters()).dtype)
     logits_RE = _logits(case, x_TD[token_R], leaves, uniform)
     expert_RK = _selected(case, logits_RE, layer, generator) if selection is None else selection.as_topk()[0]
@@ -80,21 +82,11 @@ def route(
     if declined_N is None and _declines(case):
         sent_R = _sends_second(case.router, weight_RK[:, 1], uniform)
         declined_N = torch.stack([torch.zeros_like(sent_R), ~sent_R], dim=1).flatten()
-    num_choices = case.router.choices
     return RouterOutput(
         logits_RE=logits_RE,
         scores_RE=_scores(case, logits_RE),
         token_R=token_R,
-        assignment=Assignment(
-            token_N=token_R.repeat_interleave(num_choices),
-            expert_N=expert_RK.flatten(),
-            weight_N=weight_RK.flatten(),
-            choice_N=torch.arange(num_choices).repeat(len(token_R)),
-            num_tokens=len(x_TD),
-            num_experts=case.num_experts,
-            declined_N=declined_N,
-            top_k=num_choices,
-        ),
+        assignment=_assignment(gate_RE, expert_RK, token_R, num_tokens=len(x_TD), declined_N=declined_N),
     )
 
 
@@ -163,6 +155,37 @@ def _shared(case: Case, leaves: Leaves) -> Callable[[Tensor], Tensor] | None:
     kind = "swiglu" if case.expert == MODULES else case.expert
     biases = (leaves.get("shared.up_bias_G", 0.0), leaves.get("shared.down_bias_D", 0.0))
     return lambda x_TD: ffn(x_TD, leaves["shared.up_GD"].T, leaves["shared.down_DF"].T, kind, *biases)
+
+
+def _assignment(
+    gate_RE: Tensor, expert_RK: Tensor, token_R: Tensor, *, num_tokens: int, declined_N: Tensor | None = None
+) -> Assignment:
+    num_choices = expert_RK.shape[1]
+    return Assignment(
+        token_N=token_R.repeat_interleave(num_choices),
+        expert_N=expert_RK.flatten(),
+        weight_N=gate_RE.gather(1, expert_RK).flatten(),
+        choice_N=torch.arange(num_choices).repeat(len(token_R)),
+        num_tokens=num_tokens,
+        num_experts=gate_RE.shape[1],
+        declined_N=declined_N,
+        top_k=num_choices,
+    )
+
+
+def _by_id(router: Hash, id_T: Tensor, token_R: Tensor, layer: MoE) -> RouterOutput:
+    """Of the layer only the four numbers it drew; a table, too, holds what the functions say until a text comes."""
+    functions = [(a, b) for a, b in layer.router.get_buffer("coefficients").tolist()]
+    num_experts = layer.config.num_experts
+    expert_RK = reference.hash_experts(id_T[token_R].tolist(), functions, num_experts, router.k)
+    score_RE = reference.even_gates(expert_RK, num_experts)
+    gate_RE = reference.even_gates(expert_RK, num_experts, scale=router.scale)
+    return RouterOutput(
+        logits_RE=score_RE.log(),
+        scores_RE=score_RE,
+        token_R=token_R,
+        assignment=_assignment(gate_RE, expert_RK, token_R, num_tokens=len(id_T)),
+    )
 
 
 def _draws(generator: torch.Generator, dtype: torch.dtype) -> Callable[[tuple[int, ...]], Tensor]:

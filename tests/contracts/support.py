@@ -95,8 +95,10 @@ def page(found: list[Support]) -> str:
     for router in RouterConfig.TABLE.names():
         own = [s for s in found if s.router == router]
         cells = [f"{max(s.error for s in own if s.backend == b):.0e}" for b in backends]
-        lines.append(f"| {router} | {' | '.join(cells)} | {', '.join(own[0].refused) or 'none'} |")
-    reasons = {name: why for s in found for name, why in s.refused.items()}
+        refused = ", ".join(own[0].refused) if own[0].losses else "all"
+        lines.append(f"| {router} | {' | '.join(cells)} | {refused or 'none'} |")
+    reasons = {name: why for s in found if s.losses for name, why in s.refused.items()}
+    reasons |= {f"all with {s.router}": s.refused["load_balance"] for s in found if not s.losses}
     lines += ["", f"Capacity policies: {', '.join(capacities)}. Losses: {', '.join(Loss.TABLE.names())}.", ""]
     lines += [f"- `{name}`: {why}" for name, why in sorted(reasons.items())]
     return "\n".join(lines) + "\n"

@@ -13,8 +13,9 @@ from torch import Tensor
 from tests.contracts.cases import Case, draw, draw_case, error, simple_case
 from tests.contracts.test_dispatch import any_assignment
 from turnout import MoE, reference
-from turnout.contracts import Loss
+from turnout.contracts import Loss, Router, RouterConfig
 from turnout.dispatch import Dropless, FixedCapacity
+from turnout.errors import ConfigError
 from turnout.losses import (
     CommunicationBalance,
     DeviceBalance,
@@ -29,7 +30,7 @@ from turnout.losses import (
     router_z_loss,
     routing_entropy,
 )
-from turnout.routers import GShardTop2, TopK
+from turnout.routers import Forced, GShardTop2, Hash, Hierarchical, TopK
 from turnout.routers.noisy_topk import NoisyTopK
 from turnout.tensors import LossTerm, RouterOutput, Scope, total_loss
 
@@ -41,6 +42,8 @@ def with_loss(case: Case, loss: Loss) -> Case:
     if isinstance(loss, LoadCV):
         experts = max(case.num_experts, 2)
         case = replace(case, router=NoisyTopK(k=2), num_experts=experts, training=True, content="normal")
+    elif not case.router.scores_have_gradient:
+        case = replace(case, router=TopK(k=1, renormalize=False))
     return replace(case, losses=(loss,))
 
 
@@ -73,6 +76,30 @@ def test_a_term_carries_its_name_and_coefficient_and_is_one_finite_number(row: s
         assert (term.name, term.coefficient) == (row, 0.3)
         assert term.value.shape == ()
         assert term.value.isfinite()
+
+
+TREES = [Hierarchical(groups=2, outer=o, inner=i) for o in (Hash(), TopK()) for i in (Forced(), TopK())]
+
+
+@pytest.mark.parametrize("config", [*(row() for _, row in RouterConfig.TABLE.items()), *TREES], ids=repr)
+def test_losses_are_refused_where_no_gradient_would_reach_anything_and_nowhere_else(config: RouterConfig) -> None:
+    """The tables know what autograd finds: on fixed scores a loss is a constant that a banner would call live."""
+    router = config.build(12, 12)
+    assert isinstance(router, Router)
+    routing = router(torch.randn(9, 12).requires_grad_(), torch.arange(9), None, torch.Generator())
+    assert config.scores_have_gradient == routing.scores_RE.requires_grad == routing.logits_RE.requires_grad
+    for row in ROWS:
+        part = Loss.TABLE[row]()
+        if config.scores_have_gradient and (row != "load_cv" or config.gives_smooth_load):
+            assert MoE(12, 4, 12, router=config, losses=(part,)).config.losses == (part,)
+        else:
+            with pytest.raises(ConfigError, match=r"the loss (load_cv needs|\w+ would be a constant: .*losses=\(\))"):
+                MoE(12, 4, 12, router=config, losses=(part,))
+
+
+def test_a_router_of_ones_own_takes_any_loss_because_nothing_says_what_it_learns() -> None:
+    layer = MoE(12, 4, 6, router=Hash(k=2).build(12, 6), losses=(LoadBalance(), RouterZ(), Entropy()))
+    assert len(layer(torch.randn(5, 12), token_ids=torch.arange(5)).losses) == 3
 
 
 @pytest.mark.parametrize("row", ROWS)

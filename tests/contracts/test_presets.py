@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from turnout import MoE, presets, total_loss
-from turnout.dispatch import Dropless, FixedCapacity
-from turnout.losses import LoadBalance, RouterZ
-from turnout.routers import GShardTop2, Switch, TopK
+from turnout.dispatch import Dropless, FixedCapacity, TutelCapacity
+from turnout.losses import LoadBalance, Locality, RouterZ
+from turnout.routers import DeepSeekV3, GShardTop2, Switch, TopK
 
 PRESETS = [
     value
     for name, value in sorted(vars(presets).items())
-    if inspect.isfunction(value) and value.__module__ == presets.__name__
+    if inspect.isfunction(value) and value.__annotations__["return"] is MoE
 ]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_trains_one_step(preset: Callable[..., MoE]) -> None:
     torch.manual_seed(0)
-    layer = preset(16, 12, 8)
+    layer = preset(16, 12, *([] if "num_experts" in _defaults(preset) else [8]))
     x, target = torch.randn(2, 24, 16), torch.randn(2, 24, 16)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
 
@@ -37,6 +37,10 @@ def test_preset_trains_one_step(preset: Callable[..., MoE]) -> None:
     assert all(p.grad is not None and p.grad.any() for p in layer.router.parameters())
     optimizer.step()
     assert step() < before
+
+
+def _defaults(preset: Callable[..., MoE]) -> set[str]:
+    return {name for name, p in inspect.signature(preset).parameters.items() if p.default is not p.empty}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -93,6 +97,32 @@ def test_dropless_presets_differ_where_their_papers_do(
 def test_qwen3_counts_load_over_the_global_batch_and_olmoe_adds_the_z_loss() -> None:
     assert presets.qwen3_moe(4, 2).config.losses == (LoadBalance(coefficient=0.001, scope="global"),)
     assert presets.olmoe(4, 2).config.losses == (LoadBalance(coefficient=0.01), RouterZ(coefficient=0.001))
+
+
+def test_deepseek_v3_balances_by_bias_and_by_sequence() -> None:
+    config = presets.deepseek_v3(4, 2).config
+    assert config.router == DeepSeekV3(k=8, groups=8, top_groups=4, scale=2.5, bias_step=0.001)
+    assert config.losses == (LoadBalance(coefficient=1e-4, scope="sequence"),)
+    assert (config.num_experts, config.shared_hidden) == (256, 2)
+
+
+def test_tutel_changes_k_and_capacity_from_call_to_call() -> None:
+    layer, x = presets.tutel(8, 4, 4), torch.randn(1, 64, 8)
+    assert layer.config.capacity == TutelCapacity(factor=1.0)
+    assert int(layer(x, top_k=3).stats.assigned_E.sum()) == 3 * 64
+    assert int(layer(x, capacity_factor=0).stats.dropped_capacity_E.sum()) == 0
+
+
+def test_locmoe_draws_a_node_to_its_own_experts() -> None:
+    for preset in (presets.locmoe, presets.locmoe_plus):
+        layer = preset(8, 4, 4, experts_per_node=2, node=1)
+        assert layer.config.losses[1] == Locality(coefficient=0.01, experts_per_node=2, node=1)
+        assert layer.config.expert == "gelu"
+    assert presets.locmoe(8, 4, 4, minimum=3).config.capacity == FixedCapacity(factor=1.1, minimum=3)
+
+
+def test_expert_choice_leaves_no_expert_idle() -> None:
+    assert (presets.expert_choice(8, 4, 4)(torch.randn(1, 32, 8)).stats.assigned_E == 16).all()
 
 
 def test_shared_experts_side_by_side_are_one_wider_expert() -> None:

@@ -78,6 +78,22 @@ def test_balanced_algorithm_1_loss_is_one_over_e_squared() -> None:
     assert math.isclose(gating.loss.item(), 1 / 16)
 
 
+def test_hashed_experts_by_hand() -> None:
+    """6 experts, p = 2^31 - 1; strides that share no factor with 6: 1 and 5."""
+    functions = [(7, 3), (1, 2)]
+    # id 0: first (3 mod 6) = 3, stride number (2 mod 2) = 0; id 5: first (38 mod 6) = 2, stride number (7 mod 2) = 1
+    assert reference.hash_experts([0, 5], functions, 6, 3).tolist() == [[3, 4, 5], [2, 1, 0]]
+    # (2^30 * 2 + 0) mod p = 1
+    assert reference.hash_experts([2], [(2**30, 0), (1, 0)], 6, 1).tolist() == [[1]]
+    assert reference.hash_experts([0, 5], functions, 1, 1).tolist() == [[0], [0]]
+
+
+def test_even_gates_share_the_scale() -> None:
+    chosen = torch.tensor([[0, 2], [1, 0]])
+    assert close(reference.even_gates(chosen, 3, scale=3.0), matrix([1.5, 0, 1.5], [1.5, 1.5, 0]))
+    assert close(reference.even_gates(chosen, 3), matrix([0.5, 0, 0.5], [0.5, 0.5, 0]))
+
+
 def test_places_queue_first_choices_before_second() -> None:
     assert reference.places(torch.tensor([[0, 1], [1, 0], [0, 1]]), 2).tolist() == [[0, 1], [0, 2], [1, 2]]
 

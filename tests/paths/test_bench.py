@@ -1,33 +1,68 @@
-"""Benchmarks: fair turns, numbers that are there or null, and a failing child that says why."""
+"""Benchmarks: fair turns, honest ratios, differences that are named, numbers that are there or null."""
 
 import json
 import math
+import re
 import time
 
 import pytest
 import torch
 
-from turnout.bench import train_step
-from turnout.bench.measure import peak_mib, race
+from turnout.bench import routers, train_step
+from turnout.bench.gemms import products
+from turnout.bench.memory import peak_mib
+from turnout.bench.mixtral import differences, mixtral, routed_like_mixtral
+from turnout.bench.race import Timing, race, ratio
+from turnout.bench.routers import Shape
+from turnout.contracts import RouterConfig
 from turnout.errors import ConfigError, TurnoutError
+from turnout.experts import FFNExperts
+from turnout.layers import MoE
+from turnout.losses import LoadBalance
 from turnout.models import Decoder
+from turnout.models.presets import PRESETS
+from turnout.models.size import matmul_flops_per_token
+from turnout.routers import TopK
 from turnout.train.recipes import load_recipe
 from turnout.train.step import StepResult
 
+SMALL = Shape(tokens=48, dim=16, hidden=8, experts=8, k=2, seq_len=12)
 
-def test_a_race_runs_everybody_once_a_round_and_lets_the_order_turn() -> None:
-    order: list[str] = []
-    contestants = {name: lambda name=name: order.append(name) for name in ("a", "b", "c")}
-    timings = race(contestants, rounds=3, warmup=1)
-    assert order == [*"abc", *"bca", *"cab", *"abc"]
-    assert all(0 <= t.ms_min <= t.ms_median <= t.ms_max for t in timings.values())
+
+def test_a_race_runs_everybody_once_a_round_in_an_order_that_changes_and_can_be_repeated() -> None:
+    def orders() -> list[str]:
+        order: list[str] = []
+        race({name: lambda name=name: order.append(name) for name in "abc"}, rounds=11, warmup=1)
+        return ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+
+    rounds = orders()
+    assert len(rounds) == 12
+    assert all(sorted(one) == list("abc") for one in rounds)
+    # nobody keeps the same one before it
+    assert {both for one in rounds for both in (one[:2], one[1:])} == {"ab", "ba", "ac", "ca", "bc", "cb"}
+    assert rounds == orders()
+
+
+def test_a_race_counts_no_round_of_warming_up() -> None:
+    calls = iter([0.05, 0.05, 0.0, 0.0, 0.0])
+    timing = race({"cold": lambda: time.sleep(next(calls))}, rounds=3, warmup=2)["cold"]
+    assert len(timing.ms) == 3
+    assert max(timing.ms) < 40
 
 
 def test_a_race_measures_time() -> None:
     timings = race({"short": lambda: time.sleep(0.01), "long": lambda: time.sleep(0.05)}, rounds=3, warmup=0)
-    assert timings["short"].ms_min >= 10
-    assert timings["long"].ms_min >= 50
-    assert timings["short"].ms_median < timings["long"].ms_median
+    assert min(timings["short"].ms) >= 10
+    assert min(timings["long"].ms) >= 50
+
+
+def test_a_ratio_is_taken_round_by_round_so_that_a_slow_round_is_slow_for_both() -> None:
+    ours, theirs = Timing(ms=(10.0, 20.0, 90.0, 11.0)), Timing(ms=(20.0, 40.0, 180.0, 11.0))
+    found = ratio(theirs, ours)
+    # that of the medians would be 30 / 15.5
+    assert (found.low, found.median, found.high) == (1.75, 2.0, 2.0)
+    alone = ratio(Timing(ms=(6.0,)), Timing(ms=(4.0,)))
+    assert (alone.low, alone.median, alone.high) == (1.5, 1.5, 1.5)
 
 
 def test_a_case_gives_a_row_a_peer_and_null_for_what_was_not_measured(turnout) -> None:
@@ -40,29 +75,288 @@ def test_a_case_gives_a_row_a_peer_and_null_for_what_was_not_measured(turnout) -
     ours, limit = rows["turnout"], rows["gemm-limit"]
     assert ours["speedup_of_turnout"] == 1.0
     assert ours["ratio_to_dense"] is None
+    assert ours["ratio_to_dense_quartiles"] is None
     assert limit["peak_mib"] is None
     assert ours["peak_mib"] > 50
     assert ours["ratio_to_limit"] == pytest.approx(limit["ms_median"] / ours["ms_median"])
+    assert ours["ratio_to_limit_quartiles"] == [ours["ratio_to_limit"]] * 2
+
+
+def test_what_is_not_alike_is_named_beside_a_row_of_our_model_routed_like_mixtral(turnout) -> None:
+    small = ["model.dim=16", "model.num_layers=1", "loop.batch_size=1", "loop.seq_len=16", "loop.accumulate=4"]
+    recipe, dense = load_recipe("tiny", small), load_recipe("tiny-dense", small)
+    result = train_step.run(recipe, dense, rounds=1, warmup=0, memory=False)
+    rows = {row["peer"]: row for row in result["rows"]}
+    assert list(rows) == list(train_step.PEERS)
+    assert rows["turnout"]["routing"] == "hash(k=2, scale=2.0) + no loss"
+    assert rows["turnout-mixtral-routing"]["routing"] == "topk(k=2) + load_balance"
+    assert rows["transformers-grouped_mm"]["routing"] == "topk(k=2) + load_balance"
+    assert rows["dense-twin"]["routing"] is None
+    assert [text.partition(":")[0] for text in rows["transformers-eager"]["differences"]] == [
+        "router",
+        "auxiliary losses",
+    ]
+    assert rows["turnout"]["differences"] == []
+    assert rows["transformers-eager"]["speedup_of_turnout_mixtral_routing"] > 0
+    assert result["notes"] == ["loop.accumulate=4: everybody takes one micro-batch a step"]
+
+
+def test_a_person_is_told_what_is_not_alike(turnout) -> None:
+    peers = "turnout,turnout-mixtral-routing,transformers-grouped_mm"
+    result = turnout("bench", "train-step", "--rounds", "1", "--warmup", "0", "--peers", peers, "--no-memory")
+    assert result.code == 0, result.err
+    words = " ".join(result.out.split())
+    assert "turnout routes by hash(k=2, scale=2.0) + no loss" in words
+    assert "not alike: router: hash(k=2, scale=2.0) in the recipe, a learned softmax top-2" in words
+    assert "not alike: auxiliary losses: none in the recipe, load_balance in Mixtral" in words
+
+
+DIFFERENCES = {
+    "as Mixtral": ([], []),
+    "values alone": (["model.moe.router.scale=2.0", "model.moe.router.init_std=0.1"], []),
+    "full softmax": (["model.moe.router.renormalize=false"], ["router: topk(k=2, renormalize=False) in the recipe"]),
+    "another router": (["model.moe.router.name=sinkhorn"], ["router: sinkhorn(k=1) in the recipe"]),
+    "no loss": (["model.moe.losses=[]"], ["auxiliary losses: none in the recipe, load_balance in Mixtral"]),
+    "another loss": (
+        ['model.moe.losses=[{name="load_balance", scope="sequence"}, {name="router_z"}]'],
+        ["auxiliary losses: load_balance(scope=sequence), router_z in the recipe"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_differences_in_routing_are_named(case: str) -> None:
+    changes, starts = DIFFERENCES[case]
+    found = differences(load_recipe("smoke", changes))
+    assert [text.startswith(start) for text, start in zip(found, starts, strict=True)] == [True] * len(starts)
+
+
+REFUSED = {
+    "gelu experts": (["model.moe.expert=gelu"], "model.moe.expert is gelu, Mixtral's swiglu"),
+    "biases": (["model.moe.bias=true"], "model.moe.bias is True, Mixtral's False"),
+    "shared expert": (["model.moe.shared_hidden=16"], "model.moe.shared_hidden is 16, Mixtral's 0"),
+    "latent": (["model.moe.latent_dim=16"], "model.moe.latent_dim is 16"),
+    "capacity": (["model.moe.capacity.name=fixed"], r"model.moe.capacity is FixedCapacity\(.*Mixtral's Dropless"),
+    "a dense block": (["model.dense_first=1"], "the number of blocks with experts is 1, Mixtral's 2"),
+    "query norm": (["model.attention.qk_norm=head"], "model.attention.qk_norm is head, Mixtral's none"),
+    "attention biases": (["model.attention.bias=true"], "model.attention.bias is True"),
+    "sinks": (["model.attention.sinks=true"], "model.attention.sinks is True"),
+    "window": (["model.attention.window=16"], "model.attention.window is 16, Mixtral's 0"),
+    "latent attention": (["model.attention.name=mla"], "model.attention is mla, Mixtral's gqa"),
+    "positions": (["model.positions=learned"], "model.positions is learned, Mixtral's rope"),
+    "norm": (["model.norm=layer"], "model.norm is layer, Mixtral's rms"),
+    "experts by chance": (["model.moe.router.name=gshard"], "experts of a token is left to the router gshard"),
+    "several at once": (["model.moe.bias=true", "model.norm=layer"], "model.norm is layer.*; model.moe.bias is True"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_recipe_that_mixtral_cannot_be_is_refused(case: str) -> None:
+    changes, text = REFUSED[case]
+    recipe = load_recipe("smoke", changes)
+    with pytest.raises(ConfigError, match=text):
+        train_step.check_peers(recipe, recipe, ("turnout", "transformers-eager"))
+    train_step.check_peers(recipe, recipe, ("turnout", "turnout-mixtral-routing", "gemm-limit"))
+
+
+def test_a_window_as_long_as_the_sequence_is_none() -> None:
+    recipe = load_recipe("smoke", ["model.attention.window=64"])
+    train_step.check_peers(recipe, recipe, ("transformers-eager",))
+
+
+TWINS = {
+    "experts": ("smoke", [], r"--dense 'smoke' has experts; the twin of 'tiny' must have none"),
+    "vocabulary": (
+        "tiny-dense",
+        ["model.vocab_size=300", "data.vocab_size=300"],
+        r"--dense 'tiny-dense' has model.vocab_size=300; the batch of 'tiny' needs at least 4096",
+    ),
+    "length": (
+        "tiny-dense",
+        ["model.max_seq_len=64", "loop.seq_len=64"],
+        r"model.max_seq_len=64; the batch of 'tiny' needs at least 256",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TWINS)
+def test_a_twin_that_cannot_take_the_batch_is_refused(case: str) -> None:
+    name, changes, text = TWINS[case]
+    with pytest.raises(ConfigError, match=text):
+        train_step.check_peers(load_recipe("tiny"), load_recipe(name, changes), ("dense-twin",))
+
+
+def test_a_recipe_without_experts_and_an_unknown_peer_are_refused() -> None:
+    dense = load_recipe("tiny-dense")
+    with pytest.raises(ConfigError, match=r"the recipe 'tiny-dense' has no experts"):
+        train_step.check_peers(dense, dense, ("turnout",))
+    with pytest.raises(ConfigError, match=r"unknown peer 'tutel'; available: turnout, turnout-mixtral-routing, "):
+        train_step.check_peers(load_recipe("tiny"), dense, ("tutel",))
+
+
+NOTES = {
+    "nothing": ([], ""),
+    "accumulation": (["loop.accumulate=2"], "loop.accumulate=2: everybody takes one micro-batch a step"),
+    "precision": (
+        ["loop.precision=bfloat16"],
+        "loop.precision='bfloat16', here bfloat16: everybody computes in float32",
+    ),
+    "compiled": (["loop.compile=true"], "loop.compile=true: nobody is compiled"),
+    "device": (["loop.device=cuda"], "loop.device='cuda': everybody computes on the CPU"),
+    "unequal twin": (["model.num_layers=8"], "dense-twin: a token of 'tiny-dense' takes 0."),
+}
+
+
+@pytest.mark.parametrize("case", NOTES)
+def test_what_is_not_measured_as_the_recipe_has_it_is_noted(case: str) -> None:
+    changes, start = NOTES[case]
+    recipe = load_recipe("tiny", ["loop.precision=float32", *changes])
+    found = train_step.notes(recipe, load_recipe("tiny-dense"), train_step.PEERS)
+    assert len(found) == bool(start)
+    assert "".join(found).startswith(start)
+    assert not any("dense-twin" in text for text in train_step.notes(recipe, load_recipe("tiny-dense"), ("turnout",)))
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_our_contestant_is_the_training_loops_own_step(clip: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    smoke = load_recipe("smoke", [f"optimizer.clip={clip}"])
-    model = Decoder(smoke.model)
-    monkeypatch.setattr(train_step, "Decoder", lambda _: model)
-    step = train_step.contestant("turnout", smoke, smoke)
+@pytest.mark.parametrize("peer", ["turnout", "turnout-mixtral-routing"])
+def test_our_contestants_take_the_training_loops_own_step(
+    peer: str, clip: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smoke = load_recipe("smoke", [f"optimizer.clip={clip}", "model.moe.router.name=hash", "model.moe.losses=[]"])
+    built: list[Decoder] = []
+    monkeypatch.setattr(train_step, "Decoder", lambda config: built.append(Decoder(config)) or built[-1])
+    step = train_step.contestant(peer, smoke, smoke)
+    (model,) = built
     before = model.embedding_VD.detach().clone()
     result = step()
     assert isinstance(result, StepResult)
     assert math.isfinite(result.loss)
     assert result.grad_norm > 0
     assert not torch.equal(model.embedding_VD, before)
+    assert set(result.aux) == ({"load_balance"} if peer == "turnout-mixtral-routing" else set())
 
 
-def test_a_recipe_that_mixtral_cannot_be_is_refused() -> None:
-    recipe = load_recipe("smoke", ["model.moe.shared_hidden=16"])
-    with pytest.raises(ConfigError, match="no shared expert"):
-        train_step.contestant("transformers-eager", recipe, recipe)
+def test_ours_and_transformers_mixtral_route_alike() -> None:
+    pytest.importorskip("transformers")
+    model = routed_like_mixtral(load_recipe("tiny").model)
+    assert model.moe is not None
+    theirs = mixtral(model, "grouped_mm").config
+    assert model.moe.router == TopK(k=theirs.num_experts_per_tok)
+    assert model.moe.losses == (LoadBalance(coefficient=theirs.router_aux_loss_coef),)
+    assert theirs.output_router_logits
+    assert sum(p.numel() for p in mixtral(model, "eager").parameters()) == sum(
+        p.numel() for p in Decoder(model).parameters()
+    )
+
+
+@pytest.mark.parametrize(("name", "calls"), [("transformers-grouped_mm", 2), ("transformers-eager", 0)])
+def test_transformers_runs_the_experts_the_row_names(name: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = pytest.importorskip("transformers.integrations.moe")
+    original, seen = moe.grouped_mm_experts_forward, []
+
+    def counted(*args, **kwargs):
+        seen.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", counted)
+    smoke = load_recipe("smoke")
+    train_step.contestant(name, smoke, smoke)()
+    assert len(seen) == calls
+
+
+@pytest.mark.parametrize("preset", PRESETS.names())
+def test_the_limit_has_every_product_with_a_weight_and_no_other(preset: str) -> None:
+    config = PRESETS[preset]()
+    with torch.device("meta"):
+        flops = matmul_flops_per_token(Decoder(config))
+    assert sum(2 * inner * outer for inner, outer in products(config)) == flops
+
+
+def test_the_limit_of_a_router_without_weights_has_no_product_for_it() -> None:
+    tiny = load_recipe("tiny").model
+    assert (tiny.dim, 32) not in products(tiny)
+    assert products(routed_like_mixtral(tiny)).count((tiny.dim, 32)) == tiny.num_layers
+
+
+def test_every_router_of_the_table_and_soft_moe_has_a_row(turnout) -> None:
+    sizes = ["--tokens", "48", "--dim", "16", "--hidden", "8", "--experts", "8", "--k", "2", "--seq-len", "12"]
+    result = turnout("bench", "routers", "--shapes", "b", *sizes, "--rounds", "2", "--warmup", "0", "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out.splitlines()[-1], parse_constant=pytest.fail)
+    rows = {row["peer"]: row for row in found["rows"]}
+    assert list(rows) == [*RouterConfig.TABLE.names(), "soft_moe"]
+    assert found["not_built"] == []
+    assert {name for name, row in rows.items() if not row["causal"]} == {"expert_choice", "soft_moe"}
+    assert rows["switch"]["compared_with"] == "softmax top-1"
+    assert rows["sinkhorn"]["compared_with"] == "softmax top-2"
+    assert rows["deepseek_v3"]["routing"] == "deepseek_v3(k=2, groups=4, top_groups=2, scale=1.0) + no loss"
+    for row in rows.values():
+        low, high = row["time_over_topk_quartiles"]
+        assert 0 < low <= row["time_over_topk"] <= high
+    assert "not for decoders, since they see later tokens: expert_choice, soft_moe" in " ".join(result.err.split())
+
+
+def test_tokens_have_as_many_experts_as_in_softmax_topk_but_where_a_router_decides() -> None:
+    torch.manual_seed(0)
+    experts = FFNExperts(SMALL.dim, SMALL.hidden, SMALL.experts)
+    found, _ = routers.contestants(SMALL, experts)
+    sent = {name: one.step() for name, one in found.items()}
+    decided_by = {"gshard", "locmoe_plus"}
+    assert {n: sent[n] for n in found.keys() - decided_by} == {n: found[n].choices for n in found.keys() - decided_by}
+    assert all(0 < sent[name] <= found[name].choices for name in decided_by)
+
+
+def test_a_shape_that_a_router_cannot_have_is_said_and_the_others_are_measured() -> None:
+    shape = Shape(tokens=24, dim=6, hidden=4, experts=7, k=1, seq_len=12)
+    found = routers.run([shape], rounds=1, warmup=0)
+    refused = {one["peer"]: one["reason"] for one in found["not_built"]}
+    assert set(refused) == {"deepseek_v3", "hierarchical", "locmoe", "locmoe_plus"}
+    assert "num_experts=7" in refused["hierarchical"]
+    compared = {row["peer"]: row["compared_with"] for row in found["rows"]}
+    assert set(compared) == {*RouterConfig.TABLE.names(), "soft_moe"} - set(refused)
+    assert (compared["topk"], compared["gshard"]) == ("softmax top-1", "softmax top-2")
+    with pytest.raises(ConfigError, match="num_experts=7"):
+        routers.run([shape], names=["hierarchical"], rounds=1, warmup=0)
+
+
+def test_a_step_trains_the_router_and_the_shared_experts_and_leaves_no_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built: list[MoE] = []
+    original = MoE.from_config
+    monkeypatch.setattr(MoE, "from_config", lambda dim, config: built.append(original(dim, config)) or built[-1])
+    experts = FFNExperts(SMALL.dim, SMALL.hidden, SMALL.experts)
+    found, _ = routers.contestants(SMALL, experts, ["topk", "sinkhorn"])
+    reached: list[str] = []
+    for layer in built:
+        assert layer.training
+        assert layer.experts is experts
+        layer.router.get_parameter("score.weight_ED").register_post_accumulate_grad_hook(
+            lambda weight: reached.append("router") if weight.grad.abs().sum() > 0 else None
+        )
+    experts.up_EDG.register_post_accumulate_grad_hook(lambda _: reached.append("experts"))
+    for one in found.values():
+        one.step()
+    assert sorted(reached) == ["experts", "experts", "router", "router"]
+    assert all(parameter.grad is None for layer in built for parameter in layer.parameters())
+
+
+BAD_USES = {
+    "unknown router": (["--routers", "topq"], r"unknown router 'topq'; available: base, .*, topk, soft_moe"),
+    "unknown shape": (["--shapes", "a,z"], r"unknown shape 'z'; available: a, b, c"),
+    "no shape": (["--shapes", ","], r"unknown shape ''; available: a, b, c"),
+    "sequences": (["--shapes", "a", "--seq-len", "100"], r"--seq-len 100 must divide --tokens 4096"),
+    "choices": (["--shapes", "a", "--k", "9"], r"--k 9 must be at most --experts 8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USES)
+def test_bad_use_of_the_router_case_is_one_clear_error(case: str, turnout) -> None:
+    args, pattern = BAD_USES[case]
+    result = turnout("bench", "routers", *args)
+    assert result.code == 2, result
+    assert re.search(pattern, " ".join(result.err.split())), result.err
+    assert "Traceback" not in result.err
 
 
 def test_a_child_that_fails_says_why() -> None:

@@ -105,6 +105,12 @@ def test_generate_is_deterministic_by_seed(turnout, trained_run: Path) -> None:
     assert text["text"] == json.loads(second.out.splitlines()[-1])["text"]
 
 
+def test_a_prompt_that_is_not_utf8_is_named(turnout, trained_run: Path) -> None:
+    result = turnout("generate", str(trained_run), "--prompt", "ab\udcff")
+    assert (result.code, result.out) == (2, "")
+    assert "the prompt is not UTF-8 at character 2" in result.err
+
+
 def test_report_writes_one_file(turnout, trained_run: Path, tmp_path: Path) -> None:
     result = turnout("report", str(trained_run), "-o", str(tmp_path / "r.html"), "--json")
     assert result.code == 0, result.err
@@ -159,7 +165,28 @@ BAD_USES: dict[str, tuple[list[str], int, str]] = {
     "report on nothing": (["report", "no-run"], 2, r"no-run"),
     "generate from nothing": (["generate", "no-run"], 2, r"no-run is not a run folder"),
     "zero minutes": (["compare", "tiny", "--minutes", "0"], 2, r"--minutes 0\.0 must be above 0"),
-    "unknown bench": (["bench", "speed"], 2, r"unknown case 'speed'; available: train-step"),
+    "endless comparison": (["compare", "tiny", "--minutes", "inf"], 2, r"--minutes inf must be above 0 and at most"),
+    "endless run": (["train", "tiny", "--minutes", "inf"], 2, r"loop\.minutes=inf must be a finite number"),
+    "minutes that are no number": (["train", "tiny", "--minutes", "nan"], 2, r"loop\.minutes=nan must be a finite"),
+    "minutes past counting": (
+        ["train", "tiny", "--minutes", "1e308"],
+        2,
+        r"minutes=1e\+308 must be above 0 and at most",
+    ),
+    "more than memory": (
+        ["train", "tiny", "--set", "model.moe.hidden=400000000"],
+        2,
+        r"tiny does not fit: it needs about [\d,]+ MiB and \w+ has [\d,]+",
+    ),
+    "two lengths": (["train", "tiny", "--minutes", "1", "--steps", "3"], 2, r"--steps 3 and --minutes 1\.0 are two"),
+    "too many threads": (
+        ["train", "tiny", "--dry-run", "--threads", "1000000"],
+        2,
+        r"--threads 1000000 must be 1 to \d",
+    ),
+    "seed past 64 bits": (["generate", "no-run", "--seed", str(2**64)], 2, r"seed=\d+ must be at least -2\*\*63 and"),
+    "planner in json": (["plan", "--json"], 2, r"not part of this version"),
+    "unknown bench": (["bench", "speed"], 2, r"No such command 'speed'"),
     "unknown verb": (["trian"], 2, r"No such command 'trian'"),
     "unknown option": (["train", "tiny", "--fast"], 2, r"No such option: --fast"),
     "planner": (["plan"], 2, r"not part of this version"),

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from turnout.cli.compare import _rows
-from turnout.contracts import RouterConfig
+from turnout.contracts import Loss, RouterConfig
 from turnout.data.prepare import Dataset
 from turnout.errors import ConfigError
+from turnout.losses import LoadBalance
 from turnout.models.size import sizes
+from turnout.routers import DeepSeekV3, Forced, Hash, TopK
 from turnout.tensors import Assignment
 from turnout.train import checkpoint
 from turnout.train.compare import Curve, ahead_from, check_comparable, compare, seconds_to, verdicts
@@ -176,6 +178,20 @@ def test_every_router_trains_the_same_model_for_the_same_steps(
     assert by_name["hash"].specialisation > by_name["topk"].specialisation
 
 
+@pytest.mark.parametrize(
+    ("router", "losses"),
+    [(TopK(k=2), (LoadBalance(),)), (Forced(k=2, skew=1.0), ()), (Hash(k=2), ()), (DeepSeekV3(k=2), ())],
+)
+def test_only_a_router_that_a_loss_can_move_and_must_gets_one(
+    router: RouterConfig, losses: tuple[Loss, ...], small_recipe: Recipe
+) -> None:
+    assert small_recipe.model.moe is not None
+    moe = replace(small_recipe.model.moe, router=router, losses=())
+    own = replace(small_recipe, model=replace(small_recipe.model, moe=moe))
+    (recipe,) = with_routers(own, [RouterConfig.TABLE.name_of(type(router))])
+    assert recipe.model.moe == replace(moe, losses=losses)
+
+
 def test_a_recipe_without_experts_has_no_routers() -> None:
     with pytest.raises(ConfigError, match="tiny-dense has no experts to route to"):
         with_routers(load_recipe("tiny-dense"), ["topk"])
@@ -217,3 +233,9 @@ def test_rows_of_a_seed_that_only_one_recipe_began() -> None:
     rows = _rows(curves)
     assert rows[0]["seconds_to_loss_of"]["dense"] == pytest.approx(15.0)
     assert rows[2]["seconds_to_loss_of"] == {}
+
+
+def test_a_baseline_without_a_curve_is_not_replaced_by_another_recipe() -> None:
+    curves = [curve("moe", [5.0, 3.0]), curve("other", [5.0, 3.5])]
+    assert verdicts(curves, "dense") == []
+    assert [v.recipe for v in verdicts(curves, "moe")] == ["other"]

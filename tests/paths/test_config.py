@@ -73,6 +73,10 @@ ERRORS = [
         r"unknown field 'router\.kk'; router has: .*did you mean 'k'",
     ),
     ({"title": "x", "sizes": 3}, r"sizes=3 must be a list"),
+    ({"title": "x", "share": float("nan")}, r"share=nan must be a finite number"),
+    ({"title": "x", "share": float("-inf")}, r"share=-inf must be a finite number"),
+    ({"title": "x", "share": 10**400}, r"share must be at least -2\*\*63 and below 2\*\*63; it has 1329 bits"),
+    ({"title": "x", "limit": 2**63}, r"limit must be at least .* it has 64 bits"),
 ]
 
 

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from turnout.contracts import RouterConfig
 from turnout.errors import NonFiniteError, RequestError
 from turnout.infer import GenerateConfig, generate, generate_tokens
 from turnout.layers.attention import AttentionConfig, AttentionKind
+from turnout.layers.kv_cache import KVCache
 from turnout.layers.mla import MLAConfig
 from turnout.layers.moe import MoEConfig
 from turnout.models import Decoder, ModelConfig
-from turnout.routers import GShardTop2, TopK
+from turnout.routers import GShardTop2, Hash, TopK
 
 GREEDY = GenerateConfig(temperature=0.0)
 VOCAB, LONGEST = 37, 24
@@ -22,18 +24,36 @@ KINDS: dict[str, AttentionKind] = {
     "window and sinks": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=4, full_every=2, sinks=True),
     "mla": MLAConfig(num_heads=2, q_rank=8, kv_rank=8, nope_dim=8, rope_dim=4, v_dim=8),
 }
+# by what a token means, and by its id, which must be its own when it comes alone
+ROUTERS: dict[str, RouterConfig] = {"topk": TopK(k=2), "hash": Hash(k=2, scale=2.0)}
 
 
 @pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4, 5, 6, 7]], ids=str)
+@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_generation_is_what_full_recomputation_gives(kind: str, prompt: list[int]) -> None:
-    model, tokens = _model(KINDS[kind]), list(prompt)
+def test_greedy_generation_is_what_full_recomputation_gives(kind: str, router: str, prompt: list[int]) -> None:
+    model, tokens = _model(KINDS[kind], ROUTERS[router]), list(prompt)
     got = list(generate_tokens(model, prompt, replace(GREEDY, max_new_tokens=12), end=-1))
     with torch.no_grad():
         while len(tokens) < len(prompt) + 12:
             h_BSD = model.eval()(torch.tensor([tokens])).h_BSD
             tokens.append(int(model.logits(h_BSD[0, -1]).argmax()))
     assert got == tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [3, 1, 1, 4]], ids=str)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_text_in_pieces_gives_the_logits_and_the_experts_of_the_whole(router: str, chunks: list[int]) -> None:
+    model, tokens_BS = _model(router=ROUTERS[router]).eval(), torch.randperm(VOCAB)[:9].view(1, 9)
+    cache = KVCache(model.config.num_layers, 9)
+    with torch.no_grad():
+        whole = model(tokens_BS)
+        parts = [model(part, cache=cache) for part in tokens_BS.split(chunks, dim=1)]
+    h_BSD = torch.cat([part.h_BSD for part in parts], dim=1)
+    torch.testing.assert_close(model.logits(h_BSD), model.logits(whole.h_BSD), rtol=1e-5, atol=1e-5)
+    for layer, assignment in enumerate(whole.assignments):
+        got = torch.cat([part.assignments[layer].expert_N for part in parts])
+        assert torch.equal(got, assignment.expert_N)
 
 
 def test_the_same_seed_gives_the_same_text_and_leaves_the_global_generator_alone() -> None:
@@ -209,7 +229,7 @@ def _chain(vocab_size: int) -> Decoder:
     return model
 
 
-def _model(attention: AttentionKind = KINDS["gqa"], router: Any = TopK(k=2)) -> Decoder:  # noqa: B008
+def _model(attention: AttentionKind = KINDS["gqa"], router: RouterConfig = ROUTERS["topk"]) -> Decoder:
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=VOCAB,
@@ -217,7 +237,7 @@ def _model(attention: AttentionKind = KINDS["gqa"], router: Any = TopK(k=2)) -> 
         num_layers=2,
         max_seq_len=LONGEST,
         attention=attention,
-        moe=MoEConfig(num_experts=4, hidden=16, router=router),
+        moe=MoEConfig(num_experts=4, hidden=16, router=router, losses=()),
         init_std=0.3,
     )
     return Decoder(config)

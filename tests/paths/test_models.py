@@ -11,6 +11,7 @@ from tests.shapes import ARCHITECTURES, small
 from turnout.config import from_dict, override, to_dict
 from turnout.dispatch import Dropless
 from turnout.errors import ConfigError, ShapeError
+from turnout.layers.attention import AttentionConfig
 from turnout.layers.kv_cache import KVCache
 from turnout.layers.mla import MLAConfig
 from turnout.models import PRESETS, Decoder, ModelConfig, presets
@@ -101,6 +102,11 @@ def test_learned_positions_tell_places_apart_and_need_attention_that_does_not_tu
             lambda: replace(presets.deepseek_v3(), positions="learned"),
             r"attention 'mla' .* needs model\.positions='rope'",
         ),
+        (lambda: replace(presets.tiny(), init_std=-1.0), r"model\.init_std=-1\.0 must be at least 0 and finite"),
+        (lambda: replace(presets.tiny(), init_std=float("nan")), r"model\.init_std=nan must be at least 0"),
+        (lambda: replace(presets.tiny(), norm_eps=-1.0), r"model\.norm_eps=-1\.0 must be above 0 and finite"),
+        (lambda: AttentionConfig(rope_theta=-1.0), r"attention\.rope_theta=-1\.0 must be above 1 and finite"),
+        (lambda: MLAConfig(rope_theta=float("nan")), r"attention\.rope_theta=nan must be above 1 and finite"),
         (lambda: replace(presets.tiny(), dense_first=9), r"dense_first=9 must be in 0\.\.4"),
         (lambda: PRESETS["mixtral-8x7"], r"unknown model preset 'mixtral-8x7'.*did you mean 'mixtral-8x7b'"),
     ],

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import statistics
+import struct
 import time
 import warnings
 from pathlib import Path
@@ -23,15 +24,27 @@ from turnout.observe.trace import TRACE_NAME, read_trace
 from turnout.tensors import MoEStats
 
 LAYERS, EXPERTS = ("a", "b"), (4, 6)
+DAMAGED_HEADERS = [
+    b"[" * 100_000,
+    b"null",
+    b'{"layers":[],"num_experts":[]}',
+    b'{"layers":["a"],"num_experts":[-4]}',
+    b'{"layers":["a"],"num_experts":[0]}',
+    b'{"layers":["a"],"num_experts":[1e400]}',
+    b'{"layers":["a"],"num_experts":[1' + b"0" * 400 + b"]}",
+    b'{"layers":["a"],"num_experts":[4,4]}',
+]
 
 
-def stats(counts: list[int], dropped: list[int] | None = None, entropy: float = 0.5) -> MoEStats:
+def stats(
+    counts: list[int], dropped: list[int] | None = None, entropy: float = 0.5, declined: list[int] | None = None
+) -> MoEStats:
     """What a layer of top-1 routing reports for these counts."""
     total = sum(counts)
     return MoEStats(
         assigned_E=torch.tensor(counts),
         dropped_capacity_E=torch.tensor(dropped or [0] * len(counts)),
-        dropped_policy_E=torch.zeros(len(counts), dtype=torch.int64),
+        dropped_policy_E=torch.tensor(declined or [0] * len(counts)),
         num_routed=torch.tensor(total),
         num_padding=torch.tensor(0),
         entropy_sum=torch.tensor(total * entropy * math.log(len(counts))),
@@ -185,6 +198,15 @@ def test_even_load_and_one_expert_taking_all_are_the_ends_of_every_scale() -> No
     assert all_on_one.dropped_share == pytest.approx(0.5)
 
 
+def test_what_a_router_leaves_out_by_design_is_not_dropped(tmp_path: Path) -> None:
+    layer = stats([8, 8], dropped=[2, 0], declined=[0, 8])
+    got = balance(take_snapshot([layer], [2]))
+    assert (got.dropped_share, got.declined_share) == (pytest.approx(1 / 8), pytest.approx(1 / 2))
+    with Recorder(tmp_path, ["a"], [2]) as recorder:
+        recorder.step(1, seconds=1, tokens=1, loss=1, total_loss=1, lr=1, grad_norm=1, tokens_per_s=1, stats=[layer])
+    assert read_trace(tmp_path).dropped[0].tolist() == [[2, 0]]
+
+
 counts_of = st.lists(st.integers(0, 2**40), min_size=3, max_size=3).filter(lambda counts: sum(counts) > 0)
 
 
@@ -230,6 +252,7 @@ def test_a_tail_of_zeros_after_a_power_cut_is_not_read(tmp_path: Path) -> None:
         (b"TURNOUT\x02" + bytes(40), "format version 2; this release reads version 1"),
         (b"TURNOUT\x01\xff\xff\xff\xff{", "damaged header"),
         (b"TURNOUT\x01\x02\x00\x00\x00{}", "damaged header"),
+        *((b"TURNOUT\x01" + struct.pack("<I", len(body)) + body, "damaged header") for body in DAMAGED_HEADERS),
     ],
 )
 def test_a_file_that_is_no_trace_is_refused_by_name(tmp_path: Path, content: bytes, text: str) -> None:

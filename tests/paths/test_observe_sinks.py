@@ -13,7 +13,7 @@ from turnout.errors import ConfigError, ShapeError
 from turnout.observe import sinks
 from turnout.observe.recorder import Recorder
 from turnout.observe.sinks import SINK_SCALARS, SINKS, is_available, open_sinks
-from turnout.observe.token_view import TokenView, read_token_views, token_choices, write_token_view
+from turnout.observe.token_view import TokenView, read_token_view, token_choices, token_view_paths, write_token_view
 from turnout.tensors import Assignment
 
 
@@ -69,6 +69,29 @@ def test_a_sink_that_is_not_installed_is_refused_with_the_command_that_installs_
         open_sinks(["wandb"], tmp_path)
     with pytest.raises(ConfigError, match="pip install"):
         Recorder(tmp_path / "run", (), (), sinks=["trackio"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_sink_leaves_no_folder_and_cuts_no_record(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown sink"):
+        Recorder(tmp_path / "deep" / "run", (), (), sinks=["wandbb"])
+    assert not list(tmp_path.iterdir())
+    with Recorder(tmp_path, (), ()) as recorder:
+        step(recorder, 1)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="unknown sink"):
+        Recorder.resume(tmp_path, 0, (), (), sinks=["wandbb"])
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_sink_that_does_not_start_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: object) -> None:
+        raise ConnectionError("not logged in")
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=fails))
+    monkeypatch.setattr(sinks, "is_available", lambda name: True)
+    with pytest.raises(ConfigError, match="sink 'trackio' does not start: not logged in"):
+        open_sinks(["trackio"], tmp_path)
 
 
 def test_an_unknown_sink_names_those_there_are(tmp_path: Path) -> None:
@@ -113,7 +136,7 @@ def test_a_token_view_reads_back_as_it_was_written(tmp_path: Path) -> None:
     )
     write_token_view(tmp_path, view)
     write_token_view(tmp_path, TokenView(step=20, tokens=[], layers=["x"], experts=[[]], weights=[[]]))
-    first, last = read_token_views(tmp_path)
+    first, last = map(read_token_view, token_view_paths(tmp_path))
     assert first == view
     assert last.step == 20
 

@@ -227,8 +227,69 @@ def test_torn_broken_and_missing_parts_are_left_out_and_named(tmp_path: Path) ->
     assert data["load"] is None
     assert data["name"] == "run"
     assert [view["step"] for view in data["tokens"]] == [4, 40]
-    assert len(data["notes"]) == 3
+    parts = ("metrics.jsonl", "recipe.toml", "summary.json", "counts.bin", "tokens-step-9.json")
+    assert [sum(part in note for note in data["notes"]) for part in parts] == [1] * 5
     write_report(run, tmp_path / "r.html")
+
+
+def _step(text: str) -> bytes:
+    return b'{"kind":"step","step":41,' + text.encode() + b"}\n"
+
+
+HUGE, DEEP = "1" + "0" * 400, "[" * 100_000
+VIEW = '{"step":9,"tokens":["a"],"layers":["x"],"experts":[[[0]]],"weights":%s}'
+DAMAGES = {
+    "metrics.jsonl: huge loss": ("metrics.jsonl", _step(f'"loss":{HUGE},"aux":{{"z":{HUGE}}}'), ""),
+    "metrics.jsonl: huge step": ("metrics.jsonl", f'{{"kind":"step","step":{HUGE}}}\n'.encode(), "metrics.jsonl"),
+    "metrics.jsonl: largest floats": ("metrics.jsonl", _step('"loss":1.7976931348623157e308,"lr":1.79769313e308'), ""),
+    "metrics.jsonl: deep": ("metrics.jsonl", DEEP.encode() + b"\n", "metrics.jsonl"),
+    "metrics.jsonl: lists": ("metrics.jsonl", _step('"loss":[1],"seconds":{},"aux":[2]'), ""),
+    "summary: deep": ("summary.json", DEEP.encode(), "summary.json"),
+    "summary: huge": ("summary.json", f'{{"params_total":{HUGE}}}'.encode(), ""),
+    "recipe: deep": ("recipe.toml", f"name = {DEEP}".encode(), "recipe.toml"),
+    "recipe: long number": ("recipe.toml", f"name = {'9' * 6000}".encode(), "recipe.toml"),
+    "recipe: no such router": ("recipe.toml", b'[model.moe.router]\nname = "nope"', "unknown router 'nope'"),
+    "view: no lists": ("trace/tokens-step-9.json", (VIEW % "[[3]]").encode(), "tokens-step-9.json"),
+    "view: texts": ("trace/tokens-step-9.json", (VIEW % '[[["b"]]]').encode(), "tokens-step-9.json"),
+    "view: too few": ("trace/tokens-step-9.json", (VIEW % "[[[]]]").encode(), "tokens-step-9.json"),
+    "view: huge": ("trace/tokens-step-9.json", (VIEW % f"[[[{HUGE}]]]").encode(), ""),
+    "view: deep": ("trace/tokens-step-9.json", DEEP.encode(), "tokens-step-9.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_is_left_out_of_the_page_and_named(tmp_path: Path, damage: str) -> None:
+    name, content, note = DAMAGES[damage]
+    run = synthetic_run(tmp_path / "run", steps=40)
+    with (run / name).open("ab" if name == "metrics.jsonl" else "wb") as file:
+        file.write(content)
+    notes = json.loads(_Page.of(write_report(run, tmp_path / "r.html").read_text()).data)["notes"]
+    assert len(notes) == bool(note)
+    assert not note or note in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("out", "text"),
+    [("folder", "is a folder; name the HTML file"), ("run/metrics.jsonl", "is a file of the run; name an HTML file")],
+)
+def test_a_page_never_takes_the_place_of_something_else(tmp_path: Path, out: str, text: str) -> None:
+    run = synthetic_run(tmp_path / "run", steps=5)
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=text):
+        write_report(run, tmp_path / out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_page_knows_from_the_recipe_whether_the_router_learns(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", steps=5)
+    (run / "recipe.toml").write_text('[model.moe.router]\nname = "topk"\nk = 1\n')
+    assert page_data(read_run(run))["routing"]["learns"]
+    (run / "recipe.toml").write_text('[model.moe.router]\nname = "hash"\nk = 2\n')
+    record = read_run(run)
+    assert not page_data(record)["routing"]["learns"]
+    assert "every token of one id takes the same k experts" in record.routing.rule
+    assert {"k", "tries", "vocab_size"} <= dict(record.routing.settings).keys()
 
 
 @pytest.mark.parametrize("content", [b"", b'{"kind":"event","step":0,"text":"begun"}\n', b'{"kind":"step","step":1}\n'])
@@ -252,20 +313,24 @@ def test_embedded_data_reads_back_as_it_was() -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-@pytest.mark.parametrize("kind", ["sick", "dense", "empty"])
+@pytest.mark.parametrize("kind", ["sick", "fixed", "dense", "empty"])
 def test_the_page_draws_itself_in_a_browser(tmp_path: Path, kind: str) -> None:
     run = tmp_path / "run"
     if kind == "empty":
         run.mkdir()
         (run / "metrics.jsonl").touch()
     else:
-        synthetic_run(run, steps=120, sick=kind == "sick", experts=(8, 4) if kind == "sick" else ())
+        synthetic_run(run, steps=120, sick=kind == "sick", experts=(8, 4) if kind in ("sick", "fixed") else ())
+    if kind == "fixed":
+        (run / "recipe.toml").write_text('[model.moe.router]\nname = "hash"\nk = 2\n')
     dom, log = _browse(write_report(run, tmp_path / "r.html"), tmp_path / "profile")
     dom = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
     assert "CONSOLE" not in log, log
     assert "Written by Turnout" in dom
     assert ("No steps recorded yet" in dom) == (kind == "empty")
-    assert ("No MoE layers were recorded" in dom) == (kind != "sick")
+    assert ("No MoE layers were recorded" in dom) == (kind in ("dense", "empty"))
+    assert ("This router does not learn" in dom) == (kind == "fixed")
+    assert ("Router margin" in dom) == (kind == "sick")
     assert "NaN" not in dom
 
 

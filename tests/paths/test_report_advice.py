@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from turnout.observe.advice import Finding, advise
+from turnout.observe.routing import Routing
 from turnout.observe.run_summary import LayerLoad, RunSummary, Spike, find_spikes
 
 
@@ -31,6 +32,7 @@ def layer(name: str = "blocks.0.moe", load: tuple[float, ...] = (1.1, 0.9, 1.2, 
     return LayerLoad(name=name, load=load, **{"fair_count": 5000.0} | changes)
 
 
+FIXED = Routing(learns=False, rule="By token id.", settings=(("k", "experts per token"), ("tries", "functions drawn")))
 ONE_HOT = (7.6, *[0.4 / 7] * 7)
 
 CASES = {
@@ -94,6 +96,18 @@ CASES = {
         healthy(layers=(layer("a", dropped_share=0.3),)),
         ("error", "30 % of assignments are dropped", "a drops most, 30 %", "drops nothing"),
     ),
+    "left out by design": (
+        healthy(declined_share=0.4, routing=Routing(settings=(("threshold", "share kept"),))),
+        ("note", "The router leaves out 40 % of its choices", "by design", "a setting of the router: threshold"),
+    ),
+    "a dead expert of a fixed router": (
+        healthy(layers=(layer("a", (2.0, 2.0, 0.0, 0.0)),), routing=FIXED),
+        ("error", "2 of 4 experts are dead", "a: experts 2, 3", "num_experts, or a setting of the router: k (experts"),
+    ),
+    "drops of a fixed router": (
+        healthy(layers=(layer("a", dropped_share=0.3),), routing=FIXED),
+        ("error", "30 % of assignments are dropped", "for want of room", "Raise the capacity factor"),
+    ),
     "slower": (
         healthy(tokens_per_s_late=500.0),
         ("warn", "slowed down by 50 %", r"From 1,000 to 500 tokens per second", "other work"),
@@ -113,6 +127,13 @@ def test_each_trouble_is_named_with_its_numbers_and_a_way_out(name: str) -> None
     assert found[0].severity == severity
     assert re.search(text, plain(found[0].text))
     assert try_ in plain(found[0].try_)
+
+
+def test_a_router_that_does_not_learn_is_never_told_to() -> None:
+    for summary, _ in CASES.values():
+        for finding in advise(replace(summary, routing=FIXED, last_step=1000)):
+            words = f"{finding.title} {finding.try_}"
+            assert not re.search(r"load-balance|router noise|z-loss|hardly chooses|balancing bias", words), words
 
 
 def test_a_healthy_run_gets_one_good_word_with_its_numbers() -> None:

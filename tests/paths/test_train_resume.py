@@ -11,13 +11,20 @@ import pytest
 import torch
 
 from turnout.data.prepare import Dataset
-from turnout.routers import DeepSeekV3, GShardTop2
+from turnout.models import Decoder
+from turnout.routers import DeepSeekV3, GShardTop2, Hash
+from turnout.routers.hash import HashRouter
 from turnout.train import checkpoint, state
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
 from turnout.train.signals import StopRequest
 
 CLOCK = {"seconds", "tokens_per_s"}
+
+
+def with_moe(recipe: Recipe, **changes: Any) -> Recipe:
+    assert recipe.model.moe is not None
+    return replace(recipe, model=replace(recipe.model, moe=replace(recipe.model.moe, **changes)))
 
 
 def train_to_end(recipe: Recipe, dataset: Dataset, run: Path) -> Trainer:
@@ -56,8 +63,13 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
 
-# one router draws, so the random generator must be restored as well; the other's bias moves without a gradient
-ROUTERS = {"draws": GShardTop2(), "moves its bias": DeepSeekV3(k=2, bias_step=0.01)}
+# one router draws, so the random generator must be restored as well; the next one's bias moves without a gradient;
+# the last holds what it drew for a text it is not shown again
+ROUTERS: dict[str, dict[str, Any]] = {
+    "draws": {"router": GShardTop2()},
+    "moves its bias": {"router": DeepSeekV3(k=2, bias_step=0.01)},
+    "was fitted to the text": {"router": Hash(k=2, scale=2.0), "losses": ()},
+}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -65,9 +77,7 @@ ROUTERS = {"draws": GShardTop2(), "moves its bias": DeepSeekV3(k=2, bias_step=0.
 def test_a_resumed_run_equals_the_uninterrupted_one(
     router: str, seed: int, small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path
 ) -> None:
-    assert small_recipe.model.moe is not None
-    moe = replace(small_recipe.model.moe, router=ROUTERS[router])
-    recipe = replace(small_recipe, model=replace(small_recipe.model, moe=moe), seed=seed)
+    recipe = replace(with_moe(small_recipe, **ROUTERS[router]), seed=seed)
     train_to_end(recipe, small_dataset, tmp_path / "whole")
     train_with_a_stop(recipe, small_dataset, tmp_path / "cut", at_step=3 + seed)
     whole, cut = everything(tmp_path / "whole"), everything(tmp_path / "cut")
@@ -77,6 +87,35 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert whole["sampler"] == cut["sampler"]
     assert whole["counters"] == cut["counters"]
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_a_new_run_fits_its_routers_to_its_text_and_a_resumed_run_leaves_them_alone(
+    small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = with_moe(small_recipe, router=Hash(k=2), losses=())
+    torch.manual_seed(recipe.seed)
+    first_draws = greatest_loads(Decoder(recipe.model), small_dataset)
+    kept = greatest_loads(train_to_end(recipe, small_dataset, tmp_path / "run").model, small_dataset)
+    assert all(ours <= first for ours, first in zip(kept, first_draws, strict=True))
+    assert sum(kept) < sum(first_draws)
+    monkeypatch.setattr(HashRouter, "before_training", lambda *_: pytest.fail("a resumed run was shown its text"))
+    resumed = Trainer(recipe, small_dataset, tmp_path / "run", resume=True)
+    assert greatest_loads(resumed.model, small_dataset) == kept
+
+
+def greatest_loads(model: Decoder, dataset: Dataset) -> list[int]:
+    """Of each MoE layer: how often the text has the ids of its busiest expert."""
+    count_V = torch.from_numpy(dataset.train.token_counts())
+    loads = []
+    for _, layer in model.moe_blocks():
+        expert_VK = layer.router(torch.zeros(len(count_V), layer.dim), torch.arange(len(count_V))).assignment.as_topk()[
+            0
+        ]
+        load_E = torch.zeros(layer.config.num_experts, dtype=torch.int64)
+        for id_experts_V in expert_VK.T:
+            load_E.index_add_(0, id_experts_V, count_V)
+        loads.append(int(load_E.max()))
+    return loads
 
 
 def test_a_resume_says_which_random_state_it_could_not_restore(

@@ -1,129 +1,176 @@
 """Case train-step: a whole optimizer step of a recipe's model against transformers' Mixtral of the same shape.
 
-Everybody gets the same tokens, the same fused AdamW, the same clipping, and its balance loss switched on. Ours is the
-training loop's own step, with its checks for NaN and its statistics. Mixtral's weights always sum to 1, whatever
-`router.scale` says; the work is the same.
+Everybody gets the same tokens, fused AdamW and clipping, in float32 on the CPU. Ours is the training loop's own step,
+with its checks for NaN and its statistics; Mixtral's is the bare one. The recipe's router and losses may be others than
+Mixtral's, and then rows say so; `turnout-mixtral-routing` is our model with Mixtral's, to compare like with like.
+Values that cost no time (initial weights, learning rates of groups, rotary base) are each model's own.
 """
 
+import contextlib
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from turnout.bench.gemms import gemms
+from turnout.bench.memory import peak_mib
+from turnout.bench.mixtral import check_shape, differences, mixtral, routed_like_mixtral, routing_words
+from turnout.bench.race import Timing, race, ratio
+from turnout.bench.run import check_gate, ratio_keys, result, row
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
-from turnout.layers.attention import AttentionConfig
 from turnout.models import Decoder, ModelConfig
+from turnout.models.size import sizes
+from turnout.train.device import compute_dtype
 from turnout.train.estimate import step_on
 from turnout.train.recipe import Recipe
 
-PEERS = ("turnout", "transformers-grouped_mm", "transformers-eager", "dense-twin", "gemm-limit")
+OURS, LIKE, DENSE, LIMIT = "turnout", "turnout-mixtral-routing", "dense-twin", "gemm-limit"
+THEIRS = "transformers-"
+PEERS = (OURS, LIKE, f"{THEIRS}grouped_mm", f"{THEIRS}eager", DENSE, LIMIT)
+# of FLOPs a token: a twin within it is one of the same work
+TWIN_TOLERANCE = 0.02
 
 
-def contestants(recipe: Recipe, dense: Recipe, *, peers: tuple[str, ...] = PEERS) -> dict[str, Callable[[], object]]:
-    """Name -> one training step on a fixed batch.
+def run(
+    recipe: Recipe, dense: Recipe, *, peers: tuple[str, ...] = (), rounds: int, warmup: int, memory: bool
+) -> dict[str, Any]:
+    """A row for each of `peers` (none: all of PEERS), and `notes` on what is not measured as the recipe has it.
 
-    Raises: ConfigError if a peer is unknown or not installed, or the recipe has what Mixtral lacks.
+    Raises: ConfigError if a peer is unknown, not installed or cannot be compared with the recipe; TurnoutError, before
+    anything is timed, if a backend does not compute what the oracle computes.
     """
-    return {name: contestant(name, recipe, dense) for name in peers}
+    names = peers or PEERS
+    check_peers(recipe, dense, names)
+    check_gate()
+    timings = race({name: contestant(name, recipe, dense) for name in names}, rounds=rounds, warmup=warmup)
+    rows = []
+    for name in names:
+        peak = functools.partial(few_steps, name, recipe, dense)
+        rows.append(_row(name, timings, recipe) | {"peak_mib": peak_mib(peak) if memory and name != LIMIT else None})
+    return result(rows, "transformers", notes=notes(recipe, dense, names))
 
 
 def contestant(name: str, recipe: Recipe, dense: Recipe) -> Callable[[], object]:
-    """One of PEERS as a function of no arguments."""
-    if name not in PEERS:
-        raise ConfigError(f"unknown peer {name!r}; available: {', '.join(PEERS)}")
+    """One of PEERS: a training step on a fixed batch."""
+    loop = recipe.loop
     torch.manual_seed(0)
-    tokens_BS = torch.randint(recipe.model.vocab_size, (recipe.loop.batch_size, recipe.loop.seq_len + 1))
-    if name == "gemm-limit":
-        return _gemms(recipe.model, tokens_BS.shape[0] * recipe.loop.seq_len)
-    if name == "turnout":
-        return _our_step(Decoder(recipe.model), tokens_BS, recipe)
-    if name == "dense-twin":
-        return _our_step(Decoder(dense.model), tokens_BS, recipe)
-    return _mixtral_step(recipe, tokens_BS, name.removeprefix("transformers-"))
+    tokens_BS = torch.randint(recipe.model.vocab_size, (loop.batch_size, loop.seq_len + 1))
+    if name == LIMIT:
+        return gemms(recipe.model, loop.batch_size * loop.seq_len)
+    if name.startswith(THEIRS):
+        return _mixtral_step(recipe, tokens_BS, name.removeprefix(THEIRS))
+    batch = Batch(tokens_BS=tokens_BS[:, :-1], targets_BS=tokens_BS[:, 1:])
+    return step_on(Decoder(_our_model(name, recipe, dense)), [batch], recipe, torch.float32)
 
 
 def few_steps(name: str, recipe: Recipe, dense: Recipe) -> None:
     """Three steps of one peer: what the memory measurement runs in a process of its own."""
+    # in everybody's process, where it is installed: its code is no part of a step's memory
+    with contextlib.suppress(ImportError):
+        importlib.import_module("transformers.models.mixtral.modeling_mixtral")
     step = contestant(name, recipe, dense)
     for _ in range(3):
         step()
 
 
-def _our_step(model: Decoder, tokens_BS: Tensor, recipe: Recipe) -> Callable[[], object]:
-    batch = Batch(tokens_BS=tokens_BS[:, :-1], targets_BS=tokens_BS[:, 1:])
-    return step_on(model, [batch], recipe, torch.float32)
+def check_peers(recipe: Recipe, dense: Recipe, peers: tuple[str, ...]) -> None:
+    """Raises: ConfigError naming the peer that is unknown, or what keeps it from being compared with the recipe."""
+    for name in peers:
+        if name not in PEERS:
+            raise ConfigError(f"unknown peer {name!r}; available: {', '.join(PEERS)}")
+    if not recipe.model.moe_layers():
+        raise ConfigError(f"the recipe {recipe.name!r} has no experts; train-step measures one that has")
+    if any(name.startswith(THEIRS) for name in peers):
+        check_shape(recipe)
+    if DENSE in peers:
+        _check_twin(recipe, dense)
+
+
+def notes(recipe: Recipe, dense: Recipe, peers: tuple[str, ...]) -> list[str]:
+    """What the recipe has and this measurement leaves out, a sentence each."""
+    loop, said = recipe.loop, []
+    if loop.accumulate > 1:
+        said.append(f"loop.accumulate={loop.accumulate}: everybody takes one micro-batch a step")
+    if loop.device == "cuda":
+        said.append("loop.device='cuda': everybody computes on the CPU")
+    if compute_dtype(torch.device("cpu"), loop.precision) != torch.float32:
+        said.append(f"loop.precision={loop.precision!r}, here bfloat16: everybody computes in float32")
+    if loop.compile:
+        said.append("loop.compile=true: nobody is compiled")
+    work = _twin_work(recipe, dense) if DENSE in peers else 1.0
+    if abs(work - 1) > TWIN_TOLERANCE:
+        said.append(f"{DENSE}: a token of {dense.name!r} takes {work:.2f} times the FLOPs of one of {recipe.name!r}")
+    return said
+
+
+def _row(name: str, timings: dict[str, Timing], recipe: Recipe) -> dict[str, Any]:
+    def over(numerator: str, denominator: str) -> Any:
+        both = numerator in timings and denominator in timings
+        return ratio(timings[numerator], timings[denominator]) if both else None
+
+    timing = timings[name]
+    tokens = recipe.loop.batch_size * recipe.loop.seq_len
+    return {
+        **row("train-step", name, timing),
+        "routing": _routing(name, recipe),
+        "differences": differences(recipe) if name.startswith(THEIRS) else [],
+        "tokens_per_s": 1e3 * tokens / timing.median,
+        **ratio_keys("speedup_of_turnout", over(name, OURS)),
+        **ratio_keys("speedup_of_turnout_mixtral_routing", over(name, LIKE)),
+        **ratio_keys("ratio_to_dense", over(DENSE, name)),
+        **ratio_keys("ratio_to_limit", over(LIMIT, name)),
+    }
+
+
+def _routing(name: str, recipe: Recipe) -> str | None:
+    if name in (DENSE, LIMIT):
+        return None
+    model = recipe.model if name == OURS else routed_like_mixtral(recipe.model)
+    assert model.moe is not None
+    return routing_words(model.moe)
+
+
+def _our_model(name: str, recipe: Recipe, dense: Recipe) -> ModelConfig:
+    return {OURS: recipe.model, LIKE: routed_like_mixtral(recipe.model), DENSE: dense.model}[name]
 
 
 def _mixtral_step(recipe: Recipe, tokens_BS: Tensor, implementation: str) -> Callable[[], object]:
-    model = _mixtral(recipe.model, implementation)
+    model, settings = mixtral(recipe.model, implementation), recipe.optimizer
     inputs_BS = tokens_BS[:, :-1].contiguous()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, fused=True)
+    betas = (settings.beta1, settings.beta2)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.lr,
+        betas=betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
 
     def step() -> None:
         model(input_ids=inputs_BS, labels=inputs_BS).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.max_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), settings.max_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-def _mixtral(model: ModelConfig, implementation: str) -> Any:
-    try:
-        from transformers import MixtralConfig, MixtralForCausalLM
-    except ImportError as error:
-        raise ConfigError("the peer needs transformers: pip install 'turnout[bench]'") from error
-    moe, attention = model.moe, _attention(model)
-    if moe is None or moe.shared_hidden or len(model.moe_layers()) != model.num_layers:
-        raise ConfigError("transformers' Mixtral has experts in every layer and no shared expert; this recipe differs")
-    config = MixtralConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.dim,
-        intermediate_size=moe.hidden,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=attention.num_heads,
-        num_key_value_heads=attention.num_kv_heads,
-        head_dim=attention.head_dim,
-        num_local_experts=moe.num_experts,
-        num_experts_per_tok=moe.router.choices,
-        max_position_embeddings=model.max_seq_len,
-        tie_word_embeddings=model.tie_embeddings,
-        output_router_logits=True,
-        router_aux_loss_coef=0.01,
-        use_cache=False,
-        sliding_window=None,
-    )
-    config._experts_implementation = implementation
-    return MixtralForCausalLM(config)
+def _check_twin(recipe: Recipe, dense: Recipe) -> None:
+    if dense.model.moe_layers():
+        raise ConfigError(f"--dense {dense.name!r} has experts; the twin of {recipe.name!r} must have none")
+    for name, least in (("vocab_size", recipe.model.vocab_size), ("max_seq_len", recipe.loop.seq_len)):
+        if getattr(dense.model, name) < least:
+            raise ConfigError(
+                f"--dense {dense.name!r} has model.{name}={getattr(dense.model, name)}; the batch of {recipe.name!r} "
+                f"needs at least {least}"
+            )
 
 
-def _gemms(model: ModelConfig, num_tokens: int) -> Callable[[], object]:
-    """Every product with a weight, forward and backward, as one dense matrix each, and nothing else.
-
-    No layer can be faster than its share of these; attention's products of queries and keys are not among them.
-    """
-    attention, dim, moe = _attention(model), model.dim, model.moe
-    heads, width = attention.num_heads, attention.head_dim
-    active = model.hidden if moe is None else moe.router.choices * moe.hidden + moe.shared_hidden
-    qkv = (heads + 2 * attention.num_kv_heads) * width
-    block = [(qkv, dim), (dim, heads * width), (2 * active, dim), (dim, active)]
-    block += [] if moe is None else [(moe.num_experts, dim)]
-    shapes = block * model.num_layers + [(model.vocab_size, dim)]
-    matrices = [(torch.randn(num_tokens, inner), torch.randn(inner, outer)) for outer, inner in shapes]
-    outputs = [torch.empty(num_tokens, weight.shape[1]) for _, weight in matrices]
-
-    def run() -> None:
-        for (x, weight), y in zip(matrices, outputs, strict=True):
-            torch.mm(x, weight, out=y)
-            torch.mm(y, weight.t())
-            torch.mm(x.t(), y)
-
-    return run
-
-
-def _attention(model: ModelConfig) -> AttentionConfig:
-    if not isinstance(model.attention, AttentionConfig):
-        raise ConfigError("transformers' Mixtral has grouped-query attention; this recipe differs")
-    return model.attention
+def _twin_work(recipe: Recipe, dense: Recipe) -> float:
+    seq_len = recipe.loop.seq_len
+    return sizes(dense.model, seq_len).flops_per_token / sizes(recipe.model, seq_len).flops_per_token

@@ -7,61 +7,167 @@ import typer
 from turnout.cli import options
 from turnout.cli.console import console, print_json, table
 
+bench = typer.Typer(help="Gated benchmarks against named peers: ratios from one run.", no_args_is_help=True)
+
+Rounds = Annotated[int, typer.Option(help="Timed rounds.", min=1)]
+Warmup = Annotated[int, typer.Option(help="Rounds before them, which are not counted.", min=0)]
+
 
 def add_to(app: typer.Typer) -> None:
-    app.command(epilog="Example: turnout bench train-step --json")(bench)
+    app.add_typer(bench, name="bench")
 
 
-def bench(
-    case: Annotated[str, typer.Argument(help="The case: train-step.", show_default=False)],
+@bench.command("train-step", epilog="Example: turnout bench train-step --json")
+def train_step(
     recipe: Annotated[str, typer.Option(help="Recipe whose model is measured.")] = "tiny",
     dense: Annotated[str, typer.Option(help="Its dense twin.")] = "tiny-dense",
-    rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 20,
-    warmup: Annotated[int, typer.Option(help="Rounds before them.", min=0)] = 3,
+    rounds: Rounds = 20,
+    warmup: Warmup = 3,
     peers: Annotated[str, typer.Option(help="Comma-separated peers; empty: all.")] = "",
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, in processes of their own.")] = True,
     threads: options.Threads = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a case; the layer is first proven against the oracle, and a red gate prints no number."""
-    from turnout.bench.run import CASES, run_case
+    """A training step against transformers' Mixtral of the same shape, the dense twin and the bare products."""
+    from turnout.bench.train_step import run
     from turnout.cli.process import own_process
-    from turnout.errors import ConfigError
     from turnout.train.recipes import load_recipe
 
-    if case not in CASES:
-        raise ConfigError(f"unknown case {case!r}; available: {', '.join(CASES.names())}")
     process = own_process(threads)
-    names = tuple(name.strip() for name in peers.split(",") if name.strip())
-    result = run_case(
-        case, load_recipe(recipe), load_recipe(dense), peers=names, rounds=rounds, warmup=warmup, memory=memory
-    )
+    chosen = load_recipe(recipe)
+    result = run(chosen, load_recipe(dense), peers=_names(peers), rounds=rounds, warmup=warmup, memory=memory)
     screen = console(as_json=as_json)
-    screen.print(f"  {process}; {result['machine']['processor']}, {result['machine']['cores']} cores")
-    screen.print(_card(case, recipe, result["rows"]))
+    screen.print(_measured_on(process, result))
+    screen.print(_times(f"Training step of {chosen.name}: everybody in turns in one process", result["rows"]))
+    screen.print(_ratios(result["rows"]))
+    for line in _remarks(result):
+        screen.print(f"  {line}")
     if as_json:
         print_json(result)
 
 
-def _card(case: str, recipe: str, rows: list[dict[str, Any]]) -> Any:
-    columns = {"peer": "left", "median ms": "right", "min": "right", "max": "right", "tokens/s": "right"}
-    columns |= {"turnout is": "right", "of dense": "right", "of GEMM limit": "right", "peak MiB": "right"}
+@bench.command("routers", epilog="Example: turnout bench routers --shapes a --routers topk,sinkhorn,soft_moe")
+def routers(
+    shapes: Annotated[
+        str, typer.Option(help="Comma-separated shapes: a, b, c; the next options change them.")
+    ] = "a,b,c",
+    tokens: Annotated[int, typer.Option(help="Tokens of a call; 0: the shape's.", min=0)] = 0,
+    dim: Annotated[int, typer.Option(help="Width; 0: the shape's.", min=0)] = 0,
+    hidden: Annotated[int, typer.Option(help="Hidden width of an expert; 0: the shape's.", min=0)] = 0,
+    experts: Annotated[int, typer.Option(help="Experts; 0: the shape's.", min=0)] = 0,
+    k: Annotated[int, typer.Option(help="Choices of a token; 0: the shape's.", min=0)] = 0,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence; 0: the shape's.", min=0)] = 0,
+    only: Annotated[str, typer.Option("--routers", help="Comma-separated routers; empty: all, and soft_moe.")] = "",
+    rounds: Rounds = 20,
+    warmup: Warmup = 3,
+    threads: options.Threads = 0,
+    as_json: options.Json = False,
+) -> None:
+    """A layer with each router, forward and backward in training, against softmax top-k of as many choices."""
+    from turnout.bench.routers import run
+    from turnout.cli.process import own_process
+
+    changes = {"tokens": tokens, "dim": dim, "hidden": hidden, "experts": experts, "k": k, "seq_len": seq_len}
+    chosen = _shapes(_names(shapes), {name: value for name, value in changes.items() if value})
+    process = own_process(threads)
+    result = run(chosen, names=_names(only), rounds=rounds, warmup=warmup)
+    screen = console(as_json=as_json)
+    screen.print(_measured_on(process, result))
+    for shape in chosen:
+        rows = _of_shape(result["rows"], shape)
+        screen.print(_router_times(f"Layer {shape}, forward and backward; experts: of a token", rows))
+        looking_ahead = ", ".join(row["peer"] for row in rows if not row["causal"])
+        if looking_ahead:
+            screen.print(f"  not for decoders, since they see later tokens: {looking_ahead}")
+        for refused in _of_shape(result["not_built"], shape):
+            screen.print(f"  {refused['peer']} is not measured: {refused['reason']}")
+    if as_json:
+        print_json(result)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _shapes(names: tuple[str, ...], changes: dict[str, int]) -> list[Any]:
+    from dataclasses import replace
+
+    from turnout.bench.routers import SHAPES
+    from turnout.errors import ConfigError
+
+    for name in names or [""]:
+        if name not in SHAPES:
+            raise ConfigError(f"unknown shape {name!r}; available: {', '.join(SHAPES)}")
+    # shapes may become one by what is changed
+    return list(dict.fromkeys(replace(SHAPES[name], **changes) for name in names))
+
+
+def _of_shape(found: list[dict[str, Any]], shape: Any) -> list[dict[str, Any]]:
+    return [one for one in found if one["shape"] == vars(shape)]
+
+
+def _measured_on(process: str, result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return f"  {process}; {machine['processor']}, {machine['cores']} cores"
+
+
+def _times(title: str, rows: list[dict[str, Any]]) -> Any:
+    columns = {"peer": "left", "median ms": "right", "min": "right", "max": "right"}
+    columns |= {"tokens/s": "right", "peak MiB": "right"}
+    cells = [[*_ms(row), f"{row['tokens_per_s']:,.0f}", _number(row["peak_mib"], ".0f")] for row in rows]
+    return table(title, columns, cells)
+
+
+def _ratios(rows: list[dict[str, Any]]) -> Any:
+    columns = {
+        "peer": "left",
+        "turnout is": "right",
+        "so routed it is": "right",
+        "of dense": "right",
+        "of limit": "right",
+    }
     cells = [
         [
             row["peer"],
-            f"{row['ms_median']:.0f}",
-            f"{row['ms_min']:.0f}",
-            f"{row['ms_max']:.0f}",
-            f"{row['tokens_per_s']:,.0f}",
-            _number(row["speedup_of_turnout"], ".2f", "x"),
+            _spread(row, "speedup_of_turnout"),
+            _spread(row, "speedup_of_turnout_mixtral_routing"),
             _number(row["ratio_to_dense"], ".2f"),
             _number(row["ratio_to_limit"], ".2f"),
-            _number(row["peak_mib"], ".0f"),
         ]
         for row in rows
     ]
-    return table(f"{case} of {recipe}: everybody in turns in one process", columns, cells)
+    return table("How many times as fast: median over rounds (quartiles)", columns, cells)
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"
+def _remarks(result: dict[str, Any]) -> list[str]:
+    """What differs, once for all of transformers' rows, and what was not measured."""
+    ours = [row for row in result["rows"] if row["peer"].startswith("turnout")]
+    routed = [f"{row['peer']} routes by {row['routing']}" for row in ours]
+    differ = dict.fromkeys(text for row in result["rows"] for text in row["differences"])
+    so = ["so routed: turnout-mixtral-routing, which does alike what transformers does"] if len(ours) > 1 else []
+    return [*routed, *so, *(f"not alike: {text}" for text in differ), *(f"note: {text}" for text in result["notes"])]
+
+
+def _router_times(title: str, rows: list[dict[str, Any]]) -> Any:
+    columns = {"router": "left", "median ms": "right", "min": "right", "max": "right"}
+    columns |= {"experts": "right", "time over": "right", "": "left"}
+    cells = [
+        [*_ms(row), f"{row['experts_per_token']:.2f}", _spread(row, "time_over_topk"), row["compared_with"]]
+        for row in rows
+    ]
+    return table(title, columns, cells)
+
+
+def _ms(row: dict[str, Any]) -> list[str]:
+    return [row["peer"], *(f"{row[name]:.1f}" for name in ("ms_median", "ms_min", "ms_max"))]
+
+
+def _spread(row: dict[str, Any], name: str) -> str:
+    if row[name] is None:
+        return ""
+    low, high = row[f"{name}_quartiles"]
+    return f"{row[name]:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"

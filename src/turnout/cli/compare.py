@@ -37,14 +37,16 @@ def compare(
     from turnout.train.compare import check_comparable, verdicts
     from turnout.train.compare import compare as run_comparison
     from turnout.train.compare_plot import write_comparison
+    from turnout.train.recipe import MOST_MINUTES
     from turnout.train.recipes import load_recipe
     from turnout.train.signals import StopRequest
 
-    if minutes <= 0:
-        raise ConfigError(f"--minutes {minutes} must be above 0")
+    if not 0 < minutes <= MOST_MINUTES:
+        raise ConfigError(f"--minutes {minutes} must be above 0 and at most {MOST_MINUTES:,} (ten years)")
     overrides = options.recipe_overrides(settings, data)
     chosen = _with_routers([load_recipe(name, overrides) for name in recipes], routers)
     check_comparable(chosen)
+    baseline = chosen[-1].name
     folder = choose_run("compare", out, None)
     screen = console(as_json=as_json)
     screen.print(
@@ -61,15 +63,18 @@ def compare(
             seeds=range(first_seed, first_seed + seeds),
             stop=stop,
             say=lambda line: screen.print(f"  {line}"),
-            on_seed=lambda so_far: write_comparison(so_far, folder) if so_far else None,
+            on_seed=lambda so_far: write_comparison(so_far, folder, baseline) if so_far else None,
         )
     if not curves:
         screen.print(f"stopped before every recipe had its first turn; the runs in {folder} are saved")
+        if as_json:
+            print_json({"rows": [], "verdicts": [], "out": str(folder)})
         raise typer.Exit(128 + int(stop.received or 0))
-    path = write_comparison(curves, folder)
-    _print(screen, curves, path)
+    path = write_comparison(curves, folder, baseline)
+    _print(screen, curves, path, baseline)
     if as_json:
-        print_json({"rows": _rows(curves), "verdicts": [asdict(v) for v in verdicts(curves)], "out": str(path)})
+        judged = [asdict(v) for v in verdicts(curves, baseline)]
+        print_json({"rows": _rows(curves), "verdicts": judged, "baseline": baseline, "out": str(path)})
     if stop.received:
         raise typer.Exit(128 + int(stop.received))
 
@@ -92,7 +97,7 @@ def _with_routers(recipes: list[Any], routers: str) -> list[Any]:
     ]
 
 
-def _print(screen: Any, curves: list[Any], path: Path) -> None:
+def _print(screen: Any, curves: list[Any], path: Path, baseline: str) -> None:
     from turnout.train.compare import verdicts
 
     columns = {"recipe": "left", "seed": "right", "minutes": "right", "tokens": "right", "tokens/s": "right"}
@@ -113,7 +118,9 @@ def _print(screen: Any, curves: list[Any], path: Path) -> None:
     ]
     screen.print(table("Same text, same wall clock; MFLOP of training a token; cut: stopped early", columns, cells))
     _print_routing(screen, curves)
-    for v in verdicts(curves):
+    if not any(c.recipe == baseline for c in curves):
+        screen.print(f"no verdict: the baseline {baseline} ended before its first evaluation")
+    for v in verdicts(curves, baseline):
         reached = "does not reach its final loss" if v.time_ratio is None else f"needs {v.time_ratio:.2f} of its time"
         even = (
             "never stays ahead" if v.break_even_s is None else f"stays ahead from minute {v.break_even_s / 60:.1f} on"

@@ -48,9 +48,9 @@ def generate(
     for note in trained.notes:
         screen.print(f"note: {note}")
     out = sys.stderr if as_json else sys.stdout
-    out.write(prompt)
     started = time.perf_counter()
     generation = continue_text(trained.model, trained.tokenizer, prompt, config)
+    out.write(prompt)
     text = write_pieces(out, generation)
     if as_json:
         seconds, tokens = time.perf_counter() - started, generation.num_tokens

@@ -2,6 +2,7 @@
 
 import typer
 
+from turnout.cli import options
 from turnout.errors import ConfigError
 
 
@@ -9,6 +10,6 @@ def add_to(app: typer.Typer) -> None:
     app.command()(plan)
 
 
-def plan() -> None:
+def plan(as_json: options.Json = False) -> None:
     """Predict traffic, memory, time and cost of a MoE on a cluster (not in this version yet)."""
     raise ConfigError("the planner is not part of this version: see docs/roadmap.md")

@@ -6,11 +6,19 @@ import sys
 
 import torch
 
+from turnout.errors import ConfigError
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def own_process(threads: int) -> str:
-    """Keep freed memory and set the number of threads; returns one line that says what was done."""
+    """Keep freed memory and set the number of threads; returns one line that says what was done.
+
+    Raises: ConfigError for more threads than cores.
+    """
+    cores = os.cpu_count() or 1
+    if not 0 <= threads <= cores:
+        raise ConfigError(f"--threads {threads} must be 1 to {cores} (the cores of this machine), or 0 for all")
     if threads:
         torch.set_num_threads(threads)
     kept = keep_memory()

@@ -49,7 +49,7 @@ def train(
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/NAME-N.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with this run, bit for bit.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Short for --set loop.steps=0 --set loop.minutes=M.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Short for --set loop.steps=N.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Short for --set loop.steps=N; not with --minutes.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run and how long: sizes, FLOPs, memory, paths.")
     ] = False,
@@ -59,7 +59,10 @@ def train(
     """Train a model by a recipe; the run folder holds recipe, tokenizer, metrics, trace, checkpoints, report."""
     from turnout.cli.process import own_process
     from turnout.cli.training import Training, choose_run, recipe_for
+    from turnout.errors import ConfigError
 
+    if steps and minutes is not None:
+        raise ConfigError(f"--steps {steps} and --minutes {minutes} are two lengths of one run; leave one out")
     short = [f"loop.steps={steps}"] if steps is not None else []
     short += [f"loop.minutes={minutes}", "loop.steps=0"] if minutes is not None else []
     overrides = [*options.recipe_overrides(settings, data), *short]

@@ -15,7 +15,7 @@ from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
 from turnout.train.banner import Fact, banner
 from turnout.train.device import pick_device
-from turnout.train.estimate import estimate_time
+from turnout.train.estimate import estimate_time, require_fits
 from turnout.train.loop import Progress as StepProgress
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
@@ -66,7 +66,11 @@ class Training:
         self.screen.print(Text.assemble("  ", ("note: ", "yellow"), text), soft_wrap=True)
 
     def run_to_end(self, *, resume: bool) -> dict[str, Any]:
-        """Prepare, train, finish, report; the summary. A signal at any point leaves a checkpoint."""
+        """Prepare, train, finish, report; the summary. A signal at any point leaves a checkpoint.
+
+        Raises: ConfigError, before anything is read or made, if the model does not fit in memory.
+        """
+        require_fits(self.recipe, pick_device(self.recipe.loop.device))
         with StopRequest() as stop:
             dataset = prepare(
                 self.recipe.data, default_cache(), say=lambda line: self.screen.print(f"  {line}", style="dim")

@@ -29,6 +29,9 @@ class GenerateConfig:
             raise RequestError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise RequestError(f"temperature={self.temperature} must be a number of at least 0; 0 takes the best token")
+        # what torch takes as a seed
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise RequestError(f"seed={self.seed} must be at least -2**63 and below 2**64")
         if self.top_k < 0:
             raise RequestError(f"top_k={self.top_k} must be at least 0; 0 draws among all tokens")
         if not 0 < self.top_p <= 1:
@@ -74,8 +77,9 @@ def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, config: Generate
     """The text that continues `prompt`, piece by piece; an empty prompt begins a document.
 
     Ends at the model's end of text, at a stop string, after max_new_tokens, or when max_seq_len is full.
-    Raises: RequestError, at once, if the prompt is longer than the model's max_seq_len.
+    Raises: RequestError, at once, if the prompt is longer than the model's max_seq_len or no Unicode text.
     """
+    _require_unicode(prompt)
     tokens = generate_tokens(
         model, tokenizer.encode(prompt), config, end=tokenizer.eot_id, choices=tokenizer.vocab_size
     )
@@ -96,6 +100,14 @@ def generate_tokens(
     # the last token is given out, never fed
     most = min(config.max_new_tokens, model.config.max_seq_len - len(fed) + 1)
     return _decode(model, fed, config, most=most, end=end, choices=choices or model.config.vocab_size)
+
+
+def _require_unicode(prompt: str) -> None:
+    # a byte of the command line that is not UTF-8 arrives as half of a surrogate pair
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not UTF-8 at character {error.start}; give it as UTF-8 text") from error
 
 
 def _check_prompt(fed: Sequence[int], model: ModelConfig) -> None:

@@ -1,5 +1,6 @@
 """Causal self-attention: the table of its kinds, and the common one, with grouped queries."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -64,6 +65,7 @@ class AttentionConfig(AttentionKind):
     def __post_init__(self) -> None:
         require_at_least(1, self, "num_heads", "num_kv_heads", "head_dim")
         require_at_least(0, self, "window", "full_every")
+        require_theta(self.rope_theta)
         if self.num_heads % self.num_kv_heads:
             legal = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise ConfigError(
@@ -159,6 +161,12 @@ def require_at_least(least: int, config: AttentionKind, *names: str) -> None:
     for name in names:
         if getattr(config, name) < least:
             raise ConfigError(f"attention.{name}={getattr(config, name)} must be at least {least}")
+
+
+def require_theta(rope_theta: float) -> None:
+    """Raises: ConfigError unless the base of the rotary frequencies is a finite number above 1."""
+    if not 1 < rope_theta < math.inf:
+        raise ConfigError(f"attention.rope_theta={rope_theta} must be above 1 and finite")
 
 
 def _norm_heads(x_BSHX: Tensor, norm: RMSNorm) -> Tensor:

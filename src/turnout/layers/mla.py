@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from turnout.errors import ConfigError
 from turnout.layers.attend import attend
-from turnout.layers.attention import AttentionKind, require_at_least
+from turnout.layers.attention import AttentionKind, require_at_least, require_theta
 from turnout.layers.kv_cache import KVCache
 from turnout.layers.norm import RMSNorm
 from turnout.layers.rope import Yarn, rope_tables, rotate
@@ -33,6 +33,7 @@ class MLAConfig(AttentionKind):
     def __post_init__(self) -> None:
         require_at_least(1, self, "num_heads", "kv_rank", "nope_dim", "rope_dim", "v_dim")
         require_at_least(0, self, "q_rank")
+        require_theta(self.rope_theta)
         if self.rope_dim % 2:
             raise ConfigError(f"attention.rope_dim={self.rope_dim} must be even for rotary positions")
 

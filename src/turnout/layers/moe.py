@@ -1,5 +1,6 @@
 """The MoE layer: the one conductor of router, capacity, dispatch, experts and combine."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,6 +42,8 @@ class MoEConfig:
         for name, least in (("num_experts", 1), ("hidden", 1), ("shared_hidden", 0), ("latent_dim", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"moe.{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.init_std < math.inf:
+            raise ConfigError(f"moe.init_std={self.init_std} must be at least 0 and finite")
         if self.router.choices > self.num_experts:
             raise ConfigError(f"moe.router takes {self.router.choices} experts a token; num_experts={self.num_experts}")
         for loss in self.losses:

@@ -44,7 +44,7 @@ class CommunicationBalance(Loss):
                 f"communication_balance.top_groups={self.top_groups} must be from 1 to groups={self.groups}"
             )
 
-    def check(self, router: RouterConfig, num_experts: int) -> None:
+    def check_own(self, router: RouterConfig, num_experts: int) -> None:
         """Raises: ConfigError if the groups do not divide the experts."""
         del router
         device_size(num_experts, self.groups)

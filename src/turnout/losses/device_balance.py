@@ -52,7 +52,7 @@ class DeviceBalance(Loss):
         if self.groups < 1:
             raise ConfigError(f"device_balance.groups={self.groups} must be at least 1")
 
-    def check(self, router: RouterConfig, num_experts: int) -> None:
+    def check_own(self, router: RouterConfig, num_experts: int) -> None:
         """Raises: ConfigError if the groups do not divide the experts."""
         del router
         device_size(num_experts, self.groups)

@@ -30,7 +30,7 @@ class LoadCV(Loss):
         if not self.coefficient >= 0:
             raise ConfigError(f"load_cv.coefficient={self.coefficient} must be at least 0")
 
-    def check(self, router: RouterConfig, num_experts: int) -> None:
+    def check_own(self, router: RouterConfig, num_experts: int) -> None:
         """Raises: ConfigError if the router has no expected load."""
         del num_experts
         if not router.gives_smooth_load:

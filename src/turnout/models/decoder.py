@@ -45,6 +45,10 @@ class ModelConfig:
         for name, least in (("vocab_size", 1), ("dim", 1), ("num_layers", 1), ("max_seq_len", 1), ("hidden", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must be at least {least}")
+        if not 0 < self.norm_eps < math.inf:
+            raise ConfigError(f"model.norm_eps={self.norm_eps} must be above 0 and finite")
+        if not 0 <= self.init_std < math.inf:
+            raise ConfigError(f"model.init_std={self.init_std} must be at least 0 and finite")
         if not 0 <= self.dense_first <= self.num_layers:
             raise ConfigError(f"model.dense_first={self.dense_first} must be in 0..{self.num_layers} (num_layers)")
         if self.moe_every < 1:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from turnout.observe.remedies import remedies, setting_names
 from turnout.observe.run_summary import RunSummary
 
 Severity = Literal["error", "warn", "note", "good"]
@@ -42,8 +43,7 @@ def _not_finite(summary: RunSummary) -> Iterable[Finding]:
         severity="error",
         title=f"The loss was not a number at {_count(len(summary.nonfinite), 'step')}",
         text=f"First at step {first:,}, last at step {last:,}." if last != first else f"It was step {first:,}.",
-        try_="Lower the learning rate, clip gradients at 1.0, add the router z-loss, keep the router in float32. "
-        "Resume from the last checkpoint before the first of these steps.",
+        try_=remedies(summary.routing).nonfinite,
     )
 
 
@@ -67,8 +67,7 @@ def _spiking(summary: RunSummary) -> Iterable[Finding]:
             title=f"The loss jumped {_count(len(spikes), 'time')}",
             text=f"The largest jump, at step {worst.step:,}, went from about {worst.usual:.3f} to {worst.loss:.3f} "
             "(more than 6 sigma over the 128 steps before).",
-            try_="Clip gradients lower, warm up for longer, or lower the learning rate; the router z-loss keeps router "
-            "logits from running away. If it is always the same data, look at that batch.",
+            try_=remedies(summary.routing).spikes,
         )
 
 
@@ -114,8 +113,7 @@ def _dead(summary: RunSummary) -> Iterable[Finding]:
         title=f"{dead} of {total} experts {'is' if dead == 1 else 'are'} dead",
         text=f"{_capital(_window(summary))} they got less than 0.1 % of a fair share: {named}. "
         "Their parameters cost memory and do nothing.",
-        try_="Raise the coefficient of the load-balance loss 3 to 10 times, or use a router with a balancing bias. "
-        "In a new run, add router noise during warm-up. If it stays so, fewer experts give the same model for less.",
+        try_=remedies(summary.routing).dead,
     )
 
 
@@ -129,8 +127,7 @@ def _collapsed(summary: RunSummary) -> Iterable[Finding]:
             text=f"{_capital(_window(summary))} the load of {worst.name} has {_percent(worst.entropy)} of the greatest "
             f"entropy: it works as if it had {worst.effective_experts:.1f} experts, not {len(worst.load)}."
             + _also([layer.name for layer in layers[1:]]),
-            try_="Raise the coefficient of the load-balance loss, and check that it reaches the total loss at all (the "
-            "auxiliary losses below). A smaller learning rate for the first steps lets experts grow apart first.",
+            try_=remedies(summary.routing).collapse,
         )
 
 
@@ -144,8 +141,7 @@ def _skewed(summary: RunSummary) -> Iterable[Finding]:
             text=f"{_capital(_window(summary))} it is expert {worst.hottest} of {worst.name}. Under expert parallelism "
             f"all ranks wait for it: expert time is up to {worst.max_load:.1f} times that of an even load."
             + _also([layer.name for layer in layers[1:]]),
-            try_="Raise the load-balance coefficient, or count load over the global batch (scope global) so that "
-            "single micro-batches may be uneven. For speed alone, place a copy of the hot expert on a second rank.",
+            try_=remedies(summary.routing).skew,
         )
 
 
@@ -159,15 +155,26 @@ def _dropping(summary: RunSummary) -> Iterable[Finding]:
         yield Finding(
             severity="error" if share > 0.1 else "warn",
             title=f"{_percent(share)} of assignments are dropped",
-            text=f"{_capital(_window(summary))} {worst.name} drops most, {_percent(worst.dropped_share)}. A token "
-            "whose choices are all dropped passes the layer unchanged.",
-            try_="Balance the load first: drops come from the busiest experts. Then raise the capacity factor "
-            "(1.25 to 2.0), or set the capacity policy to none, which drops nothing.",
+            text=f"{_capital(_window(summary))} {worst.name} drops most, {_percent(worst.dropped_share)}, for want of "
+            "room at their experts. A token whose choices are all dropped passes the layer unchanged.",
+            try_=remedies(summary.routing).drops,
+        )
+
+
+def _declining(summary: RunSummary) -> Iterable[Finding]:
+    if summary.declined_share > 0.02:
+        names = setting_names(summary.routing)
+        yield Finding(
+            severity="note",
+            title=f"The router leaves out {_percent(summary.declined_share)} of its choices",
+            text="It does so by design, and not for want of room: these are not counted as dropped. A token whose "
+            "choices are all left out passes the layer unchanged.",
+            try_=f"If that is more than you want, change a setting of the router: {names}." if names else "",
         )
 
 
 def _undecided(summary: RunSummary) -> Iterable[Finding]:
-    if summary.last_step >= 200 and summary.router_entropy > 0.98:
+    if summary.routing.learns and summary.last_step >= 200 and summary.router_entropy > 0.98:
         yield Finding(
             severity="note",
             title="The router hardly chooses",
@@ -246,6 +253,7 @@ _RULES: tuple[Callable[[RunSummary], Iterable[Finding]], ...] = (
     _collapsed,
     _skewed,
     _dropping,
+    _declining,
     _slowing,
     _undecided,
     _no_eval,

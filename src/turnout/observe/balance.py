@@ -28,8 +28,10 @@ class Balance:
     router_entropy: float  # of the router's probabilities, over ln E; 1 is undecided
     dead_experts: int  # below DEAD_LOAD in the whole step, all layers together
     dead_experts_worst: int  # in one layer
-    dropped_share: float  # of all assignments of the step
+    dropped_share: float  # of all assignments of the step, for want of room
     dropped_share_worst: float  # of one layer's
+    declined_share: float  # of all assignments of the step, left out by the router's design
+    declined_share_worst: float  # of one layer's
     margin: float  # best minus second best score
     margin_worst: float
 
@@ -43,12 +45,13 @@ def balance(snapshot: Snapshot) -> Balance:
     cv = np.sqrt(np.add.reduceat((load - 1) ** 2, starts, axis=1) / size)
     entropy = load_entropy(load, size)
     dead = np.add.reduceat(step_load < DEAD_LOAD, starts, axis=1, dtype=np.int64)
-    dropped, assigned = (_by_layer(x, starts) for x in (snapshot.dropped, snapshot.assigned))
+    counted = (snapshot.dropped, snapshot.declined, snapshot.assigned)
+    dropped, declined, assigned = (_by_layer(x, starts) for x in counted)
     with np.errstate(invalid="ignore", divide="ignore"):
         margin = snapshot.margin_sum / snapshot.num_routed
         router_entropy = snapshot.entropy_sum / snapshot.num_routed / np.maximum(np.log(size), 1e-12)
-        dropped_by_layer = dropped / assigned
-        dropped_share = dropped.sum() / assigned.sum()
+        dropped_by_layer, declined_by_layer = dropped / assigned, declined / assigned
+        dropped_share, declined_share = dropped.sum() / assigned.sum(), declined.sum() / assigned.sum()
     return Balance(
         max_violation=_mean(violation),
         max_violation_worst=_worst(violation),
@@ -62,6 +65,8 @@ def balance(snapshot: Snapshot) -> Balance:
         dead_experts_worst=int(dead.max()),
         dropped_share=float(dropped_share),
         dropped_share_worst=_worst(dropped_by_layer),
+        declined_share=float(declined_share),
+        declined_share_worst=_worst(declined_by_layer),
         margin=_mean(margin),
         margin_worst=-_worst(-margin),
     )

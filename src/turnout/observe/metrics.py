@@ -7,7 +7,7 @@
 
 seconds: training clock; tokens: trained on so far; loss: main loss without auxiliary losses; aux: values before
 their coefficients. null stands for a number that is NaN, infinite or not measured. Readers ignore keys and kinds
-they do not know. Lines are ordered by step; a line that does not parse (torn by a kill) is skipped.
+they do not know. Lines are ordered by step; a line that does not parse (torn by a kill) is skipped and counted.
 """
 
 import json
@@ -21,6 +21,7 @@ from typing import Any
 from turnout.errors import ConfigError
 
 METRICS_NAME = "metrics.jsonl"
+_STEPS = range(2**53)  # what a page and a trace can hold exactly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Metrics:
     steps: tuple[Mapping[str, Any], ...]
     evals: tuple[Mapping[str, Any], ...]
     events: tuple[Mapping[str, Any], ...]
+    num_damaged: int  # lines that do not parse; a last line still being written is not one
 
 
 def encode(line: Mapping[str, Any]) -> bytes:
@@ -49,12 +51,17 @@ def read_metrics(run: Path) -> Metrics:
             "writes: recipe.toml, metrics.jsonl, trace/, checkpoints/"
         )
     by_kind: dict[str, list[Mapping[str, Any]]] = {"step": [], "eval": [], "event": []}
-    for _, line in _parse(path):
-        by_kind.get(line["kind"], []).append(line)
+    num_damaged = 0
+    for raw, line in _parse(path):
+        if line is None:
+            num_damaged += raw.endswith(b"\n")
+        else:
+            by_kind.get(line["kind"], []).append(line)
     return Metrics(
         steps=_latest(by_kind["step"]),
         evals=_latest(by_kind["eval"]),
         events=tuple(sorted(by_kind["event"], key=lambda line: line["step"])),
+        num_damaged=num_damaged,
     )
 
 
@@ -63,25 +70,28 @@ def cut_metrics(run: Path, step: int) -> None:
     path = run / METRICS_NAME
     part = path.with_suffix(".part")
     with part.open("wb") as out:
-        out.writelines(raw for raw, line in _parse(path) if line["step"] <= step)
+        kept = (raw for raw, line in _parse(path) if line is not None and line["step"] <= step)
+        out.writelines(raw.rstrip(b"\r\n") + b"\n" for raw in kept)
         out.flush()
         os.fsync(out.fileno())
     part.replace(path)
 
 
-def _parse(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _parse(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Every line as it stands in the file, with what it says; None for a line that says nothing."""
     with path.open("rb") as file:
         for raw in file:
             try:
                 line = json.loads(raw)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("kind"), str) and _is_step(line.get("step")):
-                yield raw.rstrip(b"\r\n") + b"\n", line
+            except (ValueError, RecursionError):
+                line = None
+            is_line = isinstance(line, dict) and isinstance(line.get("kind"), str) and is_step(line.get("step"))
+            yield raw, line if is_line else None
 
 
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_step(value: Any) -> bool:
+    """Whether a value that was read can be the number of a step."""
+    return type(value) is int and value in _STEPS
 
 
 def _latest(lines: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:

@@ -11,7 +11,7 @@ from turnout.errors import ConfigError
 from turnout.observe.append import AppendFile
 from turnout.observe.balance import balance
 from turnout.observe.metrics import METRICS_NAME, cut_metrics, encode
-from turnout.observe.sinks import SINK_SCALARS, Sink, open_sinks
+from turnout.observe.sinks import SINK_SCALARS, Sink, open_sinks, require_sinks
 from turnout.observe.snapshot import Snapshot, take_snapshot
 from turnout.observe.token_view import TokenView, cut_token_views, write_token_view
 from turnout.observe.trace import TRACE_NAME, TraceHeader, TraceWriter, cut_trace
@@ -62,6 +62,7 @@ class Recorder:
         Raises: ConfigError if the trace is of other layers, or a sink is unknown or not installed.
         """
         header = TraceHeader(layers=tuple(layers), num_experts=tuple(num_experts))
+        require_sinks(sinks)
         if (run / TRACE_NAME).exists():
             cut_trace(run, step, header)
         if (run / METRICS_NAME).exists():
@@ -74,6 +75,7 @@ class Recorder:
     def _open(self, run: Path, header: TraceHeader, every: int, sinks: Sequence[str]) -> None:
         if every < 1:
             raise ConfigError(f"every={every} must be at least 1 step")
+        require_sinks(sinks)
         run.mkdir(parents=True, exist_ok=True)
         self.run, self.header, self.every = run, header, every
         self._sinks: tuple[Sink, ...] = open_sinks(sinks, run)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from turnout.data.atomic import write_atomic
+from turnout.errors import ConfigError
 from turnout.observe.advice import advise
 from turnout.observe.headline import sentence, tiles
 from turnout.observe.run_folder import RunRecord, aux_columns, column, number, read_run
@@ -39,6 +42,8 @@ _SERIES = (
     "dead_experts_worst",
     "dropped_share",
     "dropped_share_worst",
+    "declined_share",
+    "declined_share_worst",
     "margin",
     "margin_worst",
 )
@@ -48,13 +53,10 @@ _SCRIPTS = ("chart.js", "load.js", "tokens.js", "main.js")
 def write_report(run: Path, out: Path) -> Path:
     """Write the page of a run to `out`, and return it.
 
-    Raises: ConfigError if `run` is not a run folder.
+    Raises: ConfigError if `run` is not a run folder, or `out` is a folder, a device or a file of the run's own.
     """
-    page = render(page_data(read_run(run)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(out)
+    _check_out(run, out)
+    write_atomic(out, render(page_data(read_run(run))).encode())
     return out
 
 
@@ -72,7 +74,8 @@ def page_data(record: RunRecord) -> dict[str, Any]:
         "series": _series(record, edges),
         "aux": {name: thin(values, edges) for name, values in aux_columns(record.metrics).items()},
         "evals": _evals(record),
-        "events": [[line["step"], str(line.get("text", ""))] for line in record.metrics.events[-200:]],
+        "events": [[line["step"], _text(line.get("text"))] for line in record.metrics.events[-200:]],
+        "routing": {"learns": record.routing.learns, "rule": record.routing.rule},
         "load": load_frames(record.trace) if len(record.trace.steps) else None,
         "tokens": _token_views(record.token_views),
         "recipe": record.recipe_text,
@@ -101,6 +104,16 @@ def embed(data: Mapping[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def _check_out(run: Path, out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_file():
+        kind = "a folder" if out.is_dir() else "no plain file"
+        raise ConfigError(f"{out} is {kind}; name the HTML file to write, such as {run / 'report.html'}")
+    if out.resolve().is_relative_to(run.resolve()) and out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"{out} is a file of the run; name an HTML file to write, such as {run / 'report.html'}")
+
+
 def _axes(record: RunRecord, edges: NDArray[np.int64]) -> dict[str, list[float | None]]:
     last = edges[1:] - 1
     return {name: _exact(column(record.metrics, name)[last]) for name in ("step", "seconds", "tokens")}
@@ -124,7 +137,12 @@ def _evals(record: RunRecord) -> list[list[float | None]]:
 
 
 def _exact(values: NDArray[np.float64]) -> list[float | None]:
-    return [float(f"{value:.9g}") if np.isfinite(value) else None for value in values]
+    rounded = [float(f"{value:.9g}") for value in values]  # which can take the largest floats to infinity
+    return [value if math.isfinite(value) else None for value in rounded]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _token_views(views: tuple[TokenView, ...]) -> list[dict[str, Any]]:
@@ -139,7 +157,7 @@ def _cut_view(view: TokenView, budget: int) -> dict[str, Any]:
     return {
         "step": view.step,
         "total": len(view.tokens),
-        "tokens": [str(token)[:200] for token in view.tokens[:keep]],
+        "tokens": [token[:200] for token in view.tokens[:keep]],
         "layers": list(view.layers),
         "experts": [row[:keep] for row in view.experts],
         "weights": [[short([number(w) for w in token]) for token in row[:keep]] for row in view.weights],

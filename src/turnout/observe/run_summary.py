@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from turnout.observe.balance import DEAD_LOAD
 from turnout.observe.metrics import Metrics
+from turnout.observe.routing import Routing
 from turnout.observe.run_folder import RunRecord, column, number
 from turnout.observe.thin import frame_load, smooth
 from turnout.observe.trace import Trace
@@ -24,7 +25,7 @@ class LayerLoad:
     name: str
     load: tuple[float, ...]  # of each expert, over the fair share
     fair_count: float  # assignments an expert would get if all got the same
-    dropped_share: float = 0.0
+    dropped_share: float = 0.0  # for want of room
 
     @property
     def dead(self) -> tuple[int, ...]:
@@ -76,6 +77,8 @@ class RunSummary:
     evals: tuple[tuple[int, float], ...] = ()  # (step, validation loss)
     layers: tuple[LayerLoad, ...] = ()
     window: tuple[int, int] = (0, 0)  # steps that `layers` is counted over
+    routing: Routing = Routing()
+    declined_share: float = math.nan  # choices the router left out by design, of all, at the end
     router_entropy: float = math.nan  # mean over layers at the end; 1 is undecided
     tokens_per_s_early: float = math.nan  # medians of the first and the last quarter
     tokens_per_s_late: float = math.nan
@@ -99,6 +102,8 @@ def summarize(record: RunRecord) -> RunSummary:
         evals=tuple((step, value) for step, value in evals if math.isfinite(value)),
         layers=layers,
         window=window,
+        routing=record.routing,
+        declined_share=_median(column(record.metrics, "declined_share")[-quarter:]),
         router_entropy=_median(column(record.metrics, "router_entropy")[-quarter:]),
         # the first steps warm up caches and compile
         tokens_per_s_early=_median(speed[min(5, len(speed) // 10) : quarter + 5]),
@@ -135,9 +140,11 @@ def find_spikes(steps: NDArray[np.float64], loss: NDArray[np.float64]) -> tuple[
     row = np.arange(len(loss))
     begin = np.maximum(0, row - SPIKE_WINDOW)
     count = np.maximum(1, row - begin)
-    mean, square = (_sums_before(x, begin, row) / count for x in (loss, loss**2))
-    sigma = np.sqrt(np.maximum(square - mean**2, 0))
-    is_spike = (row >= 16) & (loss > mean + SPIKE_SIGMA * sigma) & (loss > 1.05 * mean)
+    # a loss near the largest float has no finite square, and is compared with nothing
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, square = (_sums_before(x, begin, row) / count for x in (loss, loss**2))
+        sigma = np.sqrt(np.maximum(square - mean**2, 0))
+        is_spike = (row >= 16) & (loss > mean + SPIKE_SIGMA * sigma) & (loss > 1.05 * mean)
     first = is_spike & ~np.roll(is_spike, 1)
     return tuple(Spike(step=int(steps[i]), loss=float(loss[i]), usual=float(mean[i])) for i in np.flatnonzero(first))
 

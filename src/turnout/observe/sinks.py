@@ -111,8 +111,8 @@ def is_available(name: str) -> bool:
     return importlib.util.find_spec(SINKS[name].module) is not None
 
 
-def open_sinks(names: Sequence[str], run: Path) -> tuple[Sink, ...]:
-    """The sinks asked for by name; none is opened on its own.
+def require_sinks(names: Sequence[str]) -> None:
+    """Refuses what cannot be opened, before anything is made for it.
 
     Raises: ConfigError if a name is unknown or its package is not installed.
     """
@@ -121,4 +121,19 @@ def open_sinks(names: Sequence[str], run: Path) -> tuple[Sink, ...]:
             raise ConfigError(
                 f"sink {name!r} needs the package {SINKS[name].module}: {SINKS[name].pip}, or leave {name} out"
             )
-    return tuple(SINKS[name](run) for name in names)
+
+
+def open_sinks(names: Sequence[str], run: Path) -> tuple[Sink, ...]:
+    """The sinks asked for by name; none is opened on its own.
+
+    Raises: ConfigError if a name is unknown or its package is not installed, or does not start.
+    """
+    require_sinks(names)
+    return tuple(_open(name, run) for name in names)
+
+
+def _open(name: str, run: Path) -> Sink:
+    try:
+        return SINKS[name](run)
+    except Exception as error:  # a dashboard's own errors are of any class
+        raise ConfigError(f"sink {name!r} does not start: {error}; mend that, or leave {name} out") from error

@@ -17,7 +17,8 @@ class Snapshot:
 
     num_experts: NDArray[np.int64]  # [L]
     assigned: NDArray[np.int64]  # [B, experts of all layers]
-    dropped: NDArray[np.int64]  # [B, experts of all layers], all reasons
+    dropped: NDArray[np.int64]  # [B, experts of all layers], for want of room
+    declined: NDArray[np.int64]  # [B, experts of all layers], by the router's design
     num_routed: NDArray[np.int64]  # [B, L] tokens
     entropy_sum: NDArray[np.float64]  # [B, L] nats
     margin_sum: NDArray[np.float64]  # [B, L]
@@ -35,24 +36,22 @@ def take_snapshot(stats: Sequence[MoEStats], num_experts: Sequence[int]) -> Snap
     """
     num_batches = _num_batches(stats, num_experts)
     num_columns = sum(num_experts)
-    counts = torch.cat([s.assigned_E for s in stats] + [_dropped(s) for s in stats])
+    kinds = ("assigned_E", "dropped_capacity_E", "dropped_policy_E")
+    counts = torch.cat([getattr(s, kind) for kind in kinds for s in stats])
     sums = torch.stack([s.entropy_sum for s in stats] + [s.margin_sum for s in stats]).double()
     # floats travel as the bits of integers, so that counts stay exact and the device is waited for once
     host = torch.cat([counts.long(), sums.detach().view(torch.int64)]).numpy(force=True)
-    cut = num_batches * num_columns
-    entropy_sum, margin_sum = host[2 * cut :].view(np.float64).reshape(2, num_batches, -1)
+    assigned, dropped, declined = host[: len(counts)].reshape(3, num_batches, num_columns)
+    entropy_sum, margin_sum = host[len(counts) :].view(np.float64).reshape(2, num_batches, -1)
     return Snapshot(
         num_experts=np.asarray(num_experts, dtype=np.int64),
-        assigned=host[:cut].reshape(num_batches, num_columns),
-        dropped=host[cut : 2 * cut].reshape(num_batches, num_columns),
+        assigned=assigned,
+        dropped=dropped,
+        declined=declined,
         num_routed=torch.stack([s.num_routed for s in stats]).numpy(force=True).reshape(num_batches, -1),
         entropy_sum=entropy_sum,
         margin_sum=margin_sum,
     )
-
-
-def _dropped(stats: MoEStats) -> torch.Tensor:
-    return stats.dropped_capacity_E + stats.dropped_policy_E
 
 
 def _num_batches(stats: Sequence[MoEStats], num_experts: Sequence[int]) -> int:

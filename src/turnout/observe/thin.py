@@ -43,7 +43,8 @@ def thin(values: NDArray[np.float64], edges: NDArray[np.int64]) -> dict[str, lis
 
 def short(values: Sequence[float] | NDArray[np.float64]) -> list[float | None]:
     """Five digits are more than a chart shows; None for what is not finite."""
-    return [_plain(float(f"{value:.5g}")) if math.isfinite(value) else None for value in values]
+    # rounding can take the largest floats to infinity
+    return [_plain(float(f"{value:.5g}")) for value in values]
 
 
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -96,5 +97,7 @@ def encode_load(load: NDArray[np.float64]) -> NDArray[np.uint16]:
     return np.where(np.isnan(load), NO_TOKENS, np.where(load == 0, 0, np.round(codes))).astype("<u2")
 
 
-def _plain(value: float) -> float | int:
+def _plain(value: float) -> float | int | None:
+    if not math.isfinite(value):
+        return None
     return int(value) if value == int(value) and abs(value) < 2**53 else value

@@ -11,8 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from turnout.errors import ShapeError
+from turnout.errors import ConfigError, ShapeError
+from turnout.observe.metrics import is_step
 from turnout.tensors import Assignment
 
 _NAME = re.compile(r"tokens-step-(\d+)\.json")
@@ -61,18 +63,37 @@ def write_token_view(run: Path, view: TokenView) -> Path:
     return path
 
 
-def read_token_views(run: Path) -> tuple[TokenView, ...]:
-    """All token views of a run in order of step; a file that is not one is left out."""
-    views = []
-    for path in sorted((run / "trace").glob("tokens-step-*.json")):
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            experts = [[[int(e) for e in token] for token in row] for row in fields["experts"]]
-            fields = {name: fields[name] for name in TokenView.__dataclass_fields__}
-            views.append(TokenView(**fields | {"step": int(fields["step"]), "experts": experts}))
-        except (OSError, ValueError, KeyError, TypeError, ShapeError):
-            continue
-    return tuple(sorted(views, key=lambda view: view.step))
+def read_token_view(path: Path) -> TokenView:
+    """The view in that file.
+
+    Raises: ConfigError if it is not one.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return _decode(**{name: fields[name] for name in TokenView.__dataclass_fields__})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ShapeError) as error:
+        raise ConfigError(f"{path} is not a token view: {error}") from error
+
+
+def token_view_paths(run: Path) -> list[Path]:
+    """Where the token views of a run are, in order of step."""
+    found = [(_NAME.fullmatch(path.name), path) for path in (run / "trace").glob("tokens-step-*.json")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def _decode(*, step: Any, tokens: Any, layers: Any, experts: Any, weights: Any) -> TokenView:
+    """Raises: ValueError, TypeError or ShapeError where the fields are not those of a view."""
+    view = TokenView(step=step, tokens=tokens, layers=layers, experts=experts, weights=weights)
+    if not is_step(step) or not all(type(text) is str for text in [*tokens, *layers]):
+        raise ValueError("step must be a whole number, and tokens and layers texts")
+    choices = [choice for row in experts for token in row for choice in token]
+    if not all(is_step(expert) for expert in choices):
+        raise ValueError("experts must be whole numbers")
+    if not all(w is None or type(w) in (int, float) for row in weights for token in row for w in token):
+        raise ValueError("weights must be numbers")
+    if [[len(token) for token in row] for row in weights] != [[len(token) for token in row] for row in experts]:
+        raise ValueError("every choice must have one weight")
+    return view
 
 
 def cut_token_views(run: Path, step: int) -> None:

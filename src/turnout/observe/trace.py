@@ -9,7 +9,8 @@ All integers are little-endian.
                  uint64 step, uint32 assigned[S], uint32 dropped[S]
 
 `assigned` counts every assignment the routers made in the step (all micro-batches), `dropped` those of them that
-were not sent. Steps increase strictly. A record cut short by a kill ends the file and is not read.
+found no room at their expert; a choice the router left out by its own design is not among these. Steps increase
+strictly. A record cut short by a kill ends the file and is not read.
 """
 
 import json
@@ -17,6 +18,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ from turnout.observe.append import AppendFile
 TRACE_NAME = "trace/counts.bin"
 MAGIC = b"TURNOUT"
 VERSION = 1
+MOST_EXPERTS = 2**24  # in all layers together: numpy's largest record is 2 GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class TraceHeader:
             raise ConfigError(
                 f"{len(self.layers)} layer names for {len(self.num_experts)} expert counts; give one of each per layer"
             )
+        if any(number < 1 for number in self.num_experts) or sum(self.num_experts) > MOST_EXPERTS:
+            raise ConfigError(f"num_experts={self.num_experts} must be at least 1 and {MOST_EXPERTS:,} in all layers")
 
     @property
     def record(self) -> np.dtype[np.void]:
@@ -64,7 +69,7 @@ class Trace:
     num_experts: tuple[int, ...]
     steps: NDArray[np.uint64]
     counts: tuple[NDArray[np.uint32], ...]  # assignments made
-    dropped: tuple[NDArray[np.uint32], ...]  # of these, not sent
+    dropped: tuple[NDArray[np.uint32], ...]  # of these, for want of room
 
 
 class TraceWriter:
@@ -140,12 +145,18 @@ def _read_header(path: Path) -> tuple[TraceHeader, int]:
         (length,) = struct.unpack("<I", start[8:])
         body = file.read(min(length, os.fstat(file.fileno()).st_size))
     try:
-        fields = json.loads(body)
-        layers = tuple(str(name) for name in fields["layers"])
-        num_experts = tuple(int(n) for n in fields["num_experts"])
-    except (ValueError, KeyError, TypeError) as error:
+        header = _decode(json.loads(body))
+    except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
         raise ConfigError(f"{path} has a damaged header ({error}); delete it to go on without expert counts") from error
-    return TraceHeader(layers=layers, num_experts=num_experts), 12 + len(body)
+    return header, 12 + len(body)
+
+
+def _decode(fields: Any) -> TraceHeader:
+    """Raises: ValueError, KeyError, TypeError or ConfigError where the fields are not those of a header."""
+    layers, num_experts = fields["layers"], fields["num_experts"]
+    if not (layers and all(type(name) is str for name in layers) and all(type(n) is int for n in num_experts)):
+        raise ValueError("layers must be names, and num_experts whole numbers")
+    return TraceHeader(layers=tuple(layers), num_experts=tuple(num_experts))
 
 
 def _shape(header: TraceHeader) -> str:

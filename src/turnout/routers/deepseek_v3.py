@@ -11,6 +11,7 @@ from turnout.errors import ConfigError
 from turnout.routers.pieces import (
     LinearScore,
     check_reach,
+    check_scale,
     from_topk,
     select_topk,
     sigmoid_shares,
@@ -45,6 +46,7 @@ class DeepSeekV3(RouterConfig):
             raise ConfigError(f"router.top_groups={self.top_groups} must be from 1 to groups={self.groups}")
         if not self.bias_step >= 0:
             raise ConfigError(f"router.bias_step={self.bias_step} must be at least 0")
+        check_scale(self.scale)
 
     @property
     def choices(self) -> int:

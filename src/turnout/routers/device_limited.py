@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, check_reach, from_topk, select_topk, within_best_groups
+from turnout.routers.pieces import LinearScore, check_reach, check_scale, from_topk, select_topk, within_best_groups
 from turnout.tensors import RouterInput, RouterOutput
 
 
@@ -28,6 +28,7 @@ class DeviceLimited(RouterConfig):
             raise ConfigError(f"router.k={self.k} must be at least 1")
         if not 1 <= self.top_groups <= self.groups:
             raise ConfigError(f"router.top_groups={self.top_groups} must be from 1 to groups={self.groups}")
+        check_scale(self.scale)
 
     @property
     def choices(self) -> int:

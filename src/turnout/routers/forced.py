@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import check_choices, from_topk
+from turnout.routers.pieces import check_choices, check_scale, from_topk
 from turnout.tensors import RouterInput, RouterOutput
 
 # its multiples, modulo 1, cover any interval more evenly than those of any other number
@@ -33,6 +33,7 @@ class Forced(RouterConfig):
             raise ConfigError(f"router.k={self.k} must be at least 1")
         if not (self.skew >= 0 and math.isfinite(self.skew)):
             raise ConfigError(f"router.skew={self.skew} must be a number of at least 0; 0: an even load")
+        check_scale(self.scale)
 
     @property
     def choices(self) -> int:
@@ -41,6 +42,10 @@ class Forced(RouterConfig):
     @property
     def own_balance(self) -> str:
         return "" if self.skew else "tokens dealt in turn"
+
+    @property
+    def scores_have_gradient(self) -> bool:
+        return False
 
     def build(self, dim: int, num_experts: int) -> Router:
         check_choices(self.k, num_experts)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError, ShapeError
-from turnout.routers.pieces import check_choices, from_topk
+from turnout.routers.pieces import check_choices, check_scale, from_topk
 from turnout.tensors import RouterInput, RouterOutput
 
 # a product of two numbers below it fits int64
 PRIME = 2**31 - 1
+# each reads the counts of the whole vocabulary before the first step
+MOST_TRIES = 1000
 
 
 @RouterConfig.TABLE.register("hash")
@@ -38,6 +40,9 @@ class Hash(RouterConfig):
         for name in ("k", "tries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"router.{name}={getattr(self, name)} must be at least 1")
+        if self.tries > MOST_TRIES:
+            raise ConfigError(f"router.tries={self.tries} must be at most {MOST_TRIES}: more draws find no evener one")
+        check_scale(self.scale)
         if self.vocab_size < 0:
             raise ConfigError(f"router.vocab_size={self.vocab_size} must be at least 0; 0: a function, no table")
 
@@ -48,6 +53,10 @@ class Hash(RouterConfig):
     @property
     def own_balance(self) -> str:
         return "table of token ids, balanced by frequency" if self.vocab_size else "fixed hash of the token id"
+
+    @property
+    def scores_have_gradient(self) -> bool:
+        return False
 
     def build(self, dim: int, num_experts: int) -> Router:
         check_choices(self.k, num_experts)

@@ -49,6 +49,10 @@ class Hierarchical(RouterConfig):
     def gives_smooth_load(self) -> bool:
         return self.outer.gives_smooth_load and self.inner.gives_smooth_load
 
+    @property
+    def scores_have_gradient(self) -> bool:
+        return self.outer.scores_have_gradient or self.inner.scores_have_gradient
+
     def check_decoder(self) -> None:
         """Raises: ConfigError if either level's router does."""
         self.outer.check_decoder()

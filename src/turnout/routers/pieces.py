@@ -1,5 +1,7 @@
 """What routers are built from: score, activation, restriction, selection, weighting; pure functions."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,6 +62,12 @@ def within_best_groups(scores_RE: Tensor, groups: int, top_groups: int, *, best:
     group_score = by_group.topk(min(best, by_group.shape[2]), dim=2).values.sum(dim=2)
     reached = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, select_topk(group_score, top_groups), True)
     return by_group.masked_fill(~reached.unsqueeze(2), -torch.inf).flatten(1)
+
+
+def check_scale(scale: float) -> None:
+    """Raises: ConfigError unless weights can sum to it."""
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"router.scale={scale} must be above 0 and finite")
 
 
 def check_choices(k: int, num_experts: int, *, least: int = 1) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, check_choices, from_topk, select_topk, sigmoid_shares
+from turnout.routers.pieces import LinearScore, check_choices, check_scale, from_topk, select_topk, sigmoid_shares
 from turnout.tensors import RouterInput, RouterOutput
 
 
@@ -33,6 +33,7 @@ class Quantile(RouterConfig):
         for name in ("k", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"router.{name}={getattr(self, name)} must be at least 1")
+        check_scale(self.scale)
 
     @property
     def choices(self) -> int:

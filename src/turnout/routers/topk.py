@@ -11,6 +11,7 @@ from turnout.errors import ConfigError
 from turnout.routers.pieces import (
     LinearScore,
     check_choices,
+    check_scale,
     from_topk,
     normal_draw,
     select_topk,
@@ -50,6 +51,7 @@ class TopK(RouterConfig):
             )
         if not (self.gate_noise >= 0 and math.isfinite(self.gate_noise)):
             raise ConfigError(f"router.gate_noise={self.gate_noise} must be a number of at least 0")
+        check_scale(self.scale)
 
     @property
     def choices(self) -> int:

@@ -99,13 +99,19 @@ def _evaluation(recipe: Recipe) -> tuple[object, ...]:
     return recipe.data, recipe.loop.eval_tokens, recipe.loop.seq_len
 
 
-def verdicts(curves: Sequence[Curve]) -> list[Verdict]:
-    """Every recipe against the last one, where both have a seed brought to the end; a schedule cut short has no end."""
+def verdicts(curves: Sequence[Curve], baseline: str = "") -> list[Verdict]:
+    """Every recipe against `baseline`, where both have a seed brought to the end; a schedule cut short has no end.
+
+    baseline: a recipe's name; empty: the last curve's. One that has no curve is nobody's baseline: there is no verdict.
+    """
     names = list(dict.fromkeys(curve.recipe for curve in curves))
     whole = [curve for curve in curves if curve.complete]
-    baseline = {c.seed: c for c in whole if c.recipe == names[-1]}
+    against = baseline or names[-1]
+    base = {c.seed: c for c in whole if c.recipe == against}
     pairs = {
-        name: [(c, baseline[c.seed]) for c in whole if c.recipe == name and c.seed in baseline] for name in names[:-1]
+        name: [(c, base[c.seed]) for c in whole if c.recipe == name and c.seed in base]
+        for name in names
+        if name != against
     }
     return [_verdict(name, found) for name, found in pairs.items() if found]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from turnout.train.compare import Curve, verdicts
 
 
-def write_comparison(curves: Sequence[Curve], out: Path) -> Path:
-    """Write the curves and verdicts, and the plot if matplotlib is there; returns the path to look at."""
-    content = {"curves": [asdict(c) for c in curves], "verdicts": [asdict(v) for v in verdicts(curves)]}
+def write_comparison(curves: Sequence[Curve], out: Path, baseline: str = "") -> Path:
+    """Write the curves and verdicts against `baseline`, and a plot if matplotlib is there; returns the path to show."""
+    content = {"curves": [asdict(c) for c in curves], "verdicts": [asdict(v) for v in verdicts(curves, baseline)]}
     path = out / "comparison.json"
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from turnout.data.sampler import Batch
+from turnout.errors import ConfigError
 from turnout.models import Decoder
 from turnout.models.memory import train_memory
 from turnout.train.device import autocast_for, compute_dtype
@@ -35,9 +36,7 @@ class TimeEstimate:
 def estimate_time(recipe: Recipe, device: torch.device) -> TimeEstimate:
     """Length of the run by a few steps at its full size, if the estimate of its memory says that they fit."""
     loop = recipe.loop
-    needed, here = train_memory(recipe.model, loop.batch_size, loop.seq_len).peak, memory_here(device)
-    if needed > here:
-        words = f"does not fit: it needs about {needed / 2**20:,.0f} MiB and {device} has {here / 2**20:,.0f}"
+    if words := _misfit(recipe, device):
         return TimeEstimate(fits=False, reason=words)
     seconds = seconds_per_step(recipe, device)
     steps = loop.steps or int(60 * loop.minutes / seconds)
@@ -51,6 +50,21 @@ def estimate_time(recipe: Recipe, device: torch.device) -> TimeEstimate:
         tokens=tokens,
         minutes=minutes,
     )
+
+
+def require_fits(recipe: Recipe, device: torch.device) -> None:
+    """Raises: ConfigError if a training step is estimated to need more memory than the device has in all."""
+    if words := _misfit(recipe, device):
+        raise ConfigError(f"{recipe.name} {words}; lower the model's sizes, loop.batch_size or loop.seq_len")
+
+
+def _misfit(recipe: Recipe, device: torch.device) -> str:
+    """Memory wanted and there, or nothing where it fits."""
+    loop = recipe.loop
+    needed, here = train_memory(recipe.model, loop.batch_size, loop.seq_len).peak, memory_here(device)
+    if needed <= here:
+        return ""
+    return f"does not fit: it needs about {needed / 2**20:,.0f} MiB and {device} has {here / 2**20:,.0f}"
 
 
 def memory_here(device: torch.device) -> int:

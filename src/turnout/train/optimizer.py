@@ -12,6 +12,7 @@ from turnout.train.recipe import OptimizerConfig, ScheduleConfig
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.AdamW:
     """Fused AdamW; experts and routers learn at rates of their own; routers, biases, norms and vectors do not decay.
 
+    Decay shrinks experts as fast as other matrices, whatever their rate: AdamW multiplies it by the rate.
     Each group keeps its peak learning rate under `peak_lr`.
     """
     experts = _ids_in(model, (FFNExperts, ModuleExperts))
@@ -27,7 +28,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.AdamW:
             scale = config.expert_lr_scale
         # stacked over experts, a bias has two axes
         is_matrix = parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
-        decay = config.weight_decay if is_matrix and id(parameter) not in routers else 0.0
+        decay = config.weight_decay / scale if is_matrix and id(parameter) not in routers else 0.0
         groups.setdefault((config.lr * scale, decay), []).append(parameter)
     return optim.AdamW(
         [{"params": members, "weight_decay": decay, "peak_lr": lr} for (lr, decay), members in groups.items()],

@@ -9,6 +9,7 @@ from turnout.errors import ConfigError
 from turnout.models import ModelConfig
 from turnout.train.guards import NonFinitePolicy
 
+MOST_MINUTES = 5_256_000
 PROBE = '''def mean(values):
     """Average of a list of numbers."""
     if not values:
@@ -32,14 +33,14 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "expert_lr_scale", "router_lr_scale", "eps"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be above 0 and finite")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
         for name in ("weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and finite")
 
     @property
     def max_norm(self) -> float:
@@ -93,8 +94,9 @@ class LoopConfig:
             raise ConfigError(f"loop.eval_tokens={self.eval_tokens} must be at least loop.seq_len={self.seq_len}")
         if not self.probe.strip():
             raise ConfigError("loop.probe is empty; give a text to be routed for the report")
-        if self.steps == 0 and not self.minutes > 0:
-            raise ConfigError(f"loop.minutes={self.minutes} must be above 0 when loop.steps = 0")
+        if self.steps == 0 and not 0 < self.minutes <= MOST_MINUTES:
+            legal = f"must be above 0 and at most {MOST_MINUTES:,} (ten years)"
+            raise ConfigError(f"loop.minutes={self.minutes} {legal} when loop.steps = 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ SHARED = ("k", "scale", "init_std")
 def with_routers(recipe: Recipe, names: Sequence[str]) -> list[Recipe]:
     """RECIPE-ROUTER for each name: `k`, `scale` and `init_std` of the recipe's router where the other has them and may.
 
-    A router that does not balance itself gets the load-balance loss at its default; one that looks ahead is let into
-    the decoder, where its validation loss is too good: it sees the tokens it predicts.
+    A router that does not balance itself, and that a loss can move, gets the load-balance loss at its default; one that
+    looks ahead is let into the decoder, where its validation loss is too good: it sees the tokens it predicts.
     Raises: ConfigError if the recipe has no experts or a router is unknown.
     """
     moe = recipe.model.moe
@@ -28,7 +28,7 @@ def with_routers(recipe: Recipe, names: Sequence[str]) -> list[Recipe]:
 
 def _variant(recipe: Recipe, name: str, router: RouterConfig) -> Recipe:
     assert recipe.model.moe is not None
-    losses = () if router.own_balance else (LoadBalance(),)
+    losses = () if router.own_balance or not router.scores_have_gradient else (LoadBalance(),)
     moe = replace(recipe.model.moe, router=router, losses=losses)
     return replace(recipe, name=f"{recipe.name}-{name}", model=replace(recipe.model, moe=moe))
 

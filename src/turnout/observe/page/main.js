@@ -4,6 +4,7 @@
 const page = document.getElementById("page");
 const series = data.series;
 const hasSteps = data.x.step.length > 0;
+const learns = data.routing.learns;
 
 function lastOf(values) {
   for (let i = values.length - 1; i >= 0; i--) if (isNumber(values[i])) return values[i];
@@ -134,9 +135,12 @@ function learning() {
   const aux = Object.entries(data.aux).map(([name, values]) =>
     small(name, "Auxiliary loss, before its coefficient.", [line(name, values, "var(--pink)")], (v) => plain(v))).filter(Boolean);
   if (aux.length) {
+    const meaning = learns
+      ? "A load-balance loss of 1 means even routing; a router z-loss that climbs means router logits are growing."
+      : "They cannot move the load: this router does not learn.";
     page.append(
       el("h2", {}, "Auxiliary losses"),
-      el("p", { class: "about" }, "Kept apart from the main loss. A load-balance loss of 1 means even routing; a router z-loss that climbs means router logits are growing."),
+      el("p", { class: "about" }, `Kept apart from the main loss. ${meaning}`),
       el("div", { class: "smalls few" }, ...aux));
   }
 }
@@ -147,6 +151,7 @@ function experts() {
     page.append(empty("No MoE layers were recorded: the model is dense, or the run has no trace."));
     return;
   }
+  if (!learns) page.append(el("p", { class: "about" }, `This router does not learn. ${data.routing.rule}`));
   page.append(el("p", { class: "about" }, "Load is an expert's share of assignments over its fair share: 1 when all experts of the layer get the same, 0 when it gets none."));
   view.layer = layersByUnevenness()[0];
   view.frame = load.frames - 1;
@@ -182,18 +187,20 @@ function spreads() {
 function balance() {
   if (!series.max_violation && !series.cv) return;
   page.append(
-    el("h2", {}, "Balance and router health"),
-    el("p", { class: "about" }, "Counted in each micro-batch, as its experts saw it."),
+    el("h2", {}, learns ? "Balance and router health" : "Balance"),
+    el("p", { class: "about" }, "Counted in each micro-batch, as its experts saw it." + (learns ? "" : " Margin and entropy of the router's scores are left out: they are fixed.")),
     key(["mean of layers", "var(--blue)"], ["worst layer", "var(--faint)", "worst"]));
   const pair = (name, colour) => [line("mean of layers", series[name], colour), line("worst layer", series[`${name}_worst`], "var(--faint)", "worst")];
+  const declines = Boolean(series.declined_share) && series.declined_share.mean.some((share) => share > 0);
   const charts = [
     small("Max violation", "Busiest expert over its fair share, minus 1. Even is 0.", pair("max_violation", "var(--blue)"), (v) => plain(v), { top: 1 }),
     small("Load variation (CV)", "Standard deviation of load over its mean. Even is 0.", pair("cv", "var(--blue)"), (v) => plain(v), { top: 0.5 }),
     small("Load entropy", "Of the greatest possible. Even is 100\u00a0%, under 60\u00a0% is collapse.", pair("entropy", "var(--green)"), percent, { top: 1, marks: [{ y: 0.6, text: "60\u00a0%" }] }),
     small("Dead experts", "Under 0.1\u00a0% of their fair share in the step.", [line("all layers", series.dead_experts, "var(--orange)"), line("worst layer", series.dead_experts_worst, "var(--faint)", "worst")], (v) => plain(v), { top: 4 }),
-    small("Dropped", "Share of all assignments that was not sent.", [line("all layers", series.dropped_share, "var(--orange)"), line("worst layer", series.dropped_share_worst, "var(--faint)", "worst")], percent, { top: 0.02 }),
-    small("Router margin", "Best minus second best score. Near 0 is undecided.", pair("margin", "var(--pink)"), (v) => plain(v), { top: 0.1 }),
-    small("Router entropy", "Of the router's probabilities. 100\u00a0% is undecided.", [line("mean of layers", series.router_entropy, "var(--pink)")], percent, { top: 1 }),
+    small("Dropped", "Share of all assignments not sent for want of room.", [line("all layers", series.dropped_share, "var(--orange)"), line("worst layer", series.dropped_share_worst, "var(--faint)", "worst")], percent, { top: 0.02 }),
+    declines && small("Left out", "Share of all choices that the router itself does not send, by design.", [line("all layers", series.declined_share, "var(--soft)"), line("worst layer", series.declined_share_worst, "var(--faint)", "worst")], percent, { top: 0.02 }),
+    learns && small("Router margin", "Best minus second best score. Near 0 is undecided.", pair("margin", "var(--pink)"), (v) => plain(v), { top: 0.1 }),
+    learns && small("Router entropy", "Of the router's probabilities. 100\u00a0% is undecided.", [line("mean of layers", series.router_entropy, "var(--pink)")], percent, { top: 1 }),
   ].filter(Boolean);
   page.append(el("div", { class: "smalls" }, ...charts));
 }

@@ -31,8 +31,14 @@ function tokenPanel() {
     el("div", { class: "head" },
       el("h3", {}, "Tokens and their experts"),
       el("div", { class: "controls" }, data.tokens.length > 1 ? steps : null, layers)),
-    el("p", { class: "hint" }, "Each token has the colour and line of its first expert. Point at a token for its experts, weights and path through the layers; press an expert to see its tokens alone, pale where it is not the first choice."),
+    el("p", { class: "hint" }, howToRead()),
     chips, shown, note);
+}
+
+function howToRead() {
+  return data.routing.learns
+    ? "Each token has the colour and line of its first expert. Point at a token for its experts, weights and path through the layers; press an expert to see its tokens alone, pale where it is not the first choice."
+    : `This router does not learn: the same in every step. ${data.routing.rule} Each token has the colour and line of its first expert. Point at a token for its experts and path through the layers; press an expert to see its tokens alone, pale where another stands first.`;
 }
 
 function tokenNode(one, piece, index) {
@@ -53,7 +59,8 @@ function tokenNode(one, piece, index) {
 
 function tokenTip(event, one, piece, index) {
   const experts = one.experts[tokens.layer][index], weights = one.weights[tokens.layer][index];
-  const rows = experts.map((expert, k) => [`expert ${expert}`, isNumber(weights[k]) ? weights[k].toFixed(3) : "n/a", `var(--h${expert % 8})`]);
+  const weight = (k) => (!data.routing.learns ? "" : isNumber(weights[k]) ? weights[k].toFixed(3) : "n/a");
+  const rows = experts.map((expert, k) => [`expert ${expert}`, weight(k), `var(--h${expert % 8})`]);
   const path = one.experts.map((layer) => (layer[index].length ? layer[index][0] : "\u2013")).slice(0, 24).join(" \u2192 ");
   showTip(event, JSON.stringify(piece), rows.length ? rows : [["no expert took it", ""]],
     one.layers.length > 1 ? el("div", { class: "path" }, `first expert by layer: ${path}`) : null);
@@ -66,7 +73,7 @@ function expertChips(one, draw) {
   const used = [...counts.keys()].sort((a, b) => a - b);
   return used.map((expert) => el("button", {
     class: `chip ${expertLook(expert)}`, type: "button", "aria-pressed": tokens.focus === expert,
-    title: `first choice of ${counts.get(expert)} of ${one.tokens.length} tokens`,
+    title: `first expert of ${counts.get(expert)} of ${one.tokens.length} tokens`,
     onclick: () => { tokens.focus = tokens.focus === expert ? null : expert; draw(); },
   }, el("b", {}, expert), percent(counts.get(expert) / one.tokens.length)));
 }
