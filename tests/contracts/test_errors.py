@@ -79,6 +79,11 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: DeepSeekV3(bias_step=-1.0), ConfigError, r"router\.bias_step=-1\.0 must be at least 0"),
     (lambda: DeepSeekV3(groups=4).build(4, 10), ConfigError, r"groups=4 must divide num_experts=10; legal: \[1, 2, 5"),
     (lambda: DeepSeekV3(k=5, groups=4).build(4, 16), ConfigError, r"router\.k=5 is more than the 4 experts in top_gro"),
+    (
+        lambda: LoadBalance(scope="global", count="first"),
+        ConfigError,
+        r"load_balance\.count='first' cannot be counted over scope='global'; legal: count='all'",
+    ),
     (lambda: Hash(k=0), ConfigError, r"router\.k=0 must be at least 1"),
     (lambda: Hash(tries=0), ConfigError, r"router\.tries=0 must be at least 1"),
     (lambda: Hash(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
