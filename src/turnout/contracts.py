@@ -170,6 +170,11 @@ class Loss(ABC):
     TABLE: ClassVar[Table[type["Loss"]]] = Table("loss")
     balances: ClassVar[bool] = False  # its gradient moves tokens from full experts to empty ones
 
+    @property
+    def spans_step(self) -> bool:
+        """Whether the term of a micro-batch depends on the others of its optimizer step: it wants `step_stats`."""
+        return False
+
     def check(self, router: RouterConfig, num_experts: int) -> None:
         """Called when a layer is built.
 
@@ -193,9 +198,13 @@ class Loss(ABC):
         admission: Admission,
         *,
         sequence_length: int,
-        group: "torch.distributed.ProcessGroup | None" = None,
+        step_stats: MoEStats | None = None,
     ) -> LossTerm:
-        """The term for one call of the layer; tokens t of one sequence share t // sequence_length."""
+        """The term for one call of the layer; tokens t of one sequence share t // sequence_length.
+
+        A term is a mean over the call's tokens: parts of a step add up weighed by their share of its tokens.
+        `step_stats`: what the whole step, all its micro-batches and ranks, does in this layer; None: not known.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

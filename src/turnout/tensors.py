@@ -21,7 +21,7 @@ from torch import Tensor
 
 from turnout.errors import ShapeError
 
-Scope = Literal["micro_batch", "sequence", "global"]
+Scope = Literal["micro_batch", "sequence", "data_parallel", "global"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,6 +85,11 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: Forced(scale=INF), ConfigError, r"router\.scale=inf must be above 0"),
     (lambda: Quantile(scale=0.0), ConfigError, r"router\.scale=0\.0 must be above 0"),
     (lambda: MoEConfig(init_std=-1.0), ConfigError, r"moe\.init_std=-1\.0 must be at least 0"),
+    (
+        lambda: LoadBalance(scope="global", count="first"),
+        ConfigError,
+        r"load_balance\.count='first' cannot be counted over scope='global'; legal: count='all'",
+    ),
     (lambda: Hash(k=0), ConfigError, r"router\.k=0 must be at least 1"),
     (lambda: Hash(tries=0), ConfigError, r"router\.tries=0 must be at least 1"),
     (lambda: Hash(tries=1001), ConfigError, r"router\.tries=1001 must be at most 1000"),

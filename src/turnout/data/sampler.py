@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,14 +16,16 @@ from turnout.errors import CheckpointError, ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B windows of S tokens; `targets_BS` is `tokens_BS` one token later."""
+    """B windows of S tokens; `targets_BS` is `tokens_BS` one token later, -100 where none is to be predicted."""
 
     tokens_BS: Int64[Tensor, "B S"]
     targets_BS: Int64[Tensor, "B S"]
+    mask_BS: Bool[Tensor, "B S"] | None = None  # False: padding; None: no padding, which is how the sampler packs
 
     def to(self, device: torch.device) -> "Batch":
         """The same windows on a device."""
-        return Batch(tokens_BS=self.tokens_BS.to(device), targets_BS=self.targets_BS.to(device))
+        mask_BS = None if self.mask_BS is None else self.mask_BS.to(device)
+        return Batch(tokens_BS=self.tokens_BS.to(device), targets_BS=self.targets_BS.to(device), mask_BS=mask_BS)
 
 
 class Sampler:

@@ -19,7 +19,7 @@ from turnout.layers.stats import collect_stats
 from turnout.losses import LoadBalance
 from turnout.registry import nearest
 from turnout.routers import TopK
-from turnout.tensors import MoEOutput
+from turnout.tensors import MoEOutput, MoEStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +147,12 @@ class MoE(nn.Module):
         generator: torch.Generator | None = None,
         top_k: int | None = None,
         capacity_factor: float | None = None,
+        step_stats: MoEStats | None = None,
     ) -> MoEOutput:
         """Shapes: x (..., D), the axis before D being the sequence; mask and token_ids (...), mask False = padding.
 
         `top_k` and `capacity_factor` replace those of the router and the capacity policy for this call (Tutel).
+        `step_stats`, for losses of scope `global`: what all micro-batches and ranks of the optimizer step do here.
         Under activation checkpointing leave `generator` None: a recomputation restores torch's own state alone, and
         would draw anew from any other.
         Raises: ShapeError if they do not fit; ConfigError if the router or the policy cannot take such a change.
@@ -172,7 +174,10 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_TD = _add_shared(y_TD, x_TD, self.shared, None if mask is None else routing.token_R)
         sequence_length = x.shape[-2] if x.ndim > 2 else max(len(x_TD), 1)
-        terms = tuple(loss.term(routing, admission, sequence_length=sequence_length) for loss in self.config.losses)
+        terms = tuple(
+            loss.term(routing, admission, sequence_length=sequence_length, step_stats=step_stats)
+            for loss in self.config.losses
+        )
         return MoEOutput(
             y=y_TD.to(x.dtype).view_as(x),
             losses=routing.losses + terms,

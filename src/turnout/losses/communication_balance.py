@@ -50,13 +50,13 @@ class CommunicationBalance(Loss):
         device_size(num_experts, self.groups)
 
     def term(
-        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, group: object = None
+        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, step_stats: object = None
     ) -> LossTerm:
         """Counts a token at every device it chose, dropped there or not.
 
         Raises: ConfigError if the groups do not divide the experts.
         """
-        del admission, sequence_length, group
+        del admission, sequence_length, step_stats
         num_routed = max(len(routing.token_R), 1)
         score_sums = sum_by_device(routing.scores_RE.sum(dim=0), self.groups)
         sent = tokens_by_device(routing.assignment, self.groups).to(score_sums.dtype)

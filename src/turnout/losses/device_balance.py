@@ -58,13 +58,13 @@ class DeviceBalance(Loss):
         device_size(num_experts, self.groups)
 
     def term(
-        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, group: object = None
+        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, step_stats: object = None
     ) -> LossTerm:
         """Counts every choice made, dropped or not.
 
         Raises: ConfigError if the groups do not divide the experts.
         """
-        del admission, sequence_length, group
+        del admission, sequence_length, step_stats
         counts = sum_by_device(routing.assignment.counts_E, self.groups)
         value = load_balance_loss(sum_by_device(routing.scores_RE, self.groups), counts)
         return LossTerm(name="device_balance", value=value, coefficient=self.coefficient, scope="micro_batch")

@@ -33,10 +33,10 @@ class Entropy(Loss):
             raise ConfigError(f"entropy.coefficient={self.coefficient} must be at least 0")
 
     def term(
-        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, group: object = None
+        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, step_stats: object = None
     ) -> LossTerm:
         """A mean over tokens: its scope does not change its expectation."""
-        del admission, sequence_length, group
+        del admission, sequence_length, step_stats
         return LossTerm(
             name="entropy",
             value=routing_entropy(routing.scores_RE),

@@ -31,10 +31,10 @@ class Importance(Loss):
             raise ConfigError(f"importance.coefficient={self.coefficient} must be at least 0")
 
     def term(
-        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, group: object = None
+        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, step_stats: object = None
     ) -> LossTerm:
         """Counts every choice made, dropped or not."""
-        del admission, sequence_length, group
+        del admission, sequence_length, step_stats
         return LossTerm(
             name="importance",
             value=cv_squared(self._importance(routing)),

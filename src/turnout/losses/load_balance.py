@@ -9,7 +9,7 @@ from torch import Tensor
 
 from turnout.contracts import Loss
 from turnout.errors import ConfigError, ShapeError
-from turnout.tensors import Admission, LossTerm, RouterOutput, Scope
+from turnout.tensors import Admission, Assignment, LossTerm, MoEStats, RouterOutput, Scope
 
 
 def load_balance_loss(scores_RE: Tensor, counts_E: Tensor) -> Tensor:
@@ -46,7 +46,13 @@ def load_balance_from_counts(scores_RE: Tensor, counts_E: Tensor, *, num_tokens:
 @Loss.TABLE.register("load_balance")
 @dataclass(frozen=True, kw_only=True)
 class LoadBalance(Loss):
-    """Load-balance loss over the micro-batch, each sequence, or the whole data-parallel group."""
+    """Load-balance loss; load is counted over the micro-batch, each sequence, the call on all ranks, or the whole step.
+
+    Scope `data_parallel` sums the counts of a call over the ranks; `global` those of all micro-batches too, for which
+    a training step that accumulates routes its text twice. The mean score stays the call's own: weighed by their
+    tokens, the terms of a step and their gradients add up to the whole's.
+    Source of the wide scopes: Qiu et al. 2025, arXiv:2501.11873, who keep a running count over micro-batches instead.
+    """
 
     balances = True
 
@@ -57,6 +63,12 @@ class LoadBalance(Loss):
     def __post_init__(self) -> None:
         if not self.coefficient >= 0:
             raise ConfigError(f"load_balance.coefficient={self.coefficient} must be at least 0")
+        if self.scope == "global" and self.count == "first":
+            raise ConfigError("load_balance.count='first' cannot be counted over scope='global'; legal: count='all'")
+
+    @property
+    def spans_step(self) -> bool:
+        return self.scope == "global"
 
     def term(
         self,
@@ -64,27 +76,27 @@ class LoadBalance(Loss):
         admission: Admission,
         *,
         sequence_length: int,
-        group: "dist.ProcessGroup | None" = None,
+        step_stats: MoEStats | None = None,
     ) -> LossTerm:
         """Counts every choice made, dropped or not, as the papers do.
 
-        Scope `global` sums counts over `group` (the default group when torch.distributed runs), after Qiu et
-        al. 2025, arXiv:2501.11873; the mean score stays local. Averaging gradients over ranks is exact when each
-        weighs as much as it has tokens.
+        At scope `global` a call without `step_stats` is taken for the whole step of its rank.
         """
         del admission
-        value = (
-            self._sequence_value(routing, sequence_length) if self.scope == "sequence" else self._value(routing, group)
-        )
+        if self.scope == "sequence":
+            value = self._sequence_value(routing, sequence_length)
+        else:
+            value = load_balance_loss(routing.scores_RE, self._counts(routing.assignment, step_stats))
         return LossTerm(name="load_balance", value=value, coefficient=self.coefficient, scope=self.scope)
 
-    def _value(self, routing: RouterOutput, group: "dist.ProcessGroup | None") -> Tensor:
-        assignment = routing.assignment
+    def _counts(self, assignment: Assignment, step_stats: MoEStats | None) -> Tensor:
+        if self.scope == "global" and step_stats is not None:
+            return step_stats.assigned_E
         counts_E = assignment.counts_E if self.count == "all" else assignment.first_choice_counts_E()
-        if self.scope == "global" and dist.is_available() and dist.is_initialized():
+        if self.scope in ("data_parallel", "global") and dist.is_available() and dist.is_initialized():
             counts_E = counts_E.clone()
-            dist.all_reduce(counts_E, group=group)
-        return load_balance_loss(routing.scores_RE, counts_E)
+            dist.all_reduce(counts_E)
+        return counts_E
 
     def _sequence_value(self, routing: RouterOutput, sequence_length: int) -> Tensor:
         """Mean over sequences, each weighed by its share of the routed tokens."""

@@ -37,10 +37,10 @@ class LoadCV(Loss):
             raise ConfigError(NEEDS_NOISE)
 
     def term(
-        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, group: object = None
+        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, step_stats: object = None
     ) -> LossTerm:
         """Raises: ConfigError if the router has no expected load."""
-        del admission, sequence_length, group
+        del admission, sequence_length, step_stats
         if routing.smooth_load_E is None:
             raise ConfigError(NEEDS_NOISE)
         return LossTerm(

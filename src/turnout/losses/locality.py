@@ -59,10 +59,10 @@ class Locality(Loss):
                 raise ConfigError(f"locality.{name}={getattr(self, name)} must be {legal}")
 
     def term(
-        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, group: object = None
+        self, routing: RouterOutput, admission: Admission, *, sequence_length: int, step_stats: object = None
     ) -> LossTerm:
         """Raises: ConfigError if the layer has no experts on that node."""
-        del admission, sequence_length, group
+        del admission, sequence_length, step_stats
         return LossTerm(
             name="locality",
             value=locality_loss(routing.scores_RE, self.local_distribution(routing.scores_RE)),

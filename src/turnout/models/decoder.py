@@ -1,6 +1,8 @@
 """A decoder-only transformer with dense and Mixture-of-Experts blocks."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,9 +145,11 @@ class Decoder(nn.Module):
         mask_BS: Tensor | None = None,
         cache: KVCache | None = None,
         generator: torch.Generator | None = None,
+        step_stats: Sequence[MoEStats] | None = None,
     ) -> DecoderOutput:
         """Shapes: tokens_BS (B, S) int64; mask_BS (B, S) bool, False = padding; h_BSD is normed, ready for `logits`.
 
+        `step_stats`, one for each MoE layer: what the whole optimizer step does there, for losses of scope `global`.
         Raises: ShapeError past max_seq_len.
         """
         start = 0 if cache is None else cache.length
@@ -159,9 +163,17 @@ class Decoder(nn.Module):
         else:
             x_BSD = x_BSD + self.position_SD[start : start + length]
         reports = []
+        whole = itertools.repeat(None) if step_stats is None else iter(step_stats)
         for i, block in enumerate(self.blocks):
             x_BSD, report = block(
-                x_BSD, rope, token_ids_BS=tokens_BS, mask_BS=mask_BS, cache=cache, layer=i, generator=generator
+                x_BSD,
+                rope,
+                token_ids_BS=tokens_BS,
+                mask_BS=mask_BS,
+                cache=cache,
+                layer=i,
+                generator=generator,
+                step_stats=next(whole) if isinstance(block.ffn, MoE) else None,
             )
             if report is not None:
                 reports.append(report)
@@ -186,9 +198,10 @@ class Decoder(nn.Module):
         *,
         mask_BS: Tensor | None = None,
         generator: torch.Generator | None = None,
+        step_stats: Sequence[MoEStats] | None = None,
     ) -> DecoderLoss:
         """Mean next-token cross-entropy over targets that are not -100, with the layers' auxiliary terms."""
-        out = self(tokens_BS, mask_BS=mask_BS, generator=generator)
+        out = self(tokens_BS, mask_BS=mask_BS, generator=generator, step_stats=step_stats)
         main = lm_loss(out.h_BSD.flatten(0, 1), self.head, targets_BS.flatten())
         return DecoderLoss(main=main, losses=out.losses, stats=out.stats)
 

@@ -1,30 +1,32 @@
 """One optimizer step: micro-batches, gradients, a check for NaN, the update."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn, optim
+from torch import nn, optim
 
 from turnout.contracts import Router
 from turnout.data.sampler import Batch
 from turnout.models import Decoder
 from turnout.models.decoder import DecoderLoss
-from turnout.tensors import LossTerm, MoEStats
+from turnout.tensors import LossTerm, MoEStats, total_loss
 from turnout.train.guards import clip_and_check, nonfinite_report
+from turnout.train.parts import Share, count_ahead, shares, sum_stats
 
-LossFunction = Callable[[Tensor, Tensor], DecoderLoss]
+LossFunction = Callable[..., DecoderLoss]  # Decoder.loss, compiled or not
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one optimizer step saw; `problem` names the first thing that is not finite, and then nothing was updated."""
 
-    loss: float  # mean main loss over the micro-batches, auxiliary terms apart
+    loss: float  # mean main loss over the step's targets, auxiliary terms apart; of ranks, whose mean it is
     total_loss: float
-    aux: dict[str, float]  # name -> value, averaged over layers and micro-batches, without coefficient
+    aux: dict[str, float]  # name -> value, averaged over layers and tokens, without coefficient
     grad_norm: float
-    stats: tuple[MoEStats, ...]  # one per MoE layer, summed over micro-batches
+    stats: tuple[MoEStats, ...]  # one per MoE layer, summed over micro-batches and ranks
     problem: str | None
 
 
@@ -39,12 +41,17 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over every micro-batch, then clip and update, unless something is not finite.
 
-    The gradient is that of the mean over micro-batches. Routers that learn from load get the step's stats.
+    The gradient is that of the mean over the step's tokens, however they are split into micro-batches and ranks.
+    Routers that learn from load get the whole step's stats.
     """
-    results = [_forward_backward(loss_function, batch, len(batches), autocast) for batch in batches]
-    stats = _sum_stats([result.stats for result in results])
-    loss = sum(r.main.item() for r in results) / len(results)
-    total = sum(r.total.item() for r in results) / len(results)
+    weights, step_stats = shares(batches), count_ahead(model, batches, autocast)
+    results = [
+        _forward_backward(loss_function, batch, share, step_stats, autocast)
+        for batch, share in zip(batches, weights, strict=True)
+    ]
+    stats = sum_stats([result.stats for result in results]) if step_stats is None else step_stats
+    loss = sum(share.main * r.main.item() for share, r in zip(weights, results, strict=True))
+    total = loss + sum(share.aux * float(total_loss(r.losses)) for share, r in zip(weights, results, strict=True))
     report = clip_and_check(list(model.parameters()), max_norm)
     problem = None
     if not (report.finite and torch.isfinite(torch.tensor(total))):
@@ -59,7 +66,7 @@ def train_step(
     return StepResult(
         loss=loss,
         total_loss=total,
-        aux=_mean_terms([term for r in results for term in r.losses]),
+        aux=_mean_terms([r.losses for r in results], weights),
         grad_norm=float(report.norm),
         stats=stats,
         problem=problem,
@@ -67,11 +74,16 @@ def train_step(
 
 
 def _forward_backward(
-    loss_function: LossFunction, batch: Batch, num_batches: int, autocast: torch.autocast
+    loss_function: LossFunction,
+    batch: Batch,
+    share: Share,
+    step_stats: tuple[MoEStats, ...] | None,
+    autocast: torch.autocast,
 ) -> DecoderLoss:
     with autocast:
-        result = loss_function(batch.tokens_BS, batch.targets_BS)
-    (result.total / num_batches).backward()
+        result = loss_function(batch.tokens_BS, batch.targets_BS, mask_BS=batch.mask_BS, step_stats=step_stats)
+    aux = total_loss(result.losses).to(result.main.device)
+    (share.main * result.main + share.aux * aux).backward()
     return DecoderLoss(
         main=result.main.detach(),
         losses=tuple(
@@ -82,18 +94,13 @@ def _forward_backward(
     )
 
 
-def _sum_stats(per_batch: Sequence[tuple[MoEStats, ...]]) -> tuple[MoEStats, ...]:
-    totals = per_batch[0]
-    for stats in per_batch[1:]:
-        totals = tuple(a + b for a, b in zip(totals, stats, strict=True))
-    return totals
-
-
-def _mean_terms(terms: Sequence[LossTerm]) -> dict[str, float]:
-    values: dict[str, list[float]] = {}
-    for term in terms:
-        values.setdefault(term.name, []).append(term.value.item())
-    return {name: sum(seen) / len(seen) for name, seen in values.items()}
+def _mean_terms(per_batch: Sequence[tuple[LossTerm, ...]], weights: Sequence[Share]) -> dict[str, float]:
+    layers = Counter(term.name for term in per_batch[0])
+    sums = dict.fromkeys(layers, 0.0)
+    for terms, share in zip(per_batch, weights, strict=True):
+        for term in terms:
+            sums[term.name] += share.aux * term.value.item() / layers[term.name]
+    return sums
 
 
 def _name_problem(model: nn.Module, loss: float, terms: Sequence[LossTerm]) -> str:

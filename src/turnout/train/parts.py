@@ -1,0 +1,75 @@
+"""The parts of an optimizer step, its micro-batches and ranks: what each weighs, and what all do together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from turnout.data.sampler import Batch
+from turnout.layers.lm_loss import IGNORE
+from turnout.models import Decoder
+from turnout.tensors import MoEStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a micro-batch weighs in its step: its losses are means, and the step's are means over all its tokens.
+
+    Ranks average their gradients, so the shares of all ranks add up to the number of ranks.
+    """
+
+    main: float  # of the targets that are to be predicted
+    aux: float  # of the tokens that are not padding
+
+
+def shares(batches: Sequence[Batch]) -> list[Share]:
+    """The share of each of this rank's micro-batches; so neither accumulation nor padding changes a coefficient."""
+    targets = [int((batch.targets_BS != IGNORE).sum()) for batch in batches]
+    tokens = [batch.tokens_BS.numel() if batch.mask_BS is None else int(batch.mask_BS.sum()) for batch in batches]
+    all_targets, all_tokens = _over_ranks(torch.tensor([sum(targets), sum(tokens)])).clamp(min=1).tolist()
+    ranks = dist.get_world_size() if _is_distributed() else 1
+    return [
+        Share(main=ranks * main / all_targets, aux=ranks * aux / all_tokens)
+        for main, aux in zip(targets, tokens, strict=True)
+    ]
+
+
+@torch.no_grad()
+def count_ahead(model: Decoder, batches: Sequence[Batch], autocast: torch.autocast) -> tuple[MoEStats, ...] | None:
+    """What the step will do in each MoE layer, where a loss has to know it before the first gradient; None elsewhere.
+
+    It takes a forward pass over every micro-batch, with the random draws that the training pass will make again. A
+    single micro-batch needs none: its own call knows.
+    """
+    terms = [term for _, layer in model.moe_blocks() for term in layer.config.losses]
+    if len(batches) == 1 or not any(term.spans_step for term in terms):
+        return None
+    device = batches[0].tokens_BS.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
+        return sum_stats([model(batch.tokens_BS, mask_BS=batch.mask_BS).stats for batch in batches])
+
+
+def sum_stats(per_batch: Sequence[tuple[MoEStats, ...]]) -> tuple[MoEStats, ...]:
+    """Each layer's stats over this rank's micro-batches and over all ranks."""
+    totals = per_batch[0]
+    for stats in per_batch[1:]:
+        totals = tuple(a + b for a, b in zip(totals, stats, strict=True))
+    if not totals or not _is_distributed():
+        return totals
+    # one message for all layers; float64 holds every count below 2^53
+    values = [getattr(stats, field.name) for stats in totals for field in fields(MoEStats)]
+    parts = _over_ranks(torch.cat([value.double().flatten() for value in values])).split([v.numel() for v in values])
+    summed = iter(part.view_as(value).to(value.dtype) for part, value in zip(parts, values, strict=True))
+    return tuple(MoEStats(**{field.name: next(summed) for field in fields(MoEStats)}) for _ in totals)
+
+
+def _over_ranks(value: Tensor) -> Tensor:
+    if _is_distributed():
+        dist.all_reduce(value)
+    return value
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
