@@ -30,7 +30,7 @@ static: $(STAMP)
 # tests against other systems, which `make test` does not install
 peers: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[peers]"
-	$(BIN)/pytest -q tests/contracts/test_deepspeed_gates.py
+	$(BIN)/pytest -q tests/contracts/test_deepspeed_gates.py tests/contracts/test_verify_peers.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

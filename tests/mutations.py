@@ -286,15 +286,15 @@ MUTATIONS = (
         (PADDING, LAYER),
     ),
     Mutation(
-        "locmoe: affinity without its norm",
-        "routers/resonance.py",
+        "locmoe: one row more than the floor",
+        "ranking.py",
         "(place_N < floor)",
         "(place_N <= floor)",
         (LOCMOE,),
     ),
     Mutation(
         "locmoe: worst tokens kept",
-        "routers/resonance.py",
+        "ranking.py",
         "affinity_N.argsort(descending=True, stable=True)",
         "affinity_N.argsort(descending=False, stable=True)",
         (LOCMOE,),

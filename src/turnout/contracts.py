@@ -1,8 +1,9 @@
 """The replaceable parts of a layer, each an interface on this page."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -26,6 +27,17 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.dim = dim
         self.num_experts = num_experts
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Buffers move and keep their dtype: bfloat16 would round away what a router learns between steps."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = self.get_buffer(name)
+            if now.dtype != value.dtype:
+                known = now if value.is_meta else value
+                setattr(self, name, known.to(now.device, value.dtype))
+        return self
 
     def forward(
         self,

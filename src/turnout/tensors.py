@@ -11,7 +11,7 @@ Scalars and lists carry no suffix.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Literal
 
@@ -40,6 +40,7 @@ class Assignment:
     declined_N: Bool[Tensor, "N"] | None = None  # choices the router will not send, which still hold their place
     top_k: int | None = None  # K, when rows are token-major and every routed token has exactly K choices
     priority_N: Float[Tensor, "N"] | None = None  # what a capacity by score keeps first; None: the weights
+    least_capacity: Int64[Tensor, ""] | None = None  # rows the router wants an expert to have room for, at least
 
     @cached_property
     def counts_E(self) -> Int64[Tensor, "E"]:
@@ -92,6 +93,7 @@ class RouterOutput:
     token_R: Int64[Tensor, "R"]  # index of each row in the layer's T tokens
     losses: tuple[LossTerm, ...] = ()  # terms only this router can form
     smooth_load_E: Float[Tensor, "E"] | None = None  # expected load as a function with a gradient (noisy routers)
+    tally: Float[Tensor, "..."] | None = None  # sums over the tokens that after_step wants of the whole step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,7 @@ class MoEStats:
     num_padding: Int64[Tensor, ""]
     entropy_sum: Float[Tensor, ""]  # nats, summed over routed tokens
     margin_sum: Float[Tensor, ""]  # best score minus second best, summed over routed tokens
+    tally: Float[Tensor, "..."] = field(default_factory=lambda: torch.zeros(0))  # the router's own sums, see there
 
     def __add__(self, other: "MoEStats") -> "MoEStats":
         return MoEStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from turnout.ranking import keep_best
 from turnout.routers import affinity_theory as theory
 from turnout.routers.grap import grap_affinity
-from turnout.routers.resonance import keep_best
 
 
 def beta_by_quadrature(delta: float, dim: int) -> float:

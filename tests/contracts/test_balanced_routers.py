@@ -19,7 +19,7 @@ from turnout.errors import ConfigError
 from turnout.losses import LoadBalance, RouterZ
 from turnout.routers.base import BASE, auction_assignment, exact_assignment
 from turnout.routers.expert_choice import ExpertChoice, chosen_by_experts
-from turnout.routers.quantile import Quantile, quantile_prices
+from turnout.routers.quantile import Quantile, QuantileRouter, quantile_prices
 from turnout.routers.remoe import ReMoE, gate_l1, gate_shares
 from turnout.routers.sinkhorn import Sinkhorn, sinkhorn_log_plan
 from turnout.tensors import RouterOutput
@@ -305,6 +305,25 @@ def test_prices_by_quantile_even_the_loads_of_a_crowded_batch(num_experts: int, 
     assert int(evaluation.counts_E.max()) > 1.5 * fair
     assert int(training.counts_E.max()) < 1.1 * fair
     assert int(training.counts_E.min()) > 0.9 * fair
+
+
+def test_evaluation_balances_by_the_average_of_the_steps_prices() -> None:
+    torch.manual_seed(0)
+    layer = MoE(8, 4, 6, router=Quantile(k=2, memory=0.5, init_std=1.0), losses=())
+    router = layer.router
+    assert isinstance(router, QuantileRouter)
+    x_TD = torch.randn(600, 8) + torch.randn(8)
+    crowd = int(layer.eval()(x_TD).stats.assigned_E.max())
+    halves = [layer.train()(half).stats for half in x_TD.split([200, 400])]
+    router.after_step(halves[0] + halves[1])
+    logits = [router(half).logits_RE.detach() for half in x_TD.split([200, 400])]
+    first, second = (quantile_prices(logits_RE, 2, rounds=8) for logits_RE in logits)
+    torch.testing.assert_close(router.price_E, (first + 2 * second) / 3)
+    assert crowd > 1.5 * 200 > 1.2 * int(layer.eval()(x_TD).stats.assigned_E.max())
+    router.after_step(layer.train()(x_TD[:200]).stats)
+    torch.testing.assert_close(router.price_E, ((first + 2 * second) / 3 + first) / 2)
+    router.after_step(layer.eval()(x_TD).stats)
+    assert layer.bfloat16().router.get_buffer("price_E").dtype == torch.float32
 
 
 def test_quantile_prices_choose_but_do_not_weigh() -> None:

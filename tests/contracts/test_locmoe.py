@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from turnout import MoE, reference, total_loss
-from turnout.dispatch import AffinityThreshold
+from turnout.dispatch import AffinityThreshold, FixedCapacity, TutelCapacity
 from turnout.errors import ConfigError
 from turnout.losses import LoadBalance
 from turnout.losses.locality import Locality, locality_loss
+from turnout.ranking import keep_best
+from turnout.routers.affinity_theory import capacity_floor
 from turnout.routers.grap import block_means, grap_affinity, grap_rows, row_affinity
-from turnout.routers.locmoe import LocMoE
+from turnout.routers.locmoe import LocMoE, LocMoERouter
 from turnout.routers.locmoe_plus import LocMoEPlus, LocMoEPlusRouter
-from turnout.routers.resonance import keep_best
 from turnout.tensors import MoEStats, RouterOutput
 
 SIZES = ((6, 3), (12, 4), (8, 1), (5, 5), (16, 8))  # width, experts
@@ -106,6 +107,35 @@ def test_tokens_uniform_on_the_sphere_reach_every_expert_alike() -> None:
     share_E = LocMoE().build(32, num_experts)(x_TD).assignment.counts_E / num_tokens
     deviation = math.sqrt((1 - 1 / num_experts) / num_experts / num_tokens)
     assert float((share_E - 1 / num_experts).abs().max()) < 4 * deviation
+
+
+def test_the_capacity_of_theorem_1_is_measured_on_the_first_step_and_kept() -> None:
+    layer = MoE(12, 4, 4, router=LocMoE(), capacity=FixedCapacity(factor=0.1))
+    aimed_TD = grap_rows(12, 4)[:1].expand(40, 12).float()
+    first_TD = drawn(1, 40, 12).float() + 4 * aimed_TD
+    first = layer(first_TD).stats
+    assert isinstance(layer.router, LocMoERouter)
+    assert int(layer(aimed_TD).stats.dropped_capacity_E.sum()) == 39, "a batch measures nothing by itself"
+    layer.router.after_step(first + layer(first_TD).stats)
+    mean = float(grap_affinity(first_TD, 4).amax(dim=1).mean())
+    want = math.ceil(capacity_floor(mean, 12, 4))
+    assert int(layer.router.least_capacity) == want
+    assert 1 < want < 40
+    # a second step measures nothing
+    layer.router.after_step(layer(aimed_TD).stats)
+    for training in (True, False):
+        assert int(layer.train(training)(aimed_TD).stats.dropped_capacity_E.sum()) == 40 - want
+    for capacity in (TutelCapacity(factor=0.1), AffinityThreshold(threshold=0.01, factor=0.1)):
+        other = MoE(12, 4, 4, router=layer.router, capacity=capacity)
+        kept = other(aimed_TD).stats
+        assert int((kept.assigned_E - kept.dropped_capacity_E - kept.dropped_policy_E).sum()) == want
+
+
+def test_theorem_1_may_be_left_out() -> None:
+    layer = MoE(12, 4, 4, router=LocMoE(floor="none"), capacity=FixedCapacity(factor=0.1))
+    stats = layer(grap_rows(12, 4)[:1].expand(40, 12).float()).stats
+    layer.router.after_step(stats)
+    assert int(layer.router.get_buffer("least_capacity")) == 0
 
 
 # the locality loss

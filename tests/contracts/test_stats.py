@@ -10,7 +10,7 @@ import torch
 from tests.contracts.cases import Case, draw, draw_case, error, own_selection, simple_case
 from turnout import MoE, MoEStats
 from turnout.dispatch import Dropless, FixedCapacity
-from turnout.routers import Forced, GShardTop2
+from turnout.routers import Forced, GShardTop2, Quantile
 
 COUNTS = ("assigned_E", "dropped_capacity_E", "dropped_policy_E", "num_routed", "num_padding")
 
@@ -58,10 +58,13 @@ def test_stats_of_micro_batches_add_to_the_stats_of_the_batch() -> None:
 
 
 def test_adding_stats_adds_every_field() -> None:
-    stats = stats_of(simple_case(capacity=FixedCapacity(factor=0.5), padding=0.3, router=GShardTop2()))
-    for field in fields(MoEStats):
-        assert torch.equal(getattr(stats + stats, field.name), 2 * getattr(stats, field.name))
-        assert getattr(stats, field.name).any(), f"{field.name} is zero in this case, which proves nothing"
+    seen = set()
+    for router in (GShardTop2(), Quantile()):
+        stats = stats_of(simple_case(capacity=FixedCapacity(factor=0.5), padding=0.3, router=router))
+        for field in fields(MoEStats):
+            assert torch.equal(getattr(stats + stats, field.name), 2 * getattr(stats, field.name))
+        seen |= {field.name for field in fields(MoEStats) if getattr(stats, field.name).any()}
+    assert seen == {field.name for field in fields(MoEStats)}, "a field that is zero proves nothing"
 
 
 def test_entropy_and_margin_are_those_of_the_scores() -> None:

@@ -69,7 +69,8 @@ def test_a_dry_run_looks_at_the_text_and_at_the_memory(turnout, recipe_file: Pat
     unknown = turnout("train", str(recipe_file), "--data", "no-such-corpus", "--dry-run")
     assert unknown.code == 2
     assert "no-such-corpus" in unknown.err
-    huge = turnout("train", str(recipe_file), "--set", "model.moe.hidden=400000000", "--dry-run")
+    huge_layer = ("--set", "model.moe.hidden=1000000", "--set", "model.moe.num_experts=1000")
+    huge = turnout("train", str(recipe_file), *huge_layer, "--dry-run")
     assert huge.code == 0
     assert "does not fit" in huge.out
 
@@ -143,7 +144,17 @@ BAD_USES: dict[str, tuple[list[str], int, str]] = {
         2,
         r"unknown field 'model\.dimm'.*did you mean 'dim'",
     ),
-    "negative size": (["train", "tiny", "--set", "model.dim=-3"], 2, r"model\.dim=-3 must be at least 1"),
+    "layers without end": (
+        ["train", "tiny", "--set", "model.num_layers=10000000", "--dry-run"],
+        2,
+        r"model\.num_layers=10000000 must be from 1 to 1000",
+    ),
+    "sizes past 64 bits": (
+        ["train", "tiny", "--set", "model.moe.hidden=1000000000000", "--dry-run"],
+        2,
+        r"moe\.hidden=1000000000000 must be from 1 to 1048576",
+    ),
+    "negative size": (["train", "tiny", "--set", "model.dim=-3"], 2, r"model\.dim=-3 must be from 1 to"),
     "wrong type": (["train", "tiny", "--set", "model.dim=wide"], 2, r"model\.dim='wide' must be an integer"),
     "heads do not divide": (
         ["train", "tiny", "--set", "model.attention.num_kv_heads=3"],
@@ -174,7 +185,7 @@ BAD_USES: dict[str, tuple[list[str], int, str]] = {
         r"minutes=1e\+308 must be above 0 and at most",
     ),
     "more than memory": (
-        ["train", "tiny", "--set", "model.moe.hidden=400000000"],
+        ["train", "tiny", "--set", "model.moe.hidden=1000000"],
         2,
         r"tiny does not fit: it needs about [\d,]+ MiB and \w+ has [\d,]+",
     ),
@@ -317,8 +328,8 @@ def test_a_step_that_is_left_out_is_told_at_once(
 ) -> None:
     original, calls = Decoder.loss, iter(range(100))
 
-    def sick_in_the_third_step(self: Decoder, *args: Any) -> Any:
-        result = original(self, *args)
+    def sick_in_the_third_step(self: Decoder, *args: Any, **settings: Any) -> Any:
+        result = original(self, *args, **settings)
         return replace(result, main=result.main * torch.nan) if next(calls) == 2 else result
 
     monkeypatch.setattr(Decoder, "loss", sick_in_the_third_step)

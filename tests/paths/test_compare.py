@@ -41,6 +41,7 @@ def curve(recipe: str, losses: Sequence[float], seed: int = 0, *, complete: bool
         params_active=1,
         train_flops_per_token=6,
         complete=complete,
+        cpu_share=0.9,
         dropped_share=0.0,
         max_violation=0.0,
         router_entropy=0.0,

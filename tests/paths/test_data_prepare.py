@@ -191,7 +191,7 @@ def test_a_stopped_preparation_is_done_again_and_a_damaged_one_is_named(corpus: 
         ({"tokenizer": ""}, "data.tokenizer is empty"),
         ({"vocab_size": 256}, r"data\.vocab_size=256 must be 257 \(every byte\) to"),
         ({"val_fraction": 0.0}, r"data\.val_fraction=0\.0 must be above 0 and at most 0\.5"),
-        ({"val_fraction": float("nan")}, r"data\.val_fraction=nan must be"),
+        ({"val_fraction": float("nan")}, r"val_fraction=nan must be"),
         ({"invalid_utf8": "ignore"}, r"invalid_utf8='ignore' must be one of: error, skip, replace"),
     ],
 )

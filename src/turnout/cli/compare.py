@@ -101,6 +101,7 @@ def _print(screen: Any, curves: list[Any], path: Path, baseline: str) -> None:
     from turnout.train.compare import verdicts
 
     columns = {"recipe": "left", "seed": "right", "minutes": "right", "tokens": "right", "tokens/s": "right"}
+    columns |= {"CPU": "right"}
     columns |= {"val loss": "right", "params": "right", "active": "right", "MFLOP": "right"}
     cells = [
         [
@@ -109,6 +110,7 @@ def _print(screen: Any, curves: list[Any], path: Path, baseline: str) -> None:
             f"{c.seconds[-1] / 60:.1f}{'' if c.complete else ' cut'}",
             f"{c.tokens[-1] / 1e6:.2f} M",
             f"{c.tokens_per_s:,.0f}",
+            "" if c.cpu_share is None else f"{c.cpu_share:.0%}",
             f"{c.val_loss[-1]:.4f}",
             f"{c.params_total / 1e6:.2f} M",
             f"{c.params_active / 1e6:.2f} M",
@@ -116,7 +118,8 @@ def _print(screen: Any, curves: list[Any], path: Path, baseline: str) -> None:
         ]
         for c in curves
     ]
-    screen.print(table("Same text, same wall clock; MFLOP of training a token; cut: stopped early", columns, cells))
+    title = "Same text, same wall clock; CPU: time it got of what its threads asked for; MFLOP of training a token"
+    screen.print(table(title if all(c.complete for c in curves) else f"{title}; cut: stopped early", columns, cells))
     _print_routing(screen, curves)
     if not any(c.recipe == baseline for c in curves):
         screen.print(f"no verdict: the baseline {baseline} ended before its first evaluation")
@@ -165,6 +168,7 @@ def _rows(curves: list[Any]) -> list[dict[str, Any]]:
             "val_loss": c.val_loss[-1],
             "complete": c.complete,
             "tokens_per_s": c.tokens_per_s,
+            "cpu_share": c.cpu_share,
             "train_flops_per_token": c.train_flops_per_token,
             "dropped_share": c.dropped_share,
             "max_violation": c.max_violation,

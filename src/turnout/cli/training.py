@@ -13,6 +13,7 @@ from rich.text import Text
 from turnout.data.prepare import default_cache, is_prepared, prepare
 from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
+from turnout.observe.sinks import require_sinks
 from turnout.train.banner import Fact, banner
 from turnout.train.device import pick_device
 from turnout.train.estimate import estimate_time, require_fits
@@ -71,6 +72,7 @@ class Training:
         Raises: ConfigError, before anything is read or made, if the model does not fit in memory.
         """
         require_fits(self.recipe, pick_device(self.recipe.loop.device))
+        require_sinks(self.recipe.loop.sinks)
         with StopRequest() as stop:
             dataset = prepare(
                 self.recipe.data, default_cache(), say=lambda line: self.screen.print(f"  {line}", style="dim")

@@ -17,7 +17,8 @@ def verify(
     target: Annotated[
         str,
         typer.Argument(
-            help="A layer preset, a recipe, a run, transformers:BLOCK[:IMPLEMENTATION], or package.module:factory.",
+            help="A layer preset, a recipe, a run, transformers:BLOCK[:IMPLEMENTATION], deepspeed:top1 (top2, topk), "
+            "torchtitan:moe, st_moe_pytorch:moe, or package.module:factory.",
             show_default=False,
         ),
     ],

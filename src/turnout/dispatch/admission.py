@@ -39,6 +39,11 @@ def rows_of_factor(factor: float, num_assignments: int, num_experts: int) -> int
     return math.ceil(factor * num_assignments / num_experts * (1 - 4 * sys.float_info.epsilon))
 
 
+def least_rows(assignment: Assignment) -> int:
+    """Rows that the router asks every expert to have room for: a copy to the host where it asks."""
+    return 0 if assignment.least_capacity is None else int(assignment.least_capacity)
+
+
 def rows_needed(assignment: Assignment) -> int:
     """Rows of the fullest expert: a copy to the host.
 

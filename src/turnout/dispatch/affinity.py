@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from turnout.contracts import CapacityPolicy
-from turnout.dispatch.admission import admission, factor_of_call, rows_needed, rows_of_factor
-from turnout.dispatch.queue import order_by_priority, priorities, queue_position
+from turnout.dispatch.admission import admission, factor_of_call, least_rows, rows_needed, rows_of_factor
+from turnout.dispatch.queue import arrival_order, order_by_priority, priorities, queue_position
 from turnout.errors import ConfigError
+from turnout.ranking import keep_best
 from turnout.tensors import Admission, Assignment
-
-# the expert's highest affinity in whole units: integers add up exactly, in any order, on any device
-UNITS = 2**40
 
 
 @CapacityPolicy.TABLE.register("affinity")
@@ -54,35 +52,29 @@ class AffinityThreshold(CapacityPolicy):
         """For this call a `factor` of 0 drops by the threshold alone; -f limits as f, in blocks as small as can be."""
         del training, generator
         factor = self.factor if factor is None else factor_of_call(factor)
+        minimum = max(self.minimum, least_rows(assignment))
+        wanted_N = self._carriers(assignment, minimum)
+        if factor == 0:
+            return admission(assignment, wanted_N=wanted_N)
         place_N = queue_position(
             assignment, assignment.expert_N, assignment.num_experts, arrival_N=order_by_priority(assignment)
         )
-        wanted_N = self._short_of_threshold(assignment, place_N) | (place_N < self.minimum)
-        if factor == 0:
-            return admission(assignment, wanted_N=wanted_N)
-        capacity = max(self.minimum, rows_of_factor(abs(factor), len(place_N), assignment.num_experts))
+        capacity = max(minimum, rows_of_factor(abs(factor), len(place_N), assignment.num_experts))
         if factor < 0:
             capacity = min(capacity, rows_needed(assignment))
         return admission(assignment, within_N=(place_N < capacity) | ~wanted_N, wanted_N=wanted_N, capacity=capacity)
 
-    def _short_of_threshold(self, assignment: Assignment, place_N: Tensor) -> Tensor:
-        """Whether the rows before each one in its expert's queue do not yet reach the threshold."""
-        expert_N = assignment.expert_N
-        unit_N = affinity_units(priorities(assignment), expert_N, assignment.num_experts)
-        total_E = torch.zeros_like(assignment.counts_E).index_add(0, expert_N, unit_N)
-        row_N = (assignment.counts_E.cumsum(0) - assignment.counts_E)[expert_N] + place_N
-        queued_N = torch.empty_like(unit_N).index_copy_(0, row_N, unit_N)
-        ahead_N = (queued_N.cumsum(0) - queued_N)[row_N] - (total_E.cumsum(0) - total_E)[expert_N]
-        # a sum that falls short by rounding alone has reached the threshold
-        return ahead_N < self.threshold * (1 - 1e-9) * total_E[expert_N].double()
-
-
-def affinity_units(affinity_N: Tensor, expert_N: Tensor, num_experts: int) -> Tensor:
-    """Affinities, 0 for negative ones, in units of the expert's highest: that is `UNITS`.
-
-    Shapes: affinity_N, expert_N (N,); returns (N,) int64.
-    """
-    affinity_N = affinity_N.double().clamp(min=0)
-    highest_E = affinity_N.new_zeros(num_experts).scatter_reduce(0, expert_N, affinity_N, reduce="amax")
-    tiny = torch.finfo(affinity_N.dtype).tiny
-    return (affinity_N / highest_E[expert_N].clamp(min=tiny) * UNITS).round().long()
+    def _carriers(self, assignment: Assignment, minimum: int) -> Tensor:
+        """Whether a row is one of the best that carry the threshold; of equals the earlier arrival is the better."""
+        arrival_N = arrival_order(assignment)
+        affinity_N = priorities(assignment)[arrival_N]
+        kept_N = keep_best(
+            affinity_N,
+            affinity_N.clamp(min=0),
+            assignment.expert_N[arrival_N],
+            num_experts=assignment.num_experts,
+            threshold=self.threshold,
+            floor=minimum,
+            capacity=len(arrival_N),
+        )
+        return torch.empty_like(kept_N).index_copy_(0, arrival_N, kept_N)

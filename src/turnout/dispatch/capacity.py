@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from turnout.contracts import CapacityPolicy
-from turnout.dispatch.admission import admission, factor_of_call, rows_needed, rows_of_factor
+from turnout.dispatch.admission import admission, factor_of_call, least_rows, rows_needed, rows_of_factor
 from turnout.dispatch.queue import Priority, arrival_order, queue_position
 from turnout.errors import ConfigError
 from turnout.tensors import Admission, Assignment
@@ -82,7 +82,8 @@ class FixedCapacity(CapacityPolicy):
             return admission(assignment)
         arrival_N = arrival_order(assignment, self.priority, generator)
         if self.group_size == 0:
-            capacity = self.rows(len(arrival_N), assignment.num_experts, abs(factor))
+            rows = self.rows(len(arrival_N), assignment.num_experts, abs(factor))
+            capacity = max(rows, least_rows(assignment))
             within_N = queue_position(assignment, assignment.expert_N, assignment.num_experts, arrival_N) < capacity
         else:
             capacity, within_N = self._by_groups(assignment, arrival_N, abs(factor))
@@ -106,7 +107,9 @@ class FixedCapacity(CapacityPolicy):
         queue_N = group_N * num_experts + assignment.expert_N
         position_N = queue_position(assignment, queue_N, num_groups * num_experts, arrival_N)
         sizes = torch.bincount(group_N, minlength=num_groups)
-        limits = [self.rows(size, num_experts, factor) for size in sizes.tolist()]
+        least = least_rows(assignment)
+        limits = [max(self.rows(size, num_experts, factor), least) for size in sizes.tolist()]
         within_N = position_N < torch.tensor(limits, device=position_N.device)[group_N]
-        rounded_up = self.rows(len(group_N), num_experts, factor) + num_groups * max(self.minimum, 1)
+        rounded_up = self.rows(len(group_N), num_experts, factor)
+        rounded_up += num_groups * max(self.minimum, least, 1)
         return min(len(group_N), rounded_up), within_N

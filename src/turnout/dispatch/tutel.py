@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from turnout.contracts import CapacityPolicy
-from turnout.dispatch.admission import admission, factor_of_call, rows_needed
+from turnout.dispatch.admission import admission, factor_of_call, least_rows, rows_needed
 from turnout.dispatch.queue import Priority, arrival_order, queue_position
 from turnout.errors import ConfigError
 from turnout.tensors import Admission, Assignment
@@ -58,10 +58,10 @@ class TutelCapacity(CapacityPolicy):
 
     def rows(self, assignment: Assignment, factor: float) -> int:
         """Rows of one expert for the setting x = `factor`, before alignment."""
-        if factor > 0:
-            return _limit(assignment, factor)
-        needed = rows_needed(assignment)
-        return needed if factor == 0 else min(needed, _limit(assignment, -factor))
+        if factor == 0:
+            return rows_needed(assignment)
+        limit = max(_limit(assignment, abs(factor)), least_rows(assignment))
+        return limit if factor > 0 else min(rows_needed(assignment), limit)
 
 
 def _limit(assignment: Assignment, factor: float) -> int:

@@ -21,6 +21,14 @@ from turnout.registry import nearest
 from turnout.routers import TopK
 from turnout.tensors import MoEOutput, MoEStats
 
+# far beyond any layer, and small enough that no product of sizes is beyond 64 bits
+RANGES = {
+    "num_experts": (1, 1 << 16),
+    "hidden": (1, 1 << 20),
+    "shared_hidden": (0, 1 << 20),
+    "latent_dim": (0, 1 << 20),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
@@ -39,9 +47,9 @@ class MoEConfig:
     init_std: float = 0.02  # standard deviation of the experts' initial weights
 
     def __post_init__(self) -> None:
-        for name, least in (("num_experts", 1), ("hidden", 1), ("shared_hidden", 0), ("latent_dim", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"moe.{name}={getattr(self, name)} must be at least {least}")
+        for name, (least, most) in RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"moe.{name}={getattr(self, name)} must be from {least} to {most}")
         if not 0 <= self.init_std < math.inf:
             raise ConfigError(f"moe.init_std={self.init_std} must be at least 0 and finite")
         if self.router.choices > self.num_experts:

@@ -19,6 +19,7 @@ def collect_stats(routing: RouterOutput, admission: Admission) -> MoEStats:
         num_padding=_count(routing.assignment.num_tokens - num_routed, scores_RE.device),
         entropy_sum=torch.special.entr(scores_RE).sum(),
         margin_sum=_margin(scores_RE).sum(),
+        tally=scores_RE.new_zeros(0) if routing.tally is None else routing.tally.detach(),
     )
 
 

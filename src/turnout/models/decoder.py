@@ -21,6 +21,9 @@ from turnout.layers.moe import MoE, MoEConfig
 from turnout.layers.norm import NORMS
 from turnout.tensors import Assignment, LossTerm, MoEStats, total_loss
 
+# far beyond any model, and small enough that no product of sizes is beyond 64 bits
+MOST = {"vocab_size": 1 << 24, "dim": 1 << 20, "num_layers": 1000, "max_seq_len": 1 << 30, "hidden": 1 << 20}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -44,9 +47,9 @@ class ModelConfig:
     init_std: float = 0.02  # standard deviation of initial weights; what adds to the residual gets / sqrt(2 layers)
 
     def __post_init__(self) -> None:
-        for name, least in (("vocab_size", 1), ("dim", 1), ("num_layers", 1), ("max_seq_len", 1), ("hidden", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"model.{name}={getattr(self, name)} must be at least {least}")
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be from 1 to {most}")
         if not 0 < self.norm_eps < math.inf:
             raise ConfigError(f"model.norm_eps={self.norm_eps} must be above 0 and finite")
         if not 0 <= self.init_std < math.inf:

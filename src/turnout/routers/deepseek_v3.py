@@ -1,6 +1,5 @@
 """DeepSeek-V3: sigmoid scores, a bias that balances load without a loss, and a limit on the groups a token reaches."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,15 +70,6 @@ class DeepSeekV3Router(Router):
         self.config = config
         self.score = LinearScore(dim, num_experts, bias=False, init_std=config.init_std)
         self.register_buffer("bias_E", torch.zeros(num_experts))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeepSeekV3Router":
-        """The bias moves with the module and keeps its dtype: bfloat16 would round its steps of 0.001 away."""
-        before_E = self.bias_E
-        super()._apply(fn, recurse)
-        if self.bias_E.dtype != before_E.dtype:
-            known = self.bias_E if before_E.is_meta else before_E
-            self.bias_E = known.to(self.bias_E.device, before_E.dtype)
-        return self
 
     def reset_parameters(self) -> None:
         """The score resets itself."""

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
+from turnout.ranking import keep_best
 from turnout.routers.affinity_theory import min_capacity
 from turnout.routers.grap import check_blocks, grap_affinity, row_affinity
 from turnout.routers.pieces import LinearScore, check_choices, from_topk, select_topk
-from turnout.routers.resonance import keep_best
 from turnout.tensors import Assignment, MoEStats, RouterInput, RouterOutput
 
 Mode = Literal["token_choice", "expert_choice", "hybrid"]
@@ -30,7 +30,7 @@ class LocMoEPlus(RouterConfig):
     but not fewer than C_min (remark 7) and not more than factor * k * tokens / experts. The weight is a softmax of the
     affinities, so the task's gradient reaches the gate; a softmax over all experts keeps it at k = 1.
 
-    What the paper leaves open is a setting, and its default is our reading: which tokens are kept (see `resonance`),
+    What the paper leaves open is a setting, and its default is our reading: which tokens are kept (see `ranking`),
     the threshold (0.75 of Gaussian tokens' affinity is that of 60% of them, the reduction it reports), negative
     affinities, the delta_max in C_min (see `limits`), the temperature, evaluation (choice by experts would let a token
     depend on later ones), and the switch, for which it gives theory and no schedule.

@@ -3,28 +3,31 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
 from turnout.routers.pieces import LinearScore, check_choices, check_scale, from_topk, select_topk, sigmoid_shares
-from turnout.tensors import RouterInput, RouterOutput
+from turnout.tensors import MoEStats, RouterInput, RouterOutput
 
 
 @RouterConfig.TABLE.register("quantile")
 @dataclass(frozen=True, kw_only=True)
 class Quantile(RouterConfig):
-    """In training the k best of logit less price, in evaluation of the logits alone; the weights know no price.
+    """The k best of logit less the expert's price; the weights know no price.
 
     The prices are the dual of "each token k experts, each expert k T / E tokens": alternately each token's
     threshold is what its (k + 1)-th expert is worth to it, and each expert's price what its first token beyond
-    k T / E would pay. They are found anew in every call, so forward remembers nothing.
+    k T / E would pay. In training they are found anew in every call; evaluation has their average over steps, so that
+    no token depends on another.
     Source: the update of Megatron-Core, https://github.com/NVIDIA/Megatron-LM/pull/5349, which makes one round a
-    call and averages prices over calls; that the prices stay within the batch, and `rounds`, are ours.
+    call and averages prices over calls; that training's prices stay within the batch, and `rounds`, are ours.
     """
 
     k: int = 2  # experts per token
     rounds: int = 8  # rounds of coordinate descent over thresholds and prices
+    memory: float = 0.9  # share of evaluation's prices that stays from one optimizer step to the next
     activation: Literal["softmax", "sigmoid"] = "softmax"  # what turns a logit into a weight
     scale: float = 1.0  # factor on the weights
     init_std: float = 0.02  # standard deviation of the score's initial weights
@@ -33,6 +36,8 @@ class Quantile(RouterConfig):
         for name in ("k", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"router.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.memory < 1:
+            raise ConfigError(f"router.memory={self.memory} must be at least 0 and below 1")
         check_scale(self.scale)
 
     @property
@@ -49,24 +54,46 @@ class Quantile(RouterConfig):
 
 
 class QuantileRouter(Router):
-    """The module of `Quantile`."""
+    """The module of `Quantile`: owns the score's weights, and the average prices, which no gradient moves."""
+
+    price_E: Tensor
 
     def __init__(self, dim: int, num_experts: int, config: Quantile) -> None:
         super().__init__(dim, num_experts)
         self.config = config
         self.score = LinearScore(dim, num_experts, bias=False, init_std=config.init_std)
+        self.register_buffer("price_E", torch.zeros(num_experts))
+
+    def reset_parameters(self) -> None:
+        """The score resets itself."""
+        self.price_E.zero_()
 
     def route(self, tokens: RouterInput) -> RouterOutput:
         logits_RE = self.score(tokens.x_RD)
-        wanted_RE = logits_RE.detach()
+        price_E = self.price_E.to(logits_RE.dtype)
         if self.training:
-            wanted_RE = wanted_RE - quantile_prices(wanted_RE, self.config.k, rounds=self.config.rounds)
-        expert_RK = select_topk(wanted_RE, self.config.k)
+            price_E = quantile_prices(logits_RE.detach(), self.config.k, rounds=self.config.rounds)
+        expert_RK = select_topk(logits_RE.detach() - price_E, self.config.k)
         is_softmax = self.config.activation == "softmax"
         scores_RE = logits_RE.softmax(dim=1) if is_softmax else sigmoid_shares(logits_RE)
         weight_RK = (scores_RE if is_softmax else logits_RE.sigmoid()).gather(1, expert_RK)
         assignment = from_topk(expert_RK, weight_RK * self.config.scale, tokens, num_experts=self.num_experts)
-        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=tokens.token_R)
+        return RouterOutput(
+            assignment=assignment,
+            logits_RE=logits_RE,
+            scores_RE=scores_RE,
+            token_R=tokens.token_R,
+            tally=price_E * len(tokens.token_R) if self.training else None,
+        )
+
+    @torch.no_grad()
+    def after_step(self, stats: MoEStats) -> None:
+        """Averages the prices of the step's calls, by their tokens, into those of evaluation."""
+        if not stats.tally.numel():
+            return
+        mean_E = (stats.tally / stats.num_routed.clamp(min=1)).to(self.price_E.dtype)
+        # the first step's are taken whole: an average that starts from 0 would hold prices too low for long
+        self.price_E.copy_(torch.where(self.price_E.any(), self.price_E.lerp(mean_E, 1 - self.config.memory), mean_E))
 
 
 def quantile_prices(scores_RE: Tensor, k: int, *, rounds: int) -> Tensor:

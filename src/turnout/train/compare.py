@@ -2,9 +2,12 @@
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import validation_batches
@@ -15,12 +18,13 @@ from turnout.train.recipe import Recipe
 from turnout.train.routing_facts import RoutingFacts, routing_facts
 from turnout.train.signals import StopRequest
 
-TURNS = 24  # turns each recipe gets; after each one it is evaluated
+ROUNDS = 24  # after each one every recipe is evaluated
+TURNS = 5  # turns each recipe gets in a round: short ones, so that a busy minute of the machine is everybody's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One recipe, one seed: validation loss after each turn."""
+    """One recipe, one seed: validation loss after each round."""
 
     recipe: str
     seed: int
@@ -32,6 +36,7 @@ class Curve:
     params_active: int
     train_flops_per_token: int  # matrix and attention products, forward and backward
     complete: bool  # trained to the end of its budget
+    cpu_share: float | None  # CPU time it got of what its threads could have had; None on other devices
     dropped_share: float  # of the last recorded step's assignments
     max_violation: float  # of the last recorded step: greatest load over the fair share, minus 1
     router_entropy: float  # of the last recorded step: 1 is undecided
@@ -128,7 +133,7 @@ def seconds_to(curve: Curve, loss: float) -> float | None:
 
 
 def ahead_from(curve: Curve, baseline: Curve) -> float | None:
-    """First turn's second from which `curve` is below `baseline` at every later turn."""
+    """First round's second from which `curve` is below `baseline` at every later round."""
     behind = [a >= b for a, b in zip(curve.val_loss, baseline.val_loss, strict=True)]
     if behind[-1]:
         return None
@@ -163,36 +168,59 @@ def _trainer(recipe: Recipe, dataset: Dataset, out: Path, minutes: float, steps:
 
 
 def _take_turns(trainers: Sequence[Trainer], stop: StopRequest, say: Callable[[str], None]) -> list[Curve]:
-    points: list[list[tuple[float, int, float]]] = [[] for _ in trainers]
-    running = list(trainers)
-    for turn in range(1, TURNS + 1):
-        for trainer, seen in zip(trainers, points, strict=True):
-            if trainer not in running:
-                continue
-            try:
-                trainer.train(stop, pause_at=turn / TURNS)
-            except NonFiniteError as error:
-                say(f"{trainer.recipe.name} seed {trainer.recipe.seed} ends here: {error}")
-                running.remove(trainer)
-                continue
-            val_loss = trainer.evaluate_and_record(stop)
-            if val_loss is not None and not stop.requested:
-                seen.append((trainer.counters.seconds, trainer.counters.tokens, val_loss))
+    contestants = [_Contestant(trainer) for trainer in trainers]
+    running = list(contestants)
+    for round in range(ROUNDS):
+        for turn in range(1, TURNS + 1):
+            running = [c for c in running if c.goes_on(stop, until=(round + turn / TURNS) / ROUNDS, say=say)]
+        for contestant in running:
+            contestant.evaluate(stop)
         if stop.requested:
             break
-        scores = ", ".join(f"{t.recipe.name} {t.counters.val_loss:.4f}" for t in running)
+        scores = ", ".join(f"{c.trainer.recipe.name} {c.trainer.counters.val_loss:.4f}" for c in running)
         minutes = trainers[0].counters.seconds / 60
         say(f"{minutes:5.1f} min  seed {trainers[0].recipe.seed}  {scores}")
-    for trainer in running:
-        trainer.recorder.close() if stop.requested else trainer.finish()
-    return [_curve(trainer, seen) for trainer, seen in zip(trainers, points, strict=True) if seen]
+    for contestant in running:
+        contestant.trainer.recorder.close() if stop.requested else contestant.trainer.finish()
+    return [_curve(c.trainer, c.points, c.cpu_share) for c in contestants if c.points]
 
 
-def _curve(trainer: Trainer, points: Sequence[tuple[float, int, float]]) -> Curve:
+class _Contestant:
+    """One run of the comparison, and what its turns came to."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.points: list[tuple[float, int, float]] = []  # seconds, tokens, validation loss
+        self._cpu_s = 0.0
+
+    def goes_on(self, stop: StopRequest, *, until: float, say: Callable[[str], None]) -> bool:
+        """Trains up to that share of the budget; False if it cannot."""
+        started = time.process_time()
+        try:
+            self.trainer.train(stop, pause_at=until)
+        except NonFiniteError as error:
+            say(f"{self.trainer.recipe.name} seed {self.trainer.recipe.seed} ends here: {error}")
+            return False
+        self._cpu_s += time.process_time() - started
+        return True
+
+    def evaluate(self, stop: StopRequest) -> None:
+        val_loss = self.trainer.evaluate_and_record(stop)
+        if val_loss is not None and not stop.requested:
+            self.points.append((self.trainer.counters.seconds, self.trainer.counters.tokens, val_loss))
+
+    @property
+    def cpu_share(self) -> float | None:
+        if self.trainer.device.type != "cpu":
+            return None
+        return self._cpu_s / max(self.trainer.counters.seconds * torch.get_num_threads(), 1e-9)
+
+
+def _curve(trainer: Trainer, points: Sequence[tuple[float, int, float]], cpu_share: float | None) -> Curve:
     recipe = trainer.recipe
     size = sizes(recipe.model, recipe.loop.seq_len)
     seconds, tokens, val_loss = zip(*points, strict=True)
-    complete = len(points) == TURNS
+    complete = len(points) == ROUNDS
     line = trainer.line
     return Curve(
         recipe=recipe.name,
@@ -205,6 +233,7 @@ def _curve(trainer: Trainer, points: Sequence[tuple[float, int, float]]) -> Curv
         params_active=size.active,
         train_flops_per_token=size.train_flops_per_token,
         complete=complete,
+        cpu_share=cpu_share,
         dropped_share=line.get("dropped_share", 0.0),
         max_violation=line.get("max_violation", 0.0),
         router_entropy=line.get("router_entropy", 0.0),

@@ -36,15 +36,15 @@ def _reach(subject: Subject) -> Iterable[Measured]:
         if layer.num_experts < 3:
             continue
         value = layer.auxiliary_loss(draw(layer, 25))
-        if not value.requires_grad:
-            yield Measured(error=float("inf"), tolerance=0, case=f"no gradient at all: {words}")
-            continue
         leaves = {n: p for n, p in layer.module.named_parameters() if p.requires_grad}
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        moved = {name for name, gradient in zip(leaves, found, strict=True) if gradient.any()}
         router = set(layer.router_parameters()) & set(leaves)
         if not router:
             raise NotApplicable("the router has no parameters to learn")
+        if not value.requires_grad:
+            yield Measured(error=float("inf"), tolerance=0, case=f"no gradient at all: {words}")
+            continue
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        moved = {name for name, gradient in zip(leaves, found, strict=True) if gradient.any()}
         strays = sorted(moved - router) + sorted(() if moved & router else router)
         yield Measured(error=float(len(strays)), tolerance=0, case=f"{' '.join(strays)} {words}".strip())
 

@@ -72,6 +72,7 @@ class Subject:
     name: str
     build: Callable[[Sizes], Layer]  # raises NotApplicable for sizes it cannot take
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries under test
+    rounding: float = 0.0  # what a gate that computes in float32 by design, whatever it is given, may be off by
 
     def layer(self, sizes: Sizes, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Layer:
         """A layer with weights that matter: random, the same for every dtype, in evaluation mode."""

@@ -1,6 +1,7 @@
 """What `turnout verify TARGET` can name."""
 
 import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from turnout import presets
@@ -8,8 +9,32 @@ from turnout.errors import ConfigError
 from turnout.layers import MoE
 from turnout.registry import nearest
 from turnout.train.recipes import RECIPES, load_recipe, recipe_of
-from turnout.verify.adapters import BLOCKS, from_config, from_factory, from_preset, from_transformers
+from turnout.verify.adapters import (
+    BLOCKS,
+    DEEPSPEED_LAYERS,
+    ST_MOE_LAYERS,
+    TORCHTITAN_LAYERS,
+    from_config,
+    from_deepspeed,
+    from_factory,
+    from_preset,
+    from_st_moe_pytorch,
+    from_torchtitan,
+    from_transformers,
+)
 from turnout.verify.subject import Subject
+
+# library -> how to build a layer of it by name, and the names
+PEERS: Mapping[str, tuple[Callable[[str], Subject], tuple[str, ...]]] = {
+    "deepspeed": (from_deepspeed, DEEPSPEED_LAYERS),
+    "torchtitan": (from_torchtitan, TORCHTITAN_LAYERS),
+    "st_moe_pytorch": (from_st_moe_pytorch, ST_MOE_LAYERS),
+}
+
+
+def peer_targets() -> list[str]:
+    """Layers of other libraries besides transformers, installed or not."""
+    return [f"{library}:{name}" for library, (_, names) in PEERS.items() for name in names]
 
 
 def layer_presets() -> list[str]:
@@ -21,20 +46,23 @@ def layer_presets() -> list[str]:
 
 def subject(target: str) -> Subject:
     """The layer a target names: a preset of a paper, a recipe (name, TOML file or run folder), another library's block
-    (`transformers:mixtral`, `transformers:mixtral:grouped_mm`), or a factory (`package.module:function`).
+    (`transformers:mixtral`, `transformers:mixtral:grouped_mm`, `deepspeed:top2`), or a factory
+    (`package.module:function`).
 
     Raises: ConfigError naming what there is.
     """
     library, _, rest = target.partition(":")
     if library == "transformers" and rest:
         return from_transformers(*rest.split(":", 1))
+    if library in PEERS:
+        return PEERS[library][0](rest)
     if rest:
         return from_factory(target)
     if target in layer_presets():
         return from_preset(target)
     if target in RECIPES or target.endswith(".toml") or (Path(target) / "recipe.toml").is_file():
         return _recipe(target)
-    known = [*layer_presets(), *RECIPES.names(), *(f"transformers:{name}" for name in BLOCKS)]
+    known = [*layer_presets(), *RECIPES.names(), *(f"transformers:{name}" for name in BLOCKS), *peer_targets()]
     raise ConfigError(
         f"unknown target {target!r}; available: {', '.join(known)}{nearest(target, known)}; "
         "or a recipe.toml, a run folder, package.module:factory"

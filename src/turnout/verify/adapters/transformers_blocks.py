@@ -85,6 +85,7 @@ def from_transformers(name: str, implementation: str = "eager") -> Subject:
         name=f"transformers:{name}:{implementation}",
         build=functools.partial(_build, BLOCKS[name], implementation),
         versions={"transformers": transformers.__version__, "torch": torch.__version__},
+        rounding=1e-6,
     )
 
 

@@ -1,4 +1,7 @@
-"""Expert choice with an adaptive number: how many of the tokens at hand an expert keeps, and which."""
+"""Who is kept where not all can be: an expert's best rows, by the share of a sum they carry.
+
+Routers by expert choice and capacities by affinity decide by it; it stands below both.
+"""
 
 import torch
 from torch import Tensor
