@@ -25,6 +25,8 @@ DISPATCH = "tests/contracts/test_dispatch.py"
 GSHARD = "tests/contracts/test_gshard.py"
 LOCMOE = "tests/contracts/test_locmoe.py"
 GROUPED = "tests/contracts/test_grouped_mm.py"
+GENERATE = "tests/paths/test_generate.py"
+COEFFICIENT = "tests/paths/test_effective_coefficient.py"
 LEAST_CAUGHT = 0.9
 
 
@@ -227,7 +229,7 @@ MUTATIONS = (
         "return (load_E * scores_RE.sum(dim=0)).sum()",
         (LOSSES, LAYER),
     ),
-    Mutation("balance without 1/T", "losses/load_balance.py", ".sum() / max(num_routed, 1)", ".sum()", (LOSSES, LAYER)),
+    Mutation("balance without 1/T", "losses/load_balance.py", ".sum() / max(num_tokens, 1)", ".sum()", (LOSSES, LAYER)),
     Mutation(
         "balance counts first choices",
         "losses/load_balance.py",
@@ -305,6 +307,84 @@ MUTATIONS = (
         "self.config.k if tokens.top_k is None else tokens.top_k",
         "self.config.k",
         (TOKEN,),
+    ),
+    Mutation("hash: weights do not sum to scale", "routers/hash.py", "share * self.config.scale", "share", (LAYER,)),
+    Mutation(
+        "hash: one function twice",
+        "routers/hash.py",
+        "_universal(id_R, self.coefficients[1]",
+        "_universal(id_R, self.coefficients[0]",
+        (LAYER,),
+    ),
+    Mutation(
+        "hash: a token alone is another token",
+        "routers/hash.py",
+        "self._experts(tokens.token_ids_R)",
+        "self._experts(tokens.token_ids_R + (len(tokens.token_R) == 1))",
+        (GENERATE,),
+    ),
+    Mutation(
+        "hash: the first draw is kept",
+        "routers/hash.py",
+        "self.coefficients.copy_(best)",
+        "pass",
+        ("tests/paths/test_train_resume.py", "tests/contracts/test_other_routers.py"),
+    ),
+    Mutation(
+        "balance: coefficient depends on accumulation",
+        "train/parts.py",
+        "aux=ranks * aux / all_tokens",
+        "aux=1 / len(batches)",
+        (COEFFICIENT,),
+    ),
+    Mutation(
+        "balance: ranks count for themselves",
+        "losses/load_balance.py",
+        "dist.all_reduce(counts_E)",
+        "pass",
+        (COEFFICIENT,),
+    ),
+    Mutation(
+        "balance: the step is not counted ahead",
+        "train/parts.py",
+        "if len(batches) == 1 or not any(term.spans_step for term in terms):",
+        "if True:",
+        (COEFFICIENT,),
+    ),
+    Mutation(
+        "balance: counted with other noise than trained",
+        "train/parts.py",
+        'with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:',
+        "with autocast:",
+        (COEFFICIENT,),
+    ),
+    Mutation(
+        "a constant loss is accepted",
+        "contracts.py",
+        "if not router.scores_have_gradient:",
+        "if False:",
+        (LOSSES, "tests/contracts/test_errors.py"),
+    ),
+    Mutation(
+        "locmoe: theorem 1 measured anew each step",
+        "routers/locmoe.py",
+        "torch.where(self.least_capacity == 0, rows, self.least_capacity)",
+        "rows",
+        (LOCMOE,),
+    ),
+    Mutation(
+        "quantile: evaluation knows no price",
+        "routers/quantile.py",
+        "price_E = self.price_E.to(logits_RE.dtype)",
+        "price_E = torch.zeros_like(self.price_E).to(logits_RE.dtype)",
+        ("tests/contracts/test_balanced_routers.py",),
+    ),
+    Mutation(
+        "a router's buffers follow the model's dtype",
+        "contracts.py",
+        "if now.dtype != value.dtype:",
+        "if False:",
+        (ROUTERS,),
     ),
 )
 
