@@ -43,6 +43,7 @@ def curve(recipe: str, losses: Sequence[float], seed: int = 0, *, complete: bool
         complete=complete,
         cpu_share=0.9,
         dropped_share=0.0,
+        declined_share=0.0,
         max_violation=0.0,
         router_entropy=0.0,
         routing=None,

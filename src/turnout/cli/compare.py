@@ -136,7 +136,7 @@ def _print_routing(screen: Any, curves: list[Any]) -> None:
     routed = [c for c in curves if c.routing is not None]
     if not routed:
         return
-    columns = {"recipe": "left", "seed": "right", "experts a token": "right", "dropped": "right"}
+    columns = {"recipe": "left", "seed": "right", "experts a token": "right", "dropped": "right", "left out": "right"}
     columns |= {"worst load": "right", "undecided": "right", "told by id": "right", "bytes a token": "right"}
     cells = [
         [
@@ -144,6 +144,7 @@ def _print_routing(screen: Any, curves: list[Any]) -> None:
             str(c.seed),
             f"{c.routing.experts_per_token:.2f}",
             f"{c.dropped_share:.1%}",
+            f"{c.declined_share:.1%}",
             f"{c.max_violation:+.0%}",
             f"{c.router_entropy:.2f}",
             f"{c.routing.specialisation:.2f}",
@@ -171,6 +172,7 @@ def _rows(curves: list[Any]) -> list[dict[str, Any]]:
             "cpu_share": c.cpu_share,
             "train_flops_per_token": c.train_flops_per_token,
             "dropped_share": c.dropped_share,
+            "declined_share": c.declined_share,
             "max_violation": c.max_violation,
             "router_entropy": c.router_entropy,
             "routing": None if c.routing is None else vars(c.routing),

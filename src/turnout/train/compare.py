@@ -37,7 +37,8 @@ class Curve:
     train_flops_per_token: int  # matrix and attention products, forward and backward
     complete: bool  # trained to the end of its budget
     cpu_share: float | None  # CPU time it got of what its threads could have had; None on other devices
-    dropped_share: float  # of the last recorded step's assignments
+    dropped_share: float  # of the last recorded step's assignments, for want of room
+    declined_share: float  # the same, left out by the router or the policy
     max_violation: float  # of the last recorded step: greatest load over the fair share, minus 1
     router_entropy: float  # of the last recorded step: 1 is undecided
     routing: RoutingFacts | None  # on validation text, after training; None: no experts, or not complete
@@ -235,6 +236,7 @@ def _curve(trainer: Trainer, points: Sequence[tuple[float, int, float]], cpu_sha
         complete=complete,
         cpu_share=cpu_share,
         dropped_share=line.get("dropped_share", 0.0),
+        declined_share=line.get("declined_share", 0.0),
         max_violation=line.get("max_violation", 0.0),
         router_entropy=line.get("router_entropy", 0.0),
         routing=_routing(trainer) if complete else None,

@@ -1,0 +1,126 @@
+"""Write docs/routers.md: every router on the same text for the same steps, over seeds.
+
+Usage: turnout compare tiny --routers all --steps N --seeds 3 --json | tail -1 > RESULT.json
+       python -m benchmarks.routers_page RESULT.json [MORE.json ...]
+
+Several files are joined: the same routers at other seeds, say.
+"""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from turnout.contracts import RouterConfig
+from turnout.train.recipes import load_recipe
+from turnout.train.variants import with_routers
+
+PAGE = Path(__file__).parents[1] / "docs" / "routers.md"
+BESIDE = "topk"  # whose loss and speed the others stand beside
+INTRO = """# Routers side by side
+
+Written by `python -m benchmarks.routers_page` from `turnout compare {recipe} --routers all`: the recipe `{recipe}` with
+each router, {tokens} tokens each, seeds {first} to {last}. Loss is nats a token on validation text, mean and spread
+(greatest less least) over seeds; beside {beside}: the mean difference at the same seed, below 0 is better. Speed is
+tokens a second over {beside}'s at the same seed, on two CPU cores. Experts a token are those of evaluation; dropped
+(for want of room), left out (by design) and worst load (greatest over the fair share, less 1) are of the last step of
+training. Undecided: entropy of the scores, 1 is a fair draw. Told by id: share of an expert's identity that the
+token's id tells. Bytes: what a layer would send between 8 ranks, there and back, a token.
+"""
+COLUMNS = (
+    *("router", "loss", "spread", f"beside {BESIDE}", "speed", "experts a token", "dropped", "left out"),
+    *("worst load", "undecided", "told by id", "bytes"),
+)
+
+
+def main() -> None:
+    """Raises: SystemExit without a file, or if the row everything stands beside is missing."""
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    rows = [row for path in sys.argv[1:] for row in json.loads(Path(path).read_text(encoding="utf-8"))["rows"]]
+    recipe, by_router = _by_router(rows)
+    if BESIDE not in by_router:
+        sys.exit(f"no rows of the router {BESIDE}, which the others stand beside")
+    PAGE.write_text("\n".join(_page(recipe, by_router, rows)), encoding="utf-8")
+    print(f"wrote {PAGE.name}: {len(by_router)} routers, {len(rows)} runs")
+
+
+def _by_router(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """The recipe's name, and the complete runs of each router."""
+    recipe = _shared_start([row["recipe"] for row in rows])
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["complete"]:
+            found[row["recipe"].removeprefix(f"{recipe}-")].append(row)
+    return recipe, found
+
+
+def _shared_start(names: Sequence[str]) -> str:
+    router = next(r for r in sorted(RouterConfig.TABLE.names(), key=len, reverse=True) if names[0].endswith(f"-{r}"))
+    return names[0].removesuffix(f"-{router}")
+
+
+def _page(recipe: str, by_router: dict[str, list[dict[str, Any]]], rows: Sequence[dict[str, Any]]) -> list[str]:
+    seeds = sorted({row["seed"] for row in rows})
+    tokens = statistics.median(row["tokens"] for row in rows)
+    beside = by_router[BESIDE]
+    order = sorted(by_router, key=lambda name: _mean(by_router[name], "val_loss"))
+    ahead = [name for name in order if not RouterConfig.TABLE[name].causal]
+    return [
+        *INTRO.format(
+            recipe=recipe, tokens=f"{tokens / 1e6:.2f} M", first=seeds[0], last=seeds[-1], beside=BESIDE
+        ).splitlines(),
+        "",
+        *([f"A loss that no generation can have, for they see later tokens: {', '.join(ahead)}.", ""] if ahead else []),
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
+        *(_row(name, by_router[name], beside) for name in order),
+        "",
+        *_settings(recipe, order),
+        "",
+    ]
+
+
+def _row(name: str, runs: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]]) -> str:
+    losses = [run["val_loss"] for run in runs]
+    same_seed = {run["seed"]: run for run in beside}
+    pairs = [(run, same_seed[run["seed"]]) for run in runs if run["seed"] in same_seed]
+    behind = statistics.fmean(a["val_loss"] - b["val_loss"] for a, b in pairs)
+    speed = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs)
+    routing = [run["routing"] for run in runs]
+    cells = [
+        f"{statistics.fmean(losses):.3f}",
+        f"{max(losses) - min(losses):.3f}",
+        f"{behind:+.3f}",
+        f"{speed:.2f}",
+        f"{_mean(routing, 'experts_per_token'):.2f}",
+        f"{_mean(runs, 'dropped_share'):.1%}",
+        f"{_mean(runs, 'declined_share'):.1%}",
+        f"{_mean(runs, 'max_violation'):+.0%}",
+        f"{_mean(runs, 'router_entropy'):.2f}",
+        f"{_mean(routing, 'specialisation'):.2f}",
+        f"{_mean(routing, 'sent_bytes_per_token'):,.0f}",
+    ]
+    return f"| `{name}` | {' | '.join(cells)} |"
+
+
+def _mean(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.fmean(row[key] for row in rows)
+
+
+def _settings(recipe: str, names: Sequence[str]) -> list[str]:
+    """What each router was set to, and its losses: a router is compared with these, not with its paper's."""
+    lines = ["Settings, where they are not the router's own defaults are those of the recipe:", ""]
+    for variant in with_routers(load_recipe(recipe), sorted(names)):
+        assert variant.model.moe is not None
+        moe = variant.model.moe
+        losses = ", ".join(repr(loss) for loss in moe.losses) or "no auxiliary loss"
+        lines.append(f"- `{moe.router!r}`; {losses}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
