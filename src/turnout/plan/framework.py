@@ -1,0 +1,74 @@
+"""What training frameworks differ in that the planner must know: facts of their code, not fitted numbers."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from turnout.registry import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framework:
+    """Byte counts are per element; those that ZeRO divides are marked."""
+
+    weight_bytes: float = 2.0  # of a parameter the forward pass reads
+    gradient_bytes: float = 4.0  # of an accumulated gradient (ZeRO-2 and 3)
+    optimizer_bytes: float = 12.0  # master weight and two moments (ZeRO-1 to 3)
+    data_parallel_bytes: float = 0.0  # of a second gradient, there only with data parallel ranks
+    zero_kept_bytes: float = 0.0  # more of a parameter once the optimizer is sharded, on every rank
+    zero_shard_bytes: float = 0.0  # and more of it in a rank's shard
+    logit_bytes: float = 4.0  # kept of one logit at the peak
+    wgrad_bytes: float = 0.0  # of an output before it is added to the accumulated gradient, for the largest matrices
+    flash_attention: bool = True  # scores are never written to memory
+    attention_rate: float = 1.0  # of its fused attention kernel, over the best of the device's generation
+    dropout: bool = False  # masks are kept
+    fused_activation: bool = True  # a gated activation keeps its two inputs, not also the activated gate
+    permuted_copies: float = 1.0  # copies of the routed rows kept beside the experts' input
+    stage_balance: Literal["layers", "flops"] = "layers"  # what pipeline stages have equal numbers of
+    selective: Literal["scores", "products"] = "scores"  # what selective recomputation drops
+    rotary_bytes: float = 0.0  # kept of one element of queries and keys beside the turned ones
+    gathered_inputs: bool = False  # under tp one micro-batch's gathered inputs of column-parallel products are live
+    gather_buffer_bytes: float = 0.0  # of one element of the residual stream: buffers kept for all-gathers under tp
+    reshards: bool = True  # under ZeRO-3 parameters and gradients are sharded again between the passes of a pipeline
+    slack: float = 0.0  # share of the live bytes an allocator holds beyond them
+    scatter_gather: bool = False  # each tensor-parallel rank sends a share over a stage boundary
+    overlap_tp: bool = False  # tensor-parallel communication runs in chunks beside the products
+    overlap_pp: bool = True  # interleaved stages send while they compute
+    overlap_dp: bool = True  # gradients are reduced while backward runs
+    wire_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of gradients on the wire
+    sequence_parallel: bool = True  # norms are sharded over tp unless the layout says otherwise
+
+
+FRAMEWORKS: Table[Framework] = Table("framework")
+# https://github.com/NVIDIA/Megatron-LM core/distributed, core/optimizer: bf16 weights, fp32 gradients and master
+_CORE = Framework(wgrad_bytes=2.0)
+FRAMEWORKS.register("megatron-core")(_CORE)
+# https://github.com/NVIDIA-NeMo: megatron-core with user buffers, which overlap tensor-parallel communication
+FRAMEWORKS.register("nemo")(replace(_CORE, overlap_tp=True, wire_precision="bf16"))
+# the code of arXiv:2104.04473 (2021): scores in memory, dropout, all-reduce after the last backward
+_LEGACY = Framework(
+    flash_attention=False, dropout=True, logit_bytes=6.0, overlap_dp=False, overlap_pp=False, scatter_gather=True,
+    sequence_parallel=False, wire_precision="fp16",
+)  # fmt: skip
+FRAMEWORKS.register("megatron-2021")(_LEGACY)
+# the same with arXiv:2205.05198 (2022): what MegaScale (arXiv:2402.15627, section 3) compares with, flash attention
+# being one of its own additions
+FRAMEWORKS.register("megatron-2022")(replace(_LEGACY, sequence_parallel=True, wire_precision="fp32"))
+# https://github.com/pytorch/torchtitan: FSDP2 keeps fp32 shards, gathers bf16; a logit is kept in bf16, as fp32, as its
+# log-softmax, and as its gradient
+FRAMEWORKS.register("torchtitan")(
+    Framework(
+        weight_bytes=4.0, optimizer_bytes=8.0, logit_bytes=14.0, selective="products", reshards=False,
+        # PyTorch's kernel is FlashAttention-2, of which FlashAttention-3 is 1.5 to 2 times as fast: arXiv:2407.08608
+        attention_rate=0.6,
+    )
+)  # fmt: skip
+# https://github.com/huggingface/nanotron: a bf16 gradient beside the fp32 accumulator, stages balanced by FLOPs
+FRAMEWORKS.register("nanotron")(
+    Framework(
+        data_parallel_bytes=2.0, zero_kept_bytes=2.0, zero_shard_bytes=2.0, logit_bytes=8.0, fused_activation=False,
+        stage_balance="flops", gathered_inputs=True, gather_buffer_bytes=4.0,
+        rotary_bytes=6.0, attention_rate=0.6, overlap_tp=True, overlap_pp=False,
+        # fp32 accumulators are reduced, and ZeRO-1 parameters gathered, after the last backward pass
+        overlap_dp=False,
+    )
+)  # fmt: skip

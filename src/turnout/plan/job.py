@@ -1,0 +1,46 @@
+"""One training job: a model, its layout, its batch, the code that runs it."""
+
+from dataclasses import dataclass, field
+
+from turnout.errors import ConfigError
+from turnout.plan.framework import FRAMEWORKS, Framework
+from turnout.plan.model import ModelShape
+from turnout.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What memory and time are asked about. `strategy` is resolved: its dp is known."""
+
+    shape: ModelShape
+    strategy: Strategy
+    seq_len: int  # tokens of a sequence
+    global_batch: int  # sequences of an optimizer step
+    framework: Framework = field(default_factory=lambda: FRAMEWORKS["megatron-core"])
+    skew: float = 1.0  # rows of the busiest expert rank over the mean; capacity caps it at the capacity factor
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1 or self.global_batch < 1:
+            raise ConfigError(f"seq_len={self.seq_len} and global_batch={self.global_batch} must be at least 1")
+        if self.skew < 1:
+            raise ConfigError(f"skew={self.skew} must be at least 1 (the busiest rank over the mean)")
+        self.strategy.world()
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step through each pipeline; a part of one counts as one."""
+        return max(1, -(-self.global_batch // (self.strategy.dp * self.strategy.micro_batch)))
+
+    @property
+    def rank_tokens(self) -> float:
+        """Tokens of one micro-batch on one context-parallel rank."""
+        return self.strategy.micro_batch * self.seq_len / self.strategy.cp
+
+    @property
+    def routed_tokens(self) -> float:
+        """Tokens of one micro-batch that one rank dispatches to experts."""
+        return self.rank_tokens / (self.strategy.tp if self.strategy.tokens_sharded else 1)
+
+    @property
+    def world(self) -> int:
+        return self.strategy.world()

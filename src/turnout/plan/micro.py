@@ -1,0 +1,123 @@
+"""Rows that measure a part of a step: one MoE layer, one exchange of rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from turnout.alltoall import PROGRAMS, UniformRouting, round_trip, traffic_of
+from turnout.errors import ConfigError
+from turnout.plan.collectives import all_to_all, collective, group
+from turnout.plan.compute import Engine, block_time
+from turnout.plan.expert_volume import FP8_SCALE_BYTES, row_size
+from turnout.plan.job import Job
+from turnout.plan.model import ModelShape
+from turnout.plan.parameters import Parameters
+from turnout.plan.shapes import SHAPES
+from turnout.plan.time import collective_s
+from turnout.strategy import Precision, Strategy
+from turnout.topology import Cluster
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroCase:
+    """A row of this kind, ready to be answered with any parameters."""
+
+    answer: Callable[[Parameters], float]
+
+
+def micro_case(row: dict[str, Any], cluster: Cluster, precision: Precision) -> MicroCase | None:
+    """The case of a row, or none if the row is not of this kind."""
+    quantity = str(row.get("quantity"))
+    if quantity in ("forward_ms", "backward_ms"):
+        return MicroCase(answer=lambda parameters: _layer_ms(row, cluster, parameters, precision))
+    if quantity.endswith("_logical_bw"):
+        return MicroCase(answer=lambda _: _logical_gb_per_s(row, cluster))
+    if quantity.startswith(("low_latency_", "dispatch_time", "combine_time")):
+        return MicroCase(answer=lambda _: _rows_us(row, cluster))
+    if quantity.startswith("a2a_"):
+        return MicroCase(answer=lambda _: _exchange(row, cluster))
+    return None
+
+
+def _layer_ms(row: dict[str, Any], cluster: Cluster, parameters: Parameters, precision: Precision) -> float:
+    """Milliseconds of the forward or backward pass of one MoE layer without attention and norms."""
+    dims, layout = _dims(row), row.get("layout") or {}
+    ep, etp = int(layout.get("ep") or 1), int(layout.get("etp") or 1)
+    shape = ModelShape(
+        num_layers=1, dim=int(dims["hidden"]), vocab_size=1, num_heads=1, num_kv_heads=1, head_dim=1,
+        num_experts=int(dims["experts"]), top_k=int(dims["top_k"]), expert_hidden=int(dims["expert_ffn"]),
+        shared_hidden=int(dims.get("shared_ffn") or 0),
+    )  # fmt: skip
+    dedup = str(row.get("dispatcher")).lower() in ("deepep", "hybridep")
+    strategy = Strategy(
+        dp=int(row["gpus"]), ep=ep, etp=etp, folded=True, micro_batch=int(row.get("mbs") or 1), precision=precision,
+        alltoall="rank_dedup" if dedup else "flat",
+    )  # fmt: skip
+    job = Job(shape=shape, strategy=strategy, seq_len=int(row["seq"]), global_batch=int(row["gpus"]))
+    engine = Engine(device=cluster.device, parameters=parameters)
+    block = block_time(job, 0, engine)
+    mesh = group(ep, etp, cluster.devices_per_node)
+    routing = UniformRouting(
+        mesh=mesh, num_tokens=job.routed_tokens, top_k=shape.top_k, num_experts=shape.num_experts
+    )  # fmt: skip
+    moves = round_trip(PROGRAMS[strategy.alltoall], mesh)
+    exchange = collective("ep", "ep", mesh, traffic_of(moves, routing, row_size(strategy, shape.dim)))
+    wire = collective_s(exchange, cluster)
+    seconds = block.forward_s if row["quantity"] == "forward_ms" else block.backward_s
+    return 1e3 * (seconds + wire)
+
+
+def _dims(row: dict[str, Any]) -> dict[str, Any]:
+    dims = row.get("dims") or {}
+    missing = [name for name in ("hidden", "experts", "top_k", "expert_ffn") if not isinstance(dims.get(name), int)]
+    missing += [name for name in ("gpus", "seq") if not isinstance(row.get(name), int)]
+    if missing:
+        raise ConfigError(f"a row of one MoE layer must give {', '.join(missing)}")
+    return dims
+
+
+def _logical_gb_per_s(row: dict[str, Any], cluster: Cluster) -> float:
+    """DeepEP's bandwidth: bytes of all rows, those that stay on their own rank or node included, over the time.
+
+    Source: https://github.com/deepseek-ai/DeepEP README; a token reaches at most 4 nodes there.
+    """
+    ranks = row.get("gpus")
+    if not isinstance(ranks, int) or ranks < 2:
+        raise ConfigError(f"gpus={ranks!r} must be at least 2 for an exchange of rows")
+    mesh = group(ranks, 1, cluster.devices_per_node)
+    if mesh.nodes == 1:
+        return cluster.intra.bytes_per_s * ranks / (ranks - 1) / 1e9
+    return cluster.inter.bytes_per_s * mesh.nodes / (mesh.nodes - 1) / 1e9
+
+
+def _rows_us(row: dict[str, Any], cluster: Cluster) -> float:
+    """Microseconds to send every routed row of `seq` tokens a rank, or to return them; each row apart, none merged.
+
+    DeepEP's low-latency kernels dispatch in fp8 with a scale for 128 elements and return bf16.
+    """
+    ranks, tokens, name = row.get("gpus"), row.get("seq"), str(row.get("model"))
+    if not isinstance(ranks, int) or not isinstance(tokens, int) or name not in SHAPES:
+        raise ConfigError(f"an exchange of rows needs gpus={ranks!r}, seq={tokens!r} (tokens a rank) and a named model")
+    shape = SHAPES[name]
+    narrow = row["quantity"] == "low_latency_dispatch" or "fp8" in row["quantity"]
+    mesh = group(ranks, 1, cluster.devices_per_node)
+    size = tokens * shape.top_k * shape.dim * (1 + FP8_SCALE_BYTES if narrow else 2.0)
+    # all sends are under way at once
+    traffic = replace(all_to_all(mesh, size), intra_messages=1, inter_messages=1)
+    return 1e6 * collective_s(collective("ep", "ep", mesh, traffic), cluster)
+
+
+def _exchange(row: dict[str, Any], cluster: Cluster) -> float:
+    """An all-to-all of a given size: its time, or its bus bandwidth."""
+    ranks = int(row.get("gpus") or 2 * cluster.devices_per_node)
+    mesh = group(ranks, 1, cluster.devices_per_node)
+    size = 8 * MIB if "8MiB" in row["quantity"] else 500e6
+    seconds = collective_s(collective("ep", "ep", mesh, all_to_all(mesh, size)), cluster)
+    if "internode" in row["quantity"]:
+        # what one device's card carries, whatever stays in the node
+        return cluster.inter.bytes_per_s / 1e9
+    if row.get("unit") == "us":
+        return seconds * 1e6
+    return size * (ranks - 1) / ranks / seconds / 1e9

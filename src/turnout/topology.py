@@ -1,0 +1,173 @@
+"""What a training job runs on: links, devices, a cluster of nodes, and ranks laid out on nodes."""
+
+from dataclasses import dataclass, fields, replace
+from math import ceil, prod
+
+from turnout.errors import ConfigError
+from turnout.registry import nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What one device can send over one tier of the network.
+
+    Source of the law: alpha-beta model with a half-bandwidth size, eta(m) = m / (m + half_bytes); specs of LogGP and of
+    nccl-tests' bus bandwidth.
+    """
+
+    bytes_per_s: float  # one way, per device, as a large transfer sees it
+    latency_s: float = 0.0  # of one message, from call to arrival
+    half_bytes: float = 0.0  # message size that reaches half of bytes_per_s
+
+    def __post_init__(self) -> None:
+        _require(self.bytes_per_s > 0, "link.bytes_per_s", self.bytes_per_s, "above 0")
+        _require(self.latency_s >= 0, "link.latency_s", self.latency_s, "at least 0")
+        _require(self.half_bytes >= 0, "link.half_bytes", self.half_bytes, "at least 0")
+
+    def time_s(self, sent_bytes: float, messages: float) -> float:
+        """Seconds to send `sent_bytes` cut into `messages` one after the other."""
+        return self.latency_s * messages + (sent_bytes + messages * self.half_bytes) / self.bytes_per_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakFlops:
+    """Dense peak of a device in FLOP/s by precision of the operands; 0 where the hardware has none."""
+
+    fp32: float = 0.0  # on the matrix unit (tf32 on NVIDIA)
+    fp16: float = 0.0
+    bf16: float = 0.0
+    fp8: float = 0.0
+    fp4: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One accelerator."""
+
+    name: str
+    generation: str  # the key of fitted efficiencies: volta, ampere, hopper, blackwell, cdna3, tpu, ascend
+    peak_flops_per_s: PeakFlops  # dense, without sparsity
+    memory_bytes: float  # as the data sheet counts (10^9 a GB)
+    memory_bytes_per_s: float
+    units: int = 0  # streaming multiprocessors or cores that a communication kernel can take; 0 where it takes none
+
+    def __post_init__(self) -> None:
+        _require(self.memory_bytes > 0, "device.memory_bytes", self.memory_bytes, "above 0")
+        _require(self.memory_bytes_per_s > 0, "device.memory_bytes_per_s", self.memory_bytes_per_s, "above 0")
+
+    def flops_per_s(self, precision: str) -> float:
+        """Peak FLOP/s at `precision`.
+
+        Raises: ConfigError if the device cannot compute in it, naming what it can.
+        """
+        peaks = {field.name: getattr(self.peak_flops_per_s, field.name) for field in fields(PeakFlops)}
+        legal = [name for name, peak in peaks.items() if peak > 0]
+        if precision not in legal:
+            raise ConfigError(
+                f"precision={precision!r} is not one {self.name} computes in: {', '.join(legal)}"
+                f"{nearest(precision, legal)}"
+            )
+        return peaks[precision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Equal nodes of equal devices. A node is the scale-up domain: 8 devices of a DGX, 72 of an NVL72, a torus pod."""
+
+    name: str
+    device: Device
+    devices_per_node: int  # of the scale-up domain, which may be many hosts
+    intra: Link  # a device to the others of its node
+    inter: Link  # a device's share of the node's network cards
+    oversubscription: float = 1.0  # how many times less bandwidth there is above the leaf than below it
+    nodes_per_leaf: int = 0  # nodes that reach each other below the oversubscribed tier; 0: all
+    rails: bool = True  # device i of every node hangs on leaf i, so equal local ranks are one switch apart
+    torus: tuple[int, ...] = ()  # devices along each dimension of the scale-up domain; empty for switches
+    usd_per_device_hour: float = 0.0  # rent; 0 where unknown
+    device_watt: float = 0.0  # of the device alone; 0 where unknown
+    host_watt: float = 0.0  # of the rest of the node, per device; 0 where unknown
+    network_usd_per_device: float = 0.0  # network cost per endpoint; 0 where unknown
+    sources: tuple[str, ...] = ()  # where the numbers are from
+
+    def __post_init__(self) -> None:
+        _require(self.devices_per_node >= 1, "cluster.devices_per_node", self.devices_per_node, "at least 1")
+        _require(self.oversubscription >= 1, "cluster.oversubscription", self.oversubscription, "at least 1")
+        _require(self.nodes_per_leaf >= 0, "cluster.nodes_per_leaf", self.nodes_per_leaf, "at least 0")
+        size = prod(self.torus)
+        if self.torus and size != self.devices_per_node:
+            raise ConfigError(
+                f"cluster.torus={list(self.torus)} holds {size} devices; "
+                f"cluster.devices_per_node={self.devices_per_node} must be {size}"
+            )
+
+    def inter_over(self, nodes: int) -> Link:
+        """The link between nodes for a group that spans `nodes` of them: slower above the leaf."""
+        if self.nodes_per_leaf == 0 or nodes <= self.nodes_per_leaf:
+            return self.inter
+        return replace(self.inter, bytes_per_s=self.inter.bytes_per_s / self.oversubscription)
+
+    def alltoall_intra(self, ranks: int = 0) -> Link:
+        """The link inside a node for an all-to-all of `ranks` neighbours, 0 for the whole node.
+
+        On a switch pieces travel once; on a torus a quarter of the ring in every dimension. Each byte takes L/4 hops in
+        the longest dimension L, over the two links a device has in it, so a device sends at most 8 w / L, w one way of
+        one link. A part of a torus is taken as a cube that wraps.
+        """
+        if not self.torus:
+            return self.intra
+        dimensions = len(self.torus)
+        longest = min(max(self.torus), ceil((ranks or self.devices_per_node) ** (1 / dimensions) - 1e-9))
+        if ranks in (0, self.devices_per_node):
+            longest = max(self.torus)
+        reached = 8 * self.intra.bytes_per_s / (2 * dimensions) / longest
+        return replace(self.intra, bytes_per_s=min(self.intra.bytes_per_s, reached))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Ranks of a job or a group on nodes: rank = node * local + place within the node."""
+
+    nodes: int  # nodes the ranks are on
+    local: int = 1  # ranks on each of them
+
+    def __post_init__(self) -> None:
+        _require(self.nodes >= 1, "mesh.nodes", self.nodes, "at least 1")
+        _require(self.local >= 1, "mesh.local", self.local, "at least 1")
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.local
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """(node, local) of a rank. Raises: ConfigError if the mesh has no such rank."""
+        if not 0 <= rank < self.size:
+            raise ConfigError(f"rank={rank} must be in 0..{self.size - 1}")
+        return divmod(rank, self.local)
+
+    def rank(self, node: int, local: int) -> int:
+        """The rank at (node, local). Raises: ConfigError if the mesh has no such place."""
+        if not (0 <= node < self.nodes and 0 <= local < self.local):
+            raise ConfigError(f"(node={node}, local={local}) must be below ({self.nodes}, {self.local})")
+        return node * self.local + local
+
+
+def mesh_of(world: int, devices_per_node: int) -> Mesh:
+    """`world` ranks on full nodes, or on a part of one.
+
+    Raises: ConfigError if the last node would be uneven, naming the nearest world that fits.
+    """
+    _require(world >= 1, "world", world, "at least 1")
+    if world <= devices_per_node:
+        return Mesh(nodes=1, local=world)
+    nodes, rest = divmod(world, devices_per_node)
+    if rest:
+        nearest_world = devices_per_node * (nodes + (2 * rest > devices_per_node))
+        raise ConfigError(
+            f"world={world} leaves {rest} ranks on the last node of {devices_per_node}; nearest legal: {nearest_world}"
+        )
+    return Mesh(nodes=nodes, local=devices_per_node)
+
+
+def _require(holds: bool, field: str, value: float, words: str) -> None:
+    if not holds:
+        raise ConfigError(f"{field}={value} must be {words}")

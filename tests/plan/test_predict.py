@@ -1,0 +1,150 @@
+"""Prediction of rows: each in its own quantity and unit, or refused with the reason, whatever the row holds."""
+
+import json
+import re
+
+import pytest
+
+from turnout.clusters import CLUSTERS
+from turnout.errors import ConfigError
+from turnout.plan.data import cases_from, nanotron_rows, published_cases, vtrain_one_node_rows
+from turnout.plan.framework import FRAMEWORKS
+from turnout.plan.predict import predict
+from turnout.plan.rows import cluster_of, framework_of, job_of, shape_of_record
+from turnout.plan.shapes import SHAPES
+
+ROW = {
+    "id": "one", "suite": "mine", "model": "llama3-70b", "gpus": 64, "gpu": "H100-SXM80", "precision": "bf16",
+    "layout": {"tp": 8, "pp": 1, "cp": 1}, "mbs": 1, "gbs": 128, "seq": 8192, "quantity": "step_time", "unit": "s",
+    "source": "a test",
+}  # fmt: skip
+
+
+def only(row: dict[str, object]) -> float:
+    (answer,) = predict([row])
+    assert answer.predicted is not None, answer.refused
+    return answer.predicted
+
+
+def why(row: dict[str, object]) -> str:
+    (answer,) = predict([row])
+    assert answer.predicted is None
+    return answer.refused
+
+
+def test_quantities_agree_with_each_other() -> None:
+    seconds, tokens = only(ROW), 128 * 8192
+    assert only(ROW | {"unit": "ms", "quantity": "step_time"}) == pytest.approx(1e3 * seconds)
+    per_gpu = only(ROW | {"quantity": "tokens_per_s_per_gpu", "unit": "tok/s/GPU"})
+    assert per_gpu == pytest.approx(tokens / seconds / 64)
+    assert only(ROW | {"quantity": "tokens_per_s", "unit": "tok/s"}) == pytest.approx(64 * per_gpu)
+    tflops = only(ROW | {"quantity": "model_tflops_per_gpu", "unit": "TFLOP/s"})
+    assert only(ROW | {"quantity": "mfu", "unit": "%"}) == pytest.approx(100 * tflops / 989.5)
+    assert only(ROW | {"quantity": "mfu", "unit": "% of 1000"}) == pytest.approx(100 * tflops / 1000)
+    assert only(ROW | {"quantity": "mfu", "unit": ""}) == pytest.approx(tflops / 989.5)
+
+
+def test_flop_definitions_are_the_rows_own() -> None:
+    plain = ROW | {"quantity": "model_tflops_per_gpu", "unit": "TFLOP/s"}
+    causal = only(plain | {"notes": "causal attention"})
+    assert causal < only(plain) < only(ROW | {"quantity": "achieved_tflops_per_gpu_with_recompute"})
+
+
+def test_dimensions_in_the_row_stand_for_a_named_model() -> None:
+    dims = {"layers": 80, "hidden": 8192, "ffn": 28672, "heads": 64, "kv_heads": 8, "vocab": 128256, "gated": True}
+    assert only(ROW | {"model": "mine", "dims": dims}) == pytest.approx(only(ROW))
+
+
+def test_records_of_the_file_stand_for_unknown_names() -> None:
+    record = {"layers": 4, "hidden": 512, "heads": 8, "vocab": 1000, "gated_mlp": True, "kv_heads": 4,
+              "moe": {"experts": 8, "top_k": 2, "expert_ffn": 256}}  # fmt: skip
+    row = ROW | {"model": "small", "gpus": 8, "layout": {"tp": 1, "ep": 8}}
+    (answer,) = predict([row], {"small": record})
+    assert answer.predicted
+    assert "no dimensions" in why(row)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"quantity": "moe_layer_speedup", "unit": "x"}, "quantity 'moe_layer_speedup' is not modelled"),
+        ({"gpu": "Cerebras"}, "gpu='Cerebras' has no cluster description; known:.*dgx-h100"),
+        ({"model": "unheard-of"}, "model='unheard-of' has no dimensions"),
+        ({"gbs": None}, "does not say gbs"),
+        ({"gpus": "many"}, "gpus='many' is not a positive whole number"),
+        ({"seq": float("inf")}, "seq=inf is not a positive whole number"),
+        ({"gbs": float("nan")}, "gbs=nan is not a positive whole number"),
+        ({"seq": -1}, "seq=-1 is not a positive whole number"),
+        ({"layout": {}}, "tp is not given"),
+        ({"layout": None}, "tp is not given"),
+        ({"layout": {"tp": 7}}, r"tp=7 .* must divide world=64; nearest legal"),
+        ({"gpus": 128, "layout": {"tp": 1, "pp": 128}}, "must not exceed num_layers=80"),
+        ({"model": "mixtral-8x22b"}, "ep is not given for a model with experts"),
+        ({"dims": [1]}, "is not an object"),
+        ({"precision": "fp8", "gpu": "A100-SXM80"}, "precision='fp8' is not one"),
+        ({"skew": float("nan")}, "skew=nan is not a number"),
+    ],
+)
+def test_a_row_that_cannot_be_answered_is_refused_with_the_reason(change: dict[str, object], reason: str) -> None:
+    assert re.search(reason, why(ROW | change))
+
+
+@pytest.mark.parametrize("row", [{}, {"id": 1}, {"quantity": None}, {"gpu": 3, "quantity": "step_time"}])
+def test_an_empty_row_is_refused_not_fatal(row: dict[str, object]) -> None:
+    assert why(row)
+
+
+def test_every_row_of_the_published_cases_is_answered_or_refused_in_order() -> None:
+    document = published_cases()
+    answers = predict(document["rows"], document["models"])
+    assert [answer.id for answer in answers] == [row["id"] for row in document["rows"]]
+    assert all((answer.predicted is None) == bool(answer.refused) for answer in answers)
+    assert sum(answer.predicted is None for answer in answers) <= 40
+    assert all(answer.predicted > 0 for answer in answers if answer.predicted is not None)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-30b-a3b"])
+def test_a_record_alone_gives_the_size_of_the_named_shape(name: str) -> None:
+    record = published_cases()["models"][name]
+    assert shape_of_record(record, name).total_params == pytest.approx(SHAPES[name].total_params, rel=1e-3)
+
+
+def test_the_code_a_row_ran_under_is_read_from_its_words() -> None:
+    named = {row["suite"]: FRAMEWORKS.name_of(framework_of(row)) for row in published_cases()["rows"]}
+    assert named["torchtitan"] == "torchtitan"
+    assert named["nemo_24.07"] == named["megatron_bridge"] == "nemo"
+    assert named["vtrain_multi"] == named["korthikanti_table5"] == "megatron-2021"
+    assert named["simumax_b200"] == named["moe_folding"] == "megatron-core"
+    assert FRAMEWORKS.name_of(framework_of(nanotron_rows(nodes=1)[0])) == "nanotron"
+
+
+def test_a_measured_fabric_replaces_the_data_sheet_and_never_beats_it() -> None:
+    slow = cluster_of(ROW | {"all_reduce_gb_per_s": 16.0})
+    assert slow.inter.bytes_per_s == pytest.approx(2e9)
+    assert cluster_of(ROW | {"all_reduce_gb_per_s": 1e6}).inter == CLUSTERS["dgx-h100"].inter
+
+
+def test_recomputation_is_what_the_row_says() -> None:
+    assert job_of(ROW | {"recompute": "full"}, {}).strategy.recompute == "full"
+    assert job_of(ROW | {"recompute": "selective+sequence parallel"}, {}).strategy.recompute == "selective"
+    assert job_of(ROW | {"notes": "full recompute assumed"}, {}).strategy.recompute == "full"
+    assert job_of(ROW, {}).strategy.recompute == "none"
+
+
+def test_one_node_rows_of_vtrain_are_rows_too() -> None:
+    rows = vtrain_one_node_rows()
+    assert len(rows) == 1440
+    assert all(answer.predicted for answer in predict(rows[:20]))
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("{", "is not JSON"), ("{}", "no list `rows`"), ('{"rows": 3}', "no list `rows`"), ("[1]", "row 0 is not an")],
+)
+def test_a_file_that_is_not_of_the_schema_is_named(text: str, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        cases_from(text, "cases.json")
+
+
+def test_a_bare_list_of_rows_is_a_file_too() -> None:
+    assert cases_from(json.dumps([ROW]), "cases.json")["rows"] == [ROW]

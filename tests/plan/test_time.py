@@ -1,0 +1,178 @@
+"""Time: parts add up, laws of bandwidth and load hold, and schedules leave idle what their papers say."""
+
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turnout.clusters import CLUSTERS
+from turnout.errors import ConfigError
+from turnout.plan.job import Job
+from turnout.plan.parameters import Parameters, fitted
+from turnout.plan.shapes import SHAPES
+from turnout.plan.time import StepTime, step_time
+from turnout.strategy import Strategy
+from turnout.topology import Cluster
+
+LAYOUTS = st.one_of(
+    st.fixed_dictionaries(
+        {
+            "tp": st.sampled_from([1, 2, 8]), "pp": st.sampled_from([1, 4]), "dp": st.sampled_from([1, 4, 32]),
+            "zero": st.sampled_from([0, 1, 3]), "cp": st.sampled_from([1, 2]),
+            "recompute": st.sampled_from(["none", "selective", "full"]), "precision": st.sampled_from(["bf16", "fp8"]),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "tp": st.sampled_from([1, 2]), "pp": st.sampled_from([1, 2]), "dp": st.sampled_from([8, 32]),
+            "ep": st.sampled_from([1, 4, 8]), "folded": st.just(True), "overlap": st.sampled_from([1, 2]),
+            "alltoall": st.sampled_from(["flat", "hierarchical", "node_dedup"]),
+        }
+    ),
+)  # fmt: skip
+
+
+def job(model: str = "llama3-8b", *, batch: int = 256, **layout: object) -> Job:
+    return Job(shape=SHAPES[model], strategy=Strategy(**({"dp": 8} | layout)), seq_len=4096, global_batch=batch)
+
+
+def laid_out(layout: dict[str, object]) -> Job:
+    return job("mixtral-8x7b" if "ep" in layout else "llama3-8b", **layout)
+
+
+def faster(cluster: Cluster, **times: float) -> Cluster:
+    changed = {name: getattr(cluster, name) for name in times}
+    links = {name: replace(link, bytes_per_s=link.bytes_per_s * times[name]) for name, link in changed.items()}
+    return replace(cluster, **links)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=LAYOUTS, times=st.floats(1.0, 8.0), tier=st.sampled_from(["intra", "inter"]))
+def test_more_bandwidth_never_slows_a_plan(layout: dict[str, object], times: float, tier: str) -> None:
+    cluster, asked = CLUSTERS["dgx-h100"], laid_out(layout)
+    before = step_time(asked, cluster).step_s
+    assert step_time(asked, faster(cluster, **{tier: times})).step_s <= before * (1 + 1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layout=LAYOUTS)
+def test_parts_are_not_negative_and_add_up(layout: dict[str, object]) -> None:
+    step = step_time(laid_out(layout), CLUSTERS["dgx-h100"])
+    parts = [getattr(step, field.name) for field in fields(StepTime) if field.name != "step_s"]
+    assert min(parts) >= 0
+    assert sum(parts) == pytest.approx(step.step_s)
+
+
+@settings(max_examples=30, deadline=None)
+@given(layout=LAYOUTS, times=st.integers(2, 4))
+def test_a_larger_batch_takes_longer_and_no_more_than_as_many_times(layout: dict[str, object], times: int) -> None:
+    asked = laid_out(layout)
+    once = step_time(asked, CLUSTERS["dgx-h100"]).step_s
+    more = step_time(replace(asked, global_batch=times * asked.global_batch), CLUSTERS["dgx-h100"]).step_s
+    assert once < more <= times * once * (1 + 1e-9)
+
+
+def test_skewed_routing_never_helps() -> None:
+    even = job("mixtral-8x7b", dp=32, ep=8, folded=True)
+    seconds = [step_time(replace(even, skew=skew), CLUSTERS["dgx-h100"]).step_s for skew in (1.0, 1.2, 2.0)]
+    assert seconds == sorted(seconds)
+    assert seconds[2] > seconds[0]
+
+
+def test_a_faster_machine_is_faster() -> None:
+    asked = job("llama3-70b", dp=8, tp=8)
+    seconds = [step_time(asked, CLUSTERS[name]).step_s for name in ("dgx-a100", "dgx-h100", "dgx-b200")]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_a_pipeline_idles_as_its_schedule_says() -> None:
+    # 96 blocks over 8 stages: all stages alike but for the output matrix
+    base = job("gpt3-175b", batch=64, dp=1, tp=8, pp=8)
+    one = step_time(base, CLUSTERS["dgx-h100"])
+    share = one.bubble_s / (one.step_s - one.bubble_s)
+    assert share == pytest.approx(7 / 64, rel=0.2)
+    strategy = replace(base.strategy, schedule="interleaved", virtual_stages=4)
+    assert step_time(replace(base, strategy=strategy), CLUSTERS["dgx-h100"]).bubble_s == pytest.approx(
+        one.bubble_s / 4, rel=0.2
+    )
+
+
+def test_full_recomputation_costs_about_a_forward_pass() -> None:
+    base = job("llama3-70b", tp=8, dp=8)
+    full = replace(base, strategy=replace(base.strategy, recompute="full"))
+    times = [step_time(each, CLUSTERS["dgx-h100"]).compute_s for each in (base, full)]
+    assert 1.2 < times[1] / times[0] < 1.45
+
+
+def test_overlap_hides_part_of_the_exchange_and_taxes_computation() -> None:
+    base = job("mixtral-8x7b", dp=32, ep=8, folded=True)
+    lapped = replace(base, strategy=replace(base.strategy, overlap=2))
+    plain, hidden = (step_time(each, CLUSTERS["dgx-h100"]) for each in (base, lapped))
+    assert hidden.ep_s < plain.ep_s
+    assert hidden.tax_s > plain.tax_s
+
+
+def test_dedup_between_nodes_is_not_slower() -> None:
+    flat = job("deepseek-v3", dp=64, ep=64, folded=True)
+    dedup = replace(flat, strategy=replace(flat.strategy, alltoall="node_dedup"))
+    times = [step_time(each, CLUSTERS["h800"]).ep_s for each in (flat, dedup)]
+    assert times[1] < 0.6 * times[0]
+
+
+def test_deepseek_v3_takes_its_published_step() -> None:
+    # 14.8 T tokens in 2.664 M H800 hours: DeepSeek-AI 2024, arXiv:2412.19437, table 1: 19.9 s a step of 15,360 x 4,096
+    asked = job(
+        "deepseek-v3", batch=15_360, dp=128, pp=16, ep=64, folded=True, schedule="dualpipe", precision="fp8", zero=1,
+        dispatch_precision="fp8", alltoall="node_dedup", overlap=2,
+    )  # fmt: skip
+    assert asked.world == 2048
+    assert step_time(asked, CLUSTERS["h800"]).step_s == pytest.approx(19.9, rel=0.15)
+
+
+def test_model_flops_count_what_the_flags_say() -> None:
+    asked = job("llama3-70b", tp=8, dp=8)
+    step = step_time(asked, CLUSTERS["dgx-h100"])
+    all_pairs, causal = step.model_flops_per_s(asked), step.model_flops_per_s(asked, causal=True)
+    assert causal < all_pairs < step.model_flops_per_s(asked, recompute=True)
+    assert 0.2 < all_pairs / CLUSTERS["dgx-h100"].device.peak_flops_per_s.bf16 < 0.8
+
+
+def test_there_are_at_most_twelve_parameters_and_they_are_shares_or_seconds() -> None:
+    parameters = fitted()
+    assert len(fields(Parameters)) <= 12
+    for field in fields(Parameters):
+        assert 0 < getattr(parameters, field.name) <= 4, field.name
+
+
+def test_an_unknown_generation_is_named() -> None:
+    with pytest.raises(ConfigError, match="unknown device generation 'quantum'; known: ampere"):
+        fitted().gemm("quantum")
+
+
+def test_a_precision_the_device_lacks_is_named() -> None:
+    with pytest.raises(ConfigError, match="precision='fp8' is not one"):
+        step_time(job(precision="fp8"), CLUSTERS["dgx-a100"])
+
+
+def test_a_hundred_thousand_devices_are_as_fast_as_eight_and_torch_is_never_imported() -> None:
+    code = """
+import sys, time
+from turnout.clusters import CLUSTERS
+from turnout.plan.job import Job
+from turnout.plan.shapes import SHAPES
+from turnout.plan.time import step_time
+from turnout.strategy import Strategy
+def once(dp):
+    start = time.perf_counter()
+    strategy = Strategy(dp=dp, tp=8, pp=4, ep=8, folded=True)
+    job = Job(shape=SHAPES["mixtral-8x7b"], strategy=strategy, seq_len=4096, global_batch=4 * dp)
+    step_time(job, CLUSTERS["dgx-h100"])
+    return time.perf_counter() - start
+once(1)
+assert once(3125) < 20 * once(2) + 0.1
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,107 @@
+"""The validation table: its arithmetic, and errors no worse than when the parameters were frozen."""
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from turnout.plan.data import published_cases
+from turnout.plan.validate import Validation, to_json, validate
+
+# mean error of time by suite, as measured, rounded up; validation rows were never fitted on
+VALIDATION = {
+    "korthikanti_table5": 0.10, "megascale": 0.06, "megatron_2020": 0.035, "megatron_sc21_table1": 0.035,
+    "misc_published": 0.15, "nemo_24.07": 0.10, "simumax_b200": 0.26, "torchtitan": 0.13, "vtrain_multi": 0.09,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report() -> Validation:
+    return validate()
+
+
+@pytest.mark.parametrize(("suite", "most"), VALIDATION.items())
+def test_errors_are_no_worse_than_when_frozen(report: Validation, suite: str, most: float) -> None:
+    (row,) = [each for each in report.suites if (each.suite, each.split) == (suite, "validation")]
+    assert row.mape is not None
+    assert row.mape <= most
+
+
+def test_the_planner_beats_one_constant_mfu_on_every_validation_suite(report: Validation) -> None:
+    rows = [each for each in report.suites if each.split == "validation" and each.skill is not None]
+    assert len(rows) == 10
+    assert all(each.skill > 0 for each in rows), [(each.suite, each.skill) for each in rows]
+
+
+def test_dense_rows_no_fit_saw_are_within_twelve_percent(report: Validation) -> None:
+    assert report.dense_mape is not None
+    assert report.dense_mape <= 0.12
+
+
+def test_vtrain_is_ranked_as_well_as_it_is_timed(report: Validation) -> None:
+    (row,) = [each for each in report.suites if each.suite == "vtrain_multi"]
+    assert row.groups == 4
+    assert row.spearman is not None
+    assert row.spearman >= 0.8
+    assert row.regret is not None
+    assert row.regret <= 0.05
+    assert row.peer_mape == 0.129
+
+
+def test_memory_and_out_of_memory_are_predicted(report: Validation) -> None:
+    errors = {(each.suite, each.what): each.mape for each in report.memory}
+    assert errors["simumax_b200", "peak"] <= 0.015
+    assert errors["nanotron", "between steps"] <= 0.02
+    assert errors["torchtitan", "peak"] <= 0.13
+    (failures,) = report.oom
+    assert failures.f1 >= 0.94
+    assert failures.n > 1300
+
+
+def test_every_row_is_counted_once(report: Validation) -> None:
+    rows = [row for row in published_cases()["rows"] if not row["quantity"].startswith("memory")]
+    counted = [each for each in report.suites if each.suite != "nanotron"]
+    assert sum(each.n + each.refused for each in counted) == len(rows)
+    assert sum(each.refused for each in report.suites) == len(report.refusals)
+    assert all(reason for _, _, reason in report.refusals)
+
+
+def test_columns_are_in_order(report: Validation) -> None:
+    for row in report.suites:
+        if row.n:
+            values = [row.median, row.p90, row.max]
+            assert all(a <= b for a, b in pairwise(values) if a is not None and b is not None), row
+
+
+def test_the_report_is_json_with_the_promised_keys(report: Validation) -> None:
+    document = json.loads(json.dumps(to_json(report)))
+    assert {"suites", "memory", "oom"} <= set(document)
+    promised = {"suite", "split", "n", "refused", "mape", "median", "p90", "max", "bias", "skill", "spearman", "regret"}
+    assert promised <= set(document["suites"][0])
+
+
+def test_a_users_file_is_judged_alone() -> None:
+    document = published_cases()
+    rows = [row for row in document["rows"] if row["suite"] == "megatron_2020"]
+    report = validate({"rows": rows, "models": {}})
+    assert {each.suite for each in report.suites} == {"megatron_2020"}
+    assert report.oom == ()
+
+
+def test_a_perfect_prediction_has_no_error_and_a_value_of_zero_is_refused() -> None:
+    row = {
+        "id": "x", "suite": "mine", "model": "llama3-8b", "gpus": 8, "gpu": "H100", "layout": {"tp": 1}, "gbs": 16,
+        "seq": 4096, "quantity": "step_time", "unit": "s", "value": 0,
+    }  # fmt: skip
+    (refused,) = validate({"rows": [row]}).suites
+    assert (refused.n, refused.refused) == (0, 1)
+
+
+def test_the_fit_sees_calibration_rows_alone() -> None:
+    from benchmarks.fit_planner import BOUNDS, calibration_cases
+
+    cases = calibration_cases()
+    assert {case.row["split"] for case in cases} == {"calibration"}
+    assert all(case.row["primary"] for case in cases)
+    assert all(case.row["nodes"] == 1 for case in cases if case.suite == "nanotron")
+    assert len(BOUNDS) <= 12
