@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# most of what is installed is never imported: byte code is written when it is
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DEMO := runs/demo
 DEMO_MINUTES ?= 5
 
@@ -29,7 +31,7 @@ static: $(STAMP)
 
 # tests against other systems, which `make test` does not install
 peers: $(STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[peers]"
+	$(BIN)/pip install $(PIP_FLAGS) --editable ".[peers]"
 	$(BIN)/pytest -q tests/contracts/test_deepspeed_gates.py tests/contracts/test_verify_peers.py
 
 format: $(STAMP)
@@ -39,8 +41,8 @@ format: $(STAMP)
 # the stamp is written last: an interrupted installation starts again
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,bench,plot]"
+	$(BIN)/pip install $(PIP_FLAGS) torch
+	$(BIN)/pip install $(PIP_FLAGS) --editable ".[dev,bench,plot]"
 	touch $(STAMP)
 
 clean:

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     # for type checkers and editors alone: at run time __getattr__ loads these names when they are used
     from turnout import dispatch, errors, experts, layers, losses, models, plan, presets, reference, routers
     from turnout.layers import MoE, MoEConfig
+    from turnout.strategy import Strategy
     from turnout.tensors import LossTerm, MoEOutput, MoEStats, total_loss
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ _HOME = {
     "MoEConfig": "turnout.layers",
     "MoEOutput": "turnout.tensors",
     "MoEStats": "turnout.tensors",
+    "Strategy": "turnout.strategy",
     "total_loss": "turnout.tensors",
 }
 _MODULES = ("dispatch", "errors", "experts", "layers", "losses", "models", "plan", "presets", "reference", "routers")
@@ -27,6 +29,7 @@ __all__ = [
     "MoEConfig",
     "MoEOutput",
     "MoEStats",
+    "Strategy",
     "__version__",
     "dispatch",
     "errors",

@@ -28,7 +28,8 @@ def test_import_contracts_hold() -> None:
     "code",
     [
         "import turnout",
-        "import turnout.plan, turnout.config, turnout.registry, turnout.errors",
+        "import turnout.plan, turnout.config, turnout.registry, turnout.errors, turnout.topology, turnout.strategy",
+        "import turnout.clusters, turnout.alltoall, turnout.plan.explain, turnout.plan.validate, turnout.plan.predict",
         RUN_MAIN.format(args=["plan", "--help"]),
         RUN_MAIN.format(args=["--help"]),
     ],

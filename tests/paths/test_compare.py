@@ -19,6 +19,7 @@ from turnout.models.size import sizes
 from turnout.routers import DeepSeekV3, Forced, Hash, TopK
 from turnout.tensors import Assignment
 from turnout.train import checkpoint
+from turnout.train import compare as comparison
 from turnout.train.compare import Curve, ahead_from, check_comparable, compare, seconds_to, verdicts
 from turnout.train.compare_plot import write_comparison
 from turnout.train.recipe import Recipe
@@ -157,8 +158,9 @@ def test_a_comparison_stopped_in_the_middle_of_a_turn_keeps_whole_turns_and_save
 
 
 def test_every_router_trains_the_same_model_for_the_same_steps(
-    small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path
+    small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(comparison, "ROUNDS", 3)
     recipes = with_routers(small_recipe, RouterConfig.TABLE.names())
     with StopRequest() as stop:
         curves = compare(

@@ -6,7 +6,6 @@ The router's gradient is taken with the main loss zeroed; the most repeated bug 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ from turnout.train.device import autocast_for
 from turnout.train.step import StepResult, train_step
 
 NUM_SEQUENCES, LENGTH, VOCAB = 8, 12, 50
+WORLDS = {2: 0.0, 4: 1.0}  # ranks -> most padding of a sequence, as a share
 MEANS_OVER_TOKENS = [
     LoadBalance(coefficient=0.3, scope="global"),
     LoadBalance(coefficient=0.3, scope="sequence"),
@@ -159,10 +159,17 @@ def test_counting_ahead_draws_what_training_draws() -> None:
     assert torch.equal(result.stats[0].assigned_E, trained[0] + trained[2])
 
 
-def one_rank(rank: int, world_size: int, folder: str, most_padding: float) -> None:
-    """One process of a data-parallel step of two micro-batches a rank; rank 0 writes down what came out."""
+def one_process(rank: int, folder: str) -> None:
+    """Four processes: two of them, then all, take a step together."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    for world_size, most_padding in WORLDS.items():
+        if rank < world_size:
+            one_rank(rank, world_size, folder, most_padding)
+
+
+def one_rank(rank: int, world_size: int, folder: str, most_padding: float) -> None:
+    """One rank of a data-parallel step of two micro-batches each; rank 0 writes down what came out."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world_size}", rank=rank, world_size=world_size)
     mine = split(text(most_padding), 2 * world_size)[2 * rank : 2 * rank + 2]
     outcome = {}
     for name, loss in (("global", LoadBalance(scope="global")), ("router_z", RouterZ())):
@@ -172,7 +179,7 @@ def one_rank(rank: int, world_size: int, folder: str, most_padding: float) -> No
     gradients(learner, mine, main=1.0)
     outcome["bias"] = {"bias": bias_of(learner)}
     if rank == 0:
-        torch.save(outcome, f"{folder}/outcome.pt")
+        torch.save(outcome, f"{folder}/outcome-{world_size}.pt")
     dist.destroy_process_group()
 
 
@@ -191,11 +198,16 @@ def bias_of(model: Decoder) -> Tensor:
     return layer.router.bias_E.clone()
 
 
-@pytest.mark.parametrize(("world_size", "most_padding"), [(2, 0.0), (4, 1.0)])
-def test_ranks_do_not_change_it(world_size: int, most_padding: float, tmp_path: Path) -> None:
-    args = (world_size, str(tmp_path), most_padding)
-    multiprocessing.start_processes(one_rank, args=args, nprocs=world_size, start_method="spawn")
-    outcome, batch = torch.load(tmp_path / "outcome.pt"), text(most_padding)
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.start_processes(one_process, args=(str(folder),), nprocs=max(WORLDS), start_method="spawn")
+    return {world_size: torch.load(folder / f"outcome-{world_size}.pt") for world_size in WORLDS}
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_ranks_do_not_change_it(world_size: int, outcomes: dict[int, Any]) -> None:
+    outcome, batch = outcomes[world_size], text(WORLDS[world_size])
     for name, loss in (
         ("global", LoadBalance(scope="global")),
         ("data_parallel", LoadBalance(scope="global")),

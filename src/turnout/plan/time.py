@@ -72,7 +72,7 @@ def collective_s(collective: Collective, cluster: Cluster) -> float:
         most = 2 * math.ceil(math.log2(max(2, collective.mesh.size))) * collective.calls
         share = min(1.0, most / max(collective.messages, 1e-9))
         intra_messages, inter_messages = intra_messages * share, inter_messages * share
-    link = cluster.alltoall_intra() if collective.axis == "ep" else cluster.intra
+    link = cluster.alltoall_intra(collective.mesh.local) if collective.axis == "ep" else cluster.intra
     intra = link.time_s(collective.intra_bytes, intra_messages)
     inter = cluster.inter_over(collective.mesh.nodes).time_s(collective.inter_bytes, inter_messages)
     return collective.calls * COLLECTIVE_LAUNCH_S + max(intra, inter)
