@@ -3,8 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-# most of what is installed is never imported: byte code is written when it is
-PIP_FLAGS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := runs/demo
 DEMO_MINUTES ?= 5
 
