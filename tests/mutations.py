@@ -347,7 +347,7 @@ MUTATIONS = (
     Mutation(
         "balance: the step is not counted ahead",
         "train/parts.py",
-        "if len(batches) == 1 or not any(term.spans_step for term in terms):",
+        "if len(batches) == 1 or not any(loss.spans_step for loss in losses):",
         "if True:",
         (COEFFICIENT,),
     ),

@@ -77,8 +77,7 @@ def read_token_view(path: Path) -> TokenView:
 
 def token_view_paths(run: Path) -> list[Path]:
     """Where the token views of a run are, in order of step."""
-    found = [(_NAME.fullmatch(path.name), path) for path in (run / "trace").glob("tokens-step-*.json")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    return [path for _, path in _numbered(run)]
 
 
 def _decode(*, step: Any, tokens: Any, layers: Any, experts: Any, weights: Any) -> TokenView:
@@ -98,7 +97,12 @@ def _decode(*, step: Any, tokens: Any, layers: Any, experts: Any, weights: Any) 
 
 def cut_token_views(run: Path, step: int) -> None:
     """Delete the views after `step`."""
-    for path in (run / "trace").glob("tokens-step-*.json"):
-        match = _NAME.fullmatch(path.name)
-        if match and int(match[1]) > step:
+    for number, path in _numbered(run):
+        if number > step:
             path.unlink()
+
+
+def _numbered(run: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every view of the run, in order."""
+    found = [(_NAME.fullmatch(path.name), path) for path in (run / "trace").glob("tokens-step-*.json")]
+    return sorted((int(match[1]), path) for match, path in found if match)

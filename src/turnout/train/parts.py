@@ -43,8 +43,8 @@ def count_ahead(model: Decoder, batches: Sequence[Batch], autocast: torch.autoca
     It takes a forward pass over every micro-batch, with the random draws that the training pass will make again. A
     single micro-batch needs none: its own call knows.
     """
-    terms = [term for _, layer in model.moe_blocks() for term in layer.config.losses]
-    if len(batches) == 1 or not any(term.spans_step for term in terms):
+    losses = [loss for _, layer in model.moe_blocks() for loss in layer.config.losses]
+    if len(batches) == 1 or not any(loss.spans_step for loss in losses):
         return None
     device = batches[0].tokens_BS.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:

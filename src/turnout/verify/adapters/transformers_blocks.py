@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turnout.errors import ConfigError
+from turnout.verify.adapters.library import versions
 from turnout.verify.subject import Expert, Layer, NotApplicable, Sizes, Subject
 
 
@@ -78,13 +79,13 @@ def from_transformers(name: str, implementation: str = "eager") -> Subject:
     if name not in BLOCKS:
         raise ConfigError(f"unknown transformers block {name!r}; available: {', '.join(BLOCKS)}")
     try:
-        import transformers
+        importlib.import_module("transformers")
     except ImportError as error:
         raise ConfigError("transformers is not installed: pip install 'turnout[bench]'") from error
     return Subject(
         name=f"transformers:{name}:{implementation}",
         build=functools.partial(_build, BLOCKS[name], implementation),
-        versions={"transformers": transformers.__version__, "torch": torch.__version__},
+        versions=versions("transformers"),
         rounding=1e-6,
     )
 
