@@ -1,8 +1,10 @@
 """What is asked of the planner: a model on nodes of a cluster, a batch, and as much of the layout as is decided."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from turnout.clusters import load_cluster
+from turnout.config import from_dict, load_toml
 from turnout.errors import ConfigError
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.hf_config import read_config
@@ -28,6 +30,17 @@ class Query:
     framework: str = "megatron-core"  # the code whose memory and overlap are assumed
     skew: float = 1.0  # rows of the busiest expert rank over the mean
 
+    def __post_init__(self) -> None:
+        for name, least in (("nodes", 0), ("devices", 0), ("seq_len", 1), ("global_batch", 1), ("skew", 1)):
+            value = getattr(self, name)
+            if not least <= value < float("inf"):
+                raise ConfigError(f"query.{name}={value} must be at least {least}; nearest legal: {least}")
+        if self.framework not in FRAMEWORKS:
+            names = FRAMEWORKS.names()
+            raise ConfigError(
+                f"query.framework={self.framework!r} must be one of: {', '.join(names)}{nearest(self.framework, names)}"
+            )
+
     @property
     def shape(self) -> ModelShape:
         """Raises: ConfigError if the model is unknown, or its file is not one of a transformer."""
@@ -42,11 +55,11 @@ class Query:
     def world(self) -> int:
         """Devices of the job. Raises: ConfigError if nothing says how many, or two numbers do not agree."""
         per_node = self.machine.devices_per_node
-        for name in ("nodes", "devices"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"query.{name}={getattr(self, name)} must be at least 0")
         if not self.nodes and not self.devices:
-            raise ConfigError(f"query.nodes=0 and query.devices=0: one must say how many; a node has {per_node}")
+            raise ConfigError(
+                f"query.nodes=0 and query.devices=0: one must say how many; a node has {per_node}; "
+                "nearest legal: nodes=1"
+            )
         world = self.devices or self.nodes * per_node
         mesh_of(world, per_node)
         if self.nodes and self.nodes != -(-world // per_node):
@@ -85,15 +98,19 @@ class Query:
 
 
 def load_model(name_or_path: str) -> ModelShape:
-    """The built-in model of that name, or the one a Hugging Face config.json describes.
+    """The built-in model of that name, or what a file describes: a Hugging Face config.json (or its folder), or a
+    .toml file of the fields of ModelShape.
 
     Raises: ConfigError naming the built-in models, or what the file lacks.
     """
-    if name_or_path.endswith(".json"):
+    if name_or_path in SHAPES:
+        return SHAPES[name_or_path]
+    if name_or_path.endswith(".json") or Path(name_or_path).is_dir():
         return read_config(name_or_path)
-    if name_or_path not in SHAPES:
-        raise ConfigError(
-            f"unknown model {name_or_path!r}; available: {', '.join(SHAPES.names())}, or the path of a config.json"
-            f"{nearest(name_or_path, SHAPES.names())}"
-        )
-    return SHAPES[name_or_path]
+    if name_or_path.endswith(".toml"):
+        return from_dict(ModelShape, {"name": Path(name_or_path).stem} | load_toml(Path(name_or_path)), "model")
+    raise ConfigError(
+        f"unknown model {name_or_path!r}; available: {', '.join(SHAPES.names())}, or the path of a config.json "
+        "or of a .toml file of dimensions"
+        f"{nearest(name_or_path, SHAPES.names())}"
+    )
