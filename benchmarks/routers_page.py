@@ -25,10 +25,11 @@ INTRO = """# Routers side by side
 Written by `python -m benchmarks.routers_page` from `turnout compare {recipe} --routers all`: the recipe `{recipe}` with
 each router, {tokens} tokens each, seeds {first} to {last}. Loss is nats a token on validation text, mean and spread
 (greatest less least) over seeds; beside {beside}: the mean difference at the same seed, below 0 is better. Speed is
-tokens a second over {beside}'s at the same seed, on two CPU cores. Experts a token are those of evaluation; dropped
-(for want of room), left out (by design) and worst load (greatest over the fair share, less 1) are of the last step of
-training. Undecided: entropy of the scores, 1 is a fair draw. Told by id: share of an expert's identity that the
-token's id tells. Bytes: what a layer would send between 8 ranks, there and back, a token.
+tokens a second over {beside}'s at the same seed, on two CPU cores. Dropped (for want of
+room), left out (by design) and undecided (entropy of the scores, 1 is a fair draw) are of the last step of training.
+On validation text after training: experts a token; worst load (the greatest over the fair share, less 1, mean over
+layers); told by id (share of an expert's identity that the token's id tells); bytes that a layer would send between 8
+ranks, there and back, a token.
 """
 COLUMNS = (
     *("router", "loss", "spread", f"beside {BESIDE}", "speed", "experts a token", "dropped", "left out"),
@@ -99,7 +100,7 @@ def _row(name: str, runs: Sequence[dict[str, Any]], beside: Sequence[dict[str, A
         f"{_mean(routing, 'experts_per_token'):.2f}",
         f"{_mean(runs, 'dropped_share'):.1%}",
         f"{_mean(runs, 'declined_share'):.1%}",
-        f"{_mean(runs, 'max_violation'):+.0%}",
+        f"{_mean(routing, 'max_violation'):+.0%}",
         f"{_mean(runs, 'router_entropy'):.2f}",
         f"{_mean(routing, 'specialisation'):.2f}",
         f"{_mean(routing, 'sent_bytes_per_token'):,.0f}",

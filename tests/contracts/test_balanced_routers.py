@@ -301,7 +301,8 @@ def test_prices_by_quantile_even_the_loads_of_a_crowded_batch(num_experts: int, 
     generator = torch.Generator().manual_seed(num_experts)
     logits_RE = torch.randn(1024, num_experts, generator=generator).double() + torch.linspace(0, 2, num_experts)
     fair = 1024 * k / num_experts
-    training, evaluation = (routed(Quantile(k=k), logits_RE, training=flag).assignment for flag in (True, False))
+    config = Quantile(k=k, rounds=8)
+    training, evaluation = (routed(config, logits_RE, training=flag).assignment for flag in (True, False))
     assert int(evaluation.counts_E.max()) > 1.5 * fair
     assert int(training.counts_E.max()) < 1.1 * fair
     assert int(training.counts_E.min()) > 0.9 * fair
@@ -309,7 +310,7 @@ def test_prices_by_quantile_even_the_loads_of_a_crowded_batch(num_experts: int, 
 
 def test_evaluation_balances_by_the_average_of_the_steps_prices() -> None:
     torch.manual_seed(0)
-    layer = MoE(8, 4, 6, router=Quantile(k=2, memory=0.5, init_std=1.0), losses=())
+    layer = MoE(8, 4, 6, router=Quantile(k=2, rounds=8, memory=0.5, init_std=1.0), losses=())
     router = layer.router
     assert isinstance(router, QuantileRouter)
     x_TD = torch.randn(600, 8) + torch.randn(8)
@@ -319,9 +320,11 @@ def test_evaluation_balances_by_the_average_of_the_steps_prices() -> None:
     logits = [router(half).logits_RE.detach() for half in x_TD.split([200, 400])]
     first, second = (quantile_prices(logits_RE, 2, rounds=8) for logits_RE in logits)
     torch.testing.assert_close(router.price_E, (first + 2 * second) / 3)
+    average_E = router.price_E.clone()
     assert crowd > 1.5 * 200 > 1.2 * int(layer.eval()(x_TD).stats.assigned_E.max())
     router.after_step(layer.train()(x_TD[:200]).stats)
-    torch.testing.assert_close(router.price_E, ((first + 2 * second) / 3 + first) / 2)
+    third = quantile_prices(logits[0], 2, rounds=8, start_E=average_E)
+    torch.testing.assert_close(router.price_E, (average_E + third) / 2)
     router.after_step(layer.eval()(x_TD).stats)
     assert layer.bfloat16().router.get_buffer("price_E").dtype == torch.float32
 
@@ -336,6 +339,17 @@ def test_quantile_prices_choose_but_do_not_weigh() -> None:
             gate_RE = reference.softmax(logits_RE) if activation == "softmax" else 1 / (1 + torch.exp(-logits_RE))
             assert error(assignment.weight_N, 2.5 * gate_RE[assignment.token_N, assignment.expert_N]) < 1e-14
         assert torch.equal(assignment.as_topk()[0], reference.best_experts(logits_RE, 2))
+
+
+def test_two_rounds_a_call_are_enough_from_the_average_of_the_calls_before() -> None:
+    torch.manual_seed(0)
+    layer = MoE(32, 4, 32, router=Quantile(k=2, init_std=1.0), losses=())
+    offset_D, worst = 4 * torch.randn(32), []
+    for _ in range(8):
+        stats = layer(torch.randn(1600, 32) + offset_D).stats
+        worst.append(int(stats.assigned_E.max()) / 100)
+        layer.router.after_step(stats)
+    assert worst[0] > 1.25 > 1.15 > max(worst[1:])
 
 
 def test_where_every_token_takes_every_expert_there_is_no_price() -> None:

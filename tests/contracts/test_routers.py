@@ -224,6 +224,17 @@ def test_the_bias_that_balances_keeps_its_steps_in_a_bfloat16_model() -> None:
     torch.testing.assert_close(router.bias_E, torch.tensor([0.99, 1.0, 1.01, 1.01]))
 
 
+def test_a_bias_may_move_in_proportion_to_what_its_expert_lacks() -> None:
+    router = DeepSeekV3(k=2, bias_step=0.01, bias_update="error").build(8, 4)
+    layer = MoE(dim=8, hidden=4, num_experts=4, router=router)
+    stats = layer(torch.randn(64, 8)).stats
+    router.after_step(replace(stats, assigned_E=torch.tensor([4, 2, 1, 1])))
+    # over the mean of 2
+    torch.testing.assert_close(router.bias_E, torch.tensor([-0.01, 0.0, 0.005, 0.005]))
+    router.after_step(replace(stats, assigned_E=torch.tensor([0, 0, 0, 0])))
+    torch.testing.assert_close(router.bias_E, torch.tensor([-0.01, 0.0, 0.005, 0.005]))
+
+
 def test_the_bias_that_balances_moves_with_its_router() -> None:
     router = DeepSeekV3(k=2).build(8, 4)
     assert router.to("meta", torch.bfloat16).bias_E.is_meta

@@ -95,6 +95,7 @@ def test_what_is_not_alike_is_named_beside_a_row_of_our_model_routed_like_mixtra
     assert rows["dense-twin"]["routing"] is None
     assert [text.partition(":")[0] for text in rows["transformers-eager"]["differences"]] == [
         "router",
+        "keys",
         "auxiliary losses",
     ]
     assert rows["turnout"]["differences"] == []

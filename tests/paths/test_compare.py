@@ -13,8 +13,10 @@ import torch
 from turnout.cli.compare import _rows
 from turnout.contracts import Loss, RouterConfig
 from turnout.data.prepare import Dataset
+from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
 from turnout.losses import LoadBalance
+from turnout.models import Decoder
 from turnout.models.size import sizes
 from turnout.routers import DeepSeekV3, Forced, Hash, TopK
 from turnout.tensors import Assignment
@@ -24,7 +26,7 @@ from turnout.train.compare import Curve, ahead_from, check_comparable, compare, 
 from turnout.train.compare_plot import write_comparison
 from turnout.train.recipe import Recipe
 from turnout.train.recipes import load_recipe
-from turnout.train.routing_facts import _rows_sent, _told_by_id
+from turnout.train.routing_facts import _rows_sent, _told_by_id, routing_facts
 from turnout.train.signals import StopRequest
 from turnout.train.variants import with_routers
 
@@ -157,6 +159,20 @@ def test_a_comparison_stopped_in_the_middle_of_a_turn_keeps_whole_turns_and_save
         assert checkpoint.load(tmp_path / f"{recipe.name}-seed-0").step > 0
 
 
+def test_a_comparison_stopped_while_it_evaluates_saves_every_run(
+    small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(comparison.Trainer, "evaluate_and_record", stopped)
+    recipes = [small_recipe, replace(small_recipe, name="other")]
+    with StopRequest() as stop:
+        compare(recipes, small_dataset, tmp_path, minutes=0.05, seeds=[0], stop=stop, say=print)
+    for recipe in recipes:
+        assert checkpoint.load(tmp_path / f"{recipe.name}-seed-0").step > 0
+
+
 def test_every_router_trains_the_same_model_for_the_same_steps(
     small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +232,24 @@ def test_rows_sent_are_counted_once_a_rank() -> None:
     # tokens 0, 1 are at home on rank 0 and 2, 3 on rank 1: 1 goes across for both of its experts, and so does 2
     assert _rows_sent(assignment, 2) == 2
     assert _rows_sent(replace(assignment, declined_N=expert_N > 1), 2) == 1
+
+
+def test_the_worst_load_is_that_of_all_validation_text_in_evaluation() -> None:
+    torch.manual_seed(0)
+    model = Decoder(load_recipe("smoke").model)
+    batches = [Batch(tokens_BS=ids_BS, targets_BS=ids_BS) for ids_BS in torch.randint(256, (3, 2, 16))]
+    facts = routing_facts(model, batches)
+    assert facts is not None
+    assert model.training
+    assert 0 < facts.max_violation <= facts.max_violation_worst
+    model.eval()
+    loads = [
+        sum(stats.assigned_E.double() for stats in layer)
+        for layer in zip(*(model(batch.tokens_BS).stats for batch in batches), strict=True)
+    ]
+    want = [float(load_E.max() / load_E.mean()) - 1 for load_E in loads]
+    assert facts.max_violation == pytest.approx(sum(want) / len(want))
+    assert facts.max_violation_worst == pytest.approx(max(want))
 
 
 def test_specialisation_is_one_where_the_id_decides_and_zero_where_it_tells_nothing() -> None:

@@ -25,11 +25,14 @@ KINDS: dict[str, AttentionKind] = {
     "norm per head": replace(GQA, qk_norm="head"),
     "norm over heads": replace(GQA, qk_norm="full"),
     "sinks": replace(GQA, sinks=True),
+    "smeared keys": replace(GQA, smear_keys=True),
     "window": replace(GQA, window=3),
     "window of one": replace(GQA, window=1),
     "window longer than the text": replace(GQA, window=50),
     "yarn": replace(GQA, rope_theta=100.0, yarn=Yarn(factor=4.0, trained_length=64)),
-    "all together": replace(GQA, bias=True, qk_norm="head", sinks=True, window=2, yarn=Yarn(trained_length=64)),
+    "all together": replace(
+        GQA, bias=True, qk_norm="head", smear_keys=True, sinks=True, window=2, yarn=Yarn(trained_length=64)
+    ),
     "mla": LATENT,
     "mla with query rank": replace(LATENT, q_rank=6),
     "mla with yarn": replace(LATENT, q_rank=6, yarn=Yarn(trained_length=64)),
@@ -137,7 +140,7 @@ def _layer(kind: AttentionKind) -> nn.Module:
     layer = kind.build(DIM, layer=0, init_std=0.5, norm_eps=1e-6).double()
     with torch.no_grad():
         for name, weight in layer.named_parameters():
-            if "bias" in name or "norm" in name or "sink" in name:
+            if any(part in name for part in ("bias", "norm", "sink", "smear")):
                 weight.add_(torch.randn_like(weight))
     return layer
 
@@ -156,6 +159,11 @@ def gqa(layer: nn.Module, x_SD: Tensor, mask_S: Tensor) -> Tensor:
         sink = None if layer.sink_H is None else layer.sink_H[h]
         q_SX, k_SX, v_SX = (x[:, i * width : (i + 1) * width] for x, i in ((q, h), (k, g), (v, g)))
         q_SX, k_SX = (_turned(x, config.rope_theta, config.yarn) for x in (q_SX, k_SX))
+        if layer.smear_H is not None:
+            own = 1 / (1 + torch.exp(-layer.smear_H[g]))
+            mixed = [own * k_SX[t] + (1 - own) * k_SX[t - 1] for t in range(1, len(k_SX))]
+            plain = [not mask_S[t - 1] for t in range(1, len(k_SX))]
+            k_SX = torch.stack([k_SX[0], *(k_SX[t + 1] if plain[t] else mixed[t] for t in range(len(mixed)))])
         scale = (1 if config.yarn is None else (0.1 * math.log(config.yarn.factor) + 1) ** 2) / math.sqrt(width)
         outputs.append(_head(q_SX, k_SX, v_SX, mask_S, scale=scale, window=config.window, sink=sink))
     return torch.cat(outputs, dim=1) @ layer.out.T + (0 if layer.out_bias is None else layer.out_bias)

@@ -57,11 +57,16 @@ def mixtral(model: ModelConfig, implementation: str) -> Any:
 def routed_like_mixtral(model: ModelConfig) -> ModelConfig:
     """The model with Mixtral's routing: softmax top-k of as many experts, weights that sum to 1, a balance loss.
 
-    Of one expert Mixtral's weight is always 1, from which no router learns: there ours is that of the full softmax.
+    Its keys are plain, as Mixtral's are. Of one expert Mixtral's weight is always 1, from which no router learns: there
+    ours is that of the full softmax.
     """
     assert model.moe is not None
     k = model.moe.router.choices
-    return replace(model, moe=replace(model.moe, router=TopK(k=k, renormalize=k > 1), losses=(BALANCE,)))
+    attention = model.attention
+    if isinstance(attention, AttentionConfig):
+        attention = replace(attention, smear_keys=False)
+    moe = replace(model.moe, router=TopK(k=k, renormalize=k > 1), losses=(BALANCE,))
+    return replace(model, attention=attention, moe=moe)
 
 
 def check_shape(recipe: Recipe) -> None:
@@ -83,6 +88,8 @@ def differences(recipe: Recipe) -> list[str]:
     if _router_kind(own) != _router_kind(like):
         theirs = f"a learned softmax top-{like.router.choices}, its weights summing to 1"
         found.append(f"router: {words(own.router)} in the recipe, {theirs}, in Mixtral")
+    if isinstance(recipe.model.attention, AttentionConfig) and recipe.model.attention.smear_keys:
+        found.append("keys: smeared in the recipe, plain in Mixtral")
     if _loss_kinds(own) != _loss_kinds(like):
         found.append(f"auxiliary losses: {_loss_kinds(own)} in the recipe, {_loss_kinds(like)} in Mixtral")
     return found

@@ -145,7 +145,7 @@ def _print_routing(screen: Any, curves: list[Any]) -> None:
             f"{c.routing.experts_per_token:.2f}",
             f"{c.dropped_share:.1%}",
             f"{c.declined_share:.1%}",
-            f"{c.max_violation:+.0%}",
+            f"{c.routing.max_violation:+.0%}",
             f"{c.router_entropy:.2f}",
             f"{c.routing.specialisation:.2f}",
             f"{c.routing.sent_bytes_per_token:,.0f}",

@@ -57,6 +57,7 @@ class AttentionConfig(AttentionKind):
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     yarn: Yarn | None = None  # stretch of the rotary positions past the trained length; none: no stretch
     qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm of queries and keys: each head (Qwen3) or all (OLMoE)
+    smear_keys: bool = False  # a key is a learned mix, one share a head, of its token's and that of the token before
     bias: bool = False  # queries, keys, values and output have biases
     sinks: bool = False  # each head has a logit that takes attention and gives nothing (GPT-OSS)
     window: int = 0  # tokens a windowed block sees, itself included; 0: no block is windowed
@@ -94,11 +95,16 @@ class AttentionConfig(AttentionKind):
     def kept_per_token(self) -> int:
         # the projection, queries and keys turned (and normed), the heads' outputs
         turned = (2 if self.qk_norm == "none" else 3) * (self.num_heads + self.num_kv_heads)
-        return (turned + self.num_heads + self.num_kv_heads) * self.head_dim
+        return (turned + self.num_heads + (2 if self.smear_keys else 1) * self.num_kv_heads) * self.head_dim
 
 
 class Attention(nn.Module):
-    """softmax(q k^T) v over the tokens before; queries, keys and values come from one matrix."""
+    """softmax(q k^T) v over the tokens before; queries, keys and values come from one matrix.
+
+    Smeared keys let one layer find where the present token stood before and see what followed; without them it takes
+    two layers that learn to work together, which small models learn late or never. Source: Olsson et al. 2022,
+    In-context Learning and Induction Heads, arXiv:2209.11895, argument 2.
+    """
 
     def __init__(
         self, dim: int, config: AttentionConfig, *, window: int = 0, init_std: float = 0.02, norm_eps: float = 1e-6
@@ -112,6 +118,7 @@ class Attention(nn.Module):
         self.out = nn.Parameter(torch.empty(dim, heads * width))
         self.qkv_bias = nn.Parameter(torch.empty(rows)) if config.bias else None
         self.out_bias = nn.Parameter(torch.empty(dim)) if config.bias else None
+        self.smear_H = nn.Parameter(torch.empty(kv_heads)) if config.smear_keys else None
         self.sink_H = nn.Parameter(torch.empty(heads)) if config.sinks else None
         normed_heads = _NORM_HEADS[config.qk_norm]
         self.q_norm = RMSNorm(normed_heads(heads) * width, eps=norm_eps) if normed_heads else None
@@ -121,7 +128,7 @@ class Attention(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.qkv, std=self.init_std)
         nn.init.normal_(self.out, std=self.init_std)
-        for offset in (self.qkv_bias, self.out_bias, self.sink_H):
+        for offset in (self.qkv_bias, self.out_bias, self.smear_H, self.sink_H):
             if offset is not None:
                 nn.init.zeros_(offset)
 
@@ -145,6 +152,8 @@ class Attention(nn.Module):
         past = 0 if cache is None else cache.length
         if cache is not None:
             k, v = cache.append(layer, k, v)
+        if self.smear_H is not None:
+            k = smear(k, self.smear_H, mask_BS)
         y = attend(q, k, v, scale=self.scale, past=past, window=self.window, mask_BS=mask_BS, sink_H=self.sink_H)
         return F.linear(y.transpose(1, 2).reshape(batch, length, heads * width), self.out, self.out_bias)
 
@@ -154,6 +163,19 @@ class Attention(nn.Module):
         parts = qk_BSHX.split([self.config.num_heads, self.config.num_kv_heads], dim=2)
         normed = (_norm_heads(part, norm) for part, norm in zip(parts, (self.q_norm, self.k_norm), strict=True))
         return torch.cat(tuple(normed), dim=2)
+
+
+def smear(k_BHSX: Tensor, smear_H: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+    """s k_t + (1 - s) k_(t-1) with s = sigmoid(smear_H); the first token, and one after padding, keep their own key.
+
+    Keys come as they are cached, each turned to its own position.
+    Shapes: k_BHSX (B, H, S, X); smear_H (H,), 0 mixes evenly; mask_BS (B, S), False = padding; returns (B, H, S, X).
+    """
+    before = torch.sigmoid(-smear_H).to(k_BHSX.dtype)[:, None, None]
+    if mask_BS is not None:
+        before = before * mask_BS[:, None, :-1, None]
+    later = k_BHSX[:, :, 1:]
+    return torch.cat([k_BHSX[:, :, :1], later + before * (k_BHSX[:, :, :-1] - later)], dim=2)
 
 
 def require_at_least(least: int, config: AttentionKind, *names: str) -> None:

@@ -62,6 +62,7 @@ class ModelShape:
     expert_bias: bool = False  # routed experts have biases
     router_bias: bool = False  # the router's logits have a learned bias
     sinks: bool = False  # each head has a logit that takes attention and gives nothing
+    smear_keys: bool = False  # each key head has a learned share of the key before
     qk_norm: str = "none"  # norm of queries and keys: none, head (one for all heads), full (over all heads)
     window: int = 0  # tokens a windowed block sees; 0: no block is windowed
     full_every: int = 0  # with a window, every n-th block still sees all; 0: none does
@@ -143,6 +144,7 @@ class ModelShape:
         """Parameters of one attention, its biases and inner norms included."""
         rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         small = (rows + 2 * kv_rows) * self.qkv_bias + self.dim * self.out_bias + self.num_heads * self.sinks
+        small += self.num_kv_heads * self.smear_keys
         small += {"none": 0, "head": 2 * self.head_dim, "full": rows + kv_rows}[self.qk_norm]
         if self.mla is not None:
             small += self.mla.q_rank + self.mla.kv_rank

@@ -49,9 +49,9 @@ def _gpt_oss(*, layers: int, experts: int) -> ModelShape:
     )  # fmt: skip
 
 
-def _tiny(*, layers: int, kv_heads: int = 2, ffn: int = 1024) -> ModelShape:
+def _tiny(*, layers: int, kv_heads: int = 2, ffn: int = 1024, smear_keys: bool = True) -> ModelShape:
     plain = llama(layers=layers, dim=64, ffn=ffn, heads=2, kv_heads=kv_heads, vocab=4096)
-    return replace(plain, tied_embeddings=True)
+    return replace(plain, tied_embeddings=True, smear_keys=smear_keys)
 
 
 _MIXTRAL_22B = llama(layers=56, dim=6144, ffn=16_384, heads=48, kv_heads=8, vocab=32_000)
@@ -74,7 +74,7 @@ _ROWS = {
     # the presets of turnout.models; tests/plan/test_model.py compares the totals with those of the built models
     "tiny": replace(with_experts(_tiny(layers=4), experts=32, top_k=2, hidden=128), learned_router=False),
     "tiny-dense": _tiny(layers=4, ffn=256),
-    "smoke": with_experts(_tiny(layers=2, kv_heads=1), experts=4, top_k=2, hidden=64),
+    "smoke": with_experts(_tiny(layers=2, kv_heads=1, smear_keys=False), experts=4, top_k=2, hidden=64),
     "mixtral-8x7b": with_experts(
         llama(layers=32, dim=4096, ffn=14_336, heads=32, kv_heads=8, vocab=32_000), experts=8, top_k=2, hidden=14_336
     ),

@@ -1,6 +1,7 @@
 """DeepSeek-V3: sigmoid scores, a bias that balances load without a loss, and a limit on the groups a token reaches."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,9 +25,11 @@ from turnout.tensors import MoEStats, RouterInput, RouterOutput
 class DeepSeekV3(RouterConfig):
     """The experts are chosen by score plus bias, and weighted by the scores alone, which sum to `scale`.
 
-    After each step the bias of an expert with more than the mean load falls by `bias_step`, that of one with less
-    rises. Source: DeepSeek-AI 2024, arXiv:2412.19437, eq. 12-16; group score from inference/model.py of
-    https://github.com/deepseek-ai/DeepSeek-V3.
+    After each step the bias of an expert with more than the mean load falls, that of one with less rises: by
+    `bias_step` whatever the difference is (`sign`, the paper's), or by that much of the difference over the mean
+    (`error`), which is fast far from balance and quiet near it.
+    Source: DeepSeek-AI 2024, arXiv:2412.19437, eq. 12-16; group score from inference/model.py of
+    https://github.com/deepseek-ai/DeepSeek-V3; both updates: Wang et al. 2024, arXiv:2408.15664, section 4.3.
     """
 
     k: int = 8  # experts per token
@@ -34,6 +37,7 @@ class DeepSeekV3(RouterConfig):
     top_groups: int = 1  # groups a token reaches: those whose two best scores have the highest sum
     scale: float = 2.5  # sum of a token's weights
     bias_step: float = 0.001  # change of a bias per optimizer step; 0: biases stay
+    bias_update: Literal["sign", "error"] = "sign"  # what the change is in proportion to
     init_std: float = 0.02  # standard deviation of the score's initial weights
 
     def __post_init__(self) -> None:
@@ -94,4 +98,9 @@ class DeepSeekV3Router(Router):
     def after_step(self, stats: MoEStats) -> None:
         """Biases one step towards balance."""
         load_E = stats.assigned_E.to(self.bias_E.dtype)
-        self.bias_E.add_((load_E.mean() - load_E).sign(), alpha=self.config.bias_step)
+        mean = load_E.mean()
+        lacking_E = mean - load_E
+        share_E = lacking_E / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+        self.bias_E.add_(
+            lacking_E.sign() if self.config.bias_update == "sign" else share_E, alpha=self.config.bias_step
+        )

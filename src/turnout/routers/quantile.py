@@ -19,14 +19,14 @@ class Quantile(RouterConfig):
 
     The prices are the dual of "each token k experts, each expert k T / E tokens": alternately each token's
     threshold is what its (k + 1)-th expert is worth to it, and each expert's price what its first token beyond
-    k T / E would pay. In training they are found anew in every call; evaluation has their average over steps, so that
-    no token depends on another.
+    k T / E would pay. Training fits them to every call, from their average over the steps before; evaluation has that
+    average itself, so that no token depends on another.
     Source: the update of Megatron-Core, https://github.com/NVIDIA/Megatron-LM/pull/5349, which makes one round a
-    call and averages prices over calls; that training's prices stay within the batch, and `rounds`, are ours.
+    call and routes by the average; that training routes by the batch's own prices, and `rounds`, are ours.
     """
 
     k: int = 2  # experts per token
-    rounds: int = 8  # rounds of coordinate descent over thresholds and prices
+    rounds: int = 2  # rounds of coordinate descent over thresholds and prices, a call
     memory: float = 0.9  # share of evaluation's prices that stays from one optimizer step to the next
     activation: Literal["softmax", "sigmoid"] = "softmax"  # what turns a logit into a weight
     scale: float = 1.0  # factor on the weights
@@ -72,7 +72,7 @@ class QuantileRouter(Router):
         logits_RE = self.score(tokens.x_RD)
         price_E = self.price_E.to(logits_RE.dtype)
         if self.training:
-            price_E = quantile_prices(logits_RE.detach(), self.config.k, rounds=self.config.rounds)
+            price_E = quantile_prices(logits_RE.detach(), self.config.k, rounds=self.config.rounds, start_E=price_E)
         expert_RK = select_topk(logits_RE.detach() - price_E, self.config.k)
         is_softmax = self.config.activation == "softmax"
         scores_RE = logits_RE.softmax(dim=1) if is_softmax else sigmoid_shares(logits_RE)
@@ -96,19 +96,21 @@ class QuantileRouter(Router):
         self.price_E.copy_(torch.where(self.price_E.any(), self.price_E.lerp(mean_E, 1 - self.config.memory), mean_E))
 
 
-def quantile_prices(scores_RE: Tensor, k: int, *, rounds: int) -> Tensor:
+def quantile_prices(scores_RE: Tensor, k: int, *, rounds: int, start_E: Tensor | None = None) -> Tensor:
     """Price of each expert, such that top-k of `scores_RE - prices_E` gives each about k R / E tokens.
 
-    Coordinate descent of the dual: threshold_t = (k + 1)-th largest of score - price over experts, then
-    price_e = (floor(k R / E) + 1)-th largest of score - threshold over tokens.
+    Coordinate descent of the dual, from `start_E` (none: zeros): threshold_t = (k + 1)-th largest of score - price over
+    experts, then price_e = (floor(k R / E) + 1)-th largest of score - threshold over tokens.
     Shapes: scores_RE (R, E), without a gradient; returns (E,), zeros where every token takes every expert.
     """
     num_tokens, num_experts = scores_RE.shape
-    prices_E = scores_RE.new_zeros(num_experts)
+    prices_E = scores_RE.new_zeros(num_experts) if start_E is None else start_E
     if num_tokens == 0 or k == num_experts:
-        return prices_E
+        return torch.zeros_like(prices_E)
     fair = k * num_tokens // num_experts
     for _ in range(rounds):
         threshold_R1 = (scores_RE - prices_E).topk(k + 1, dim=1).values[:, -1:]
-        prices_E = (scores_RE - threshold_R1).sort(dim=0, descending=True).values[fair]
+        # kthvalue counts from the smallest, and walks rows in memory
+        worth_ER = (scores_RE - threshold_R1).T.contiguous()
+        prices_E = worth_ER.kthvalue(num_tokens - fair, dim=1).values
     return prices_E

@@ -182,7 +182,7 @@ def _take_turns(trainers: Sequence[Trainer], stop: StopRequest, say: Callable[[s
         minutes = trainers[0].counters.seconds / 60
         say(f"{minutes:5.1f} min  seed {trainers[0].recipe.seed}  {scores}")
     for contestant in running:
-        contestant.trainer.recorder.close() if stop.requested else contestant.trainer.finish()
+        contestant.end(stop)
     return [_curve(c.trainer, c.points, c.cpu_share) for c in contestants if c.points]
 
 
@@ -209,6 +209,14 @@ class _Contestant:
         val_loss = self.trainer.evaluate_and_record(stop)
         if val_loss is not None and not stop.requested:
             self.points.append((self.trainer.counters.seconds, self.trainer.counters.tokens, val_loss))
+
+    def end(self, stop: StopRequest) -> None:
+        if not stop.requested:
+            self.trainer.finish()
+            return
+        # whose turn it was has saved; the others have not
+        self.trainer.save()
+        self.trainer.recorder.close()
 
     @property
     def cpu_share(self) -> float | None:

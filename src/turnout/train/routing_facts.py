@@ -14,11 +14,13 @@ from turnout.tensors import Assignment
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingFacts:
-    """Means over the MoE layers of one model."""
+    """Means over the MoE layers of one model, but for what is of the worst."""
 
     experts_per_token: float  # choices sent
     specialisation: float  # share of an expert's identity that the token's id tells: I(id; expert) / H(expert); 0 to 1
     sent_bytes_per_token: float  # rows to other ranks and back, each once per rank, float32
+    max_violation: float  # greatest load over the fair share, minus 1, over all of the text; 0 is even
+    max_violation_worst: float  # of the worst layer
 
 
 @torch.inference_mode()
@@ -36,13 +38,17 @@ def routing_facts(model: Decoder, batches: Iterable[Batch], *, num_ranks: int = 
     model.train(was_training)
     tables = [sum(tables) for tables in zip(*(tables for tables, _, _ in found), strict=True)]
     rows, tokens = sum(r for _, r, _ in found), sum(batch_tokens for _, _, batch_tokens in found)
-    choices = sum(float(torch.as_tensor(table).sum()) for table in tables)
+    loads = [torch.as_tensor(table).sum(dim=0) for table in tables]
+    choices = sum(float(load_E.sum()) for load_E in loads)
+    violations = [float(load_E.max() * len(load_E) / load_E.sum().clamp(min=1)) - 1 for load_E in loads]
     layers = len(names)
     return RoutingFacts(
         experts_per_token=choices / (tokens * layers),
         specialisation=sum(_told_by_id(torch.as_tensor(table)) for table in tables) / layers,
         # there and back, four bytes a number
         sent_bytes_per_token=2 * 4 * model.config.dim * rows / (tokens * layers),
+        max_violation=sum(violations) / layers,
+        max_violation_worst=max(violations),
     )
 
 
