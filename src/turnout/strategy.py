@@ -1,8 +1,9 @@
 """Strategy: how a model is laid out on devices; the one word planner, tuner, layers and command line share."""
 
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from math import gcd
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from turnout.errors import ConfigError
 from turnout.registry import nearest
@@ -45,14 +46,12 @@ class Strategy:
     grad_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of gradients on the wire
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            legal = get_args(hints[field.name])
-            value = getattr(self, field.name)
-            if legal and value not in legal:
+        for name, legal in _legal_values().items():
+            value = getattr(self, name)
+            if value not in legal:
                 words = [str(word) or '""' for word in legal]
                 hint = nearest(str(value), words)
-                raise ConfigError(f"strategy.{field.name}={value!r} must be one of: {', '.join(words)}{hint}")
+                raise ConfigError(f"strategy.{name}={value!r} must be one of: {', '.join(words)}{hint}")
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"strategy.{name}={getattr(self, name)} must be at least 1; nearest legal: 1")
@@ -181,6 +180,13 @@ class Strategy:
                 f"strategy.pp={self.pp} * virtual_stages={self.virtual_stages} = {chunks} must not exceed "
                 f"num_layers={num_layers}; nearest legal: pp={min(self.pp, num_layers)}, virtual_stages={legal}"
             )
+
+
+@lru_cache(maxsize=1)
+def _legal_values() -> dict[str, tuple[Any, ...]]:
+    """Legal values of the fields that have a list of them; a search makes thousands of layouts."""
+    hints = get_type_hints(Strategy)
+    return {field.name: get_args(hints[field.name]) for field in fields(Strategy) if get_args(hints[field.name])}
 
 
 def nearest_divisor(value: int, total: int) -> int:

@@ -1,13 +1,11 @@
 """Prediction of rows: each in its own quantity and unit, or refused with the reason, whatever the row holds."""
 
-import json
 import re
 
 import pytest
 
 from turnout.clusters import CLUSTERS
-from turnout.errors import ConfigError
-from turnout.plan.data import cases_from, nanotron_rows, published_cases, vtrain_one_node_rows
+from turnout.plan.data import nanotron_rows, published_cases, vtrain_one_node_rows
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.predict import predict
 from turnout.plan.rows import cluster_of, framework_of, job_of, shape_of_record
@@ -135,16 +133,3 @@ def test_one_node_rows_of_vtrain_are_rows_too() -> None:
     rows = vtrain_one_node_rows()
     assert len(rows) == 1440
     assert all(answer.predicted for answer in predict(rows[:20]))
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [("{", "is not JSON"), ("{}", "no list `rows`"), ('{"rows": 3}', "no list `rows`"), ("[1]", "row 0 is not an")],
-)
-def test_a_file_that_is_not_of_the_schema_is_named(text: str, error: str) -> None:
-    with pytest.raises(ConfigError, match=error):
-        cases_from(text, "cases.json")
-
-
-def test_a_bare_list_of_rows_is_a_file_too() -> None:
-    assert cases_from(json.dumps([ROW]), "cases.json")["rows"] == [ROW]

@@ -5,6 +5,7 @@ memory; everything else costs its bytes. specs/planner.md, "Efficiency curve"; W
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from turnout.plan.job import Job
 from turnout.plan.parameters import Parameters
@@ -31,15 +32,24 @@ class Engine:
 
     def product_s(self, m: float, n: float, k: float, precision: str, *, grouped: bool = False) -> float:
         """Seconds of an (m, k) by (k, n) product. `grouped`: one of many small ones in a kernel."""
-        rate = self.device.flops_per_s(precision) * self.parameters.gemm(self.device.generation)
-        rate *= self.parameters.grouped if grouped else 1.0
-        rate *= self.parameters.low_precision if ELEMENT_BYTES[precision] < 2 else 1.0
+        rate = self._rate(precision) * (self.parameters.grouped if grouped else 1.0)
         moved = ELEMENT_BYTES[precision] * (m * k + k * n) + 2 * m * n
         return 2 * m * n * k / rate + self.parameters.gemm_passes * self.bytes_s(moved)
 
     def bytes_s(self, moved_bytes: float) -> float:
         """Seconds to read or write so much device memory."""
         return moved_bytes / (self.device.memory_bytes_per_s * self.parameters.memory)
+
+    def _rate(self, precision: str) -> float:
+        """FLOP/s that a large product reaches."""
+        if precision not in self._rates:
+            rate = self.device.flops_per_s(precision) * self.parameters.gemm(self.device.generation)
+            self._rates[precision] = rate * (self.parameters.low_precision if ELEMENT_BYTES[precision] < 2 else 1.0)
+        return self._rates[precision]
+
+    @cached_property
+    def _rates(self) -> dict[str, float]:
+        return {}
 
     def attention_s(self, flops: float) -> float:
         """Seconds of a fused attention kernel."""

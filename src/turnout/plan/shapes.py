@@ -64,9 +64,10 @@ _OLMOE = replace(llama(layers=16, dim=2048, ffn=1024, heads=16, kv_heads=16, voc
 _DEEPSEEK_V3 = _deepseek(layers=61, dim=7168, ffn=18_432, vocab=129_280, dense_first=3)
 _DEEPSEEK_V2 = _deepseek(layers=60, dim=5120, ffn=12_288, vocab=102_400, dense_first=1)
 _GPT_350M = gpt(layers=24, dim=1024, heads=16, vocab=50_304)
-# GPT-4 as leaked (SemiAnalysis 2023): 120 layers, 16 experts of 111B, top-2, 55B of attention: h = 10,752
+# GPT-4 as leaked (SemiAnalysis 2023): 120 layers, 16 experts of 111B, top-2, 55B of attention: h = 10,752; the leak
+# does not give heads, and tensor parallelism over 8 must divide them
 _GPT4_BLOCKS = replace(
-    gpt(layers=120, dim=10_752, heads=84, vocab=100_256), qkv_bias=False, out_bias=False, ffn_bias=False
+    gpt(layers=120, dim=10_752, heads=96, vocab=100_256), qkv_bias=False, out_bias=False, ffn_bias=False
 )
 
 _ROWS = {

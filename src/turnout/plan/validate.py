@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeGuard
 
 from turnout.errors import TurnoutError
 from turnout.plan.correlation import spearman
@@ -47,8 +47,9 @@ class SuiteError:
     spearman: float | None = None  # mean over groups of layouts
     regret: float | None = None  # mean over groups: measured time of the predicted best over the measured best, less 1
     groups: int = 0  # of at least three layouts
-    peer: str = ""  # another tool on the same rows
+    peer: str = ""  # another tool on the same suite
     peer_mape: float | None = None
+    peer_n: int = 0  # rows it ran
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,11 @@ def validate(document: dict[str, Any] | None = None, parameters: Parameters | No
     results: dict[tuple[str, str], list[_Result]] = defaultdict(list)
     refusals: list[tuple[str, str, str]] = []
     refused: dict[tuple[str, str], int] = defaultdict(int)
-    for row in rows:
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            refused["", "validation"] += 1
+            refusals.append(("", f"row {i}", f"the row is {type(row).__name__}, not an object"))
+            continue
         key = (str(row.get("suite")), _split(row))
         result = _result(row, models, parameters, mfu)
         if isinstance(result, str):
@@ -104,7 +109,7 @@ def validate(document: dict[str, Any] | None = None, parameters: Parameters | No
     dense = [abs(_error(each)) for each in judged if each.dense and each.row["suite"] != "nanotron"]
     return Validation(
         suites=tuple(_suite(*key, results[key], refused[key]) for key in keys),
-        memory=tuple(memory_errors(rows, models)),
+        memory=tuple(memory_errors(filter(_may_be_judged, rows), models)),
         oom=(out_of_memory(nanotron_rows(failed=True)),) if visible else (),
         refusals=tuple(refusals),
         dense_mape=mean(dense) if dense else None,
@@ -127,7 +132,7 @@ def _result(row: Row, models: dict[str, Row], parameters: Parameters, mfu: float
     if answer.predicted is None:
         return answer.refused
     measured = row.get("value")
-    if not isinstance(measured, int | float) or measured <= 0:
+    if not _is_measurement(measured):
         return f"value={measured!r} is not a measurement to compare with"
     constant, dense = None, False
     if quantity.startswith(STEP_QUANTITIES):
@@ -138,6 +143,17 @@ def _result(row: Row, models: dict[str, Row], parameters: Parameters, mfu: float
     return _Result(
         row=row, time_ratio=_time_ratio(quantity, answer.predicted / measured), constant_ratio=constant, dense=dense
     )
+
+
+def _is_measurement(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _may_be_judged(row: Any) -> bool:
+    """Whether a row's memory, if it is about memory, can be compared."""
+    if not isinstance(row, dict):
+        return False
+    return not str(row.get("quantity")).startswith("memory") or _is_measurement(row.get("value"))
 
 
 def _time_ratio(quantity: str, ratio: float) -> float:
@@ -205,6 +221,7 @@ def _suite(suite: str, split: str, results: Sequence[_Result], refused: int) -> 
         groups=groups,
         peer=peer if suite in figures else "",
         peer_mape=figures[suite][0] if suite in figures else None,
+        peer_n=figures[suite][1] if suite in figures else 0,
     )
 
 

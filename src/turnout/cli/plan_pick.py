@@ -1,0 +1,27 @@
+"""The layout of a question that names none: what the search picks."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from turnout.plan.query import Query
+
+
+def with_layout(query: "Query", layout: str, screen: Any) -> "Query":
+    """The query as it is if the user gave a layout; else with the search's pick, which is said.
+
+    Raises: ConfigError if no layout fits the devices.
+    """
+    from turnout.errors import ConfigError
+
+    if layout:
+        return query
+    from turnout.plan.search import search
+
+    result = search(query, top=1)
+    if not result.best:
+        raise ConfigError(
+            f"none of {result.considered:,} layouts fits {query.world:,} x {query.machine.device.name}: the one that "
+            f"needs least needs {result.least_memory_gib:,.1f} GiB; give more devices, or a --layout to look at"
+        )
+    screen.print(f"  no --layout: the fastest that fits of {result.considered:,} searched in {result.seconds:.1f} s")
+    return query.with_strategy(result.best[0].strategy)
