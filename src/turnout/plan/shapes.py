@@ -72,7 +72,7 @@ _GPT4_BLOCKS = replace(
 
 _ROWS = {
     # the presets of turnout.models; tests/plan/test_model.py compares the totals with those of the built models
-    "tiny": replace(with_experts(_tiny(layers=4), experts=32, top_k=2, hidden=128), learned_router=False),
+    "tiny": replace(with_experts(_tiny(layers=4), experts=32, top_k=1, hidden=128, shared=128), learned_router=False),
     "tiny-dense": _tiny(layers=4, ffn=256),
     "smoke": with_experts(_tiny(layers=2, kv_heads=1, smear_keys=False), experts=4, top_k=2, hidden=64),
     "mixtral-8x7b": with_experts(
