@@ -35,7 +35,9 @@ class Strategy:
     shard_tokens: bool = False  # each tp rank dispatches 1/tp of the tokens; sequence parallel does so by itself
     zero: Literal[0, 1, 2, 3] = 0  # sharded over dp: 1 optimizer, 2 + gradients, 3 + parameters (FSDP)
     zero_size: int = 0  # ranks a ZeRO shard is spread over (HSDP when fewer than all); 0: all of dp
-    recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again
+    # what backward computes again; light: norms, up-projections of latent attention, gated activations
+    recompute: Literal["none", "light", "selective", "full"] = "none"
+    kept_precision: Literal["", "fp8"] = ""  # of products' inputs kept for backward under light recomputation
     alltoall: str = "flat"  # name of the all-to-all program
     overlap: int = 1  # chunks whose exchange and computation overlap (Tutel's d); 1: none
     micro_batch: int = 1  # sequences of one micro-batch of one data-parallel rank
@@ -58,6 +60,11 @@ class Strategy:
         for name in ("dp", "zero_size"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"strategy.{name}={getattr(self, name)} must be at least 0; nearest legal: 0")
+        if self.kept_precision and self.recompute != "light":
+            raise ConfigError(
+                f"strategy.kept_precision={self.kept_precision!r} needs recompute='light' (it is {self.recompute!r}); "
+                'nearest legal: ""'
+            )
         self._check_schedule()
 
     def _check_schedule(self) -> None:

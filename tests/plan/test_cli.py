@@ -294,7 +294,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "value that is none": (
         ("memory", "mixtral-8x7b", "--nodes", "4", "--layout", "recompute=ful"),
-        r"strategy\.recompute='ful' must be one of: none, selective, full; did you mean 'full'",
+        r"strategy\.recompute='ful' must be one of: none, light, selective, full; did you mean 'full'",
     ),
     "unknown program": (
         ("volume", "mixtral-8x7b", "--nodes", "4", "--layout", "alltoall=hierarchic"),

@@ -310,3 +310,15 @@ def test_divisors_and_powers() -> None:
     assert divisors(72) == (1, 2, 3, 4, 6, 8, 9, 12, 18, 24, 36, 72)
     assert powers(9) == (1, 2, 4, 8)
     assert isinstance(PYRAMID, ModelShape)
+
+
+def test_a_framework_is_searched_with_its_own_schedules_and_recomputation() -> None:
+    query = Query(model="deepseek-v3", cluster="h800", nodes=32, global_batch=1024)
+    for framework, schedules in (("megatron-core", {"1f1b", "interleaved"}), ("nanotron", {"1f1b"}),
+                                 ("deepseek", {"1f1b", "zero_bubble", "dualpipe"})):  # fmt: skip
+        legal = legal_of(replace(query, framework=framework))
+        assert {each["schedule"] for each in legal.pipelines()} == schedules
+        kinds = {each["recompute"] for each in legal.recomputations()}
+        assert ("light" in kinds) == FRAMEWORKS[framework].light_recompute
+    asked = legal_of(query, Space(schedule=("dualpipe",)))
+    assert {each["schedule"] for each in asked.pipelines()} == {"dualpipe"}

@@ -4,6 +4,7 @@ import typer
 
 from turnout.cli import (
     plan_explain,
+    plan_inference,
     plan_lists,
     plan_memory,
     plan_predict,
@@ -18,7 +19,8 @@ plan = typer.Typer(
     no_args_is_help=True,
 )
 for verb in (
-    plan_search, plan_time, plan_memory, plan_volume, plan_explain, plan_validate, plan_predict, plan_lists,
+    plan_search, plan_time, plan_memory, plan_volume, plan_inference, plan_explain, plan_validate, plan_predict,
+    plan_lists,
 ):  # fmt: skip
     verb.add_to(plan)
 

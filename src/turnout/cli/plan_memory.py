@@ -35,6 +35,8 @@ def memory(
     layout: plan_options.Layout = "",
     framework: plan_options.Framework = "megatron-core",
     skew: plan_options.Skew = 1.0,
+    trace: plan_options.Trace = None,
+    layer: plan_options.TraceLayer = "all",
     csv: plan_options.Csv = None,
     as_json: options.Json = False,
 ) -> None:
@@ -51,6 +53,13 @@ def memory(
         framework=framework, skew=skew,
     )  # fmt: skip
     query = with_layout(query, layout, screen)
+    if trace:
+        from dataclasses import replace
+
+        from turnout.plan.recorded import recorded_loads, skewed_jobs
+
+        _, held = skewed_jobs(query.job(), recorded_loads(trace, query.shape, layer))
+        query = replace(query, skew=held.skew)
     job, device = query.job(), query.machine.device
     stages = memory_by_stage(job)
     over = over_bytes(job, device.memory_bytes)

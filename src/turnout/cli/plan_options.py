@@ -38,6 +38,13 @@ Skew = Annotated[float, typer.Option("--skew", help="Rows of the busiest expert 
 Price = Annotated[
     float, typer.Option("--usd-per-device-hour", help="Rent of a device; 0: what the cluster's description says.")
 ]
+Trace = Annotated[
+    Path | None,
+    typer.Option("--trace", help="Route as this run of Turnout did (its trace/counts.bin).", metavar="RUN"),
+]
+TraceLayer = Annotated[
+    str, typer.Option("--layer", help="With --trace: all, or the number of the layer that stands for all of them.")
+]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file.", metavar="FILE")]
 
 

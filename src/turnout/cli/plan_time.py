@@ -32,6 +32,8 @@ def time(
     layout: plan_options.Layout = "",
     framework: plan_options.Framework = "megatron-core",
     skew: plan_options.Skew = 1.0,
+    trace: plan_options.Trace = None,
+    layer: plan_options.TraceLayer = "all",
     run_tokens: RunTokens = 0.0,
     usd_per_device_hour: plan_options.Price = 0.0,
     what_if: WhatIfs = False,
@@ -54,6 +56,11 @@ def time(
     )  # fmt: skip
     query = replace(query, cluster=priced(query.machine, usd_per_device_hour))
     query = with_layout(query, layout, screen)
+    if trace:
+        from turnout.plan.recorded import recorded_loads, skewed_jobs
+
+        timed, _ = skewed_jobs(query.job(), recorded_loads(trace, query.shape, layer))
+        query = replace(query, skew=timed.skew)
     document, step = _document(query, run_tokens)
     screen.print(f"  {plan_options.headline(query)}", soft_wrap=True)
     _print_step(screen, document, step)

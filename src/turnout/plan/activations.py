@@ -28,6 +28,12 @@ class GatheredBytes:
 
     buffer_bytes: Numbers  # kept from step to step
     inputs_bytes: Numbers  # inputs of one block's column-parallel products, gathered instead of sharded
+    block_bytes: Numbers  # these of the block at work, and what its row-parallel products have not summed yet
+
+
+KEPT_BYTES = {"": 2.0, "fp8": 1 + 4 / 128}  # of an element kept for backward, its scale included
+# of an element of attention's output under fp8: E5M6, for its own backward pass needs it too; arXiv:2412.19437, 3.3.3
+ATTENTION_OUTPUT_BYTES = {"": 2.0, "fp8": 1.5}
 
 
 @reads("tp", "sequence_parallel", "tokens", "recompute", "etp")
@@ -37,6 +43,11 @@ def block_bytes(job: Job, block: int) -> KeptBytes:
     if job.strategy.recompute == "selective" and job.framework.selective == "products":
         routed = _routed_bytes(job, block) / 2 if experts else 0.0
         return KeptBytes(dense_bytes=_product_bytes(job, block), routed_bytes=routed)
+    if job.strategy.recompute == "light":
+        routed = _light_routed_bytes(job, block) if experts else 0.0
+        return KeptBytes(
+            dense_bytes=_light_bytes(job, shape.shared_hidden if experts else shape.ffn_hidden), routed_bytes=routed
+        )
     dense = _residual_bytes(job) + _attention_bytes(job)
     dense += _ffn_bytes(job, shape.shared_hidden if experts else shape.ffn_hidden)
     return KeptBytes(dense_bytes=dense, routed_bytes=_routed_bytes(job, block) if experts else 0.0)
@@ -60,10 +71,14 @@ def logit_bytes(job: Job) -> float:
 def gathered_bytes(job: Job) -> GatheredBytes:
     """Bytes of one micro-batch that gathers over tensor-parallel ranks hold."""
     if job.strategy.tp == 1:
-        return GatheredBytes(buffer_bytes=0.0, inputs_bytes=0.0)
+        return GatheredBytes(buffer_bytes=0.0, inputs_bytes=0.0, block_bytes=0.0)
     width, framework = job.rank_tokens * job.shape.dim, job.framework
-    inputs = width * 2 * job.strategy.activation_bytes if framework.gathered_inputs else 0.0
-    return GatheredBytes(buffer_bytes=width * framework.gather_buffer_bytes, inputs_bytes=inputs)
+    inputs = width * 2 * job.strategy.activation_bytes
+    return GatheredBytes(
+        buffer_bytes=width * framework.gather_buffer_bytes,
+        inputs_bytes=inputs if framework.gathered_inputs == "stage" else 0.0,
+        block_bytes=2 * inputs if framework.gathered_inputs == "block" else 0.0,
+    )
 
 
 def _residual_bytes(job: Job) -> float:
@@ -117,6 +132,38 @@ def _product_bytes(job: Job, layer: int) -> float:
     products = heads + 2 * kv_heads + 2 * shape.dim + (2 if shape.gated else 1) * hidden
     sharded = heads + products / 2 + (shape.dim if strategy.sequence_parallel else shape.dim * strategy.tp)
     return job.rank_tokens * strategy.activation_bytes * sharded / strategy.tp
+
+
+def _light_bytes(job: Job, hidden: int) -> float:
+    """Kept when norms, up-projections and gated activations are computed again: inputs of the norms, what heads are
+    projected from, attention's output and its sums of exponentials, inputs of the gated activation.
+
+    Source: DeepSeek-AI 2024, arXiv:2412.19437, sections 3.2.3 (what is computed again) and 3.3.3 (fp8 caches).
+    """
+    shape, strategy = job.shape, job.strategy
+    element, heads = KEPT_BYTES[strategy.kept_precision], shape.num_heads
+    norms = 2 * strategy.activation_bytes * shape.dim / (strategy.tp if strategy.sequence_parallel else 1)
+    if shape.mla is None:
+        inputs = element * (heads + 2 * shape.num_kv_heads) * shape.head_dim / strategy.tp
+        output = heads * shape.head_dim
+    else:
+        # narrow vectors are on every tensor-parallel rank
+        inputs = element * (shape.mla.q_rank + shape.mla.kv_rank + shape.mla.rope_dim)
+        output = heads * shape.mla.v_dim
+    attention = (ATTENTION_OUTPUT_BYTES[strategy.kept_precision] * output + 4 * heads) / strategy.tp
+    ffn = element * (2 if shape.gated else 1) * hidden / strategy.tp
+    return job.rank_tokens * (norms + inputs + attention + ffn)
+
+
+def _light_routed_bytes(job: Job, layer: int) -> float:
+    """Rows of the busiest expert rank as received, and the inputs of their gated activation."""
+    shape, strategy = job.shape, job.strategy
+    element, width = KEPT_BYTES[strategy.kept_precision], shape.latent_dim or shape.dim
+    rows = job.routed_tokens * shape.top_k * job.skew
+    inner = (2 if shape.gated else 1) * shape.expert_hidden
+    copies = strategy.activation_bytes * job.framework.permuted_copies * width
+    router = 8 * shape.experts_of(layer) * job.routed_tokens
+    return rows * strategy.etp * (element * width + copies) + rows * element * inner + router
 
 
 def _routed_bytes(job: Job, layer: int) -> float:

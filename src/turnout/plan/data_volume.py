@@ -99,7 +99,9 @@ def dense_stage_params(shape: ModelShape, stage: Stage) -> int:
     params = sum(number * shape.block_params(block) for block, number in stage.blocks)
     params += stage.embedding * shape.embedding_params
     if stage.head:
-        params += shape.vocab_size * shape.dim + shape.mtp_layers * shape.mtp_params
+        params += shape.mtp_layers * shape.mtp_params
+        # tied to a table of the same stage it is no matrix of its own; on another stage it is a copy
+        params += 0 if shape.tied_embeddings and stage.embedding else shape.vocab_size * shape.dim
     return params
 
 

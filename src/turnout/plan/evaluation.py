@@ -60,7 +60,7 @@ def base_job(query: Query) -> Job:
     plain = Strategy()
     asked = query.strategy
     kept = ("cp_kind", "scatter_gather", "shard_tokens", "zero_size", "precision", "dispatch_precision",
-            "grad_precision")  # fmt: skip
+            "grad_precision", "kept_precision")  # fmt: skip
     strategy = replace(plain, dp=query.world, **{name: getattr(asked, name) for name in kept})
     return Job(
         shape=query.shape,

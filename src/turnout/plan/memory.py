@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from turnout.plan.activations import GatheredBytes, KeptBytes, block_bytes, gathered_bytes, input_bytes, logit_bytes
 from turnout.plan.job import Job
 from turnout.plan.model import ModelShape
-from turnout.plan.pipeline import Stage, layers_in_flight, stage_kinds, stages
+from turnout.plan.pipeline import Stage, layers_in_flight, rank_kinds, stages
 from turnout.plan.terms import Numbers, One, Terms, either, larger, reads
 
 GIB = 2**30
@@ -29,13 +29,14 @@ class Memory:
     activations_bytes: Numbers  # kept for backward, expert buffers apart
     moe_bytes: Numbers  # routed rows: as dispatched, between an expert's matrices, as returned
     logits_bytes: Numbers
+    between_bytes: Numbers  # of the optimizer between steps, given back before the peak
     buffer_bytes: Numbers  # kept for good: the matrix library's workspace, buffers of gathers
     framework_bytes: Numbers  # gradients not yet accumulated, gathered parameters, allocator slack
 
     @property
     def allocated_bytes(self) -> Numbers:
         """What the framework allocates at its peak; compare with max_memory_allocated or reserved."""
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "stage")
+        return sum(getattr(self, field.name) for field in fields(self) if field.name not in ("stage", "between_bytes"))
 
     @property
     def model_bytes(self) -> Numbers:
@@ -45,46 +46,75 @@ class Memory:
     @property
     def resting_bytes(self) -> Numbers:
         """What is allocated between steps."""
-        return self.model_bytes + self.buffer_bytes
+        return self.model_bytes + self.between_bytes + self.buffer_bytes
 
     def fits(self, device_bytes: float) -> bool:
         """Whether a device of this memory (as the data sheet counts) holds it beside its context."""
         return self.allocated_bytes + CONTEXT_BYTES <= device_bytes
 
 
+# how the parts of two stages on one rank add up
+_HELD_FOR_GOOD = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "between_bytes")
+_IN_FLIGHT = ("activations_bytes", "moe_bytes")
+_ONE_AT_A_TIME = ("logits_bytes", "buffer_bytes", "framework_bytes")
+
+
 def memory(job: Job) -> Memory:
     """Memory of the pipeline stage that needs most."""
     of = One(job)
-    kinds = stage_kinds(job.shape, job.strategy.pp, job.strategy.virtual_stages, job.framework.stage_balance)
-    return max((stage_memory(of, stage) for stage, _ in kinds), key=lambda stage: stage.allocated_bytes)
+    return max((rank_memory(of, *held) for held in _ranks(job)), key=lambda rank: rank.allocated_bytes)
 
 
 def memory_by_stage(job: Job) -> tuple[Memory, ...]:
     """Peak memory of one rank of each pipeline stage."""
     of, strategy = One(job), job.strategy
     cut = stages(job.shape, strategy.pp, strategy.virtual_stages, job.framework.stage_balance)
-    return tuple(stage_memory(of, stage) for stage in cut)
+    mirrors = cut[::-1] if strategy.schedule == "dualpipe" else (None,) * len(cut)
+    return tuple(rank_memory(of, stage, mirror) for stage, mirror in zip(cut, mirrors, strict=True))
 
 
 def allocated_bytes(of: Terms[Job]) -> Numbers:
     """Peak bytes of the stage that needs most, layouts of one pipeline at a time."""
-    job = of.subject
-    kinds = stage_kinds(job.shape, job.strategy.pp, job.strategy.virtual_stages, job.framework.stage_balance)
     most: Numbers = 0.0
-    for stage, _ in kinds:
-        most = larger(most, stage_memory(of, stage).allocated_bytes)
+    for held in _ranks(of.subject):
+        most = larger(most, rank_memory(of, *held).allocated_bytes)
     return most
+
+
+def _ranks(job: Job) -> list[tuple[Stage, Stage | None]]:
+    """What the ranks of a pipeline that differ hold."""
+    strategy = job.strategy
+    kinds = rank_kinds(
+        job.shape, strategy.pp, strategy.virtual_stages, job.framework.stage_balance,
+        both_ways=strategy.schedule == "dualpipe",
+    )  # fmt: skip
+    return [(stage, mirror) for stage, mirror, _ in kinds]
+
+
+def rank_memory(of: Terms[Job], stage: Stage, mirror: Stage | None) -> Memory:
+    """Peak memory of a rank that holds `stage`, and `mirror` beside it where a pipeline is fed from both ends.
+
+    Half of the micro-batches in flight are in either stage; what is there for one micro-batch at a time is there once.
+    """
+    one = stage_memory(of, stage)
+    if mirror is None:
+        return one
+    other = stage_memory(of, mirror)
+    both = {name: getattr(one, name) + getattr(other, name) for name in _HELD_FOR_GOOD}
+    halves = {name: (getattr(one, name) + getattr(other, name)) / 2 for name in _IN_FLIGHT}
+    once = {name: larger(getattr(one, name), getattr(other, name)) for name in _ONE_AT_A_TIME}
+    return Memory(stage=stage.index, **both, **halves, **once)
 
 
 def stage_memory(of: Terms[Job], stage: Stage) -> Memory:
     """Peak memory of one rank of a pipeline stage."""
-    weights, gradients, optimizer = _model_bytes(of, stage)
+    weights, gradients, optimizer, between = _model_bytes(of, stage)
     activations, moe = _activation_bytes(of, stage)
     logits = of(logit_bytes) if stage.head else 0.0
     live = weights + gradients + optimizer + activations + moe + logits
     gathered: GatheredBytes = of(gathered_bytes)
     framework = of(unaccumulated_bytes) * _widest(of.subject.shape, stage) + _gathered_params_bytes(of, stage)
-    framework = framework + gathered.inputs_bytes * len(stage.layers)
+    framework = framework + gathered.inputs_bytes * len(stage.layers) + gathered.block_bytes
     return Memory(
         stage=stage.index,
         weights_bytes=weights,
@@ -93,6 +123,7 @@ def stage_memory(of: Terms[Job], stage: Stage) -> Memory:
         activations_bytes=activations,
         moe_bytes=moe,
         logits_bytes=logits,
+        between_bytes=between,
         buffer_bytes=WORKSPACE_BYTES + gathered.buffer_bytes,
         framework_bytes=framework + of.subject.framework.slack * (live + framework),
     )
@@ -140,6 +171,7 @@ class ParameterBytes:
     weight_bytes: float
     gradient_bytes: float
     optimizer_bytes: float
+    between_bytes: float
 
 
 @reads("zero", "schedule", "tp", "pp")
@@ -158,16 +190,19 @@ def _parameter_bytes(job: Job, ranks: int) -> ParameterBytes:
     strategy, framework = job.strategy, job.framework
     weights, gradients, optimizer = framework.weight_bytes, framework.gradient_bytes, framework.optimizer_bytes
     if strategy.schedule == "dualpipe":
-        weights *= 2
+        ranks *= 2  # every stage is on two ranks of a pipeline
     if strategy.zero >= 1:
-        optimizer = (optimizer + framework.zero_shard_bytes) / ranks + framework.zero_kept_bytes
+        optimizer = (optimizer + framework.zero_shard_bytes) / ranks
     gradients = gradients / (ranks if strategy.zero >= 2 else 1)
     gradients += framework.data_parallel_bytes if ranks > 1 else 0
     weights /= ranks if strategy.zero >= 3 else 1
-    return ParameterBytes(weight_bytes=weights, gradient_bytes=gradients, optimizer_bytes=optimizer)
+    return ParameterBytes(
+        weight_bytes=weights, gradient_bytes=gradients, optimizer_bytes=optimizer,
+        between_bytes=framework.zero_kept_bytes if strategy.zero >= 1 else 0.0,
+    )  # fmt: skip
 
 
-def _model_bytes(of: Terms[Job], stage: Stage) -> tuple[Numbers, Numbers, Numbers]:
+def _model_bytes(of: Terms[Job], stage: Stage) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     params, routed_params = rank_params(of, stage)
     one: ParameterBytes = of(dense_parameter_bytes)
     routed: ParameterBytes = of(routed_parameter_bytes)
@@ -175,6 +210,7 @@ def _model_bytes(of: Terms[Job], stage: Stage) -> tuple[Numbers, Numbers, Number
         params * one.weight_bytes + routed_params * routed.weight_bytes,
         params * one.gradient_bytes + routed_params * routed.gradient_bytes,
         params * one.optimizer_bytes + routed_params * routed.optimizer_bytes,
+        params * one.between_bytes + routed_params * routed.between_bytes,
     )
 
 

@@ -55,6 +55,25 @@ def stage_kinds(
     return tuple((alike[0], len(alike)) for alike in kinds.values())
 
 
+@lru_cache(maxsize=4096)
+def rank_kinds(
+    shape: ModelShape, pp: int, virtual_stages: int = 1, balance: str = "layers", *, both_ways: bool = False
+) -> tuple[tuple[Stage, Stage | None, int], ...]:
+    """(a stage, the one its rank holds beside it, how many ranks hold the like): the ranks that differ.
+
+    A pipeline fed from both ends (DualPipe) puts the stage as far from the end as the first is from the start on the
+    same rank, and sends half of the micro-batches each way: DeepSeek-AI 2024, arXiv:2412.19437, section 3.2.1.
+    """
+    if not both_ways:
+        return tuple((stage, None, number) for stage, number in stage_kinds(shape, pp, virtual_stages, balance))
+    cut = stages(shape, pp, virtual_stages, balance)
+    kinds: dict[tuple[object, ...], list[tuple[Stage, Stage]]] = {}
+    for stage, mirror in zip(cut[: pp // 2], cut[::-1], strict=False):
+        key = tuple((frozenset(each.blocks), each.embedding, each.head) for each in (stage, mirror))
+        kinds.setdefault(key, []).append((stage, mirror))
+    return tuple((*pairs[0], 2 * len(pairs)) for pairs in kinds.values())
+
+
 @lru_cache(maxsize=256)
 def like_blocks(shape: ModelShape) -> tuple[int, ...]:
     """For each block the first one like it: as many experts, the same window, the same attentions."""
@@ -110,15 +129,17 @@ def layers_in_flight(stage: Stage, strategy: Strategy, micro_batches: Numbers) -
     return here * smaller(micro_batches, p - stage.index)
 
 
-def idle_passes(strategy: Strategy) -> float:
+def idle_passes(strategy: Strategy, backward: Numbers = 2 / 3, weights: Numbers = 1 / 3) -> Numbers:
     """Time a rank is idle in a step, in micro-batches (forward and backward) of its own stage.
 
-    Source: 1F1B and interleaved (p-1)/v, arXiv:2104.04473; zero bubble H1 (p-1)/3 with F = B = W, Qi et al. 2023,
-    arXiv:2401.10241, table 2; DualPipe (p/2-1)/3, arXiv:2412.19437, table 2.
+    `backward` is the share of a micro-batch that is its backward pass, `weights` the part of it that computes gradients
+    of weights and may wait: B and W, in micro-batches.
+    Source: 1F1B and interleaved (p-1)/v, arXiv:2104.04473; zero bubble H1 (p-1)(F+B-2W), arXiv:2401.10241, table 2;
+    DualPipe (p/2-1)(F&B+B-3W), F&B being a pass both ways, arXiv:2412.19437, table 2.
     """
     p = strategy.pp
     if strategy.schedule == "zero_bubble":
-        return (p - 1) / 3 / strategy.virtual_stages
+        return (p - 1) * (1 - 2 * weights) / strategy.virtual_stages
     if strategy.schedule == "dualpipe":
-        return max(0.0, p / 2 - 1) / 3
+        return max(0.0, p / 2 - 1) * (1 + backward - 3 * weights)
     return (p - 1) / strategy.virtual_stages

@@ -80,8 +80,10 @@ def _remedy(query: Query, changes: Fields, job: Job, over: float) -> Remedy:
 
 def _changes(now: Strategy) -> Iterator[Fields]:
     """Single changes that can lower memory, legal or not."""
-    kinds = ("none", "selective", "full")
-    yield from ({"recompute": kind} for kind in kinds[kinds.index(now.recompute) + 1 :])
+    kinds = ("none", "light", "selective", "full")
+    # what is kept in a precision of its own is so under light recomputation alone
+    kept = {"kept_precision": ""} if now.kept_precision else {}
+    yield from ({"recompute": kind} | kept for kind in kinds[kinds.index(now.recompute) + 1 :])
     yield from ({"zero": stage} for stage in range(now.zero + 1, 4))
     if now.tp > 1 and not now.sequence_parallel:
         yield {"sequence_parallel": True}

@@ -18,7 +18,6 @@ from turnout.plan.framework import Framework
 from turnout.plan.job import Job
 from turnout.strategy import Strategy
 
-SCHEDULES = ("1f1b", "interleaved", "zero_bubble", "dualpipe")
 # a shorter piece of a sequence has too few scores to hide a ring behind
 LEAST_PIECE_TOKENS = 4096
 MOST_SEQUENCES = 16  # of a micro-batch
@@ -38,13 +37,13 @@ class Space:
     sequence_parallel: tuple[bool, ...] = (False, True)
     cp: tuple[int, ...] = ()  # powers of two, pieces of a sequence not below LEAST_PIECE_TOKENS
     pp: tuple[int, ...] = ()  # divisors of the devices, up to the blocks
-    schedule: tuple[str, ...] = SCHEDULES
+    schedule: tuple[str, ...] = ()  # those of the framework
     virtual_stages: tuple[int, ...] = ()  # of interleaved schedules: powers of two, and one block a chunk
     ep: tuple[int, ...] = ()  # divisors of the experts
     etp: tuple[int, ...] = ()  # powers of two up to a node, and tp
     folded: tuple[bool, ...] = (False, True)
     zero: tuple[int, ...] = (0, 1, 2, 3)
-    recompute: tuple[str, ...] = ("none", "selective", "full")
+    recompute: tuple[str, ...] = ("none", "light", "selective", "full")
     micro_batch: tuple[int, ...] = ()  # powers of two up to MOST_SEQUENCES
     alltoall: tuple[str, ...] = ()  # programs that differ on the experts' ranks
     overlap: tuple[int, ...] = (1, 2)
@@ -76,7 +75,7 @@ class Legal:
         for pp in self.space.pp or divisors(world):
             if world % pp or pp > blocks:
                 continue
-            for schedule in self.space.schedule:
+            for schedule in self.space.schedule or self.job.framework.schedules:
                 # without a pipeline all schedules are one
                 if (pp == 1 and schedule != "1f1b") or (schedule == "dualpipe" and pp % 2):
                     continue
@@ -119,10 +118,12 @@ class Legal:
                 yield {"zero": zero}
 
     def recomputations(self) -> Iterator[Fields]:
-        """What backward may compute again; "selective" only where the framework has something to select."""
+        """What backward may compute again; "selective" and "light" only where the framework can."""
         framework = self.job.framework
         for kind in self.space.recompute:
-            if kind != "selective" or selects(framework) or self.space.recompute == ("selective",):
+            asked = len(self.space.recompute) == 1
+            has = {"selective": selects(framework), "light": framework.light_recompute}
+            if asked or has.get(kind, True):
                 yield {"recompute": kind}
 
     # --- experts ---

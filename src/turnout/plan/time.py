@@ -7,8 +7,8 @@ from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.job import Job
 from turnout.plan.memory import stage_params
 from turnout.plan.parameters import Parameters, fitted
-from turnout.plan.passes import Pass, micro_batches, stage_pass, tax_of
-from turnout.plan.pipeline import Stage, idle_passes, stage_kinds
+from turnout.plan.passes import Pass, mean_pass, micro_batches, stage_pass, tax_of
+from turnout.plan.pipeline import Stage, idle_passes, rank_kinds
 from turnout.plan.terms import Numbers, One, Terms, either, larger, reads
 from turnout.plan.wire import Run, collective_s, node_limit, tied_s
 from turnout.topology import Cluster
@@ -53,10 +53,16 @@ def step_time(job: Job, cluster: Cluster, parameters: Parameters | None = None) 
 def slowest_step(of: Terms[Run]) -> StepTime:
     """The step of the stage that takes longest; of many layouts, of one pipeline at a time."""
     job = of.subject.job
-    kinds = stage_kinds(job.shape, job.strategy.pp, job.strategy.virtual_stages, job.framework.stage_balance)
-    passes = [(stage, number, stage_pass(of, stage)) for stage, number in kinds]
-    all_stages_s = sum(number * each.total_s for _, number, each in passes)
-    steps = [_step(of, stage, each, all_stages_s) for stage, _, each in passes]
+    strategy = job.strategy
+    ranks = rank_kinds(
+        job.shape, strategy.pp, strategy.virtual_stages, job.framework.stage_balance,
+        both_ways=strategy.schedule == "dualpipe",
+    )  # fmt: skip
+    passes = [_rank_pass(of, stage, mirror) for stage, mirror, _ in ranks]
+    all_stages_s = sum(number * each.total_s for (_, _, number), each in zip(ranks, passes, strict=True))
+    steps = [
+        _step(of, stage, mirror, each, all_stages_s) for (stage, mirror, _), each in zip(ranks, passes, strict=True)
+    ]  # fmt: skip
     longest = steps[0]
     for step in steps[1:]:
         longest = either(step.step_s > longest.step_s, step, longest)
@@ -83,14 +89,23 @@ def routed_update_s(run: Run) -> float:
 # --- the step ---
 
 
-def _step(of: Terms[Run], stage: Stage, micro: Pass, all_stages_s: Numbers) -> StepTime:
-    """All micro-batches of a stage, the schedule's idle time, gradients, optimizer."""
+def _rank_pass(of: Terms[Run], stage: Stage, mirror: Stage | None) -> Pass:
+    one = stage_pass(of, stage)
+    return one if mirror is None else mean_pass(one, stage_pass(of, mirror))
+
+
+def _step(of: Terms[Run], stage: Stage, mirror: Stage | None, micro: Pass, all_stages_s: Numbers) -> StepTime:
+    """All micro-batches of a rank, the schedule's idle time, gradients, optimizer."""
     run, strategy = of.subject, of.subject.job.strategy
     m, scale = of(micro_batches), run.parameters.framework_scale(FRAMEWORKS.name_of(run.job.framework))
     others = all_stages_s - micro.total_s
-    bubble = others * idle_passes(strategy) / (strategy.pp - 1) if strategy.pp > 1 else 0.0
+    # more is deferred to the end than a pass can hold: nothing is left of the bubble
+    idle = larger(0.0, idle_passes(strategy, micro.backward_s / micro.total_s, micro.weights_s / micro.total_s))
+    bubble = others * idle / (strategy.pp - 1) if strategy.pp > 1 else 0.0
     exposed, hidden = _ends_s(of, len(stage.layers), micro)
-    dense, routed = stage_params(run.job.shape, stage)
+    held = [stage_params(run.job.shape, each) for each in (stage, mirror) if each is not None]
+    # two stages on a rank have twice the copies to share their optimizer
+    dense, routed = (sum(each) / (len(held) if of.subject.job.strategy.zero else 1) for each in zip(*held, strict=True))
     parts = {
         "compute_s": m * micro.compute_s, "tp_s": m * micro.tp_s, "cp_s": m * micro.cp_s, "ep_s": m * micro.ep_s,
         "pp_s": m * micro.pp_s, "dp_s": m * micro.dp_s + exposed,

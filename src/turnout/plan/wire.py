@@ -23,7 +23,7 @@ from turnout.topology import Cluster, Mesh
 # host and device seconds before a collective's first byte: SimuMax 1.2, measured on 8 B200 (22 to 26 us)
 # https://github.com/MooreThreads/SimuMax
 COLLECTIVE_LAUNCH_S = 22e-6
-# axes whose collectives are rings or trees, for which twice the logarithm of the group's size in hops is enough
+# axes whose sums run over trees where that takes fewer hops than a ring; gathers and scatters are rings in NCCL
 TREES = ("tp", "etp", "dp", "edp")
 
 
@@ -79,7 +79,8 @@ def wire_of(part: Collective, cluster: Cluster) -> Wire:
     if part.total_bytes <= 0:
         return Wire()
     intra_messages, inter_messages = part.intra_messages, part.inter_messages
-    if part.axis in TREES:
+    # a ring sum passes everybody twice, a gather or a scatter once
+    if part.axis in TREES and part.messages > 1.5 * (part.mesh.size - 1) * part.calls:
         # a tree needs fewer hops than a ring, for the same bytes: Sanders et al. 2009 (two trees), NCCL 2.4
         most = 2 * math.ceil(math.log2(max(2, part.mesh.size))) * part.calls
         share = min(1.0, most / max(part.messages, 1e-9))
@@ -170,6 +171,7 @@ class Reduced:
     """One collective over ranks that share parameters, for one parameter of a stage, and how often it runs."""
 
     wire: Wire
+    buckets: Numbers = 0.0  # calls for one parameter of a stage, and no fewer than one in all
     each_pass: Numbers = 0.0  # 1: for every micro-batch
     spread: Numbers = 0.0  # 1: once a step, behind all its micro-batches
     once: Numbers = 0.0  # 1: once a step, at its ends
@@ -201,11 +203,12 @@ def _reduced(run: Run, mesh: Mesh, axis: str, params: float, slot: str) -> Reduc
         return Reduced(wire=Wire())
     (part,) = parts
     wire = wire_of(collective(part.name, axis, part.mesh, part.traffic, part.calls), run.cluster)
+    buckets = params / framework.bucket_params
     if part.each_pass and framework.reshards:
-        return Reduced(wire=wire, each_pass=1.0)
+        return Reduced(wire=wire, buckets=buckets, each_pass=1.0)
     if strategy.zero == 3 and (framework.reshards or strategy.pp == 1):
-        return Reduced(wire=wire, spread=1.0)
-    return Reduced(wire=wire, once=1.0)
+        return Reduced(wire=wire, buckets=buckets, spread=1.0)
+    return Reduced(wire=wire, buckets=buckets, once=1.0)
 
 
 @reads("tp", "pp")
