@@ -43,7 +43,7 @@ def memory(
     """Peak memory of each pipeline stage by what needs it; whether it fits, by how much, and what would make it fit."""
     from turnout.cli import plan_print
     from turnout.cli.console import print_json
-    from turnout.cli.plan_pick import with_layout
+    from turnout.cli.plan_pick import with_layout, with_skew_of
     from turnout.plan.memory import CONTEXT_BYTES, memory_by_stage
     from turnout.plan.remedies import over_bytes, remedies
 
@@ -52,14 +52,7 @@ def memory(
         model, cluster=cluster, nodes=nodes, devices=devices, seq_len=seq, global_batch=batch, layout=layout,
         framework=framework, skew=skew,
     )  # fmt: skip
-    query = with_layout(query, layout, screen)
-    if trace:
-        from dataclasses import replace
-
-        from turnout.plan.recorded import recorded_loads, skewed_jobs
-
-        _, held = skewed_jobs(query.job(), recorded_loads(trace, query.shape, layer))
-        query = replace(query, skew=held.skew)
+    _, query = with_skew_of(with_layout(query, layout, screen), trace, layer)
     job, device = query.job(), query.machine.device
     stages = memory_by_stage(job)
     over = over_bytes(job, device.memory_bytes)

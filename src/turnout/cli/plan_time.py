@@ -45,7 +45,7 @@ def time(
 
     from turnout.cli import plan_print
     from turnout.cli.console import print_json
-    from turnout.cli.plan_pick import with_layout
+    from turnout.cli.plan_pick import with_layout, with_skew_of
     from turnout.plan.bill import priced
     from turnout.plan.whatif import what_ifs
 
@@ -55,12 +55,7 @@ def time(
         framework=framework, skew=skew,
     )  # fmt: skip
     query = replace(query, cluster=priced(query.machine, usd_per_device_hour))
-    query = with_layout(query, layout, screen)
-    if trace:
-        from turnout.plan.recorded import recorded_loads, skewed_jobs
-
-        timed, _ = skewed_jobs(query.job(), recorded_loads(trace, query.shape, layer))
-        query = replace(query, skew=timed.skew)
+    query, _ = with_skew_of(with_layout(query, layout, screen), trace, layer)
     document, step = _document(query, run_tokens)
     screen.print(f"  {plan_options.headline(query)}", soft_wrap=True)
     _print_step(screen, document, step)

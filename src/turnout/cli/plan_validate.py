@@ -16,7 +16,7 @@ CaseFile = Annotated[
 Refused = Annotated[bool, typer.Option("--refused", help="Also name every refused row and why.")]
 
 # validation rows no fit saw; of calibration rows those of the newest release of a framework are fitted on
-SPLITS = {"validation": "judged", "calibration": "fitted", "calibration, older release": "older"}
+SPLITS = {"validation": "judged", "calibration": "fitted"}
 READING = (
     "judged: rows no fit saw; fitted: calibration rows; older: of an older release; sanity: too unlike to count",
     "skill: 1 - MAPE / that of one constant MFU fitted on calibration rows; bias: of time, above 0 is too slow",
