@@ -241,6 +241,21 @@ class ExpertBackend(ABC):
         """Outputs in the layout of the input; padding rows are unspecified but finite."""
 
 
+class FusedBackend(ExpertBackend):
+    """A backend that also orders tokens by expert and adds up what the experts say, in one pass.
+
+    As a plain backend it takes rows too, for layers that have no assignment.
+    """
+
+    @abstractmethod
+    def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
+        """y[t] = sum of weight * expert(x[t]) over the admitted assignments, in a fixed order; zeros without one.
+
+        Differentiable in x_TD, the weights of the assignment and the parameters.
+        Shapes: x_TD (T, D); returns (T, D) in the dtype of x_TD.
+        """
+
+
 def _real_tokens(mask_T: Tensor, num_tokens: int) -> Tensor:
     if mask_T.shape != (num_tokens,) or mask_T.dtype != torch.bool:
         raise ShapeError(f"mask has shape {tuple(mask_T.shape)} and {mask_T.dtype}; needs ({num_tokens},) torch.bool")

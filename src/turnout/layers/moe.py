@@ -9,10 +9,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from turnout.contracts import CapacityPolicy, ExpertBackend, GivenRouter, Loss, RouterConfig
-from turnout.dispatch import Dropless, combine, pack, plan_dispatch, unpack
+from turnout.dispatch import Dropless
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts import FFNExperts, ModuleExperts, choose_backend
 from turnout.experts.activations import Activation
+from turnout.layers.expert_pass import pass_experts
 from turnout.layers.latent import Latent
 from turnout.layers.mlp import MLP
 from turnout.layers.stats import collect_stats
@@ -43,7 +44,7 @@ class MoEConfig:
     bias: bool = False  # experts have biases
     shared_hidden: int = 0  # hidden width of the shared expert that sees every token; 0: none
     latent_dim: int = 0  # width in which the routed experts work, between two projections they share; 0: the model's
-    backend: str = "auto"  # expert backend: auto, loop, padded_bmm, grouped_mm
+    backend: str = "auto"  # expert backend: auto, loop, padded_bmm, grouped_mm, fused_cpu, threaded_mm
     init_std: float = 0.02  # standard deviation of the experts' initial weights
 
     def __post_init__(self) -> None:
@@ -71,9 +72,9 @@ class MoE(nn.Module):
     The way of a token:
     1. the router turns T tokens into N triples (token, expert, weight); padding never reaches it;
     2. the capacity policy says which of them are sent;
-    3. the plan orders those by expert, and `pack` gathers their rows;
+    3. `pass_experts` orders those by expert and gathers their rows;
     4. the backend computes each expert on its rows;
-    5. `combine` adds each token's rows, weighted; a token without rows gets exactly zero.
+    5. each token's rows are added, weighted; a token without rows gets exactly zero (a fused backend does 3 to 5).
 
     With a `latent_dim` steps 3 to 5 work in that width: x is projected down before them and y up after them.
     """
@@ -173,11 +174,9 @@ class MoE(nn.Module):
         admission = self.config.capacity.admit(
             routing.assignment, training=self.training, generator=generator, factor=capacity_factor
         )
-        plan = plan_dispatch(routing.assignment, admission)
         backend = choose_backend(self.experts, self.config.backend, dtype=_row_dtype(x), device=x.device)
         narrow = x_TD if self.latent is None else self.latent.down(x_TD, _flat(mask))
-        rows = pack(narrow.to(_row_dtype(x)), plan, layout=backend.layout, capacity=admission.capacity)
-        y = combine(unpack(backend.run(self.experts, rows), plan), routing.assignment, plan)
+        y = pass_experts(self.experts, backend, narrow.to(_row_dtype(x)), routing.assignment, admission)
         y_TD = y if self.latent is None else self.latent.up(y)
         if self.shared is not None:
             y_TD = _add_shared(y_TD, x_TD, self.shared, None if mask is None else routing.token_R)
