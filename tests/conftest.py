@@ -1,5 +1,6 @@
 """Every test runs on one thread, and finds NaN wherever memory was taken but not written."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,9 +8,13 @@ import torch
 from hypothesis import settings
 from torch.utils import deterministic
 
+from turnout.cache import kernel_cache
+
 settings.register_profile("turnout", deadline=None, derandomize=True, database=None)
 settings.load_profile("turnout")
 torch.set_num_threads(1)
+# tests with a cache of their own would compile the kernel once more each
+os.environ.setdefault("TURNOUT_KERNELS", str(kernel_cache()))
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from turnout.data.prepare import default_cache, is_prepared, prepare
+from turnout.cache import default_cache
+from turnout.data.prepare import is_prepared, prepare
 from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
 from turnout.observe.sinks import require_sinks

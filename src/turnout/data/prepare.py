@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -66,11 +65,6 @@ class _Record:
 
     corpus: CorpusCard
     notes: list[str]
-
-
-def default_cache() -> Path:
-    """$TURNOUT_CACHE, or ~/.cache/turnout."""
-    return Path(os.environ.get("TURNOUT_CACHE") or "~/.cache/turnout").expanduser()
 
 
 def prepare(config: DataConfig, cache: Path, say: Callable[[str], None] = lambda line: None) -> Dataset:
