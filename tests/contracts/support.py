@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from tests.contracts.cases import Case, simple_case
+from tests.contracts.cases import Case, simple_case, takers
 from tests.contracts.test_layer_equals_oracle import TOLERANCE, check
-from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
+from turnout.contracts import CapacityPolicy, Loss, RouterConfig
 from turnout.errors import ConfigError
-from turnout.experts import FFNExperts
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 NUM_EXPERTS = 12
@@ -34,9 +33,14 @@ class Support:
     error: float  # worst of outputs, losses and gradients, relative
 
 
+def backends() -> list[str]:
+    """Those that take some dtype of TOLERANCE on this machine."""
+    return sorted({name for dtype in TOLERANCE for name in takers(dtype)})
+
+
 def combinations() -> Iterator[tuple[str, str, str]]:
     """Names of router, policy and backend: all of them."""
-    return product(RouterConfig.TABLE.names(), CapacityPolicy.TABLE.names(), ExpertBackend.TABLE.names())
+    return product(RouterConfig.TABLE.names(), CapacityPolicy.TABLE.names(), backends())
 
 
 def support(router: str, capacity: str, backend: str) -> Support:
@@ -56,7 +60,7 @@ def support(router: str, capacity: str, backend: str) -> Support:
             refused[name] = str(error)
             continue
         rows[name] = loss
-    dtype = next(d for d in TOLERANCE if _takes(backend, d))
+    dtype = _dtype(backend)
     case: Case = simple_case(
         router=config,
         capacity=CapacityPolicy.TABLE[capacity](),
@@ -80,7 +84,7 @@ def support(router: str, capacity: str, backend: str) -> Support:
 
 def page(found: list[Support]) -> str:
     """The table as Markdown."""
-    capacities, backends = CapacityPolicy.TABLE.names(), ExpertBackend.TABLE.names()
+    capacities, columns = CapacityPolicy.TABLE.names(), backends()
     lines = [
         "# What goes with what",
         "",
@@ -89,12 +93,12 @@ def page(found: list[Support]) -> str:
         "with every loss the router can feed, and compares output, losses and all gradients with the dense oracle. A",
         "cell is the worst relative error over the policies; a pair that cannot be is refused when the layer is built.",
         "",
-        "| router | " + " | ".join(f"{b} ({_short(_dtype(b))})" for b in backends) + " | losses refused |",
-        "|---|" + "---|" * (len(backends) + 1),
+        "| router | " + " | ".join(f"{b} ({_short(_dtype(b))})" for b in columns) + " | losses refused |",
+        "|---|" + "---|" * (len(columns) + 1),
     ]
     for router in RouterConfig.TABLE.names():
         own = [s for s in found if s.router == router]
-        cells = [f"{max(s.error for s in own if s.backend == b):.0e}" for b in backends]
+        cells = [f"{max(s.error for s in own if s.backend == b):.0e}" for b in columns]
         refused = ", ".join(own[0].refused) if own[0].losses else "all"
         lines.append(f"| {router} | {' | '.join(cells)} | {refused or 'none'} |")
     reasons = {name: why for s in found if s.losses for name, why in s.refused.items()}
@@ -104,12 +108,8 @@ def page(found: list[Support]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _takes(backend: str, dtype: torch.dtype) -> bool:
-    return ExpertBackend.TABLE[backend].refusal(FFNExperts(2, 2, 2), dtype=dtype, device=torch.device("cpu")) is None
-
-
 def _dtype(backend: str) -> torch.dtype:
-    return next(d for d in TOLERANCE if _takes(backend, d))
+    return next(dtype for dtype in TOLERANCE if backend in takers(dtype))
 
 
 def _short(dtype: torch.dtype) -> str:

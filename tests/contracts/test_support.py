@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.contracts.support import PAGE, combinations, support
+from tests.contracts.support import PAGE, backends, combinations, support
 from turnout.contracts import CapacityPolicy, Loss, RouterConfig
 
 
 @pytest.mark.parametrize("router", RouterConfig.TABLE.names())
 def test_every_combination_equals_the_oracle(router: str) -> None:
     found = [support(*names) for names in combinations() if names[0] == router]
-    assert len(found) == len(CapacityPolicy.TABLE) * 3
+    assert len(found) == len(CapacityPolicy.TABLE) * len(backends())
     for row in found:
         assert set(row.losses) | set(row.refused) == set(Loss.TABLE.names())
         assert ("load_balance" in row.losses) == RouterConfig.TABLE[router]().scores_have_gradient

@@ -58,7 +58,7 @@ def test_a_dry_run_says_sizes_balance_and_kernel_and_writes_nothing(turnout, rec
     assert facts["parameters"]["total"] > facts["parameters"]["active"] > 0
     terms = [{"loss": "load_balance", "coefficient": 0.01}]
     assert facts["balance"] == {"live": True, "terms": terms, "router": ""}
-    assert facts["experts"]["backend"] == "grouped_mm"
+    assert facts["experts"]["backend"] in ("fused_cpu", "threaded_mm")
     assert facts["memory_bytes"] > 0
     assert (facts["data_prepared"], facts["fits"], facts["steps"], facts["tokens"]) == (False, True, 12, 12 * 2 * 16)
     assert facts["minutes"] == pytest.approx(12 * facts["seconds_per_step"] / 60)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from turnout.kernels import kernel_for
 from turnout.tensors import Admission, MoEStats, RouterOutput
 
 
@@ -11,16 +12,24 @@ def collect_stats(routing: RouterOutput, admission: Admission) -> MoEStats:
     """Counts, drops, entropy and margin of one call; small tensors on the layer's device, no host copy."""
     scores_RE = routing.scores_RE
     num_routed = len(routing.token_R)
+    entropy, margin = _entropy_and_margin(scores_RE)
     return MoEStats(
         assigned_E=routing.assignment.counts_E,
         dropped_capacity_E=admission.dropped_E["capacity"],
         dropped_policy_E=admission.dropped_E["policy"],
         num_routed=_count(num_routed, scores_RE.device),
         num_padding=_count(routing.assignment.num_tokens - num_routed, scores_RE.device),
-        entropy_sum=torch.special.entr(scores_RE).sum(),
-        margin_sum=_margin(scores_RE).sum(),
+        entropy_sum=entropy,
+        margin_sum=margin,
         tally=scores_RE.new_zeros(0) if routing.tally is None else routing.tally.detach(),
     )
+
+
+def _entropy_and_margin(scores_RE: Tensor) -> tuple[Tensor, Tensor]:
+    kernel = kernel_for(scores_RE)
+    if kernel is not None:
+        return kernel.summarize(scores_RE)
+    return torch.special.entr(scores_RE).sum(), _margin(scores_RE).sum()
 
 
 def _margin(scores_RE: Tensor) -> Tensor:
