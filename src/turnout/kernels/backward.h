@@ -31,15 +31,15 @@ class Backward {
     const size_t rows = largest_block();
     const size_t sizes[] = {size_t(block_size(rows, job_.dim)), size_t(block_size(rows, job_.dim)), rows * STEP,
                             act_.parts * rows * STEP, rows * out_step_,
-                            size_t(act_.parts * std::max<long>(job_.dim, CHUNK) * TILE_COLUMNS), rows * LANES, rows};
+                            size_t(act_.parts * std::max<long>(job_.dim, CHUNK) * TILE_COLUMNS), rows * LANES, rows, rows * PACKED};
     size_t each = 0;
     for (size_t size : sizes) each += Workspace::padded(size);
     const size_t part = part_floats();
     Workspace space(job_.threads * each + Workspace::padded(sums.floats()) + num_extra_ * part);
     for (int i = 0; i < job_.threads; i++) {
       Scratch s;
-      float** pieces[] = {&s.x, &s.d_y, &s.h, &s.d_before, &s.d_x, &s.panel, &s.dot, &s.weight};
-      for (int p = 0; p < 8; p++) *pieces[p] = space.take(sizes[p]);
+      float** pieces[] = {&s.x, &s.d_y, &s.h, &s.d_before, &s.d_x, &s.panel, &s.dot, &s.weight, &s.packed};
+      for (int p = 0; p < 9; p++) *pieces[p] = space.take(sizes[p]);
       scratch_.push_back(s);
     }
     sums.use(space.take(sums.floats()));
@@ -59,7 +59,7 @@ class Backward {
 
  private:
   struct Scratch {
-    float *x, *d_y, *h, *d_before, *d_x, *panel, *dot, *weight;
+    float *x, *d_y, *h, *d_before, *d_x, *panel, *dot, *weight, *packed;
   };
   struct Gradients {  // of one expert, or one part's share of them; null where not wanted
     float *up, *down, *up_bias, *down_bias;
@@ -187,11 +187,11 @@ class Backward {
       for (int j = 0; j < width; j += TILE_COLUMNS)
         h_panel(rows, s, down + (f + j) * job_.dim, int(std::min(TILE_COLUMNS, width - j)), j,
                 saved + (f + j) / TILE_COLUMNS * rows * parts * TILE_COLUMNS);
-      if (g.down) multiply_columns(s.h, width, s.d_y, job_.dim, rows, g.down + f * job_.dim, job_.dim, put);
+      if (g.down) multiply_columns(s.h, width, s.d_y, job_.dim, rows, s.packed, g.down + f * job_.dim, job_.dim, put);
       for (int part = 0; part < parts; part++) {
         const float* d_before = s.d_before + part * long(rows) * STEP;
         const long column = part * job_.hidden + f;
-        if (g.up) multiply_columns(s.x, job_.dim, d_before, width, rows, g.up + column, before_, put);
+        if (g.up) multiply_columns(s.x, job_.dim, d_before, width, rows, s.packed, g.up + column, before_, put);
         if (g.up_bias) add_rows(d_before, width, rows, g.up_bias + column);
       }
       if (job_.d_x)

@@ -15,6 +15,9 @@ namespace turnout {
 
 enum Put { SET, ADD, STREAM };
 
+constexpr int PACKED = 16;  // from a row to the next of a tile's columns, packed; no more than the gap after a chunk
+static_assert(PACKED >= TILE_ROWS && PACKED <= STEP - CHUNK, "a row of packed columns is copied whole");
+
 struct Product {
   const float* a;           // first value of the tile's rows (or columns) in a block
   long a_chunk;             // from a chunk of the block to the next
@@ -29,6 +32,11 @@ struct Product {
 template <int M, int ROW, class B, bool KEEP>
 inline __attribute__((always_inline)) void add_step(vec (&sum)[M][2], const float* a, const B* b, float* keep) {
   const vec left = load(b), right = load(b + LANES);
+  if (!KEEP) {
+    // from the second cache to the first: packed columns lie together, those of a block a row apart
+    __builtin_prefetch(b + (ROW == 1 ? 8 * STEP : 12 * TILE_COLUMNS));
+    __builtin_prefetch(b + (ROW == 1 ? 8 * STEP : 12 * TILE_COLUMNS) + LANES);
+  }
   if (KEEP) {
     store(keep, left);
     store(keep + LANES, right);
@@ -107,8 +115,8 @@ template <class B>
 inline Tile packing_tile(int rows) {
   return tile_of<STEP, 1, B, true>(rows, Heights());
 }
-// Columns of a block by columns of another: the depth is their rows.
-inline Tile columns_tile(int columns) { return tile_of<1, STEP, float, false>(columns, Heights()); }
+// Columns of a block, packed, by columns of another: the depth is their rows.
+inline Tile columns_tile(int columns) { return tile_of<1, PACKED, float, false>(columns, Heights()); }
 
 // A tile of which only the first `columns` are wanted.
 inline void put_tile(Tile tile, const Product& product, int rows, int columns, float* c, long c_step, Put put) {
@@ -122,9 +130,9 @@ inline void put_tile(Tile tile, const Product& product, int rows, int columns, f
     }
 }
 
-// out[i][j] = (or +=) sum over rows of a[row][i] * b[row][j], for two blocks of as many rows.
-inline void multiply_columns(const float* a, long a_columns, const float* b, long b_columns, int rows, float* out,
-                             long step, Put put) {
+// out[i][j] = (or +=) sum over rows of a[row][i] * b[row][j], for two blocks of as many rows; `packed`: rows * PACKED.
+inline void multiply_columns(const float* a, long a_columns, const float* b, long b_columns, int rows, float* packed,
+                             float* out, long step, Put put) {
   const bool fits = reinterpret_cast<uintptr_t>(out) % sizeof(vec) == 0 && step % LANES == 0;
   if (put == STREAM && !fits) put = SET;
   // a chunk of b stays in the second cache while the columns of a pass
@@ -134,13 +142,16 @@ inline void multiply_columns(const float* a, long a_columns, const float* b, lon
       const Split tiles(std::min<long>(CHUNK, a_columns - ac), TILE_ROWS);
       const float* a_chunk = a + ac / CHUNK * rows * STEP;
       const float* b_chunk = b + bc / CHUNK * rows * STEP;
-      for (int t = 0; t < tiles.parts; t++)
+      for (int t = 0; t < tiles.parts; t++) {
+        for (int r = 0; r < rows; r++)
+          std::memcpy(packed + r * PACKED, a_chunk + tiles.begin(t) + r * STEP, PACKED * sizeof(float));
         for (int j = 0; j < width; j += TILE_COLUMNS) {
-          const Product product = {a_chunk + tiles.begin(t), 0, b_chunk + j, STEP, nullptr, 1, rows, rows,
-                                   reinterpret_cast<const char*>(a_chunk), 0};
+          const Product product = {packed, 0, b_chunk + j, STEP, nullptr, 1, rows, rows,
+                                   reinterpret_cast<const char*>(packed), 0};
           put_tile(columns_tile(tiles.size(t)), product, tiles.size(t), std::min(TILE_COLUMNS, width - j),
                    out + (ac + tiles.begin(t)) * step + bc + j, step, put);
         }
+      }
     }
 }
 
