@@ -204,15 +204,15 @@ class Backward {
   // TILE_COLUMNS columns of h and of the gradients before the activation: d_y down^T, and what the activation makes.
   void h_panel(int rows, const Scratch& s, const W* down, int columns, int j, const float* saved) const {
     pack_transposed(s.panel, down, job_.dim, columns, int(job_.dim));
-    Ahead ahead(s.d_y);
-    ahead.plan_whole(down + TILE_COLUMNS * job_.dim, TILE_COLUMNS * job_.dim * sizeof(W));
+    // the rows of the panel to come lie together
+    const char* ahead = reinterpret_cast<const char*>(down + TILE_COLUMNS * job_.dim);
     alignas(64) float dh[TILE_ROWS * TILE_COLUMNS];
     const Split tiles(rows, TILE_ROWS);
     for (int t = 0; t < tiles.parts; t++) {
       const int first = tiles.begin(t);
-      Product product = {s.d_y + first * STEP, long(rows) * STEP, s.panel, TILE_COLUMNS, nullptr,
-                         int(chunks_of(job_.dim)), CHUNK, last_chunk(job_.dim), nullptr, 0};
-      ahead.take(product.ahead, product.ahead_step);
+      const Product product = {s.d_y + first * STEP, long(rows) * STEP, s.panel, TILE_COLUMNS,
+                               int(chunks_of(job_.dim)), CHUNK, last_chunk(job_.dim), ahead, 128};
+      ahead += job_.dim / 8 * 128;
       rows_tile(tiles.size(t))(product, dh, TILE_COLUMNS, SET);
       act_.backward(dh, saved + first * act_.parts * TILE_COLUMNS, s.weight + first, tiles.size(t),
                     s.h + first * STEP + j, s.d_before + first * STEP + j, long(rows) * STEP, s.dot + first * LANES);
@@ -226,8 +226,8 @@ class Backward {
       pack_transposed(s.panel + part * width * TILE_COLUMNS, up + part * job_.hidden, before_, columns, width);
     const Split tiles(rows, TILE_ROWS);
     for (int t = 0; t < tiles.parts; t++) {
-      const Product product = {s.d_before + tiles.begin(t) * STEP, long(rows) * STEP, s.panel, TILE_COLUMNS, nullptr,
-                               act_.parts, width, width, reinterpret_cast<const char*>(s.panel), 0};
+      const Product product = {s.d_before + tiles.begin(t) * STEP, long(rows) * STEP, s.panel, TILE_COLUMNS, act_.parts, width, width,
+                               reinterpret_cast<const char*>(s.panel), 0};
       put_tile(rows_tile(tiles.size(t)), product, tiles.size(t), columns, s.d_x + tiles.begin(t) * out_step_ + d,
                out_step_, put);
     }

@@ -93,38 +93,52 @@ void pack_transposed(float* panel, const W* w, long step, int columns, int depth
   }
 }
 
-// What is to be fetched before it is needed, in stretches of lines that one tile takes on its way.
-struct Ahead {
-  const char* start[8];
-  long step[8];
-  int count = 0, next = 0;
-  const char* idle;
-
-  explicit Ahead(const void* anywhere) : idle(static_cast<const char*>(anywhere)) {}
-
-  // TILE_COLUMNS columns of `depth` rows, in halves.
-  template <class W>
-  void plan(const W* w, long row_step, int depth) {
-    for (size_t line = 0; line < TILE_COLUMNS * sizeof(W); line += 64)
-      for (int half = 0; half < 2 && count < 8; half++) {
-        start[count] = reinterpret_cast<const char*>(w + half * (depth / 2) * row_step) + line;
-        step[count++] = row_step * long(sizeof(W));
+// The panels to come, packed some rows at a time while those before them are multiplied: reading weights costs no time
+// of its own. Rows lie a power of two apart more often than not, so no cache could hold many that are only fetched.
+template <class W>
+class Packer {
+ public:
+  // Columns [0, columns) of `parts` matrices, as panels one after another.
+  void begin(const W* w, long part_step, int parts, long row_step, int depth, int columns, float* panel) {
+    w_ = w;
+    part_step_ = part_step;
+    parts_ = parts;
+    row_step_ = row_step;
+    depth_ = depth;
+    columns_ = columns;
+    panel_ = panel;
+    next_ = 0;
+  }
+  void idle() { depth_ = next_ = 0; }
+  // So many rows more; those after them are what to fetch meanwhile.
+  void pack(int rows) {
+    const int end = std::min(next_ + rows, depth_);
+    for (int part = 0; part < parts_; part++) {
+      float* panel = panel_ + long(part) * depth_ * TILE_COLUMNS;
+      const W* w = w_ + part * part_step_;
+      if (columns_ == TILE_COLUMNS) {
+        for (int k = next_; k < end; k++) {
+          store(panel + k * TILE_COLUMNS, load(w + k * row_step_));
+          store(panel + k * TILE_COLUMNS + LANES, load(w + k * row_step_ + LANES));
+        }
+      } else if (next_ < end) {
+        pack_narrow(panel + next_ * TILE_COLUMNS, w + next_ * row_step_, row_step_, end - next_, columns_);
       }
-  }
-  // `bytes` that lie together, in four parts.
-  void plan_whole(const void* w, long bytes) {
-    for (int part = 0; part < 4 && count < 8; part++) {
-      start[count] = static_cast<const char*>(w) + part * (bytes / 4);
-      step[count++] = 64;
     }
+    next_ = end;
   }
-  bool take(const char*& from, long& by) {
-    const bool any = next < count;
-    from = any ? start[next] : idle;
-    by = any ? step[next] : 0;
-    next += any;
-    return any;
+  void finish() { pack(depth_); }
+  int share(int times) const { return (depth_ + times - 1) / times; }
+  const char* ahead(int part, int rows) const {
+    return reinterpret_cast<const char*>(w_ + (part < parts_ ? part : 0) * part_step_ + (next_ + rows) * row_step_);
   }
+  long ahead_step() const { return row_step_ * long(sizeof(W)); }
+
+ private:
+  const W* w_ = nullptr;
+  float* panel_ = nullptr;
+  long part_step_ = 0, row_step_ = 0;
+  int parts_ = 0, depth_ = 0, columns_ = TILE_COLUMNS, next_ = 0;
 };
 
 }  // namespace turnout

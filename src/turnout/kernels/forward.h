@@ -28,7 +28,7 @@ class Forward {
     long rows = 0;
     for (const Unit& unit : units) rows = std::max<long>(rows, unit.rows);
     const size_t sizes[] = {size_t(block_size(rows, job_.dim)), size_t(rows * STEP), size_t(rows * out_step_),
-                            size_t(act_.parts * std::max<long>(job_.dim, CHUNK) * TILE_COLUMNS)};
+                            size_t(2 * panel_size())};
     size_t each = 0;
     for (size_t size : sizes) each += Workspace::padded(size);
     Workspace space(job_.threads * each + Workspace::padded(sums.floats()));
@@ -65,85 +65,88 @@ class Forward {
     const W* up = static_cast<const W*>(job_.up) + unit.expert * job_.dim * before_;
     const W* down = static_cast<const W*>(job_.down) + unit.expert * job_.hidden * job_.dim;
     gather(s.x, job_.x, job_.dim, routes_.token + unit.first, unit.rows);
+    float* panels[] = {s.panel, s.panel + panel_size()};
+    Packer<W> next;
+    int turn = 0;
+    begin_up(next, up, 0, panels[0]);
+    next.finish();
     for (long f = 0; f < job_.hidden; f += CHUNK) {
       const int width = int(std::min<long>(CHUNK, job_.hidden - f));
       for (int j = 0; j < width; j += TILE_COLUMNS) {
-        Ahead ahead(s.x);
+        const float* panel = panels[turn];
+        turn = 1 - turn;
         if (j + TILE_COLUMNS < width)
-          plan_up(ahead, up + f + j + TILE_COLUMNS);
+          begin_up(next, up, f + j + TILE_COLUMNS, panels[turn]);
         else
-          ahead.plan(down + f * job_.dim, job_.dim, width);
-        up_panel(unit, s, up, f + j, s.h + j, ahead);
+          begin_down(next, down, f, 0, width, panels[turn]);
+        up_panel(unit, s, panel, f + j, s.h + j, next);
       }
       for (long d = 0; d < job_.dim; d += TILE_COLUMNS) {
-        Ahead ahead(s.x);
+        const float* panel = panels[turn];
+        turn = 1 - turn;
         if (d + TILE_COLUMNS < job_.dim)
-          ahead.plan(down + f * job_.dim + d + TILE_COLUMNS, job_.dim, width);
+          begin_down(next, down, f, d + TILE_COLUMNS, width, panels[turn]);
         else if (f + CHUNK < job_.hidden)
-          plan_up(ahead, up + f + CHUNK);
-        down_panel(unit, s, down + f * job_.dim, d, width, f ? ADD : SET, ahead);
+          begin_up(next, up, f + CHUNK, panels[turn]);
+        else
+          next.idle();
+        down_panel(unit, s, panel, d, width, f ? ADD : SET, next);
       }
     }
     finish(index, s);
   }
 
-  void plan_up(Ahead& ahead, const W* up) const {
-    for (int part = 0; part < act_.parts; part++) ahead.plan(up + part * job_.hidden, before_, int(job_.dim));
+  long panel_size() const { return act_.parts * std::max<long>(job_.dim, CHUNK) * TILE_COLUMNS; }
+
+  void begin_up(Packer<W>& next, const W* up, long f, float* panel) const {
+    const int columns = int(std::min<long>(TILE_COLUMNS, job_.hidden - f));
+    next.begin(up + f, job_.hidden, act_.parts, before_, int(job_.dim), columns, panel);
+  }
+
+  void begin_down(Packer<W>& next, const W* down, long f, long d, int depth, float* panel) const {
+    const int columns = int(std::min<long>(TILE_COLUMNS, job_.dim - d));
+    next.begin(down + f * job_.dim + d, 0, 1, job_.dim, depth, columns, panel);
   }
 
   // TILE_COLUMNS columns of h, from f on: up, its bias, what is saved of it, the activation.
-  void up_panel(const Unit& unit, const Scratch& s, const W* up, long f, float* h, Ahead& ahead) const {
+  void up_panel(const Unit& unit, const Scratch& s, const float* panel, long f, float* h, Packer<W>& next) const {
     const int parts = act_.parts, columns = int(std::min<long>(TILE_COLUMNS, job_.hidden - f));
-    const bool whole = columns == TILE_COLUMNS;
-    const long size = job_.dim * TILE_COLUMNS;
     alignas(64) float before[2 * TILE_ROWS * TILE_COLUMNS], bias[2 * TILE_COLUMNS] = {};
-    for (int part = 0; part < parts; part++) {
-      if (!whole) pack_narrow(s.panel + part * size, up + part * job_.hidden + f, before_, int(job_.dim), columns);
-      if (job_.up_bias)
-        std::memcpy(bias + part * TILE_COLUMNS, job_.up_bias + unit.expert * before_ + part * job_.hidden + f,
-                    columns * sizeof(float));
-    }
+    for (int part = 0; job_.up_bias && part < parts; part++)
+      std::memcpy(bias + part * TILE_COLUMNS, job_.up_bias + unit.expert * before_ + part * job_.hidden + f,
+                  columns * sizeof(float));
     const long panels = (job_.hidden + TILE_COLUMNS - 1) / TILE_COLUMNS;
     const long row_size = parts * TILE_COLUMNS;
     float* saved = job_.saved ? job_.saved + (unit.first * panels + f / TILE_COLUMNS * unit.rows) * row_size : nullptr;
     const Split tiles(unit.rows, TILE_ROWS);
+    const int share = next.share(tiles.parts);
     for (int t = 0; t < tiles.parts; t++) {
       const int rows = tiles.size(t), first = tiles.begin(t);
-      const bool packs = whole && t == 0;
       for (int part = 0; part < parts; part++) {
-        float* panel = s.panel + part * size;
-        Product product = {s.x + first * STEP, long(unit.rows) * STEP, panel, TILE_COLUMNS, panel,
-                           int(chunks_of(job_.dim)), CHUNK, last_chunk(job_.dim), nullptr, 0};
-        if (packs) {
-          product.b = up + part * job_.hidden + f;
-          product.b_step = before_;
-        }
-        ahead.take(product.ahead, product.ahead_step);
-        const Tile tile = packs ? packing_tile<W>(rows) : rows_tile(rows);
-        tile(product, before + part * TILE_ROWS * TILE_COLUMNS, TILE_COLUMNS, SET);
+        const Product product = {s.x + first * STEP, long(unit.rows) * STEP,
+                                 panel + part * job_.dim * TILE_COLUMNS, TILE_COLUMNS,
+                                 int(chunks_of(job_.dim)), CHUNK, last_chunk(job_.dim),
+                                 next.ahead(part, share), next.ahead_step()};
+        rows_tile(rows)(product, before + part * TILE_ROWS * TILE_COLUMNS, TILE_COLUMNS, SET);
       }
+      next.pack(share);
       act_.forward(before, rows, job_.up_bias ? bias : nullptr, saved ? saved + first * row_size : nullptr,
                    h + first * STEP);
     }
   }
 
   // TILE_COLUMNS columns of the output, from d on: what `depth` columns of h add to them.
-  void down_panel(const Unit& unit, const Scratch& s, const W* down, long d, int depth, Put put, Ahead& ahead) const {
+  void down_panel(const Unit& unit, const Scratch& s, const float* panel, long d, int depth, Put put,
+                  Packer<W>& next) const {
     const int columns = int(std::min<long>(TILE_COLUMNS, job_.dim - d));
-    const bool whole = columns == TILE_COLUMNS;
-    if (!whole) pack_narrow(s.panel, down + d, job_.dim, depth, columns);
     const Split tiles(unit.rows, TILE_ROWS);
+    const int share = next.share(tiles.parts);
     for (int t = 0; t < tiles.parts; t++) {
       const int rows = tiles.size(t), first = tiles.begin(t);
-      const bool packs = whole && t == 0;
-      Product product = {s.h + first * STEP, 0, s.panel, TILE_COLUMNS, s.panel, 1, depth, depth, nullptr, 0};
-      if (packs) {
-        product.b = down + d;
-        product.b_step = job_.dim;
-      }
-      ahead.take(product.ahead, product.ahead_step);
-      put_tile(packs ? packing_tile<W>(rows) : rows_tile(rows), product, rows, columns, s.out + first * out_step_ + d,
-               out_step_, put);
+      const Product product = {s.h + first * STEP, 0, panel, TILE_COLUMNS, 1, depth, depth,
+                               next.ahead(t % 2, share), next.ahead_step()};
+      put_tile(rows_tile(rows), product, rows, columns, s.out + first * out_step_ + d, out_step_, put);
+      next.pack(share);
     }
   }
 

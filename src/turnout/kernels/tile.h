@@ -21,26 +21,19 @@ static_assert(PACKED >= TILE_ROWS && PACKED <= STEP - CHUNK, "a row of packed co
 struct Product {
   const float* a;           // first value of the tile's rows (or columns) in a block
   long a_chunk;             // from a chunk of the block to the next
-  const void* b;            // TILE_COLUMNS values for each step of the depth
+  const float* b;           // TILE_COLUMNS values for each step of the depth
   long b_step;
-  float* keep;              // where those values are laid side by side as they pass, for the tiles to come
   int chunks, length, last; // the depth: chunks of `length`, the last of `last`
-  const char* ahead;        // memory to fetch meanwhile, a line for two steps
+  const char* ahead;        // memory to fetch meanwhile, two lines for eight steps
   long ahead_step;          // in bytes
 };
 
-template <int M, int ROW, class B, bool KEEP>
-inline __attribute__((always_inline)) void add_step(vec (&sum)[M][2], const float* a, const B* b, float* keep) {
+template <int M, int ROW>
+inline __attribute__((always_inline)) void add_step(vec (&sum)[M][2], const float* a, const float* b) {
   const vec left = load(b), right = load(b + LANES);
-  if (!KEEP) {
-    // from the second cache to the first: packed columns lie together, those of a block a row apart
-    __builtin_prefetch(b + (ROW == 1 ? 8 * STEP : 12 * TILE_COLUMNS));
-    __builtin_prefetch(b + (ROW == 1 ? 8 * STEP : 12 * TILE_COLUMNS) + LANES);
-  }
-  if (KEEP) {
-    store(keep, left);
-    store(keep + LANES, right);
-  }
+  // from the second cache to the first: packed columns lie together, those of a block a row apart
+  __builtin_prefetch(b + (ROW == 1 ? 8 * STEP : 12 * TILE_COLUMNS));
+  __builtin_prefetch(b + (ROW == 1 ? 8 * STEP : 12 * TILE_COLUMNS) + LANES);
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++) {
     const float x = a[i * ROW];
@@ -50,30 +43,30 @@ inline __attribute__((always_inline)) void add_step(vec (&sum)[M][2], const floa
 }
 
 // ROW: from one value of the tile's M to the next; DEPTH: from a step of the depth to the next.
-template <int M, int ROW, int DEPTH, class B, bool KEEP>
+template <int M, int ROW, int DEPTH>
 __attribute__((noinline)) void tile(const Product& product, float* c, long c_step, Put put) {
   vec sum[M][2] = {};
-  const B* b = static_cast<const B*>(product.b);
+  const float* b = product.b;
   const long b_step = product.b_step, ahead_step = product.ahead_step;
-  float* keep = product.keep;
   const char* ahead = product.ahead;
   for (int chunk = 0; chunk < product.chunks; chunk++) {
     const float* a = product.a + chunk * product.a_chunk;
     const int depth = chunk + 1 < product.chunks ? product.length : product.last;
     int k = 0;
     for (; k + 2 <= depth; k += 2) {
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += ahead_step;
-      add_step<M, ROW, B, KEEP>(sum, a, b, keep);
-      add_step<M, ROW, B, KEEP>(sum, a + DEPTH, b + b_step, keep + TILE_COLUMNS);
+      if ((k & 6) == 0) {
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead + 64, 0, 2);
+        ahead += ahead_step;
+      }
+      add_step<M, ROW>(sum, a, b);
+      add_step<M, ROW>(sum, a + DEPTH, b + b_step);
       a += 2 * DEPTH;
       b += 2 * b_step;
-      if (KEEP) keep += 2 * TILE_COLUMNS;
     }
     if (k < depth) {
-      add_step<M, ROW, B, KEEP>(sum, a, b, keep);
+      add_step<M, ROW>(sum, a, b);
       b += b_step;
-      if (KEEP) keep += TILE_COLUMNS;
     }
   }
   if (put == ADD) {
@@ -100,23 +93,18 @@ __attribute__((noinline)) void tile(const Product& product, float* c, long c_ste
 
 typedef void (*Tile)(const Product&, float*, long, Put);
 
-template <int ROW, int DEPTH, class B, bool KEEP, size_t... I>
+template <int ROW, int DEPTH, size_t... I>
 inline Tile tile_of(int rows, std::index_sequence<I...>) {
-  static const Tile table[] = {tile<int(I) + 1, ROW, DEPTH, B, KEEP>...};
+  static const Tile table[] = {tile<int(I) + 1, ROW, DEPTH>...};
   return table[rows - 1];
 }
 
 typedef std::make_index_sequence<TILE_ROWS> Heights;
 
 // Rows of a block by packed columns.
-inline Tile rows_tile(int rows) { return tile_of<STEP, 1, float, false>(rows, Heights()); }
-// Rows of a block by columns as they lie in a matrix, which are packed on the way.
-template <class B>
-inline Tile packing_tile(int rows) {
-  return tile_of<STEP, 1, B, true>(rows, Heights());
-}
+inline Tile rows_tile(int rows) { return tile_of<STEP, 1>(rows, Heights()); }
 // Columns of a block, packed, by columns of another: the depth is their rows.
-inline Tile columns_tile(int columns) { return tile_of<1, PACKED, float, false>(columns, Heights()); }
+inline Tile columns_tile(int columns) { return tile_of<1, PACKED>(columns, Heights()); }
 
 // A tile of which only the first `columns` are wanted.
 inline void put_tile(Tile tile, const Product& product, int rows, int columns, float* c, long c_step, Put put) {
@@ -146,7 +134,7 @@ inline void multiply_columns(const float* a, long a_columns, const float* b, lon
         for (int r = 0; r < rows; r++)
           std::memcpy(packed + r * PACKED, a_chunk + tiles.begin(t) + r * STEP, PACKED * sizeof(float));
         for (int j = 0; j < width; j += TILE_COLUMNS) {
-          const Product product = {packed, 0, b_chunk + j, STEP, nullptr, 1, rows, rows,
+          const Product product = {packed, 0, b_chunk + j, STEP, 1, rows, rows,
                                    reinterpret_cast<const char*>(packed), 0};
           put_tile(columns_tile(tiles.size(t)), product, tiles.size(t), std::min(TILE_COLUMNS, width - j),
                    out + (ac + tiles.begin(t)) * step + bc + j, step, put);
