@@ -54,11 +54,11 @@ inline void add_rows_of(int rows, const float* x, long x_step, const W* w, long 
   }
 }
 
-// out (rows, columns) += x (rows, depth) w (depth, columns), as many columns at a time as stay in the first cache.
+// out (rows, columns) += x (rows, depth) w (depth, columns), in stretches long enough for the memory.
 template <class W>
 void multiply_few(int rows, const float* x, long x_step, const W* w, long w_step, long depth, long columns, float* out,
                   long out_step) {
-  const long most = std::max(256, 4096 / rows / LANES * LANES);
+  const long most = std::max(1024, 8192 / rows / LANES * LANES);
   for (long c = 0; c < columns; c += most) {
     const long width = std::min(most, columns - c);
     long k = 0;
@@ -120,7 +120,7 @@ class Decode {
   void plan_slices() {
     int touched = 0;
     for (int e = 0; e < job_.experts; e++) touched += routes_.start[e + 1] > routes_.start[e];
-    for (slice_ = 1024; slice_ > 64 && touched * count() < 4 * job_.threads;) slice_ /= 2;
+    for (slice_ = 2048; slice_ > 64 && touched * count() < 2 * job_.threads;) slice_ /= 2;
     slices_ = int(count());
     for (int e = 0; e < job_.experts; e++)
       if (routes_.start[e + 1] > routes_.start[e])
@@ -177,7 +177,7 @@ class Decode {
   const Routes routes_;
   const Activation& act_;
   const long before_;
-  long slice_ = 1024;
+  long slice_ = 2048;
   int slices_ = 1, chunks_ = 1;
   std::vector<Slice> units_;
   std::vector<Scratch> scratch_;
