@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -475,6 +477,30 @@ def forgetful(dim: int, hidden: int, num_experts: int, k: int) -> _Broken:
 def test_a_wrong_target_names_what_there_is(target: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         subject(target)
+
+
+@pytest.mark.parametrize("body", ["1 / 0", "raise SystemExit(3)"])
+def test_a_module_that_raises_when_it_is_imported_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    (tmp_path / "broken_layers.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot import 'broken_layers' of 'broken_layers:build': (Zero|SystemExit)"):
+        subject("broken_layers:build")
+
+
+def test_the_verb_finds_a_module_in_the_folder_one_stands_in(
+    turnout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # sys.path as the console script has it: without the current folder
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "layers_of_mine.py").write_text(
+        "from torch import nn\n\n\ndef build(dim):\n    return nn.Linear(dim, dim)\n"
+    )
+    result = turnout("verify", "layers_of_mine:build", "--only", "O6")
+    assert result.code == 0, result.err
+    assert "1 passed" in result.out
 
 
 def test_an_unknown_check_is_named() -> None:

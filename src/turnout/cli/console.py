@@ -1,8 +1,10 @@
 """What a person sees goes to stderr under --json, so that stdout ends in one JSON object."""
 
 import json
-from collections.abc import Iterable
-from typing import Any, TextIO
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +14,40 @@ from rich.text import Text
 def console(*, as_json: bool) -> Console:
     """Where a verb prints for people. Text is shown as it is: a path may hold what rich reads as markup or an emoji."""
     return Console(stderr=as_json, markup=False, emoji=False, highlight=False)
+
+
+def patient_console(*, as_json: bool) -> Console:
+    """The same for work that must not be lost with its reader (head, a closed terminal): it goes on unseen."""
+    screen = console(as_json=as_json)
+    screen.file = cast(TextIO, _Patient(screen.file))
+    return screen
+
+
+class _Patient:
+    """A stream that nobody has to read."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._unread():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unread():
+            self._stream.flush()
+
+    @contextmanager
+    def _unread(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            # what is still in the stream goes where nothing fails, now and when the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def print_error(text: str) -> None:

@@ -1,5 +1,6 @@
 """`turnout VERB`: the table of verbs, and the one place where errors become exit codes."""
 
+import io
 import os
 import sys
 
@@ -14,6 +15,7 @@ app = typer.Typer(
     name="turnout",
     help="Mixture-of-Experts for PyTorch: train, talk to, look at and compare MoE models.",
     no_args_is_help=True,
+    epilog="Example: turnout train tiny --minutes 5; turnout chat runs/tiny-1; turnout VERB --help says more.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -31,6 +33,9 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 bad use, 128 + n stopped by signal n after saving."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # as stderr has it: what the terminal cannot show comes as an escape, and is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except TurnoutError as error:
