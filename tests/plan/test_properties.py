@@ -25,7 +25,7 @@ from turnout.plan.volume import to_json, volume
 from turnout.topology import Mesh
 
 QUERY = Query(model="mixtral-8x7b", nodes=4, global_batch=256)
-LEGAL = Legal(job=base_job(QUERY), devices_per_node=8, space=Space())
+LEGAL = Legal(job=base_job(QUERY), devices_per_node=8, space=Space(micro_batch=(1, 2, 4), virtual_stages=(2,)))
 
 
 @lru_cache(maxsize=1)
@@ -49,7 +49,7 @@ def test_more_bandwidth_never_slows_a_plan(job: Job, times: float, tier: str) ->
 
 @pytest.mark.parametrize("tier", ["intra", "inter"])
 def test_more_bandwidth_never_slows_the_pick(tier: str) -> None:
-    space = Space(micro_batch=(1, 2), cp=(1,), zero=(1, 3), etp=(1,))
+    space = Space(micro_batch=(1, 2), cp=(1,), zero=(1, 3), etp=(1,), virtual_stages=(2,), recompute=("none", "full"))
     steps = []
     for times in (1, 2, 8):
         link = getattr(CLUSTERS["dgx-h100"], tier)
