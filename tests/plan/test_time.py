@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from turnout.clusters import CLUSTERS
 from turnout.errors import ConfigError
 from turnout.plan.collectives import all_gather, all_reduce, collective, group
+from turnout.plan.compute import Engine, block_time
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.job import Job
 from turnout.plan.memory import memory
@@ -184,6 +185,17 @@ def test_light_recomputation_costs_less_time_than_full_and_less_memory_than_none
     assert none < light < none + 0.4 * (full - none)
     kept = [memory(each).activations_bytes + memory(each).moe_bytes for each in jobs]
     assert kept[0] > kept[1] > kept[2]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_ranks_that_share_an_expert_share_its_arithmetic(shared: bool) -> None:
+    engine = Engine(device=CLUSTERS["dgx-h100"].device, parameters=replace(fitted(), gemm_passes=0.0))
+    seconds = []
+    for tp in (1, 4):
+        asked = job("mixtral-8x7b", dp=8, tp=tp, ep=8, etp=tp, shard_tokens=shared and tp > 1)
+        router_s = engine.product_s(asked.routed_tokens, 8, asked.shape.dim, "bf16")
+        seconds.append(tp * (block_time(asked, 0, engine).experts_s - router_s))
+    assert seconds[1] == pytest.approx(seconds[0])
 
 
 # --- collectives over ranks that share parameters ---

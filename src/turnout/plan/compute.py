@@ -107,7 +107,7 @@ def _light_bytes(job: Job, layer: int) -> float:
     ffn = shape.shared_hidden if shape.experts_of(layer) else shape.ffn_hidden
     moved = 2 * job.rank_tokens * (2 * 2 * shape.dim / sequence + _inner_moves(job) * ffn / strategy.tp)
     if shape.experts_of(layer):
-        moved += 2 * job.routed_tokens * shape.top_k * job.skew * _inner_moves(job) * shape.expert_hidden
+        moved += 2 * job.expert_rows * _inner_moves(job) * shape.expert_hidden / strategy.etp
     return moved
 
 
@@ -129,7 +129,7 @@ def _experts_s(job: Job, layer: int, engine: Engine) -> float:
         return 0.0
     width, hidden = shape.latent_dim or shape.dim, shape.expert_hidden / strategy.etp
     local = num_experts / strategy.ep
-    rows = job.routed_tokens * shape.top_k * strategy.etp * job.skew / local
+    rows = job.expert_rows / local
     up = (2 if shape.gated else 1) * hidden
     one = engine.product_s(rows, up, width, strategy.precision)
     one += engine.product_s(rows, width, hidden, strategy.precision)
@@ -163,12 +163,12 @@ def _elementwise_bytes(job: Job, layer: int) -> float:
     ffn = shape.shared_hidden if shape.experts_of(layer) else shape.ffn_hidden
     moved = 2 * tokens * (residual + 2 * heads + _inner_moves(job) * ffn / strategy.tp)
     if shape.experts_of(layer):
-        rows = job.routed_tokens * shape.top_k * job.skew
-        width = shape.latent_dim or shape.dim
+        rows, width = job.routed_tokens * shape.top_k * job.skew, shape.latent_dim or shape.dim
+        inner = job.expert_rows * shape.expert_hidden / strategy.etp
         # rows are gathered at the sender and added up there: each reads and writes
-        moved += 2 * rows * (2 * 2 * width + _inner_moves(job) * shape.expert_hidden)
+        moved += 2 * (2 * 2 * rows * width + _inner_moves(job) * inner)
         if ELEMENT_BYTES[strategy.precision] < 2:
-            moved += rows * (width + shape.expert_hidden) * (2 + 2 * ELEMENT_BYTES[strategy.precision])
+            moved += (rows * width + inner) * (2 + 2 * ELEMENT_BYTES[strategy.precision])
     if ELEMENT_BYTES[strategy.precision] < 2:
         # each operand is read in two bytes and written twice, as is and transposed
         inputs = 2 * shape.dim + (shape.num_heads * shape.head_dim + ffn) / strategy.tp
