@@ -133,10 +133,3 @@ def test_one_node_rows_of_vtrain_are_rows_too() -> None:
     rows = vtrain_one_node_rows()
     assert len(rows) == 1440
     assert all(answer.predicted for answer in predict(rows[:20]))
-
-
-def test_a_device_held_to_less_than_its_power_is_slower_by_the_cube_root() -> None:
-    free, held, more = (cluster_of({"gpu": f"H100-96{said}", "gpus": 8}) for said in ("", " HBM2e 500W", " 800W"))
-    peaks = [each.device.peak_flops_per_s.bf16 for each in (free, held, more)]
-    assert peaks[1] == pytest.approx(peaks[0] * (5 / 7) ** (1 / 3))
-    assert peaks[2] == peaks[0]

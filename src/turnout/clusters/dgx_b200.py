@@ -34,6 +34,7 @@ DGX_B200 = CLUSTERS.register("dgx-b200")(
         devices_per_node=8,  # DGX B200 data sheet
         intra=NVLINK5,
         inter=infiniband(CX7_BYTES_PER_S),  # 8 ConnectX-7 at 400 Gb/s, DGX B200 data sheet
+        alltoall_share=0.597 / 0.674,  # SimuMax 1.2, measured on 8 B200: an all-to-all and an all-gather
         device_watt=1000.0,  # HGX B200 data sheet
         host_watt=787.0,  # 14.3 kW a DGX B200 (its data sheet) less 8 devices, by 8
         network_usd_per_device=TWO_LAYER_USD,
