@@ -88,7 +88,7 @@ def _logical_gb_per_s(row: dict[str, Any], cluster: Cluster) -> float:
         raise ConfigError(f"gpus={ranks!r} must be at least 2 for an exchange of rows")
     mesh = group(ranks, 1, cluster.devices_per_node)
     if mesh.nodes == 1:
-        return cluster.intra.bytes_per_s * ranks / (ranks - 1) / 1e9
+        return cluster.alltoall_intra(ranks).bytes_per_s * ranks / (ranks - 1) / 1e9
     return cluster.inter.bytes_per_s * mesh.nodes / (mesh.nodes - 1) / 1e9
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from turnout.plan.collectives import Collective, collective
 from turnout.plan.compute import Engine
 from turnout.plan.data_volume import dense_mesh, expert_data_mesh, reductions
-from turnout.plan.expert_volume import exchange, expert_tensor_volume
+from turnout.plan.expert_volume import exchange, expert_mesh, expert_tensor_volume
 from turnout.plan.job import Job
 from turnout.plan.parameters import Parameters
 from turnout.plan.pipeline import Stage
@@ -85,8 +85,7 @@ def wire_of(part: Collective, cluster: Cluster) -> Wire:
         most = 2 * math.ceil(math.log2(max(2, part.mesh.size))) * part.calls
         share = min(1.0, most / max(part.messages, 1e-9))
         intra_messages, inter_messages = intra_messages * share, inter_messages * share
-    intra = cluster.alltoall_intra(part.mesh.local) if part.axis == "ep" else cluster.intra
-    inter = cluster.inter_over(part.mesh.nodes)
+    intra, inter = part.intra_link(cluster), cluster.inter_over(part.mesh.nodes)
     return Wire(
         launch_s=part.calls * COLLECTIVE_LAUNCH_S,
         intra_latency_s=intra.time_s(0.0, intra_messages),
@@ -103,8 +102,7 @@ def collective_s(part: Collective, cluster: Cluster) -> float:
 
 def node_limit(job: Job, cluster: Cluster) -> int:
     """Nodes a token may reach, where the model's router is limited to groups of experts; 0: all."""
-    shape, strategy = job.shape, job.strategy
-    nodes = math.ceil(strategy.ep * strategy.etp / cluster.devices_per_node)
+    shape, nodes = job.shape, expert_mesh(job.strategy, cluster.devices_per_node).nodes
     if not shape.expert_groups or nodes == 1:
         return 0
     return math.ceil(shape.top_groups * nodes / shape.expert_groups)
