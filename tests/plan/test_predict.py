@@ -110,6 +110,13 @@ def test_a_record_alone_gives_the_size_of_the_named_shape(name: str) -> None:
 def test_the_code_a_row_ran_under_is_read_from_its_words() -> None:
     named = {row["suite"]: FRAMEWORKS.name_of(framework_of(row)) for row in published_cases()["rows"]}
     assert named["torchtitan"] == "torchtitan"
+    dated = ROW | {"suite": "torchtitan", "source": "pytorch/torchtitan:benchmarks/llama3_h100_202412_torchtitan.md"}
+    assert framework_of(dated).name == "torchtitan-2024"
+    later = dated | {"source": "pytorch/torchtitan:benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md"}
+    assert framework_of(later).name == "torchtitan"
+    assert framework_of(later | {"precision": "bf16 eager"}).name == "torchtitan-2024"
+    assert job_of(later | {"async_tp": True}, {}).framework.overlap_tp
+    assert only(later | {"async_tp": True}) < only(later)
     assert named["nemo_24.07"] == named["megatron_bridge"] == "nemo"
     assert named["vtrain_multi"] == named["korthikanti_table5"] == "megatron-2021"
     assert named["simumax_b200"] == named["moe_folding"] == "megatron-core"

@@ -27,6 +27,8 @@ _PRECISIONS: tuple[tuple[str, Precision], ...] = (
 )  # fmt: skip
 # an all-reduce inside a node below this share of what the link carries did not run on it
 NVLINK_IN_USE = 0.5
+# year and month since which torchtitan compiles its loss: https://github.com/pytorch/torchtitan/pull/1033
+_COMPILED_LOSS = 202504
 # flash attention (arXiv:2205.14135) is of May 2022; what was published before it kept scores in memory
 _FLASH_ATTENTION = 2206
 
@@ -139,15 +141,23 @@ def _noted(shape: ModelShape, record: Row) -> ModelShape:
 def framework_of(row: Row) -> Framework:
     """The code a row ran under, from its suite, system and source."""
     words = " ".join(str(row.get(key) or "") for key in ("suite", "system", "source", "id")).lower()
-    for name, framework in (("nanotron", "nanotron"), ("torchtitan", "torchtitan")):
-        if name in words:
-            return FRAMEWORKS[framework]
+    if "nanotron" in words:
+        return FRAMEWORKS["nanotron"]
+    if "torchtitan" in words:
+        return FRAMEWORKS[_torchtitan(row)]
     published = re.search(r"arxiv[: ](\d{4})\.", words)
     if row.get("precision") == "fp16" or (published and int(published[1]) < _FLASH_ATTENTION):
         return FRAMEWORKS["megatron-2021"]
     if row.get("system") == "Megatron-LM" and row.get("suite") == "megascale":
         return FRAMEWORKS["megatron-2022"]
     return FRAMEWORKS["nemo" if "nemo" in words or "bridge" in words else "megatron-core"]
+
+
+def _torchtitan(row: Row) -> str:
+    """Which torchtitan a row ran under, by the date in the name of its source; without one, today's."""
+    dated = re.search(r"(20[12]\d)-?([01]\d)", str(row.get("source")))
+    before = dated is not None and int(dated[1] + dated[2]) < _COMPILED_LOSS
+    return "torchtitan-2024" if before or "eager" in str(row.get("precision")) else "torchtitan"
 
 
 def precision_of(row: Row) -> Precision:
@@ -168,6 +178,8 @@ def job_of(row: Row, models: dict[str, Row]) -> Job:
         raise Refused("layout is not complete: tp is not given")
     if shape.num_experts and "ep" not in layout:
         raise Refused("layout is not complete: ep is not given for a model with experts")
+    if row.get("async_tp"):
+        framework = replace(framework, overlap_tp=True)
     strategy = _strategy(row, layout, shape, framework)
     strategy = strategy.check(gpus, num_experts=shape.num_experts, num_layers=shape.all_layers)
     job = Job(
@@ -195,7 +207,7 @@ def _strategy(row: Row, layout: Row, shape: ModelShape, framework: Framework) ->
         zero = 3 if fsdp > 1 else (1 if framework.overlap_dp else 0)
     etp = count(layout, "etp", tp if row.get("method") == "MCore" else 1) if shape.num_experts else 1
     micro_batch = count(row, "mbs", 1)
-    if framework is FRAMEWORKS["torchtitan"] and pp > 1:
+    if framework.name.startswith("torchtitan") and pp > 1:
         # its batch a rank is cut into as many micro-batches as there are stages
         micro_batch = max(1, micro_batch // (pp * virtual))
     return Strategy(

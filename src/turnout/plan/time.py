@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from turnout.plan.compute import optimizer_s
-from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.job import Job
 from turnout.plan.memory import stage_params
 from turnout.plan.parameters import Parameters, fitted
@@ -97,7 +96,7 @@ def _rank_pass(of: Terms[Run], stage: Stage, mirror: Stage | None) -> Pass:
 def _step(of: Terms[Run], stage: Stage, mirror: Stage | None, micro: Pass, all_stages_s: Numbers) -> StepTime:
     """All micro-batches of a rank, the schedule's idle time, gradients, optimizer."""
     run, strategy = of.subject, of.subject.job.strategy
-    m, scale = of(micro_batches), run.parameters.framework_scale(FRAMEWORKS.name_of(run.job.framework))
+    m, scale = of(micro_batches), run.parameters.framework_scale(run.job.framework.name)
     others = all_stages_s - micro.total_s
     # more is deferred to the end than a pass can hold: nothing is left of the bubble
     idle = larger(0.0, idle_passes(strategy, micro.backward_s / micro.total_s, micro.weights_s / micro.total_s))
