@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from turnout.clusters import CLUSTERS
 from turnout.errors import ConfigError
 from turnout.plan.collectives import all_gather, all_reduce, collective, group
-from turnout.plan.compute import Engine, block_time
+from turnout.plan.compute import block_time
+from turnout.plan.engine import Engine
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.job import Job
 from turnout.plan.memory import memory

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from turnout.plan.collectives import Collective, collective
-from turnout.plan.compute import Engine
 from turnout.plan.data_volume import dense_mesh, expert_data_mesh, reductions
+from turnout.plan.engine import Engine
 from turnout.plan.expert_volume import exchange, expert_mesh, expert_tensor_volume
 from turnout.plan.job import Job
 from turnout.plan.parameters import Parameters
