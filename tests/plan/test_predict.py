@@ -42,6 +42,18 @@ def test_quantities_agree_with_each_other() -> None:
     assert only(ROW | {"quantity": "mfu", "unit": ""}) == pytest.approx(tflops / 989.5)
 
 
+def test_memory_is_answered_in_the_rows_own_unit() -> None:
+    row = ROW | {"quantity": "memory_peak", "unit": "GiB"}
+    assert only(row | {"unit": "GB"}) == pytest.approx(only(row) * 2**30 / 1e9)
+    assert only(row | {"unit": None}) == pytest.approx(only(row))
+    assert "is none of memory; known: GiB, GB" in why(row | {"unit": "pages"})
+
+
+def test_a_share_of_the_peak_is_of_fp16_where_there_is_no_other() -> None:
+    row = ROW | {"gpu": "V100", "precision": "fp16", "quantity": "mfu", "unit": "%", "model": "gpt3-5b"}
+    assert 5 < only(row | {"layout": {"tp": 8, "pp": 4}}) < 100
+
+
 def test_flop_definitions_are_the_rows_own() -> None:
     plain = ROW | {"quantity": "model_tflops_per_gpu", "unit": "TFLOP/s"}
     causal = only(plain | {"notes": "causal attention"})

@@ -12,7 +12,7 @@ from turnout.plan.pipeline import Stage, layers_in_flight, rank_kinds, stages
 from turnout.plan.terms import Numbers, One, Terms, either, larger, reads
 
 GIB = 2**30
-# of the CUDA context and the communication library's buffers, outside any allocator; specs/planner.md: 1-3 GB
+# of the CUDA context and the communication library's buffers, outside any allocator; assumed: no source splits it off
 CONTEXT_BYTES = 1.5 * GIB
 # of the matrix library, two streams of 32 MiB each on Hopper: PyTorch's default CUBLAS_WORKSPACE_CONFIG
 WORKSPACE_BYTES = 2 * 32 * 2**20
