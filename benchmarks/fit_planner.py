@@ -14,7 +14,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -64,6 +64,26 @@ class Case:
 
     def ratio(self, parameters: Parameters) -> float:
         """Predicted over published time: above 1 is too slow, whatever the row's quantity."""
+        key = tuple(getattr(parameters, name) for name in self._depends)
+        if key not in self._seen:
+            self._seen[key] = self._ratio(parameters)
+        return self._seen[key]
+
+    @cached_property
+    def _depends(self) -> tuple[str, ...]:
+        """Parameters that change the ratio: most moves of a fit leave most rows alone."""
+        start = fitted()
+        plain = self._ratio(start)
+        return tuple(
+            name for name, ends in BOUNDS.items()
+            if any(self._ratio(replace(start, **{name: end})) != plain for end in ends)
+        )  # fmt: skip
+
+    @cached_property
+    def _seen(self) -> dict[tuple[float, ...], float]:
+        return {}
+
+    def _ratio(self, parameters: Parameters) -> float:
         if isinstance(self.job, MicroCase):
             return self.job.answer(parameters) / float(self.row["value"])
         predicted = answer_of_step(self.row, self.job, step_time(self.job, self.cluster, parameters), self.cluster)
