@@ -209,13 +209,28 @@ def test_a_gather_is_a_ring_and_a_sum_may_be_a_tree() -> None:
     assert gathered.intra_latency_s > 10 * summed.intra_latency_s
 
 
-def test_what_is_scattered_tensor_by_tensor_goes_round_the_ring_for_each() -> None:
-    asked = replace(job("llama3-8b", dp=256, zero=1, batch=256), framework=FRAMEWORKS["nanotron"])
+def test_units_of_fsdp_go_round_the_ring_one_by_one() -> None:
+    asked = replace(job("llama3-8b", dp=256, zero=3, batch=256), framework=FRAMEWORKS["torchtitan"])
     cluster = CLUSTERS["dgx-h100"]
     far = replace(cluster, intra=replace(cluster.intra, latency_s=1e-3))
-    # six tensors of each of 32 blocks, scattered and gathered, over the 255 hops of which 7 in 8 stay in a node
-    hops = 2 * 6 * 32 * 255 * 7 / 8
+    # 32 blocks, gathered twice and scattered, over the 255 hops of which 7 in 8 stay in a node
+    hops = 3 * 32 * 255 * 7 / 8
     assert step_time(asked, far).dp_s - step_time(asked, cluster).dp_s > 0.9 * hops * 1e-3
+
+
+def test_zero_sums_whole_gradients_after_the_last_backward_pass_where_a_framework_does() -> None:
+    plain, sharded = (job("llama3-8b", dp=64, zero=zero, batch=64) for zero in (0, 1))
+    ours, theirs = FRAMEWORKS["megatron-core"], FRAMEWORKS["nanotron"]
+    names = {each.name for each in volume(step_of(replace(sharded, framework=theirs), 8))}
+    assert names == {"dense gradient all-reduce", "dense parameter all-gather"}
+    assert "dense gradient reduce-scatter" in {each.name for each in volume(step_of(replace(sharded, framework=ours), 8))}
+    cluster = CLUSTERS["dgx-h100"]
+    exposed = {f.name: [step_time(replace(each, framework=f), cluster).dp_s for each in (plain, sharded)]
+               for f in (ours, theirs)}  # fmt: skip
+    # without ZeRO the sum runs behind the backward pass; with it neither sum nor gather does
+    bytes_s = (2 * 4 + 2) * sharded.shape.total_params * 63 / 64 / 8 / cluster.inter.bytes_per_s
+    assert exposed["nanotron"][1] > 0.95 * bytes_s > 3 * exposed["nanotron"][0]
+    assert exposed["nanotron"][1] > 3 * exposed["megatron-core"][1]
 
 
 def test_model_flops_count_what_the_flags_say() -> None:

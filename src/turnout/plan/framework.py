@@ -42,6 +42,9 @@ class Framework:
     overlap_tp: bool = False  # tensor-parallel communication runs in chunks beside the products
     overlap_pp: bool = True  # interleaved stages send while they compute
     overlap_dp: bool = True  # gradients are reduced while backward runs
+    # under ZeRO-1 whole gradients are summed on every rank, and parameters gathered, in one collective each after the
+    # last backward pass
+    zero_sums: bool = False
     bucket_params: float = 40e6  # of one rank that one collective reduces or gathers: Megatron-Core's bucket_size
     block_collectives: int = 0  # collectives that reduce or gather a block, whatever its size; 0: by bucket_params
     wire_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of gradients on the wire
@@ -104,9 +107,8 @@ _add(
         data_parallel_bytes=2.0, zero_kept_bytes=2.0, zero_shard_bytes=2.0, logit_bytes=8.0, fused_activation=False,
         stage_balance="flops", gathered_inputs="stage", gather_buffer_bytes=4.0,
         rotary_bytes=6.0, attention_rate=0.6, overlap_tp=True, overlap_pp=False,
-        # fp32 accumulators are reduced, and ZeRO-1 parameters gathered, after the last backward pass
-        overlap_dp=False,
-        # its ZeRO scatters and gathers tensor by tensor: two norms, and a pair of matrices each of attention and FFN
-        block_collectives=6,
+        # buckets of 25 MiB of bf16 gradients without ZeRO, the default of PyTorch's DistributedDataParallel, which it
+        # leaves away with ZeRO: src/nanotron/trainer.py, make_ddp and sync_gradients_across_dp(reduce_scatter=False)
+        zero_sums=True, bucket_params=25 * 2**20 / 2,
     ),
 )  # fmt: skip

@@ -88,6 +88,13 @@ def routed_update_s(run: Run) -> float:
 # --- the step ---
 
 
+@reads("zero")
+def reduces_late(run: Run) -> bool:
+    """Whether gradients are summed after the last backward pass alone."""
+    framework = run.job.framework
+    return not framework.overlap_dp or (framework.zero_sums and run.job.strategy.zero == 1)
+
+
 def _rank_pass(of: Terms[Run], stage: Stage, mirror: Stage | None) -> Pass:
     one = stage_pass(of, stage)
     return one if mirror is None else mean_pass(one, stage_pass(of, mirror))
@@ -118,9 +125,9 @@ def _step(of: Terms[Run], stage: Stage, mirror: Stage | None, micro: Pass, all_s
 def _ends_s(of: Terms[Run], blocks: int, micro: Pass) -> tuple[Numbers, Numbers]:
     """(exposed, hidden) seconds of what is sent once a step: gradients, ZeRO's parameters, tied embeddings."""
     job, tied, total = of.subject.job, of(tied_s), micro.reduced_s
-    if not job.framework.overlap_dp:
-        return tied + total, 0.0
+    late = of(reduces_late)
     # behind the last backward and the first forward pass, but for one block's share at the end
     window = micro.total_s / job.strategy.virtual_stages
     exposed = larger(total / max(1, blocks), total - window)
+    exposed = either(late, total, exposed)
     return tied + exposed, total - exposed

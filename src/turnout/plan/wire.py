@@ -49,6 +49,7 @@ class Run:
             micro_batches=1,
             node_limit=node_limit(self.job, self.cluster),
             reshards=self.job.framework.reshards,
+            zero_sums=self.job.framework.zero_sums,
             stage=stage,
         )
 
@@ -196,12 +197,14 @@ def routed_reduced(run: Run, slot: str) -> Reduced:
 
 def _reduced(run: Run, mesh: Mesh, axis: str, params: float, slot: str) -> Reduced:
     strategy, framework = run.job.strategy, run.job.framework
-    parts = [each for each in reductions(strategy, mesh, params) if each.name.startswith(slot)]
+    every = reductions(strategy, mesh, params, sums=framework.zero_sums)
+    parts = [each for each in every if each.name.startswith(slot)]
     if not parts:
         return Reduced(wire=Wire())
     (part,) = parts
     wire = wire_of(collective(part.name, axis, part.mesh, part.traffic, part.calls), run.cluster)
-    buckets = params / framework.bucket_params
+    late = framework.zero_sums and strategy.zero == 1
+    buckets = 0.0 if late else params / framework.bucket_params
     if part.each_pass and framework.reshards:
         return Reduced(wire=wire, buckets=buckets, each_pass=1.0)
     if strategy.zero == 3 and (framework.reshards or strategy.pp == 1):
