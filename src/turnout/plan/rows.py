@@ -18,15 +18,17 @@ Row = dict[str, Any]
 # words of a row's `gpu`, the first that is found deciding
 _MACHINES = (
     ("GB300", "gb300-nvl72"), ("GB200", "gb200-nvl72"), ("B300", "dgx-b300"), ("B200", "dgx-b200"),
-    ("H100-96", "h100-hbm2e"), ("H200", "dgx-h200"), ("H100", "dgx-h100"), ("H800", "h800"), ("A800", "a800"),
-    ("A100-40", "dgx-a100-40"), ("A100", "dgx-a100"), ("V100", "dgx2-v100"), ("TPUv4", "tpu-v4"), ("TPUv5p", "tpu-v5p"),
-    ("MI300", "mi300x"), ("910B", "ascend-910b"),
+    ("H100-96", "h100-hbm2e"), ("H100-EFA", "aws-p5"), ("H200", "dgx-h200"), ("H100", "dgx-h100"), ("H800", "h800"),
+    ("A800", "a800"), ("A100-40", "dgx-a100-40"), ("A100", "dgx-a100"), ("V100", "dgx2-v100"), ("TPUv4", "tpu-v4"),
+    ("TPUv5p", "tpu-v5p"), ("MI300", "mi300x"), ("910B", "ascend-910b"),
 )  # fmt: skip
 _PRECISIONS: tuple[tuple[str, Precision], ...] = (
     ("fp4", "fp4"), ("fp8", "fp8"), ("float8", "fp8"), ("fp16", "fp16"), ("fp32", "fp32"),
 )  # fmt: skip
 # an all-reduce inside a node below this share of what the link carries did not run on it
 NVLINK_IN_USE = 0.5
+# of the buffer that runs measured their bandwidths with; not published: 1 GiB taken
+TESTED_BYTES = 2**30
 # year and month since which torchtitan compiles its loss: https://github.com/pytorch/torchtitan/pull/1033
 _COMPILED_LOSS = 202504
 # flash attention (arXiv:2205.14135) is of May 2022; what was published before it kept scores in memory
@@ -81,7 +83,14 @@ def _measured_fabric(row: Row, cluster: Cluster) -> Cluster:
         return cluster
     # bus bandwidth counts a node's cards together
     card = min(cluster.inter.bytes_per_s, measured * 1e9 / cluster.devices_per_node)
-    return replace(cluster, inter=replace(cluster.inter, bytes_per_s=card))
+    hop = max(cluster.inter.latency_s, _hop_s(row, card * cluster.devices_per_node))
+    return replace(cluster, inter=replace(cluster.inter, bytes_per_s=card, latency_s=hop))
+
+
+def _hop_s(row: Row, node_bytes_per_s: float) -> float:
+    """Seconds of a step of a ring between nodes: what a run's own all-gather took beyond its bytes, step by step."""
+    gathered = _number(row, "all_gather_gb_per_s", 0.0) * 1e9
+    return TESTED_BYTES / count(row, "gpus") * (1 / gathered - 1 / node_bytes_per_s) if gathered else 0.0
 
 
 def shape_of(row: Row, models: dict[str, Row]) -> ModelShape:

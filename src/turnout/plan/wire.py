@@ -23,8 +23,8 @@ from turnout.topology import Cluster, Mesh
 # host and device seconds before a collective's first byte: SimuMax 1.2, measured on 8 B200 (22 to 26 us)
 # https://github.com/MooreThreads/SimuMax
 COLLECTIVE_LAUNCH_S = 22e-6
-# axes whose sums run over trees where that takes fewer hops than a ring; gathers and scatters are rings in NCCL
-TREES = ("tp", "etp", "dp", "edp")
+# axes whose gathers and scatters are rings in NCCL, and whose sums are trees where those take fewer hops
+RINGS = ("tp", "etp", "dp", "edp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +79,30 @@ def wire_of(part: Collective, cluster: Cluster) -> Wire:
     """All calls of a collective on a cluster's links; nothing if it sends nothing."""
     if part.total_bytes <= 0:
         return Wire()
-    intra_messages, inter_messages = part.intra_messages, part.inter_messages
-    # a ring sum passes everybody twice, a gather or a scatter once
-    if part.axis in TREES and part.messages > 1.5 * (part.mesh.size - 1) * part.calls:
-        # a tree needs fewer hops than a ring, for the same bytes: Sanders et al. 2009 (two trees), NCCL 2.4
-        most = 2 * math.ceil(math.log2(max(2, part.mesh.size))) * part.calls
-        share = min(1.0, most / max(part.messages, 1e-9))
-        intra_messages, inter_messages = intra_messages * share, inter_messages * share
+    intra_hops, inter_hops = _hops(part)
     intra, inter = part.intra_link(cluster), cluster.inter_over(part.mesh.nodes)
     return Wire(
         launch_s=part.calls * COLLECTIVE_LAUNCH_S,
-        intra_latency_s=intra.time_s(0.0, intra_messages),
+        intra_latency_s=intra.time_s(0.0, intra_hops),
         intra_bytes_s=intra.time_s(part.intra_bytes, 0.0),
-        inter_latency_s=inter.time_s(0.0, inter_messages),
+        inter_latency_s=inter.time_s(0.0, inter_hops),
         inter_bytes_s=inter.time_s(part.inter_bytes, 0.0),
     )
+
+
+def _hops(part: Collective) -> tuple[float, float]:
+    """Messages of all calls that wait for each other, inside nodes and between them."""
+    mesh, calls = part.mesh, part.calls
+    if part.axis not in RINGS:
+        return part.intra_messages, part.inter_messages
+    # a ring moves on in step, and in every step one hop leaves the node
+    hops = part.messages
+    # a ring sum passes everybody twice, a gather or a scatter once
+    if hops <= 1.5 * (mesh.size - 1) * calls:
+        return hops, (hops if mesh.nodes > 1 else 0.0)
+    # a tree needs fewer hops than a ring, for the same bytes: Sanders et al. 2009 (two trees), NCCL 2.4
+    intra, inter = (2 * math.ceil(math.log2(ranks)) * calls for ranks in (max(2, mesh.size), mesh.nodes))
+    return min(hops, intra), min(hops, inter)
 
 
 def collective_s(part: Collective, cluster: Cluster) -> float:
