@@ -14,8 +14,8 @@ class Framework:
     weight_bytes: float = 2.0  # of a parameter the forward pass reads
     gradient_bytes: float = 4.0  # of an accumulated gradient (ZeRO-2 and 3)
     optimizer_bytes: float = 12.0  # master weight and two moments (ZeRO-1 to 3)
-    data_parallel_bytes: float = 0.0  # of a second gradient, there only with data parallel ranks
-    zero_kept_bytes: float = 0.0  # more of a parameter once the optimizer is sharded, on every rank, between steps
+    data_parallel_bytes: float = 0.0  # of buckets of gradients, there only with data parallel ranks and without ZeRO
+    zero_kept_bytes: float = 0.0  # of the buffers that gather a parameter once the optimizer is sharded, after the peak
     zero_shard_bytes: float = 0.0  # and more of it in a rank's shard
     logit_bytes: float = 4.0  # kept of one logit at the peak
     # moved for one logit by the loss, and by its gradient: a copy in fp32, then maximum, difference, exponential, sum
@@ -99,12 +99,12 @@ TORCHTITAN = _add(
 # before, and where nothing is compiled: torch.nn.functional.cross_entropy of a copy in fp32, so that a logit is kept in
 # bf16, as fp32, as its log-softmax, and as its gradient
 _add("torchtitan-2024", replace(TORCHTITAN, loss_moves=(18.0, 18.0), logit_bytes=14.0))
-# https://github.com/huggingface/nanotron: a bf16 gradient beside the fp32 accumulator, stages balanced by FLOPs
+# https://github.com/huggingface/nanotron: bf16 weights, fp32 accumulators and master weights, stages balanced by FLOPs
 _add(
     "nanotron",
     Framework(
         schedules=("1f1b",),
-        data_parallel_bytes=2.0, zero_kept_bytes=2.0, zero_shard_bytes=2.0, logit_bytes=8.0, fused_activation=False,
+        data_parallel_bytes=2.0, zero_kept_bytes=4.0, zero_shard_bytes=2.0, logit_bytes=8.0, fused_activation=False,
         stage_balance="flops", gathered_inputs="stage", gather_buffer_bytes=4.0,
         rotary_bytes=6.0, attention_rate=0.6, overlap_tp=True, overlap_pp=False,
         # buckets of 25 MiB of bf16 gradients without ZeRO, the default of PyTorch's DistributedDataParallel, which it

@@ -194,7 +194,7 @@ def _parameter_bytes(job: Job, ranks: int) -> ParameterBytes:
     if strategy.zero >= 1:
         optimizer = (optimizer + framework.zero_shard_bytes) / ranks
     gradients = gradients / (ranks if strategy.zero >= 2 else 1)
-    gradients += framework.data_parallel_bytes if ranks > 1 else 0
+    gradients += framework.data_parallel_bytes if ranks > 1 and strategy.zero == 0 else 0
     weights /= ranks if strategy.zero >= 3 else 1
     return ParameterBytes(
         weight_bytes=weights, gradient_bytes=gradients, optimizer_bytes=optimizer,
