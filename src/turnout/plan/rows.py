@@ -83,12 +83,16 @@ def _measured_fabric(row: Row, cluster: Cluster) -> Cluster:
         return cluster
     # bus bandwidth counts a node's cards together
     card = min(cluster.inter.bytes_per_s, measured * 1e9 / cluster.devices_per_node)
-    hop = max(cluster.inter.latency_s, _hop_s(row, card * cluster.devices_per_node))
-    return replace(cluster, inter=replace(cluster.inter, bytes_per_s=card, latency_s=hop))
+    hop = _hop_s(row, cluster)
+    # most hops of a ring are inside nodes, and where its steps are slow they are slow on both
+    intra = replace(cluster.intra, latency_s=max(cluster.intra.latency_s, hop))
+    inter = replace(cluster.inter, latency_s=max(cluster.inter.latency_s, hop), bytes_per_s=card)
+    return replace(cluster, intra=intra, inter=inter)
 
 
-def _hop_s(row: Row, node_bytes_per_s: float) -> float:
-    """Seconds of a step of a ring between nodes: what a run's own all-gather took beyond its bytes, step by step."""
+def _hop_s(row: Row, cluster: Cluster) -> float:
+    """Seconds of a step of a ring over nodes: what a run's own all-gather took beyond its bytes, step by step."""
+    node_bytes_per_s = cluster.inter.bytes_per_s * cluster.devices_per_node
     gathered = _number(row, "all_gather_gb_per_s", 0.0) * 1e9
     return TESTED_BYTES / count(row, "gpus") * (1 / gathered - 1 / node_bytes_per_s) if gathered else 0.0
 
