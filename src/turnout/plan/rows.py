@@ -74,27 +74,27 @@ def cluster_of(row: Row) -> Cluster:
 
 
 def _measured_fabric(row: Row, cluster: Cluster) -> Cluster:
-    """The cluster with the bandwidths that a row's own all-reduces measured, where it says so."""
+    """The cluster with what a row's own collectives measured, where it says so."""
     inside = _number(row, "all_reduce_intra_gb_per_s", 0.0) * 1e9
     if 0 < inside < NVLINK_IN_USE * cluster.intra.bytes_per_s:
         cluster = replace(cluster, intra=replace(cluster.intra, bytes_per_s=inside))
-    measured = _number(row, "all_reduce_gb_per_s", 0.0)
-    if not measured or count(row, "gpus") <= cluster.devices_per_node:
+    gathered, summed = (_number(row, f"all_{name}_gb_per_s", 0.0) * 1e9 for name in ("gather", "reduce"))
+    if count(row, "gpus") <= cluster.devices_per_node or not (gathered or summed):
         return cluster
+    if gathered:
+        # most hops of a ring are inside nodes, and where its steps are slow they are slow on both
+        hop = _hop_s(row, cluster, gathered)
+        intra, inter = (replace(each, latency_s=max(each.latency_s, hop)) for each in (cluster.intra, cluster.inter))
+        return replace(cluster, intra=intra, inter=inter)
     # bus bandwidth counts a node's cards together
-    card = min(cluster.inter.bytes_per_s, measured * 1e9 / cluster.devices_per_node)
-    hop = _hop_s(row, cluster)
-    # most hops of a ring are inside nodes, and where its steps are slow they are slow on both
-    intra = replace(cluster.intra, latency_s=max(cluster.intra.latency_s, hop))
-    inter = replace(cluster.inter, latency_s=max(cluster.inter.latency_s, hop), bytes_per_s=card)
-    return replace(cluster, intra=intra, inter=inter)
+    card = min(cluster.inter.bytes_per_s, summed / cluster.devices_per_node)
+    return replace(cluster, inter=replace(cluster.inter, bytes_per_s=card))
 
 
-def _hop_s(row: Row, cluster: Cluster) -> float:
+def _hop_s(row: Row, cluster: Cluster, gathered: float) -> float:
     """Seconds of a step of a ring over nodes: what a run's own all-gather took beyond its bytes, step by step."""
     node_bytes_per_s = cluster.inter.bytes_per_s * cluster.devices_per_node
-    gathered = _number(row, "all_gather_gb_per_s", 0.0) * 1e9
-    return TESTED_BYTES / count(row, "gpus") * (1 / gathered - 1 / node_bytes_per_s) if gathered else 0.0
+    return TESTED_BYTES / count(row, "gpus") * (1 / gathered - 1 / node_bytes_per_s)
 
 
 def shape_of(row: Row, models: dict[str, Row]) -> ModelShape:

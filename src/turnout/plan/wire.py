@@ -18,7 +18,7 @@ from turnout.plan.pipeline import Stage
 from turnout.plan.step import Step
 from turnout.plan.terms import Numbers, larger, reads
 from turnout.plan.volume import context_volume, embedding_volume, pipeline_volume, tensor_volume
-from turnout.topology import Cluster, Mesh
+from turnout.topology import Cluster, Link, Mesh
 
 # host and device seconds before a collective's first byte: SimuMax 1.2, measured on 8 B200 (22 to 26 us)
 # https://github.com/MooreThreads/SimuMax
@@ -79,30 +79,43 @@ def wire_of(part: Collective, cluster: Cluster) -> Wire:
     """All calls of a collective on a cluster's links; nothing if it sends nothing."""
     if part.total_bytes <= 0:
         return Wire()
-    intra_hops, inter_hops = _hops(part)
     intra, inter = part.intra_link(cluster), cluster.inter_over(part.mesh.nodes)
+    # XLA sums along a torus first and between pods then
+    flat = part.axis in RINGS and not cluster.torus
+    intra_latency_s, inter_latency_s = (_flat_s if flat else _sent_s)(part, intra, inter)
     return Wire(
         launch_s=part.calls * COLLECTIVE_LAUNCH_S,
-        intra_latency_s=intra.time_s(0.0, intra_hops),
+        intra_latency_s=intra_latency_s,
         intra_bytes_s=intra.time_s(part.intra_bytes, 0.0),
-        inter_latency_s=inter.time_s(0.0, inter_hops),
+        inter_latency_s=inter_latency_s,
         inter_bytes_s=inter.time_s(part.inter_bytes, 0.0),
     )
 
 
-def _hops(part: Collective) -> tuple[float, float]:
-    """Messages of all calls that wait for each other, inside nodes and between them."""
+def _sent_s(part: Collective, intra: Link, inter: Link) -> tuple[float, float]:
+    """Seconds of the messages of all calls on either tier, one after the other."""
+    return intra.time_s(0.0, part.intra_messages), inter.time_s(0.0, part.inter_messages)
+
+
+def _flat_s(part: Collective, intra: Link, inter: Link) -> tuple[float, float]:
+    """Seconds of messages that wait for each other, in rings and trees over all ranks whatever node they are on."""
     mesh, calls = part.mesh, part.calls
-    if part.axis not in RINGS:
-        return part.intra_messages, part.inter_messages
+    if mesh.nodes == 1:
+        fewest = 2 * math.ceil(math.log2(mesh.size)) * calls if _is_sum(part) else part.messages
+        return intra.time_s(0.0, min(part.messages, fewest)), 0.0
     # a ring moves on in step, and in every step one hop leaves the node
-    hops = part.messages
-    # a ring sum passes everybody twice, a gather or a scatter once
-    if hops <= 1.5 * (mesh.size - 1) * calls:
-        return hops, (hops if mesh.nodes > 1 else 0.0)
-    # a tree needs fewer hops than a ring, for the same bytes: Sanders et al. 2009 (two trees), NCCL 2.4
-    intra, inter = (2 * math.ceil(math.log2(ranks)) * calls for ranks in (max(2, mesh.size), mesh.nodes))
-    return min(hops, intra), min(hops, inter)
+    ring = intra.time_s(0.0, part.messages), inter.time_s(0.0, part.messages)
+    if not _is_sum(part):
+        return ring
+    # a tree of nodes, each a chain, needs fewer hops for the same bytes: Sanders et al. 2009 (two trees), NCCL 2.4
+    tree = intra.time_s(0.0, 2 * (mesh.local - 1) * calls)
+    tree += inter.time_s(0.0, 2 * math.ceil(math.log2(mesh.nodes)) * calls)
+    return min(ring, (tree, tree), key=max)
+
+
+def _is_sum(part: Collective) -> bool:
+    """A ring sum passes everybody twice, a gather or a scatter once."""
+    return part.messages > 1.5 * (part.mesh.size - 1) * part.calls
 
 
 def collective_s(part: Collective, cluster: Cluster) -> float:
