@@ -79,7 +79,7 @@ def _measured_fabric(row: Row, cluster: Cluster) -> Cluster:
     if 0 < inside < NVLINK_IN_USE * cluster.intra.bytes_per_s:
         cluster = replace(cluster, intra=replace(cluster.intra, bytes_per_s=inside))
     gathered, summed = (_number(row, f"all_{name}_gb_per_s", 0.0) * 1e9 for name in ("gather", "reduce"))
-    if count(row, "gpus") <= cluster.devices_per_node or not (gathered or summed):
+    if not (gathered or summed) or count(row, "gpus") <= cluster.devices_per_node:
         return cluster
     if gathered:
         # most hops of a ring are inside nodes, and where its steps are slow they are slow on both

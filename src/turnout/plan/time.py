@@ -95,6 +95,12 @@ def reduces_late(run: Run) -> bool:
     return not framework.overlap_dp or (framework.zero_sums and run.job.strategy.zero == 1)
 
 
+@reads("zero")
+def gathers_parameters(run: Run) -> bool:
+    """Whether an optimizer that is sharded has parameters gathered for the next pass."""
+    return run.job.strategy.zero > 0
+
+
 def _rank_pass(of: Terms[Run], stage: Stage, mirror: Stage | None) -> Pass:
     one = stage_pass(of, stage)
     return one if mirror is None else mean_pass(one, stage_pass(of, mirror))
@@ -125,9 +131,7 @@ def _step(of: Terms[Run], stage: Stage, mirror: Stage | None, micro: Pass, all_s
 def _ends_s(of: Terms[Run], blocks: int, micro: Pass) -> tuple[Numbers, Numbers]:
     """(exposed, hidden) seconds of what is sent once a step: gradients, ZeRO's parameters, tied embeddings."""
     job, tied, total = of.subject.job, of(tied_s), micro.reduced_s
-    late = of(reduces_late)
-    # behind the last backward and the first forward pass, but for one block's share at the end
-    window = micro.total_s / job.strategy.virtual_stages
-    exposed = larger(total / max(1, blocks), total - window)
-    exposed = either(late, total, exposed)
+    # sums behind the last backward pass, gathers behind the first forward one, but for one block's share at the end
+    window = either(of(gathers_parameters), micro.total_s, micro.backward_s) / job.strategy.virtual_stages
+    exposed = either(of(reduces_late), total, larger(total / max(1, blocks), total - window))
     return tied + exposed, total - exposed
