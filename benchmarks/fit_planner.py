@@ -102,7 +102,7 @@ def calibration_cases() -> list[Case]:
             cluster = cluster_of(row)
             job = micro_case(row, cluster, precision_of(row)) or job_of(row, document["models"])
             case = Case(suite=row["suite"], row=row, job=job, cluster=cluster)
-            case.ratio(fitted())
+            case._ratio(fitted())
             cases.append(case)
         except TurnoutError:
             continue
