@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from turnout.plan.engine import Engine
 from turnout.plan.job import Job
-from turnout.plan.moved_bytes import accumulated_bytes, elementwise_bytes, ffn_bytes, light_bytes, sorting_bytes
+from turnout.plan.moved_bytes import accumulated_bytes, elementwise_bytes, ffn_bytes, light_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ def layer_time(job: Job, layer: int, engine: Engine) -> tuple[float, float]:
     """
     dense = sum(engine.product_s(*product, job.strategy.precision) for product in _ffn_products(job, layer))
     products = dense + _experts_s(job, layer, engine)
-    elementwise, sorted_s = engine.bytes_s(ffn_bytes(job, layer)), engine.bytes_s(sorting_bytes(job, layer))
-    return products + elementwise + sorted_s, 2 * products + 1.5 * elementwise + sorted_s
+    elementwise = engine.bytes_s(ffn_bytes(job, layer))
+    return products + elementwise, 2 * products + 1.5 * elementwise
 
 
 def _up_projections_s(job: Job, engine: Engine) -> float:

@@ -6,8 +6,6 @@ from turnout.strategy import ELEMENT_BYTES
 # rows read or written in another order reach less of the bandwidth than what lies in a row: 0.50 of 0.67 on B200
 # (SimuMax 1.2, configs/system/b200_bf16_ceperm.json, permute and default)
 SCATTERED = 0.666 / 0.5
-# all-to-all programs that send a token once to a rank or a node, whatever experts it has there
-MERGING = ("node_dedup", "rank_dedup")
 
 
 def elementwise_bytes(job: Job, layer: int) -> float:
@@ -42,18 +40,6 @@ def light_bytes(job: Job, layer: int) -> float:
     if shape.experts_of(layer):
         moved += 2 * job.expert_rows * _inner_moves(job) * shape.expert_hidden / strategy.etp
     return moved
-
-
-def sorting_bytes(job: Job, layer: int) -> float:
-    """To sort rows that arrived in the order of their senders by expert, and back; backward takes as long.
-
-    A program that merges rows copies them to their experts as they arrive, which is counted for all of them.
-    Source: Megatron-LM core/transformer/moe/token_dispatcher.py, sort_chunks_by_idxs.
-    """
-    shape, strategy = job.shape, job.strategy
-    if strategy.ep == 1 or shape.experts_of(layer) == strategy.ep or strategy.alltoall in MERGING:
-        return 0.0
-    return SCATTERED * 2 * 2 * 2 * job.expert_rows * (shape.latent_dim or shape.dim)
 
 
 def accumulated_bytes(job: Job, layer: int) -> float:

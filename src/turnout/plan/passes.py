@@ -6,7 +6,6 @@ from turnout.plan.compute import BlockTime, block_time, head_time
 from turnout.plan.data_volume import dense_stage_params
 from turnout.plan.memory import stage_params
 from turnout.plan.model import ModelShape
-from turnout.plan.moved_bytes import sorting_bytes
 from turnout.plan.pipeline import Stage, like_blocks
 from turnout.plan.terms import Numbers, Terms, either, larger, reads, smaller
 from turnout.plan.wire import (
@@ -59,12 +58,6 @@ def repeated(run: Run) -> Again:
 def block_s(run: Run, block: int) -> BlockTime:
     """One block, one micro-batch."""
     return block_time(run.job, block, run.engine)
-
-
-@reads("tp", "sequence_parallel", "ep", "etp", "alltoall")
-def sorted_s(run: Run, block: int) -> float:
-    """Sorting by expert what one token a rank makes others send, and back, in one direction of a block."""
-    return run.engine.bytes_s(sorting_bytes(run.job, block)) / run.job.rank_tokens
 
 
 @reads("tp", "tokens")
@@ -163,9 +156,6 @@ def _work(of: Terms[Run], stage: Stage) -> _Work:
         wire["tp"] = wire["tp"] + number * of(tensor_s, block)
         wire["cp"] = wire["cp"] + number * of(context_s, block)
         if shape.experts_of(block):
-            sorting = number * of(rank_tokens) * of(sorted_s, block)
-            compute = compute + (2 + again.forward) * sorting
-            backward = backward + (1 + again.forward) * sorting
             wire["ep"] = wire["ep"] + number * _experts_wire_s(of, block)
     wire["dp"], once = _gradients_s(of, stage)
     return _Work(

@@ -229,17 +229,21 @@ def _strategy(row: Row, layout: Row, shape: ModelShape, framework: Framework) ->
         zero=zero, recompute=_recompute(row) or "none", micro_batch=micro_batch, precision=precision_of(row),
         overlap=2 if "overlap on" in str(row.get("dispatcher")) else 1,
         scatter_gather=framework.scatter_gather and pp > 1,
-        alltoall=_alltoall(row, shape) if shape.num_experts else "flat",
+        alltoall=_alltoall(row, shape, count(layout, "ep", 1) * etp) if shape.num_experts else "flat",
         grad_precision=framework.wire_precision,
     )  # fmt: skip
 
 
-def _alltoall(row: Row, shape: ModelShape) -> str:
-    """The all-to-all program: what the row says; else what routing limited to nodes is made for, or a flat one."""
+def _alltoall(row: Row, shape: ModelShape, ranks: int) -> str:
+    """The all-to-all program: what the row says; else what routing limited to nodes is made for, or a flat one.
+
+    `ranks` that share the experts of a layer; on one node there is nothing to merge.
+    """
     dispatcher = str(row.get("dispatcher") or "").lower()
     if "deepep" in dispatcher or "hybridep" in dispatcher:
         return "node_dedup"
-    return "node_dedup" if not dispatcher and shape.expert_groups else "flat"
+    spread = ranks > cluster_of(row).devices_per_node
+    return "node_dedup" if not dispatcher and shape.expert_groups and spread else "flat"
 
 
 def _recompute(row: Row) -> Literal["", "none", "selective", "full"]:
