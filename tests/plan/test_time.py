@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from turnout.clusters import CLUSTERS
 from turnout.errors import ConfigError
 from turnout.plan.collectives import all_gather, all_reduce, collective, group
-from turnout.plan.compute import block_time
+from turnout.plan.compute import block_time, layer_time
 from turnout.plan.engine import Engine
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.job import Job
@@ -197,6 +197,23 @@ def test_ranks_that_share_an_expert_share_its_arithmetic(shared: bool) -> None:
         router_s = engine.product_s(asked.routed_tokens, 8, asked.shape.dim, "bf16")
         seconds.append(tp * (block_time(asked, 0, engine).experts_s - router_s))
     assert seconds[1] == pytest.approx(seconds[0])
+
+
+def test_products_of_experts_reach_their_share_of_the_rate_of_one() -> None:
+    engine = Engine(device=CLUSTERS["dgx-h100"].device, parameters=replace(fitted(), gemm_passes=0.0))
+    one, grouped = (engine.product_s(4096, 4096, 4096, "bf16", grouped=each) for each in (False, True))
+    assert one == pytest.approx(fitted().grouped * grouped)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_alone_takes_less_than_its_block_and_twice_as_long_backward(layer: int) -> None:
+    engine = Engine(device=CLUSTERS["dgx-h100"].device, parameters=fitted())
+    asked = job("deepseek-v3" if layer else "llama3-8b", dp=8, ep=8 if layer else 1)
+    layer = 4 * layer  # the first blocks of the one are dense
+    forward_s, backward_s = layer_time(asked, layer, engine)
+    block = block_time(asked, layer, engine)
+    assert block.experts_s < forward_s < block.forward_s
+    assert 1.5 * forward_s < backward_s < 2 * forward_s < block.backward_s
 
 
 # --- collectives over ranks that share parameters ---
