@@ -70,7 +70,7 @@ def test_memory_and_out_of_memory_are_predicted(report: Validation) -> None:
     assert errors["simumax_b200", "peak"] <= 0.015
     assert errors["nanotron", "between steps"] <= 0.02
     assert errors["torchtitan", "peak"] <= 0.085
-    assert errors["nanotron", "peak"] <= 0.18
+    assert errors["nanotron", "peak"] <= 0.12
     (failures,) = report.oom
     assert failures.f1 >= 0.965
     assert failures.n > 1300

@@ -100,15 +100,17 @@ TORCHTITAN = _add(
 # bf16, as fp32, as its log-softmax, and as its gradient
 _add("torchtitan-2024", replace(TORCHTITAN, loss_moves=(18.0, 18.0), logit_bytes=14.0))
 # https://github.com/huggingface/nanotron: bf16 weights, fp32 accumulators and master weights, stages balanced by FLOPs
-_add(
+NANOTRON = _add(
     "nanotron",
     Framework(
         schedules=("1f1b",),
         data_parallel_bytes=2.0, zero_kept_bytes=4.0, zero_shard_bytes=2.0, logit_bytes=8.0, fused_activation=False,
-        stage_balance="flops", gathered_inputs="stage", gather_buffer_bytes=4.0,
+        stage_balance="flops", gathered_inputs="block", gather_buffer_bytes=4.0,
         rotary_bytes=6.0, attention_rate=0.6, overlap_tp=True, overlap_pp=False,
         # buckets of 25 MiB of bf16 gradients without ZeRO, the default of PyTorch's DistributedDataParallel, which it
         # leaves away with ZeRO: src/nanotron/trainer.py, make_ddp and sync_gradients_across_dp(reduce_scatter=False)
         zero_sums=True, bucket_params=25 * 2**20 / 2,
     ),
 )  # fmt: skip
+# and as long as gathered inputs were kept for the backward pass: tp_recompute_allgather of its configuration
+_add("nanotron-2024", replace(NANOTRON, gathered_inputs="stage"))

@@ -49,7 +49,7 @@ class Parameters:
 
     def framework_scale(self, framework: str) -> float:
         """Step time of a framework over that of the others; 1 where no calibration row tells them apart."""
-        return self.scale_nanotron if framework == "nanotron" else 1.0
+        return self.scale_nanotron if framework.startswith("nanotron") else 1.0
 
 
 @lru_cache(maxsize=1)
