@@ -11,8 +11,8 @@ AWS_P5 = CLUSTERS.register("aws-p5")(
         DGX_H100,
         name="aws-p5",
         # 400 GB/s of EFA a node (AWS); all-gathers of 1 GiB over 2 to 64 nodes took 38 us in each step of the ring and
-        # went at 235 GB/s a node: in the runs of nanotron's Ultra-Scale Playbook. For an all-to-all, which pays it for each
-        # of its messages, it is an upper bound
+        # went at 235 GB/s a node: in the runs of nanotron's Ultra-Scale Playbook. For an all-to-all, which pays it for
+        # each of its messages, it is an upper bound
         inter=Link(bytes_per_s=235 / 8 * GB, latency_s=38e-6),
         network_usd_per_device=0.0,  # rented with the machine
         sources=(
