@@ -95,7 +95,7 @@ class Cluster:
     usd_per_device_hour: float = 0.0  # rent; 0 where unknown
     device_watt: float = 0.0  # of the device alone; 0 where unknown
     host_watt: float = 0.0  # of the rest of the node, per device; 0 where unknown
-    alltoall_share: float = 1.0  # of intra.bytes_per_s that an all-to-all reaches on switches; gathers and sums reach all
+    alltoall_share: float = 1.0  # of intra.bytes_per_s that an all-to-all reaches on switches; gathers reach all
     network_usd_per_device: float = 0.0  # network cost per endpoint; 0 where unknown
     sources: tuple[str, ...] = ()  # where the numbers are from
 
