@@ -2,20 +2,25 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    # imported when something is printed
+    from rich.console import Console
+    from rich.table import Table
 
 
-def console(*, as_json: bool) -> Console:
+def console(*, as_json: bool) -> "Console":
     """Where a verb prints for people. Text is shown as it is: a path may hold what rich reads as markup or an emoji."""
+    from rich.console import Console
+
     return Console(stderr=as_json, markup=False, emoji=False, highlight=False)
 
 
 def print_error(text: str) -> None:
     """One line on stderr."""
+    from rich.text import Text
+
     console(as_json=True).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 
@@ -35,8 +40,10 @@ def write_pieces(out: TextIO, pieces: Iterable[str]) -> str:
     return "".join(written)
 
 
-def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> Table:
+def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> "Table":
     """A table with (heading -> justification) columns."""
+    from rich.table import Table
+
     built = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for heading, justify in columns.items():
         built.add_column(heading, justify=justify)  # pyright: ignore[reportArgumentType]
