@@ -10,7 +10,7 @@ from turnout.hme.tree import Floats, Ints
 RANK_TOLERANCE = 1e-7
 
 
-def log_sum_exp(log: Floats, axis: int = -1) -> Floats:
+def log_sum_exp(log: Floats, axis: int) -> Floats:
     """log(sum(exp(log))) along `axis`, -inf where all terms are."""
     top = log.max(axis=axis, keepdims=True)
     top = np.where(np.isfinite(top), top, 0.0)
@@ -24,18 +24,18 @@ def pairs(size: int) -> tuple[Ints, Ints]:
     return np.triu_indices(size)
 
 
-def pair_products(x_NP: Floats) -> Floats:
+def pair_products(x_PN: Floats) -> Floats:
     """x_p x_q for all p <= q: with it a weighted sum of x x^T for any number of weights is one matrix product.
 
-    Shapes: x_NP (N, P); returns (N, P (P + 1) / 2).
+    Shapes: x_PN (P, N); returns (P (P + 1) / 2, N).
     """
-    size = x_NP.shape[1]
-    product_NQ = np.empty((x_NP.shape[0], size * (size + 1) // 2))
+    size, num_rows = x_PN.shape
+    product_QN = np.empty((size * (size + 1) // 2, num_rows))
     start = 0
     for p in range(size):
-        np.multiply(x_NP[:, p : p + 1], x_NP[:, p:], out=product_NQ[:, start : start + size - p])
+        np.multiply(x_PN[p], x_PN[p:], out=product_QN[start : start + size - p])
         start += size - p
-    return product_NQ
+    return product_QN
 
 
 def unpack(packed_MQ: Floats, size: int) -> Floats:

@@ -31,8 +31,8 @@ class Experts:
 class Judgement:
     """What experts say of a block of rows."""
 
-    log_density_NL: Floats
-    signal_NLO: Floats  # Gaussian: whitened residuals; softmax: log shares; Poisson: rates
+    log_density_LN: Floats
+    signal_LON: Floats  # Gaussian: whitened residuals; softmax: log shares; Poisson: rates
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,20 +62,20 @@ class Family(ABC):
     def outputs(self) -> int: ...
 
     @abstractmethod
-    def judge(self, x_NP: Floats, y_NT: Floats, experts: Experts) -> Judgement:
+    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
         """Log densities of the targets under each expert, and what `sums` needs."""
 
     @abstractmethod
     def sums(
-        self, x_NP: Floats, product_NQ: Floats, y_NT: Floats, weight_NL: Floats, judged: Judgement, experts: Experts
+        self, x_PN: Floats, product_QN: Floats, y_TN: Floats, weight_LN: Floats, judged: Judgement, experts: Experts
     ) -> ExpertSums:
-        """Moments at `experts` with rows weighted by `weight_NL` (posterior times sample weight)."""
+        """Moments at `experts` with rows weighted by `weight_LN` (posterior times sample weight)."""
 
     @abstractmethod
-    def mean(self, x_NP: Floats, experts: Experts) -> Floats:
-        """Expected targets of each expert, (N, L, T)."""
+    def mean(self, x_PN: Floats, experts: Experts) -> Floats:
+        """Expected targets of each expert, (L, T, N)."""
 
-    def start(self, y_NT: Floats, weight_N: Floats, num_leaves: int, size: int) -> Experts:
+    def start(self, y_TN: Floats, weight_N: Floats, num_leaves: int, size: int) -> Experts:
         """Experts that all say the same, so that the first posteriors are the gates' priors."""
         weight_LPO = np.zeros((num_leaves, size, self.outputs))
         return Experts(weight_LPO=weight_LPO, covariance_LOO=np.zeros((num_leaves, 0, 0)))
@@ -103,42 +103,42 @@ class Gaussian(Family):
     def outputs(self) -> int:
         return self.targets
 
-    def start(self, y_NT: Floats, weight_N: Floats, num_leaves: int, size: int) -> Experts:
+    def start(self, y_TN: Floats, weight_N: Floats, num_leaves: int, size: int) -> Experts:
         """Zero weights; the covariance of the targets as noise."""
-        experts = super().start(y_NT, weight_N, num_leaves, size)
-        centred_NT = y_NT - np.average(y_NT, axis=0, weights=weight_N)
-        square_OO = (weight_N[:, None] * centred_NT).T @ centred_NT
+        experts = super().start(y_TN, weight_N, num_leaves, size)
+        centred_TN = y_TN - np.average(y_TN, axis=1, weights=weight_N)[:, None]
+        square_OO = (weight_N * centred_TN) @ centred_TN.T
         covariance_1OO = self._covariance(square_OO[None], weight_N.sum(keepdims=True))
         return replace(experts, covariance_LOO=covariance_1OO.repeat(num_leaves, axis=0))
 
-    def judge(self, x_NP: Floats, y_NT: Floats, experts: Experts) -> Judgement:
+    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
         """Residuals are whitened inside the product with the inputs: one matrix product for all experts."""
         num_leaves, size, outputs = experts.weight_LPO.shape
         root_LOO, whiten_LOO = _roots(experts.covariance_LOO)
-        from_x = -(experts.weight_LPO @ whiten_LOO).transpose(1, 0, 2).reshape(size, -1)
-        from_y = whiten_LOO.transpose(1, 0, 2).reshape(outputs, -1)
-        white_NLO = (x_NP @ from_x + y_NT @ from_y).reshape(-1, num_leaves, outputs)
+        from_x = (experts.weight_LPO @ whiten_LOO).swapaxes(1, 2).reshape(-1, size)
+        from_y = whiten_LOO.swapaxes(1, 2).reshape(-1, outputs)
+        white_LON = (from_y @ y_TN - from_x @ x_PN).reshape(num_leaves, outputs, -1)
         log_root_L = np.log(np.diagonal(root_LOO, axis1=1, axis2=2)).sum(axis=1)
-        square_NL = np.einsum("nlo,nlo->nl", white_NLO, white_NLO)
-        log_density_NL = -0.5 * (square_NL + outputs * np.log(2 * np.pi)) - log_root_L
-        return Judgement(log_density_NL=log_density_NL, signal_NLO=white_NLO)
+        constant_L = log_root_L + 0.5 * outputs * np.log(2 * np.pi)
+        log_density_LN = -0.5 * (white_LON * white_LON).sum(axis=1) - constant_L[:, None]
+        return Judgement(log_density_LN=log_density_LN, signal_LON=white_LON)
 
     def sums(
-        self, x_NP: Floats, product_NQ: Floats, y_NT: Floats, weight_NL: Floats, judged: Judgement, experts: Experts
+        self, x_PN: Floats, product_QN: Floats, y_TN: Floats, weight_LN: Floats, judged: Judgement, experts: Experts
     ) -> ExpertSums:
         """The gradient is that of half the squared residuals; `square_LOO` is Sum h r r^T."""
         num_leaves, size, outputs = experts.weight_LPO.shape
         root_LOO, _ = _roots(experts.covariance_LOO)
-        weighted_NLO = weight_NL[:, :, None] * judged.signal_NLO
-        white_LPO = (x_NP.T @ weighted_NLO.reshape(len(x_NP), -1)).reshape(size, num_leaves, outputs).swapaxes(0, 1)
-        white_LOO = np.einsum("nlo,nlr->lor", weighted_NLO, judged.signal_NLO)
+        weighted_LON = weight_LN[:, None] * judged.signal_LON
+        white_LPO = (weighted_LON.reshape(-1, x_PN.shape[1]) @ x_PN.T).reshape(num_leaves, outputs, size).swapaxes(1, 2)
+        white_LOO = weighted_LON @ judged.signal_LON.swapaxes(1, 2)
         moments = Moments(
-            value_M=np.einsum("nl,nl->l", weight_NL, judged.log_density_NL),
+            value_M=(weight_LN * judged.log_density_LN).sum(axis=1),
             gradient_MPO=white_LPO @ root_LOO.swapaxes(1, 2),
-            information_MCQ=(weight_NL.T @ product_NQ)[:, None],
+            information_MCQ=(weight_LN @ product_QN.T)[:, None],
         )
         square_LOO = root_LOO @ white_LOO @ root_LOO.swapaxes(1, 2)
-        return ExpertSums(moments=moments, weight_L=weight_NL.sum(axis=0), square_LOO=square_LOO)
+        return ExpertSums(moments=moments, weight_L=weight_LN.sum(axis=1), square_LOO=square_LOO)
 
     def maximised(self, experts: Experts, sums: ExpertSums, step_LPO: Floats, ridge_P: Floats) -> Experts:
         """The M-step: weights moved by `step_LPO` (weighted least squares), and the noise that is left.
@@ -157,8 +157,8 @@ class Gaussian(Family):
         square_LOO += weight_LPO.swapaxes(1, 2) @ (ridge_P[:, None] * weight_LPO)
         return Experts(weight_LPO=weight_LPO, covariance_LOO=self._covariance(square_LOO, sums.weight_L))
 
-    def mean(self, x_NP: Floats, experts: Experts) -> Floats:
-        return _predictors(x_NP, experts.weight_LPO)
+    def mean(self, x_PN: Floats, experts: Experts) -> Floats:
+        return predictors(x_PN, experts.weight_LPO)
 
     def log_prior(self, experts: Experts, ridge_P: Floats) -> float:
         """Log prior of weights and noise, up to a constant: what the M-step adds to the log-likelihood."""
@@ -174,13 +174,16 @@ class Gaussian(Family):
         if self.noise == "unit":
             return np.broadcast_to(eye_OO, square_LOO.shape).copy()
         scatter_LOO = square_LOO + self.noise_rows * self.noise_floor * eye_OO
-        covariance_LOO = scatter_LOO / (weight_L + self.noise_rows)[:, None, None]
+        return self.shaped(scatter_LOO / (weight_L + self.noise_rows)[:, None, None])
+
+    def shaped(self, covariance_LOO: Floats) -> Floats:
+        """The nearest covariances of the form that `noise` names."""
         if self.noise == "full":
             return 0.5 * (covariance_LOO + covariance_LOO.swapaxes(1, 2))
         diagonal_LO = np.diagonal(covariance_LOO, axis1=1, axis2=2)
         if self.noise == "scalar":
             diagonal_LO = diagonal_LO.mean(axis=1, keepdims=True)
-        return diagonal_LO[:, :, None] * eye_OO
+        return diagonal_LO[:, :, None] * np.eye(self.outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,22 +197,22 @@ class Softmax(Family):
     def outputs(self) -> int:
         return self.targets - 1
 
-    def judge(self, x_NP: Floats, y_NT: Floats, experts: Experts) -> Judgement:
-        log_share_NLT = log_softmax_with_last_zero(_predictors(x_NP, experts.weight_LPO))
-        return Judgement(log_density_NL=np.einsum("nt,nlt->nl", y_NT, log_share_NLT), signal_NLO=log_share_NLT)
+    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+        log_share_LTN = log_softmax_with_last_zero(predictors(x_PN, experts.weight_LPO))
+        return Judgement(log_density_LN=(y_TN * log_share_LTN).sum(axis=1), signal_LON=log_share_LTN)
 
     def sums(
-        self, x_NP: Floats, product_NQ: Floats, y_NT: Floats, weight_NL: Floats, judged: Judgement, experts: Experts
+        self, x_PN: Floats, product_QN: Floats, y_TN: Floats, weight_LN: Floats, judged: Judgement, experts: Experts
     ) -> ExpertSums:
-        mass_NLT = weight_NL[:, :, None] * y_NT[:, None, :]
+        mass_LTN = weight_LN[:, None] * y_TN
         return ExpertSums(
-            moments=softmax_moments(x_NP, product_NQ, judged.signal_NLO, mass_NLT),
-            weight_L=weight_NL.sum(axis=0),
+            moments=softmax_moments(x_PN, product_QN, judged.signal_LON, mass_LTN),
+            weight_L=weight_LN.sum(axis=1),
             square_LOO=experts.covariance_LOO,
         )
 
-    def mean(self, x_NP: Floats, experts: Experts) -> Floats:
-        return np.exp(log_softmax_with_last_zero(_predictors(x_NP, experts.weight_LPO)))
+    def mean(self, x_PN: Floats, experts: Experts) -> Floats:
+        return np.exp(log_softmax_with_last_zero(predictors(x_PN, experts.weight_LPO)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,57 +226,58 @@ class Poisson(Family):
     def outputs(self) -> int:
         return 1
 
-    def judge(self, x_NP: Floats, y_NT: Floats, experts: Experts) -> Judgement:
-        log_rate_NL = _predictors(x_NP, experts.weight_LPO)[:, :, 0].clip(-MOST_LOG_RATE, MOST_LOG_RATE)
-        rate_NL = np.exp(log_rate_NL)
+    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+        log_rate_LN = predictors(x_PN, experts.weight_LPO)[:, 0].clip(-MOST_LOG_RATE, MOST_LOG_RATE)
+        rate_LN = np.exp(log_rate_LN)
         return Judgement(
-            log_density_NL=y_NT * log_rate_NL - rate_NL - gammaln(y_NT + 1), signal_NLO=rate_NL[:, :, None]
+            log_density_LN=y_TN * log_rate_LN - rate_LN - gammaln(y_TN + 1), signal_LON=rate_LN[:, None]
         )
 
     def sums(
-        self, x_NP: Floats, product_NQ: Floats, y_NT: Floats, weight_NL: Floats, judged: Judgement, experts: Experts
+        self, x_PN: Floats, product_QN: Floats, y_TN: Floats, weight_LN: Floats, judged: Judgement, experts: Experts
     ) -> ExpertSums:
-        rate_NL = judged.signal_NLO[:, :, 0]
+        rate_LN = judged.signal_LON[:, 0]
         moments = Moments(
-            value_M=np.einsum("nl,nl->l", weight_NL, judged.log_density_NL),
-            gradient_MPO=((weight_NL * (y_NT - rate_NL)).T @ x_NP)[:, :, None],
-            information_MCQ=((weight_NL * rate_NL).T @ product_NQ)[:, None],
+            value_M=(weight_LN * judged.log_density_LN).sum(axis=1),
+            gradient_MPO=((weight_LN * (y_TN - rate_LN)) @ x_PN.T)[:, :, None],
+            information_MCQ=((weight_LN * rate_LN) @ product_QN.T)[:, None],
         )
-        return ExpertSums(moments=moments, weight_L=weight_NL.sum(axis=0), square_LOO=experts.covariance_LOO)
+        return ExpertSums(moments=moments, weight_L=weight_LN.sum(axis=1), square_LOO=experts.covariance_LOO)
 
-    def mean(self, x_NP: Floats, experts: Experts) -> Floats:
-        return np.exp(_predictors(x_NP, experts.weight_LPO).clip(-MOST_LOG_RATE, MOST_LOG_RATE))
+    def mean(self, x_PN: Floats, experts: Experts) -> Floats:
+        return np.exp(predictors(x_PN, experts.weight_LPO).clip(-MOST_LOG_RATE, MOST_LOG_RATE))
 
 
-def softmax_moments(x_NP: Floats, product_NQ: Floats, log_share_NMB: Floats, mass_NMB: Floats) -> Moments:
-    """Moments of M softmax models with `mass_NMB` of each row on each branch; gates and softmax experts are both such.
+def softmax_moments(x_PN: Floats, product_QN: Floats, log_share_MBN: Floats, mass_MBN: Floats) -> Moments:
+    """Moments of M softmax models with `mass_MBN` of each row on each branch; gates and softmax experts are both such.
 
     Source: Jordan & Jacobs 1994, appendix A (IRLS); the whole Hessian, not its diagonal blocks.
     """
-    weight_NM = mass_NMB.sum(axis=2)
-    share_NMB = np.exp(log_share_NMB)
-    num_rows, num_models, branches = mass_NMB.shape
-    score_NMO = (mass_NMB - weight_NM[:, :, None] * share_NMB)[:, :, :-1]
-    gradient = x_NP.T @ score_NMO.reshape(num_rows, -1)
-    curvature_NMC = softmax_curvature(share_NMB, weight_NM)
-    information = curvature_NMC.reshape(num_rows, -1).T @ product_NQ
+    num_models, branches, num_rows = mass_MBN.shape
+    weight_MN = mass_MBN.sum(axis=1)
+    share_MBN = np.exp(log_share_MBN)
+    score_MON = mass_MBN[:, :-1] - weight_MN[:, None] * share_MBN[:, :-1]
+    gradient = score_MON.reshape(-1, num_rows) @ x_PN.T
+    information = softmax_curvature(share_MBN, weight_MN).reshape(-1, num_rows) @ product_QN.T
+    # a branch of no mass adds nothing, however unlikely it is
+    log_mass_MBN = np.where(mass_MBN > 0, log_share_MBN, 0.0) * mass_MBN
     return Moments(
-        value_M=np.einsum("nmb,nmb->m", mass_NMB, np.where(mass_NMB > 0, log_share_NMB, 0.0)),
-        gradient_MPO=gradient.reshape(-1, num_models, branches - 1).swapaxes(0, 1),
-        information_MCQ=information.reshape(num_models, -1, product_NQ.shape[1]),
+        value_M=log_mass_MBN.sum(axis=(1, 2)),
+        gradient_MPO=gradient.reshape(num_models, branches - 1, -1).swapaxes(1, 2),
+        information_MCQ=information.reshape(num_models, -1, len(product_QN)),
     )
 
 
-def log_softmax_with_last_zero(predictor_NMO: Floats) -> Floats:
+def log_softmax_with_last_zero(predictor_MON: Floats) -> Floats:
     """Log shares of O + 1 branches, the last of which has the predictor zero."""
-    full_NMB = np.concatenate([predictor_NMO, np.zeros((*predictor_NMO.shape[:2], 1))], axis=2)
-    return full_NMB - log_sum_exp(full_NMB)[:, :, None]
+    num_models, free, num_rows = predictor_MON.shape
+    full_MBN = np.concatenate([predictor_MON, np.zeros((num_models, 1, num_rows))], axis=1)
+    return full_MBN - log_sum_exp(full_MBN, axis=1)[:, None]
 
 
-def _predictors(x_NP: Floats, weight_LPO: Floats) -> Floats:
+def predictors(x_PN: Floats, weight_LPO: Floats) -> Floats:
     num_models, size, outputs = weight_LPO.shape
-    flat = weight_LPO.transpose(1, 0, 2).reshape(size, -1)
-    return (x_NP @ flat).reshape(len(x_NP), num_models, outputs)
+    return (weight_LPO.swapaxes(1, 2).reshape(-1, size) @ x_PN).reshape(num_models, outputs, -1)
 
 
 def _roots(covariance_LOO: Floats) -> tuple[Floats, Floats]:

@@ -59,14 +59,14 @@ def newton_step(moments: Moments, ridge_P: Floats) -> Floats:
     return solve_symmetric(matrix, gradient_M1).reshape(num_models, outputs, size).swapaxes(1, 2)
 
 
-def softmax_curvature(share_NMB: Floats, weight_NM: Floats) -> Floats:
+def softmax_curvature(share_MBN: Floats, weight_MN: Floats) -> Floats:
     """Minus the second derivatives of weight * log softmax, by pairs of predictors of all but the last branch.
 
-    Shapes: share_NMB (N, M, B) rows sum to 1; weight_NM (N, M); returns (N, M, (B - 1) B / 2).
+    Shapes: share_MBN (M, B, N) sums over B to 1; weight_MN (M, N); returns (M, (B - 1) B / 2, N).
     """
-    b_C, c_C = pairs(share_NMB.shape[2] - 1)
-    left_NMC = share_NMB[:, :, b_C]
-    return weight_NM[:, :, None] * left_NMC * ((b_C == c_C) - share_NMB[:, :, c_C])
+    b_C, c_C = pairs(share_MBN.shape[1] - 1)
+    weighted_MCN = weight_MN[:, None] * share_MBN[:, b_C]
+    return weighted_MCN * ((b_C == c_C)[:, None] - share_MBN[:, c_C])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from turnout.hme.algebra import log_sum_exp
-from turnout.hme.families import Experts, Family, Gaussian, Judgement, log_softmax_with_last_zero
+from turnout.hme.families import Experts, Family, Gaussian, Judgement, log_softmax_with_last_zero, predictors
 from turnout.hme.tree import Floats, Tree
 
 
@@ -21,44 +21,41 @@ class Mixture:
     gate_GPO: Floats  # O: all branches but the last
     experts: Experts
 
-    def log_shares(self, x_NP: Floats) -> Floats:
-        """Log probability of each branch at its gate, (N, G, B); -inf for a closed branch."""
-        gates, size, free = self.gate_GPO.shape
-        predictor_NGO = (x_NP @ self.gate_GPO.transpose(1, 0, 2).reshape(size, -1)).reshape(len(x_NP), gates, free)
-        if not self.tree.open_GB.all():
-            predictor_NGO = np.where(self.tree.open_GB[:, :-1], predictor_NGO, -np.inf)
-        return log_softmax_with_last_zero(predictor_NGO)
+    def log_shares(self, x_PN: Floats) -> Floats:
+        """Log probability of each branch at its gate, (G, B, N); -inf for a closed branch."""
+        predictor_GON = predictors(x_PN, self.gate_GPO)
+        predictor_GON[~self.tree.open_GB[:, :-1]] = -np.inf
+        return log_softmax_with_last_zero(predictor_GON)
 
-    def log_priors(self, log_share_NGB: Floats) -> Floats:
-        """Log probability of each leaf before y is seen, (N, L): the sum along its path."""
-        flat_NE = log_share_NGB.reshape(len(log_share_NGB), -1)
-        if not self.tree.open_GB.all():
-            flat_NE = np.where(self.tree.open_GB.ravel(), flat_NE, 0.0)
-        return flat_NE @ self.tree.path_EL
+    def log_priors(self, log_share_GBN: Floats) -> Floats:
+        """Log probability of each leaf before y is seen, (L, N): the sum along its path."""
+        is_open_E = self.tree.open_GB.ravel()
+        flat_EN = log_share_GBN.reshape(len(is_open_E), -1)
+        return self.tree.path_EL[is_open_E].T @ (flat_EN if is_open_E.all() else flat_EN[is_open_E])
 
-    def priors(self, x_NP: Floats) -> Floats:
-        """Probability of each leaf before y is seen, (N, L)."""
-        return np.exp(self.log_priors(self.log_shares(x_NP)))
+    def priors(self, x_PN: Floats) -> Floats:
+        """Probability of each leaf before y is seen, (L, N)."""
+        return np.exp(self.log_priors(self.log_shares(x_PN)))
 
-    def posterior(self, x_NP: Floats, y_NT: Floats) -> "Posterior":
+    def posterior(self, x_PN: Floats, y_TN: Floats) -> "Posterior":
         """The E-step: how probable each leaf is given the targets.
 
         Source: Jordan & Jacobs 1994, eq. 9-11, in logarithms.
         """
-        log_share_NGB = self.log_shares(x_NP)
-        judged = self.family.judge(x_NP, y_NT, self.experts)
-        joint_NL = self.log_priors(log_share_NGB) + judged.log_density_NL
-        loglik_N = log_sum_exp(joint_NL)
+        log_share_GBN = self.log_shares(x_PN)
+        judged = self.family.judge(x_PN, y_TN, self.experts)
+        joint_LN = self.log_priors(log_share_GBN) + judged.log_density_LN
+        loglik_N = log_sum_exp(joint_LN, axis=0)
         return Posterior(
-            leaf_NL=np.exp(joint_NL - loglik_N[:, None]),
+            leaf_LN=np.exp(joint_LN - loglik_N),
             loglik_N=loglik_N,
-            log_share_NGB=log_share_NGB,
+            log_share_GBN=log_share_GBN,
             judged=judged,
         )
 
-    def mean(self, x_NP: Floats) -> Floats:
-        """Expected targets, (N, T)."""
-        return np.einsum("nl,nlt->nt", self.priors(x_NP), self.family.mean(x_NP, self.experts))
+    def mean(self, x_PN: Floats) -> Floats:
+        """Expected targets, (T, N)."""
+        return np.einsum("ln,ltn->tn", self.priors(x_PN), self.family.mean(x_PN, self.experts))
 
     def log_prior(self, ridge_P: Floats) -> float:
         """What ridge and noise prior add to the log-likelihood to make the objective of EM."""
@@ -81,14 +78,14 @@ class Mixture:
 class Posterior:
     """The E-step of a block of rows."""
 
-    leaf_NL: Floats  # rows sum to 1
+    leaf_LN: Floats  # columns sum to 1
     loglik_N: Floats
-    log_share_NGB: Floats
+    log_share_GBN: Floats
     judged: Judgement
 
 
 def new_mixture(
-    tree: Tree, family: Family, y_NT: Floats, weight_N: Floats, size: int, random: np.random.Generator
+    tree: Tree, family: Family, y_TN: Floats, weight_N: Floats, size: int, random: np.random.Generator
 ) -> Mixture:
     """Gates in random directions of a standard input space, experts that all say the same.
 
@@ -101,5 +98,5 @@ def new_mixture(
         tree=tree,
         family=family,
         gate_GPO=np.where(tree.open_GB[:, None, :-1], gate_GPO, 0.0),
-        experts=family.start(y_NT, weight_N, tree.num_leaves, size),
+        experts=family.start(y_TN, weight_N, tree.num_leaves, size),
     )

@@ -1,6 +1,7 @@
 """The shape of a hierarchical mixture: gates that choose among branches, experts at the leaves.
 
-All arrays of `turnout.hme` end in their shape, in letters of this legend:
+All arrays of `turnout.hme` end in their shape, in letters of this legend; inside a block rows are the last axis, so
+that the short axes (branches, outputs) are summed a whole vector at a time:
 
     N rows     D inputs    P inputs and the constant (D + 1, the constant last)    O outputs of one expert
     G gates    B branches of a gate    L leaves (experts)    Q pairs of inputs p <= q    C pairs of outputs o <= r
