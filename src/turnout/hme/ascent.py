@@ -69,8 +69,14 @@ def fit_ascent(
     config: AscentConfig,
     random: np.random.Generator,
     watch: Callable[[int, float], None] | None = None,
+    *,
+    keep_last: bool = False,
 ) -> Fit:
-    """Stochastic gradient ascent with momentum over random batches; the best mixture after a pass is returned."""
+    """Stochastic gradient ascent with momentum over random batches.
+
+    Returns the likeliest mixture after a pass, or the last one if `keep_last` (on-line: rows are no measure of rows
+    to come).
+    """
     total, best, path = float(rows.weight_N.sum()), mixture, [loglik(rows, mixture)]
     speed = (np.zeros_like(mixture.gate_GPO), np.zeros_like(mixture.experts.weight_LPO), 0.0)
     for iteration in range(config.max_iter):
@@ -78,7 +84,7 @@ def fit_ascent(
             block = Block(x_PN=rows.x_NP[chosen].T, y_TN=rows.y_NT[chosen].T, weight_N=rows.weight_N[chosen])
             mixture, speed = _stepped(mixture, block, speed, config, len(rows) / total)
         path.append(loglik(rows, mixture))
-        best = mixture if path[-1] >= max(path) else best
+        best = mixture if keep_last or path[-1] >= max(path) else best
         if watch is not None:
             watch(iteration + 1, path[-1] / total)
         if len(path) > 10 and abs(path[-1] - path[-11]) < config.tol * total:
