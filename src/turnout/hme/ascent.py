@@ -52,7 +52,7 @@ def gradient(mixture: Mixture, block: Block, error: str = "mixture") -> Gradient
     """
     pull = ERRORS[error](mixture, block)
     gates, branches = mixture.tree.child_GB.shape
-    mass_GBN = (mixture.tree.path_EL @ pull.log_prior_LN).reshape(gates, branches, -1)
+    mass_GBN = (mixture.tree.path_EL @ pull.log_prior_LN).reshape(gates, branches, block.x_PN.shape[1])
     score_GON = (mass_GBN - mass_GBN.sum(axis=1, keepdims=True) * np.exp(pull.log_share_GBN))[:, :-1]
     score_GON = np.where(mixture.tree.open_GB[:, :-1, None], score_GON, 0.0)
     return Gradient(
@@ -134,6 +134,6 @@ def _clipped(step: Floats, longest: float = 0.5) -> Floats:
 
 def _by_inputs(score_MON: Floats, x_PN: Floats) -> Floats:
     models, outputs, num_rows = score_MON.shape
-    return (score_MON.reshape(-1, num_rows) @ x_PN.T).reshape(models, outputs, -1).swapaxes(1, 2)
+    return (score_MON.reshape(-1, num_rows) @ x_PN.T).reshape(models, outputs, len(x_PN)).swapaxes(1, 2)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
 
 from turnout.errors import ConfigError
 from turnout.hme.ascent import AscentConfig, fit_ascent
@@ -80,7 +80,7 @@ class _HME(BaseEstimator):
         tree, config = self._tree(), self._config()
         check_experts(len(rows), max(tree.num_leaves, 1))
         fit = solve(tree, self._family(y_NT.shape[1]), rows, config, self._random())
-        self.mixture_ = fit.mixture
+        self.mixture_, self.recursion_ = fit.mixture, None
         # densities of standardized targets, in the units of y
         unit = float(rows.weight_N.sum() * np.log(self.target_scale_.deviation_D).sum())
         self.loglik_path_ = np.array(fit.loglik_path) - unit
@@ -331,6 +331,7 @@ class HMEClassifier(ClassifierMixin, _HME):
 
     def predict(self, X: Any) -> Any:
         """The likeliest class of each row."""
+        check_is_fitted(self)
         return self.classes_[self.predict_proba(X).argmax(axis=1)]
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
@@ -338,6 +339,7 @@ class HMEClassifier(ClassifierMixin, _HME):
 
         Raises: ValueError for one class, NaN or infinite input, fewer rows than experts, or a setting out of range.
         """
+        self._inputs(X, reset=True)
         self._read_classes(y)
         return super().fit(X, y, sample_weight)
 
@@ -352,13 +354,12 @@ class HMEClassifier(ClassifierMixin, _HME):
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
         check_classification_targets(y)
-        self.classes_ = np.unique(np.asarray(y))
+        self.classes_ = np.unique(column_or_1d(y, warn=True))
         if len(self.classes_) < 2:
-            raise ValueError(f"y has 1 class ({self.classes_[0]!r}); a classifier needs at least two")
+            raise ValueError(f"y has {len(self.classes_)} class ({list(self.classes_)}); a classifier needs at least two")
 
     def _targets(self, y: Any, num_rows: int) -> Floats:
-        y_N = np.asarray(y)
-        y_N = y_N.ravel() if y_N.ndim == 2 and y_N.shape[1] == 1 else y_N
+        y_N = column_or_1d(y)
         if y_N.shape != (num_rows,):
             raise ValueError(f"X has {num_rows} rows and y shape {y_N.shape}: inconsistent numbers of samples")
         unknown = np.setdiff1d(y_N, self.classes_)

@@ -263,8 +263,8 @@ def softmax_moments(x_PN: Floats, product_QN: Floats, log_share_MBN: Floats, mas
     log_mass_MBN = np.where(mass_MBN > 0, log_share_MBN, 0.0) * mass_MBN
     return Moments(
         value_M=log_mass_MBN.sum(axis=(1, 2)),
-        gradient_MPO=gradient.reshape(num_models, branches - 1, -1).swapaxes(1, 2),
-        information_MCQ=information.reshape(num_models, -1, len(product_QN)),
+        gradient_MPO=gradient.reshape(num_models, branches - 1, len(x_PN)).swapaxes(1, 2),
+        information_MCQ=information.reshape(num_models, branches * (branches - 1) // 2, len(product_QN)),
     )
 
 
@@ -277,7 +277,7 @@ def log_softmax_with_last_zero(predictor_MON: Floats) -> Floats:
 
 def predictors(x_PN: Floats, weight_LPO: Floats) -> Floats:
     num_models, size, outputs = weight_LPO.shape
-    return (weight_LPO.swapaxes(1, 2).reshape(-1, size) @ x_PN).reshape(num_models, outputs, -1)
+    return (weight_LPO.swapaxes(1, 2).reshape(-1, size) @ x_PN).reshape(num_models, outputs, x_PN.shape[1])
 
 
 def _roots(covariance_LOO: Floats) -> tuple[Floats, Floats]:

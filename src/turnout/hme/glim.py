@@ -55,7 +55,7 @@ def newton_step(moments: Moments, ridge_P: Floats) -> Floats:
     block_MOOPP[:, p_C, q_C] = block_MOOPP[:, q_C, p_C] = unpack(moments.information_MCQ, size)
     matrix = block_MOOPP.transpose(0, 1, 3, 2, 4).reshape(num_models, outputs * size, outputs * size)
     matrix += np.diag(np.tile(ridge_P, outputs))
-    gradient_M1 = moments.gradient_MPO.swapaxes(1, 2).reshape(num_models, -1, 1)
+    gradient_M1 = moments.gradient_MPO.swapaxes(1, 2).reshape(num_models, outputs * size, 1)
     return solve_symmetric(matrix, gradient_M1).reshape(num_models, outputs, size).swapaxes(1, 2)
 
 

@@ -30,7 +30,7 @@ class Mixture:
     def log_priors(self, log_share_GBN: Floats) -> Floats:
         """Log probability of each leaf before y is seen, (L, N): the sum along its path."""
         is_open_E = self.tree.open_GB.ravel()
-        flat_EN = log_share_GBN.reshape(len(is_open_E), -1)
+        flat_EN = log_share_GBN.reshape(len(is_open_E), log_share_GBN.shape[2])
         return self.tree.path_EL[is_open_E].T @ (flat_EN if is_open_E.all() else flat_EN[is_open_E])
 
     def priors(self, x_PN: Floats) -> Floats:

@@ -114,7 +114,7 @@ def _block_sums(block: Block, believed: Mixture, at: Mixture, log_posteriors: bo
 
 def _branch_mass(mixture: Mixture, weight_LN: Floats) -> Floats:
     """Posterior mass below each branch: h_i, h_i h_j|i, ... of all levels in one product."""
-    return (mixture.tree.path_EL @ weight_LN).reshape(*mixture.tree.child_GB.shape, -1)
+    return (mixture.tree.path_EL @ weight_LN).reshape(*mixture.tree.child_GB.shape, weight_LN.shape[1])
 
 
 def _log_posterior_moments(x_PN: Floats, product_QN: Floats, log_share_GBN: Floats, mass_GBN: Floats) -> Moments:
@@ -133,6 +133,6 @@ def _log_posterior_moments(x_PN: Floats, product_QN: Floats, log_share_GBN: Floa
     gates, free, num_rows = score_GON.shape
     return Moments(
         value_M=-0.5 * (score_GON * error_GON).sum(axis=(1, 2)),
-        gradient_MPO=(score_GON.reshape(-1, num_rows) @ x_PN.T).reshape(gates, free, -1).swapaxes(1, 2),
+        gradient_MPO=(score_GON.reshape(-1, num_rows) @ x_PN.T).reshape(gates, free, len(x_PN)).swapaxes(1, 2),
         information_MCQ=(weight_GN @ product_QN.T)[:, None],
     )
