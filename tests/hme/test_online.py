@@ -19,7 +19,8 @@ def test_recursive_least_squares_equals_batch_weighted_least_squares(forgetting:
     random = np.random.default_rng(0)
     x_NP, y_NO, weight_NM = random.normal(size=(200, 6)), random.normal(size=(200, 2)), random.uniform(0, 1, (200, 3))
     weight_NM[::7] = 0
-    start = 1e-8  # of the ridge
+    # without forgetting the start counts as nothing; with it, its age is known and is part of the batch problem
+    start = 1e-8 if forgetting == 1 else 1e-2
     inverse_MPP, theta_MPO = np.tile(np.eye(6) / start, (3, 1, 1)), np.zeros((3, 6, 2))
     for x_P, y_O, weight_M in zip(x_NP, y_NO, weight_NM, strict=True):
         gain_MP, inverse_MPP = weighted_update(inverse_MPP, x_P, weight_M, forgetting)
@@ -27,9 +28,10 @@ def test_recursive_least_squares_equals_batch_weighted_least_squares(forgetting:
     age_N = forgetting ** np.arange(199, -1, -1.0)
     for m in range(3):
         left = (x_NP * (age_N * weight_NM[:, m])[:, None]).T
-        want_PO = np.linalg.solve(left @ x_NP, left @ y_NO)
+        information = left @ x_NP + (0 if forgetting == 1 else start * forgetting**200) * np.eye(6)
+        want_PO = np.linalg.solve(information, left @ y_NO)
         np.testing.assert_allclose(theta_MPO[m], want_PO, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(inverse_MPP[m], np.linalg.inv(left @ x_NP), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(inverse_MPP[m], np.linalg.inv(information), rtol=1e-5, atol=1e-6)
 
 
 def test_one_expert_learned_on_line_without_forgetting_is_ridge_regression() -> None:

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from turnout import __version__
-from turnout.cli import bench, chat, compare, data, doctor, generate, plan, report, train, verify
+from turnout.cli import bench, chat, compare, data, doctor, fit_hme, generate, plan, report, train, verify
 from turnout.cli.console import print_error
 from turnout.errors import ConfigError, RequestError, TurnoutError
 
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (train, chat, generate, report, compare, bench, data, doctor, verify, plan):
+for verb in (train, chat, generate, report, compare, bench, data, doctor, verify, plan, fit_hme):
     verb.add_to(app)
 
 

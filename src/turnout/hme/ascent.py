@@ -135,5 +135,3 @@ def _clipped(step: Floats, longest: float = 0.5) -> Floats:
 def _by_inputs(score_MON: Floats, x_PN: Floats) -> Floats:
     models, outputs, num_rows = score_MON.shape
     return (score_MON.reshape(-1, num_rows) @ x_PN.T).reshape(models, outputs, len(x_PN)).swapaxes(1, 2)
-
-

@@ -49,8 +49,15 @@ def ridge_of(ridge: float, size: int) -> Floats:
     return np.append(np.full(size - 1, ridge), 1e-3 * ridge)
 
 
-def fit_em(mixture: Mixture, rows: Rows, config: EMConfig, watch: Callable[[int, float], None] | None = None) -> Fit:
-    """EM from `mixture` on; algorithm 2, which may fall, returns the best mixture it met.
+def fit_em(
+    mixture: Mixture,
+    rows: Rows,
+    config: EMConfig,
+    watch: Callable[[int, float], None] | None = None,
+    *,
+    keep_last: bool = False,
+) -> Fit:
+    """EM from `mixture` on; algorithm 2, which may fall, returns the best mixture it met unless `keep_last`.
 
     `watch` is told the iteration and its objective a row.
     """
@@ -65,7 +72,7 @@ def fit_em(mixture: Mixture, rows: Rows, config: EMConfig, watch: Callable[[int,
         objectives.append(sums.loglik + mixture.log_prior(ridge_P))
         if watch is not None:
             watch(iteration, objectives[-1] / total_weight)
-        best = mixture if objectives[-1] >= max(objectives) else best
+        best = mixture if keep_last or objectives[-1] >= max(objectives) else best
         # the first iteration leaves experts that are all alike, and may gain nothing by it
         gained = objectives[-1] - objectives[-2] if iteration > 1 else np.inf
         converged = abs(gained) < config.tol * total_weight

@@ -112,9 +112,7 @@ class _HME(BaseEstimator):
             )
             self.recursion_ = None
             self.n_iter_ = 0
-        rows = Rows(
-            x_NP=self.scale_.with_constant(x_ND), y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N
-        )
+        rows = Rows(x_NP=self.scale_.with_constant(x_ND), y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N)
         self._learn(rows)
         self.n_iter_ += 1
         return self
@@ -150,9 +148,7 @@ class _HME(BaseEstimator):
         x_ND = self._filled(x_ND)
         self.scale_ = Scale.of(x_ND, weight_N)
         self.target_scale_ = self._target_scale(y_NT, weight_N)
-        return Rows(
-            x_NP=self.scale_.with_constant(x_ND), y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N
-        )
+        return Rows(x_NP=self.scale_.with_constant(x_ND), y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N)
 
     def _filled(self, x_ND: Floats) -> Floats:
         return np.where(np.isnan(x_ND), self.fill_D_, x_ND) if self.missing == "mean" else x_ND
@@ -356,7 +352,9 @@ class HMEClassifier(ClassifierMixin, _HME):
         check_classification_targets(y)
         self.classes_ = np.unique(column_or_1d(y, warn=True))
         if len(self.classes_) < 2:
-            raise ValueError(f"y has {len(self.classes_)} class ({list(self.classes_)}); a classifier needs at least two")
+            raise ValueError(
+                f"y has {len(self.classes_)} class ({list(self.classes_)}); a classifier needs at least two"
+            )
 
     def _targets(self, y: Any, num_rows: int) -> Floats:
         y_N = column_or_1d(y)

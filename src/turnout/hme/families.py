@@ -229,9 +229,7 @@ class Poisson(Family):
     def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
         log_rate_LN = predictors(x_PN, experts.weight_LPO)[:, 0].clip(-MOST_LOG_RATE, MOST_LOG_RATE)
         rate_LN = np.exp(log_rate_LN)
-        return Judgement(
-            log_density_LN=y_TN * log_rate_LN - rate_LN - gammaln(y_TN + 1), signal_LON=rate_LN[:, None]
-        )
+        return Judgement(log_density_LN=y_TN * log_rate_LN - rate_LN - gammaln(y_TN + 1), signal_LON=rate_LN[:, None])
 
     def sums(
         self, x_PN: Floats, product_QN: Floats, y_TN: Floats, weight_LN: Floats, judged: Judgement, experts: Experts

@@ -74,9 +74,7 @@ def forgetting_at(rows_seen: int, config: OnlineConfig) -> float:
     return 1 - (1 - config.forgetting) * (1 - config.settle_share) ** (rows_seen // config.settle_rows)
 
 
-def weighted_update(
-    inverse_MPP: Floats, x_P: Floats, weight_M: Floats, forgetting: float
-) -> tuple[Floats, Floats]:
+def weighted_update(inverse_MPP: Floats, x_P: Floats, weight_M: Floats, forgetting: float) -> tuple[Floats, Floats]:
     """One row of recursive weighted least squares for M models: the gains (M, P) and the new inverses.
 
     Written without a division by the weight, which may be zero: gain = w R x / (lambda + w x^T R x).
@@ -117,9 +115,7 @@ def _log_posterior_error(mass_GB: Floats, log_share_GB: Floats) -> Floats:
     return np.where(is_open_GO, target_GB[:, :-1] - target_GB[:, -1:] - predictor_GO, 0.0)
 
 
-def _noise(
-    mixture: Mixture, error_LO: Floats, leaf_L: Floats, x_P: Floats, gain_LP: Floats, rows_seen: int
-) -> Floats:
+def _noise(mixture: Mixture, error_LO: Floats, leaf_L: Floats, x_P: Floats, gain_LP: Floats, rows_seen: int) -> Floats:
     """Each covariance moved towards the row's squared error, by the row's share of the rows that it stands for.
 
     The error before times the error after the update is what recursive least squares adds to the sum of squares.
@@ -139,4 +135,4 @@ def _noise(
 def _bounded(inverse_MPP: Floats, most: float) -> Floats:
     """Scaled down where forgetting has let it grow without rows to hold it, and kept symmetric."""
     mean_M = np.trace(inverse_MPP, axis1=1, axis2=2) / inverse_MPP.shape[1]
-    return inverse_MPP * np.minimum(1.0, most / np.maximum(mean_M, np.finfo(float).tiny))[:, None, None]
+    return inverse_MPP * (most / np.maximum(mean_M, most))[:, None, None]

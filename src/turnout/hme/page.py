@@ -1,0 +1,163 @@
+"""`turnout fit-hme --report`: one self-contained page of a fitted tree; no script, no network."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+
+from turnout.hme.tree import CLOSED, Floats
+
+MOST_DOTS = 1500  # of the scatter plot
+MOST_BARS = 8  # inputs shown at a gate
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PageData:
+    """What the page shows."""
+
+    title: str
+    sentence: str
+    tiles: Sequence[tuple[str, str]]  # label, value
+    loglik_path: Floats  # nats a row
+    names: Sequence[str]
+    text: str
+    truth_N: Floats | None  # of rows the fit never saw; None: classes
+    guess_N: Floats | None
+    share_L: Floats  # mean responsibility of each expert
+
+
+def render(data: PageData, estimator: object) -> str:
+    """The page as HTML; every word of the data is escaped."""
+    css = (files("turnout") / "observe" / "page" / "report.css").read_text(encoding="utf-8")
+    tiles = "".join(
+        f'<div class="tile"><div class="label">{_e(label)}</div><div class="value">{_e(value)}</div></div>'
+        for label, value in data.tiles
+    )
+    parts = [
+        _panel("Log-likelihood, nats a row", path_svg(data.loglik_path)),
+        _panel("The tree: what each gate weighs, how much each expert answers", tree_svg(data, estimator)),
+    ]
+    if data.truth_N is not None and data.guess_N is not None:
+        parts.append(_panel("Held-out rows: predicted against true", scatter_svg(data.truth_N, data.guess_N)))
+    parts.append(_panel("In words", f"<pre>{_e(data.text)}</pre>"))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{_e(data.title)}</title><style>{css}\n{OWN_CSS}</style></head><body><main>"
+        f'<div class="over">Hierarchical mixture of experts</div><h1>{_e(data.title)}</h1>'
+        f'<p class="lead">{_e(data.sentence)}</p><div class="tiles">{tiles}</div>{"".join(parts)}</main></body></html>'
+    )
+
+
+OWN_CSS = """
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin: 24px 0; }
+.hme svg { width: 100%; height: auto; } .hme svg text { fill: var(--soft); font: 12px var(--sans); }
+.hme .axis { stroke: var(--line); } .hme .curve { fill: none; stroke: var(--blue); stroke-width: 2; }
+.hme .dot { fill: var(--blue); fill-opacity: 0.35; } .hme .branch { fill: none; stroke: var(--faint); }
+.hme .up { fill: var(--orange); } .hme .down { fill: var(--blue); } .hme .leaf { fill: var(--green); }
+.hme pre { overflow-x: auto; font: 12.5px/1.5 var(--mono); margin: 0; }
+"""
+
+
+def path_svg(path: Floats) -> str:
+    """A curve over iterations; the first point, experts that are all alike, is left out where there are more."""
+    shown = path[1:] if len(path) > 2 else path
+    x, y = _places(np.arange(len(shown)), 60, 740), _places(-shown, 20, 200)
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    return (
+        '<svg viewBox="0 0 760 240" role="img" aria-label="Log-likelihood by iteration">'
+        '<line class="axis" x1="60" y1="205" x2="740" y2="205"/>'
+        f'<polyline class="curve" points="{line}"/>'
+        f'<text x="52" y="{y.min() + 4:.0f}" text-anchor="end">{shown.max():.4g}</text>'
+        f'<text x="52" y="{y.max() + 4:.0f}" text-anchor="end">{shown.min():.4g}</text>'
+        f'<text x="740" y="226" text-anchor="end">iteration {len(path) - 1}</text></svg>'
+    )
+
+
+def scatter_svg(truth_N: Floats, guess_N: Floats) -> str:
+    """Predicted against true values on one scale, with the diagonal."""
+    stride = max(1, -(-len(truth_N) // MOST_DOTS))
+    both = np.concatenate([truth_N[::stride], guess_N[::stride]])
+    x, y = np.split(_places(both, 50, 390), 2)
+    dots = "".join(f'<circle class="dot" cx="{a:.1f}" cy="{440 - b:.1f}" r="2.6"/>' for a, b in zip(x, y, strict=True))
+    return (
+        '<svg viewBox="0 0 440 420" style="max-width:520px" role="img" aria-label="Predicted against true">'
+        f'<line class="axis" x1="50" y1="390" x2="390" y2="50"/>{dots}'
+        f'<text x="50" y="412">true: {both.min():.3g} to {both.max():.3g}</text>'
+        '<text x="8" y="40">predicted</text></svg>'
+    )
+
+
+def tree_svg(data: PageData, estimator: object) -> str:
+    """Gates as bars of their strongest weights by standardized input, leaves as discs of their share."""
+    mixture = estimator.mixture_  # type: ignore[attr-defined]
+    place, depth = _layout(mixture.tree.child_GB, mixture.tree.num_leaves)
+    wide, high = max(760, 96 * mixture.tree.num_leaves), 130 * (depth + 1)
+    at = {
+        node: (48 + (wide - 96) * (x + 0.5) / mixture.tree.num_leaves, 30 + 130 * y) for node, (x, y) in place.items()
+    }
+    marks = []
+    for gate in range(mixture.tree.num_gates):
+        for child in mixture.tree.child_GB[gate]:
+            if child != CLOSED:
+                (x, y), (u, v) = at[gate], at[int(child)]
+                marks.append(
+                    f'<path class="branch" d="M{x:.0f} {y + 60:.0f}C{x:.0f} {v - 20:.0f} {u:.0f} {y + 80:.0f} {u:.0f} {v:.0f}"/>'
+                )
+        marks.append(_gate_bars(mixture.gate_GPO[gate, :, 0], data.names, *at[gate]))
+    for leaf in range(mixture.tree.num_leaves):
+        x, y = at[~leaf]
+        radius = 4 + 40 * float(np.sqrt(data.share_L[leaf] / np.pi))
+        marks.append(f'<circle class="leaf" cx="{x:.0f}" cy="{y + 20:.0f}" r="{radius:.1f}"/>')
+        marks.append(f'<text x="{x:.0f}" y="{y + 66:.0f}" text-anchor="middle">{leaf}: {data.share_L[leaf]:.0%}</text>')
+    return f'<svg viewBox="0 0 {wide} {high}" role="img" aria-label="The tree">{"".join(marks)}</svg>'
+
+
+def _gate_bars(weight_P: Floats, names: Sequence[str], x: float, y: float) -> str:
+    """The strongest weights towards the gate's first branch: orange for, blue against."""
+    strongest = np.argsort(-np.abs(weight_P[:-1]), kind="stable")[:MOST_BARS]
+    top = max(float(np.abs(weight_P[strongest]).max(initial=0)), 1e-12)
+    bars = []
+    for i, d in enumerate(strongest):
+        size = 26 * abs(float(weight_P[d])) / top
+        left, up = x + 8 * (i - len(strongest) / 2), y + 28 - (size if weight_P[d] > 0 else 0)
+        title = f"<title>{_e(names[d])}: {weight_P[d]:+.3g}</title>"
+        bars.append(
+            f'<rect class="{"up" if weight_P[d] > 0 else "down"}" x="{left:.1f}" y="{up:.1f}" width="6" height="{size:.1f}">{title}</rect>'
+        )
+    name = _e(names[strongest[0]]) if len(strongest) else ""
+    return f'{"".join(bars)}<text x="{x:.0f}" y="{y - 6:.0f}" text-anchor="middle">{name}</text>'
+
+
+def _layout(child_GB: np.ndarray, num_leaves: int) -> tuple[dict[int, tuple[float, int]], int]:
+    """Each node's place: leaves side by side in the order of the tree, gates above the middle of theirs."""
+    place: dict[int, tuple[float, int]] = {}
+    seen = [0]
+
+    def put(node: int, level: int) -> float:
+        if node < 0:
+            x = float(seen[0])
+            seen[0] += 1
+        else:
+            x = float(np.mean([put(int(child), level + 1) for child in child_GB[node] if child != CLOSED]))
+        place[node] = (x, level)
+        return x
+
+    put(0 if len(child_GB) else ~0, 0)
+    return place, max(level for _, level in place.values())
+
+
+def _places(values: Floats, low: float, high: float) -> Floats:
+    span = float(values.max() - values.min()) or 1.0
+    return low + (values - values.min()) / span * (high - low)
+
+
+def _panel(title: str, body: str) -> str:
+    return f'<h2>{_e(title)}</h2><div class="panel hme">{body}</div>'
+
+
+def _e(text: object) -> str:
+    return html.escape(str(text))
