@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from tests.hme.problems import as_block, random_problem, stirred
 
 pytest.importorskip("sklearn")
