@@ -113,7 +113,7 @@ def _gradient(x_ND: Floats, y_NO: Floats, test_ND: Floats, seed: int) -> Progres
 def _backprop(batch_size: int, rate: float, momentum: float, passes: int, every: int) -> Callable[..., Progress]:
     def run(x_ND: Floats, y_NO: Floats, test_ND: Floats, seed: int) -> Progress:
         net = MLPRegressor(
-            (60,), activation="tanh", solver="sgd", learning_rate_init=rate, momentum=momentum, alpha=0.0,
+            hidden_layer_sizes=(60,), activation="tanh", solver="sgd", learning_rate_init=rate, momentum=momentum, alpha=0.0,
             batch_size=min(batch_size, len(x_ND)), random_state=seed, nesterovs_momentum=False,
         )  # fmt: skip
         for done in range(1, passes + 1):

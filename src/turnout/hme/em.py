@@ -13,10 +13,13 @@ from turnout.hme.mixture import Mixture
 from turnout.hme.sweep import Rows, Sums, gate_sweep, sweep
 from turnout.hme.tree import Floats
 
+MOST_HALVINGS = 10  # further passes for models whose step was too long
+
 
 @dataclass(frozen=True, kw_only=True)
 class EMConfig:
-    """How EM runs. An iteration with n Newton steps takes n + 1 passes over the rows (algorithm 2 one)."""
+    """How EM runs. An iteration with n Newton steps takes n + 1 passes over the rows (algorithm 2
+    one), and more where a step must be halved."""
 
     algorithm: Literal[1, 2] = 1  # 1: IRLS gates; 2: gates by least squares on log posteriors
     max_iter: int = 100  # most iterations
@@ -89,12 +92,12 @@ def _maximised(mixture: Mixture, rows: Rows, sums: Sums, config: EMConfig, ridge
     """The M-step, and the passes it took beyond the one that gave `sums`."""
     gates = Climb.start(mixture.gate_GPO, sums.gates, ridge_P)
     experts = Climb.start(mixture.experts.weight_LPO, sums.experts.moments, ridge_P)
-    gate_steps = config.newton_steps if config.algorithm == 1 else 0
+    gate_steps = config.newton_steps
     # least squares on log posteriors is done in one step, and has no likelihood to climb
     least_squares_GPO = gates.trial_MPO
     if isinstance(mixture.family, Gaussian):
         closed = mixture.family.maximised(mixture.experts, sums.experts, experts.step_MPO, ridge_P)
-        gates, taken = _climbed_gates(mixture, rows, gates, gate_steps, ridge_P)
+        gates, taken = (gates, 0) if config.algorithm == 2 else _climbed_gates(mixture, rows, gates, gate_steps, ridge_P)
         best = replace(mixture, experts=closed)
     else:
         gates, experts, taken = _climbed_both(mixture, rows, gates, experts, config, ridge_P)
@@ -105,24 +108,26 @@ def _maximised(mixture: Mixture, rows: Rows, sums: Sums, config: EMConfig, ridge
 def _climbed_gates(mixture: Mixture, rows: Rows, gates: Climb, most: int, ridge_P: Floats) -> tuple[Climb, int]:
     """The gates after at most `most` Newton steps, and the passes these took."""
     enough = GAINED * float(rows.weight_N.sum())
-    for taken in range(most):
-        if gates.promise <= enough:
-            return gates, taken
-        gates = gates.judged(gate_sweep(rows, mixture, gates.trial_MPO), ridge_P)
-    return gates, most
+    taken = 0
+    while gates.promise > enough and (taken < most or (taken < most + MOST_HALVINGS and gates.fell(enough))):
+        gates, taken = gates.judged(gate_sweep(rows, mixture, gates.trial_MPO), ridge_P), taken + 1
+    return gates, taken
 
 
 def _climbed_both(
     mixture: Mixture, rows: Rows, gates: Climb, experts: Climb, config: EMConfig, ridge_P: Floats
 ) -> tuple[Climb, Climb, int]:
-    """Gates and experts after at most `newton_steps` steps in common passes, and the number of these."""
+    """Gates and experts after `newton_steps` steps in common passes, and the number of passes."""
     enough = GAINED * float(rows.weight_N.sum())
-    for taken in range(config.newton_steps):
-        if max(gates.promise, experts.promise) <= enough:
-            return gates, experts, taken
+    taken, most = 0, config.newton_steps
+    while max(gates.promise, experts.promise) > enough:
+        fell = gates.fell(enough) or experts.fell(enough)
+        if taken >= most + MOST_HALVINGS * fell:
+            break
         trial = replace(
             mixture, gate_GPO=gates.trial_MPO, experts=replace(mixture.experts, weight_LPO=experts.trial_MPO)
         )
         found = sweep(rows, mixture, trial)
         gates, experts = gates.judged(found.gates, ridge_P), experts.judged(found.experts.moments, ridge_P)
-    return gates, experts, config.newton_steps
+        taken += 1
+    return gates, experts, taken

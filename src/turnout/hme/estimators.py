@@ -133,8 +133,6 @@ class _HME(BaseEstimator):
     def _checked(self, X: Any, sample_weight: Any, *, reset: bool) -> tuple[Floats, Floats]:
         x_ND = self._inputs(X, reset=reset)
         weight_N = _check_sample_weight(sample_weight, x_ND, dtype=np.float64, ensure_non_negative=True)
-        if not weight_N.sum() > 0:
-            raise ValueError("all sample weights are zero: nothing to fit")
         return x_ND, weight_N
 
     def _inputs(self, X: Any, *, reset: bool = False) -> Floats:

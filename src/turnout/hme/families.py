@@ -1,4 +1,4 @@
-"""What an expert says of its rows: families of densities whose parameters are linear in the inputs, all experts at once."""
+"""What an expert says of its rows: families of densities with parameters linear in the inputs, all experts at once."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -226,6 +226,12 @@ class Poisson(Family):
     def outputs(self) -> int:
         return 1
 
+    def start(self, y_TN: Floats, weight_N: Floats, num_leaves: int, size: int) -> Experts:
+        """The mean count everywhere: from a rate of one, Newton's first step would be far too long."""
+        experts = super().start(y_TN, weight_N, num_leaves, size)
+        experts.weight_LPO[:, -1] = np.log(max(float(np.average(y_TN[0], weights=weight_N)), 1e-3))
+        return experts
+
     def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
         log_rate_LN = predictors(x_PN, experts.weight_LPO)[:, 0].clip(-MOST_LOG_RATE, MOST_LOG_RATE)
         rate_LN = np.exp(log_rate_LN)
@@ -268,7 +274,7 @@ def softmax_moments(x_PN: Floats, product_QN: Floats, log_share_MBN: Floats, mas
 
 def log_softmax_with_last_zero(predictor_MON: Floats) -> Floats:
     """Log shares of O + 1 branches, the last of which has the predictor zero."""
-    num_models, free, num_rows = predictor_MON.shape
+    num_models, _, num_rows = predictor_MON.shape
     full_MBN = np.concatenate([predictor_MON, np.zeros((num_models, 1, num_rows))], axis=1)
     return full_MBN - log_sum_exp(full_MBN, axis=1)[:, None]
 

@@ -12,7 +12,7 @@ import numpy as np
 from turnout.hme.algebra import pairs, solve_symmetric, unpack
 from turnout.hme.tree import Floats
 
-GAINED = 1e-9  # a model whose next step promises less than this, in nats a row, is at its maximum
+GAINED = 1e-12  # a model whose next step promises less than this, in nats a row, is at its maximum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,10 @@ class Climb:
     def promise(self) -> float:
         """The most that a model's next trial promises, in nats."""
         return float((self.scale_M * self.promise_M).max(initial=0.0))
+
+    def fell(self, enough: float) -> bool:
+        """Whether a model with more than `enough` to gain had its last trial rejected."""
+        return bool(((self.scale_M < 1) & (self.scale_M * self.promise_M > enough)).any())
 
     def judged(self, moments: Moments, ridge_P: Floats) -> "Climb":
         """After the trial was evaluated: models that rose go on from there, the others will try half the step."""
