@@ -12,7 +12,7 @@ import numpy as np
 from turnout.hme.algebra import pairs, solve_symmetric, unpack
 from turnout.hme.tree import Floats
 
-GAINED = 1e-12  # a model whose next step promises less than this, in nats a row, is at its maximum
+GAINED = 1e-10  # a model whose next step promises less than this, in nats a row, is at its maximum
 
 
 @dataclass(frozen=True, kw_only=True)
