@@ -94,3 +94,22 @@ def test_missing_inputs_are_taken_as_the_mean_when_asked() -> None:
     assert _finite(fitted)
     filled_ND = np.where(np.isnan(holes_ND), np.append(np.nanmean(holes_ND[:, :3], axis=0), 0), holes_ND)
     np.testing.assert_allclose(fitted.predict(holes_ND), fitted.predict(filled_ND))
+
+
+def test_a_solver_that_does_not_fit_the_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match="they need Gaussian experts"):
+        HMEClassifier(solver="gradient", error="competition").fit(X, X[:, 0] > 0)
+    with pytest.raises(ValueError, match="on-line recursive least squares needs Gaussian experts"):
+        HMERegressor(family="poisson", solver="online").fit(X, np.arange(60))
+    with pytest.raises(ValueError, match="classes are learned on-line by partial_fit"):
+        HMEClassifier(solver="online").fit(X, X[:, 0] > 0)
+
+
+@pytest.mark.parametrize("error", ["mixture", "competition", "cooperation"])
+def test_each_error_of_1991_lowers_what_it_measures(error: str) -> None:
+    x_ND = np.random.default_rng(1).normal(size=(400, 2))
+    y_N = np.abs(x_ND[:, 0])
+    fitted = HMERegressor(1, 2, solver="gradient", error=error, max_iter=20, random_state=0).fit(x_ND, y_N)
+    assert fitted.objective_path_[-1] > fitted.objective_path_[0]
+    assert fitted.score(x_ND, y_N) > 0.5
+    assert _finite(fitted)

@@ -11,7 +11,7 @@ from tests.hme.problems import as_block, random_problem, stirred
 pytest.importorskip("sklearn")
 
 from turnout.hme.ascent import gradient
-from turnout.hme.families import Gaussian
+from turnout.hme.gaussian import Gaussian
 from turnout.hme.local_errors import ERRORS
 from turnout.hme.mixture import Mixture
 

@@ -8,7 +8,7 @@ from tests.hme.problems import random_problem
 pytest.importorskip("sklearn")
 
 from turnout.errors import ConfigError
-from turnout.hme.families import Gaussian
+from turnout.hme.gaussian import Gaussian
 from turnout.hme.mixture import new_mixture
 from turnout.hme.online import OnlineConfig, Recursion, forgetting_at, learn_rows, weighted_update
 from turnout.hme.sweep import Rows
@@ -40,7 +40,7 @@ def test_one_expert_learned_on_line_without_forgetting_is_ridge_regression() -> 
     x_NP = np.column_stack([random.normal(size=(300, 4)), np.ones(300)])
     rows = Rows(x_NP=x_NP, y_NT=random.normal(size=(300, 2)) + x_NP[:, :2], weight_N=random.uniform(0.5, 2, 300))
     start = new_mixture(Tree.complete(0, 2), Gaussian(targets=2), rows.y_NT.T, rows.weight_N, 5, random)
-    config = OnlineConfig(forgetting=1.0, start_variance=10.0)
+    config = OnlineConfig(forgetting=1.0, expert_variance=10.0)
     got = learn_rows(Recursion.start(start, config), rows, config).mixture.experts.weight_LPO[0]
     left = (x_NP * rows.weight_N[:, None]).T
     np.testing.assert_allclose(got, np.linalg.solve(left @ x_NP + np.eye(5) / 10, left @ rows.y_NT), rtol=1e-9)
@@ -55,7 +55,7 @@ def test_lambda_goes_to_one_by_six_tenths_every_thousand_rows() -> None:
 
 def test_experts_that_see_nothing_stay_finite_under_constant_forgetting() -> None:
     mixture, rows = random_problem(3, "gaussian")
-    config = OnlineConfig(forgetting=0.9, settle_share=0.0)
+    config = OnlineConfig(forgetting=0.9, settle_share=0.0, forgets="all")
     state = Recursion.start(mixture, config)
     for _ in range(30):
         state = learn_rows(state, rows, config)

@@ -22,7 +22,9 @@ def fit_hme(
     branching: Annotated[int, typer.Option(help="Branches of a gate.", min=2)] = 2,
     task: Annotated[str, typer.Option(help="regression, classification or counts; auto: by the target.")] = "auto",
     solver: Annotated[str, typer.Option(help="em, least_squares (algorithm 2), gradient or online.")] = "em",
-    max_iter: Annotated[int, typer.Option("--max-iter", help="Most iterations.", min=1)] = 100,
+    max_iter: Annotated[
+        int | None, typer.Option("--max-iter", help="Most iterations; default 100, 3 passes on-line.", min=1)
+    ] = None,
     restarts: Annotated[int, typer.Option(help="Random starts; the likeliest is kept.", min=1)] = 1,
     max_experts: Annotated[int, typer.Option("--max-experts", help="Grow to at most so many; 0: do not grow.")] = 0,
     missing: Annotated[str, typer.Option(help="Missing inputs: refuse, or mean of their column.")] = "refuse",
@@ -36,6 +38,10 @@ def fit_hme(
     from turnout.hme.table import read_table
 
     table = read_table(data, target)
+    if missing == "refuse" and table.first_missing is not None:
+        line, column = table.first_missing
+        place = f"{data} line {line}: column {column!r}"
+        raise DataError(f"{place} is missing; use --missing mean, or leave such lines out")
     kind = _task(task, table)
     settings: dict[str, Any] = {
         "depth": depth, "branching": branching, "solver": solver, "max_iter": max_iter, "n_init": restarts,
@@ -49,8 +55,8 @@ def fit_hme(
     screen = console(as_json=as_json)
     for note in table.notes:
         screen.print(note)
-    screen.print(estimator.export_text(list(table.names)))
-    screen.print(_sentence(fitted, kind))
+    screen.print(estimator.export_text(list(table.names)), soft_wrap=True)
+    screen.print(_sentence(fitted, kind), soft_wrap=True)
     if report is not None:
         _write_report(report, data, table, estimator, fitted, kind)
         screen.print(f"wrote {report} ({report.stat().st_size / 1024:.0f} KiB)")
@@ -87,13 +93,14 @@ def _fit(estimator: Any, table: Any, kind: str, test_share: float, seed: int) ->
     test_N = test_N if num_test else train_N
     guess = estimator.predict(table.x_ND[test_N])
     if kind == "classification":
-        error = float(np.mean(guess != y[test_N]))
+        error: float | None = float(np.mean(guess != y[test_N]))
     else:
         spread = float(np.var(y[test_N]))
-        error = float(np.mean((guess - y[test_N]) ** 2)) / spread if spread > 0 else float("nan")
+        error = float(np.mean((guess - y[test_N]) ** 2)) / spread if spread > 0 else None
     return {
-        "log_likelihood": float(estimator.loglik_path_[-1]), "relative_error": error if error == error else None,
-        "iterations": int(estimator.n_iter_), "seconds": round(seconds, 3), "experts": estimator.mixture_.tree.num_leaves,
+        "log_likelihood": float(estimator.loglik_), "relative_error": error,
+        "iterations": int(estimator.n_iter_), "seconds": round(seconds, 3),
+        "experts": estimator.mixture_.tree.num_leaves,
         "train_rows": len(train_N), "test_rows": num_test, "task": kind,
         "_truth": y[test_N], "_guess": guess, "_x": table.x_ND[train_N],
     }  # fmt: skip
@@ -102,7 +109,7 @@ def _fit(estimator: Any, table: Any, kind: str, test_share: float, seed: int) ->
 def _sentence(fitted: dict[str, Any], kind: str) -> str:
     measured = "share of wrong classes" if kind == "classification" else "error over variance"
     where = f"{fitted['test_rows']} rows kept aside" if fitted["test_rows"] else "the rows of the fit themselves"
-    error = "n/a" if fitted["relative_error"] is None else f"{fitted['relative_error']:.4f}"
+    error = _share(fitted["relative_error"])
     return (
         f"{fitted['experts']} experts after {fitted['iterations']} iterations in {fitted['seconds']:.2f} s: "
         f"{measured} {error} on {where}"
@@ -118,7 +125,7 @@ def _write_report(path: Path, data: Path, table: Any, estimator: Any, fitted: di
         sentence=_sentence(fitted, kind),
         tiles=(
             ("experts", str(fitted["experts"])),
-            ("wrong" if is_class else "relative error", "n/a" if fitted["relative_error"] is None else f"{fitted['relative_error']:.4f}"),
+            ("wrong" if is_class else "relative error", _share(fitted["relative_error"])),
             ("log-likelihood a row", f"{fitted['log_likelihood'] / fitted['train_rows']:.4f}"),
             ("iterations", str(fitted["iterations"])),
         ),
@@ -130,3 +137,7 @@ def _write_report(path: Path, data: Path, table: Any, estimator: Any, fitted: di
         share_L=estimator.apply(fitted["_x"]).mean(axis=0),
     )  # fmt: skip
     path.write_text(render(page, estimator), encoding="utf-8")
+
+
+def _share(error: float | None) -> str:
+    return "n/a" if error is None else f"{error:.4f}"

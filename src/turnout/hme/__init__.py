@@ -7,16 +7,23 @@ from typing import TYPE_CHECKING, Any
 from turnout.errors import ConfigError
 
 if TYPE_CHECKING:
+    from turnout.hme.bridge import hidden_for, to_moe
+    from turnout.hme.classifier import HMEClassifier
     from turnout.hme.distribution import Predictive
-    from turnout.hme.estimators import HMEClassifier, HMERegressor
+    from turnout.hme.plots import plot_fit, plot_tree
+    from turnout.hme.regressor import HMERegressor
 
 _HOME = {
-    "HMEClassifier": "turnout.hme.estimators",
-    "HMERegressor": "turnout.hme.estimators",
+    "HMEClassifier": "turnout.hme.classifier",
+    "HMERegressor": "turnout.hme.regressor",
     "Predictive": "turnout.hme.distribution",
+    "hidden_for": "turnout.hme.bridge",
+    "plot_fit": "turnout.hme.plots",
+    "plot_tree": "turnout.hme.plots",
+    "to_moe": "turnout.hme.bridge",
 }
 
-__all__ = ["HMEClassifier", "HMERegressor", "Predictive"]
+__all__ = ["HMEClassifier", "HMERegressor", "Predictive", "hidden_for", "plot_fit", "plot_tree", "to_moe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from turnout.hme.tree import Floats, Ints
 
@@ -70,7 +71,7 @@ def solve_symmetric(a_MPP: Floats, b_MPO: Floats) -> Floats:
     return solved_MPO * scale_MP[:, :, None]
 
 
-def _is_regular(unit_MPP: Floats) -> Floats:
+def _is_regular(unit_MPP: Floats) -> NDArray[np.bool_]:
     try:
         pivots_MP = np.diagonal(np.linalg.cholesky(unit_MPP), axis1=1, axis2=2)
     except np.linalg.LinAlgError:

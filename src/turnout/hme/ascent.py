@@ -7,10 +7,11 @@ import numpy as np
 
 from turnout.errors import ConfigError
 from turnout.hme.em import Fit, ridge_of
-from turnout.hme.families import Experts, Gaussian
+from turnout.hme.families import Experts
+from turnout.hme.gaussian import Gaussian
 from turnout.hme.local_errors import ERRORS
 from turnout.hme.mixture import Mixture
-from turnout.hme.sweep import Block, Rows, loglik
+from turnout.hme.sweep import Block, Rows, loglik, sweep
 from turnout.hme.tree import Floats
 
 
@@ -19,7 +20,7 @@ class AscentConfig:
     """How gradient ascent runs; the gradient is a mean over the rows of a batch."""
 
     error: str = "mixture"  # mixture: the likelihood; cooperation, competition: of 1991, Gaussian experts alone
-    learning_rate: float = 0.1  # rho
+    learning_rate: float = 0.02  # rho, of a mean over the rows of a batch
     momentum: float = 0.9
     batch_size: int = 32  # rows of a step
     max_iter: int = 100  # passes over the rows
@@ -63,6 +64,40 @@ def gradient(mixture: Mixture, block: Block, error: str = "mixture") -> Gradient
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Speed:
+    """What every parameter moves in a step, momentum included."""
+
+    gate_GPO: Floats
+    weight_LPO: Floats
+    log_noise_L: Floats
+
+    @classmethod
+    def zero(cls, mixture: Mixture) -> "Speed":
+        return cls(
+            gate_GPO=np.zeros_like(mixture.gate_GPO),
+            weight_LPO=np.zeros_like(mixture.experts.weight_LPO),
+            log_noise_L=np.zeros(mixture.tree.num_leaves),
+        )
+
+    def pushed(self, mixture: Mixture, found: Gradient, rate: float, decay_P1: Floats, momentum: float) -> "Speed":
+        """After the push of a batch's gradient: a step takes `rate` of it and `decay_P1` of the weights."""
+        gate_push = rate * found.gate_GPO - decay_P1 * mixture.gate_GPO
+        weight_push = rate * found.weight_LPO - decay_P1 * mixture.experts.weight_LPO
+        return Speed(
+            gate_GPO=momentum * self.gate_GPO + _bounded(gate_push),
+            weight_LPO=momentum * self.weight_LPO + _bounded(weight_push),
+            log_noise_L=momentum * self.log_noise_L + _bounded(0.5 * rate * found.log_noise_L),
+        )
+
+    def moved(self, mixture: Mixture) -> Mixture:
+        experts = Experts(
+            weight_LPO=mixture.experts.weight_LPO + self.weight_LPO,
+            covariance_LOO=_scaled_noise(mixture, self.log_noise_L),
+        )
+        return replace(mixture, gate_GPO=mixture.gate_GPO + self.gate_GPO, experts=experts)
+
+
 def fit_ascent(
     mixture: Mixture,
     rows: Rows,
@@ -74,47 +109,57 @@ def fit_ascent(
 ) -> Fit:
     """Stochastic gradient ascent with momentum over random batches.
 
-    Returns the likeliest mixture after a pass, or the last one if `keep_last` (on-line: rows are no measure of rows
-    to come).
+    Returns the best mixture after a pass by the error that is fitted, or the last one if `keep_last` (on-line: rows
+    are no measure of rows to come). Errors that know no noise get theirs from the residuals at the end.
     """
-    total, best, path = float(rows.weight_N.sum()), mixture, [loglik(rows, mixture)]
-    speed = (np.zeros_like(mixture.gate_GPO), np.zeros_like(mixture.experts.weight_LPO), 0.0)
+    total, speed = float(rows.weight_N.sum()), Speed.zero(mixture)
+    decay_P1 = config.learning_rate * ridge_of(config.ridge, rows.x_NP.shape[1])[:, None] / len(rows)
+    best, values, logliks = mixture, [value(rows, mixture, config.error)], [loglik(rows, mixture)]
     for iteration in range(config.max_iter):
         for chosen in np.array_split(random.permutation(len(rows)), max(1, len(rows) // config.batch_size)):
             block = Block(x_PN=rows.x_NP[chosen].T, y_TN=rows.y_NT[chosen].T, weight_N=rows.weight_N[chosen])
-            mixture, speed = _stepped(mixture, block, speed, config, len(rows) / total)
-        path.append(loglik(rows, mixture))
-        best = mixture if keep_last or path[-1] >= max(path) else best
+            found = natural(mixture, gradient(mixture, block, config.error), config.error)
+            rate = config.learning_rate * len(rows) / (total * len(chosen))
+            speed = speed.pushed(mixture, found, rate, decay_P1, config.momentum)
+            mixture = speed.moved(mixture)
+        values.append(value(rows, mixture, config.error))
+        logliks.append(loglik(rows, mixture))
+        best = mixture if keep_last or values[-1] >= max(values) else best
         if watch is not None:
-            watch(iteration + 1, path[-1] / total)
-        if len(path) > 10 and abs(path[-1] - path[-11]) < config.tol * total:
+            watch(iteration + 1, values[-1] / total)
+        if len(values) > 10 and abs(values[-1] - values[-11]) < config.tol * total:
             break
     return Fit(
-        mixture=best, loglik_path=tuple(path), objective_path=tuple(path), passes=len(path) - 1,
-        converged=len(path) <= config.max_iter,
-    )  # fmt: skip
+        mixture=best if config.error == "mixture" else with_noise(best, rows),
+        loglik_path=tuple(logliks),
+        objective_path=tuple(values),
+        passes=len(values) - 1,
+        converged=len(values) <= config.max_iter,
+    )
 
 
-def _stepped(
-    mixture: Mixture, block: Block, speed: tuple[Floats, Floats, Floats | float], config: AscentConfig, unit: float
-) -> tuple[Mixture, tuple[Floats, Floats, Floats | float]]:
-    found = gradient(mixture, block, config.error)
-    ridge_P1 = ridge_of(config.ridge, block.x_PN.shape[0])[:, None] * (block.x_PN.shape[1] / 1000)
-    pulls = (
-        found.gate_GPO - ridge_P1 * mixture.gate_GPO,
-        found.weight_LPO - ridge_P1 * mixture.experts.weight_LPO,
-        found.log_noise_L,
-    )
-    rate = config.learning_rate * unit / block.x_PN.shape[1]
-    speed_G, speed_L, speed_noise = (
-        config.momentum * old + _clipped(rate * pull) for old, pull in zip(speed, pulls, strict=True)
-    )
-    experts = Experts(
-        weight_LPO=mixture.experts.weight_LPO + speed_L,
-        covariance_LOO=_scaled_noise(mixture, np.asarray(speed_noise)),
-    )
-    moved = replace(mixture, gate_GPO=mixture.gate_GPO + speed_G, experts=experts)
-    return moved, (speed_G, speed_L, speed_noise)
+def natural(mixture: Mixture, found: Gradient, error: str) -> Gradient:
+    """The likelihood's gradient in units of each Gaussian expert's own noise, others as they are.
+
+    With it a step is that of the paper's unit variance, and does not grow as the noise falls.
+    """
+    if error != "mixture" or not isinstance(mixture.family, Gaussian):
+        return found
+    return replace(found, weight_LPO=found.weight_LPO @ mixture.experts.covariance_LOO)
+
+
+def value(rows: Rows, mixture: Mixture, error: str) -> float:
+    """Minus the error (or the log-likelihood) of all rows."""
+    return sum(ERRORS[error](mixture, block).value for block in rows.blocks(mixture))
+
+
+def with_noise(mixture: Mixture, rows: Rows) -> Mixture:
+    """The same Gaussian experts with the noise that their residuals have, weights as they are."""
+    assert isinstance(mixture.family, Gaussian)
+    weight_LPO = mixture.experts.weight_LPO
+    no_step_LPO, no_ridge_P = np.zeros_like(weight_LPO), np.zeros(weight_LPO.shape[1])
+    sums = sweep(rows, mixture).experts
+    return replace(mixture, experts=mixture.family.maximised(mixture.experts, sums, no_step_LPO, no_ridge_P))
 
 
 def _scaled_noise(mixture: Mixture, log_noise_L: Floats) -> Floats:
@@ -127,8 +172,8 @@ def _scaled_noise(mixture: Mixture, log_noise_L: Floats) -> Floats:
     return scaled_LOO * np.maximum(1.0, mixture.family.noise_floor / lowest_L)[:, None, None]
 
 
-def _clipped(step: Floats, longest: float = 0.5) -> Floats:
-    """No step moves a parameter by more than this, in units of standardized inputs."""
+def _bounded(step: Floats, longest: float = 0.25) -> Floats:
+    """No push moves a parameter by more than this, in units of standardized inputs."""
     return np.clip(step, -longest, longest)
 
 

@@ -7,10 +7,10 @@ from typing import Literal
 import numpy as np
 
 from turnout.errors import ConfigError
-from turnout.hme.families import Gaussian
+from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import GAINED, Climb
 from turnout.hme.mixture import Mixture
-from turnout.hme.sweep import Rows, Sums, gate_sweep, sweep
+from turnout.hme.sweep import Rows, Sums, gate_sweep, gate_values, sweep
 from turnout.hme.tree import Floats
 
 MOST_HALVINGS = 10  # further passes for models whose step was too long
@@ -18,8 +18,11 @@ MOST_HALVINGS = 10  # further passes for models whose step was too long
 
 @dataclass(frozen=True, kw_only=True)
 class EMConfig:
-    """How EM runs. An iteration with n Newton steps takes n + 1 passes over the rows (algorithm 2
-    one), and more where a step must be halved."""
+    """How EM runs.
+
+    An iteration with n Newton steps takes n + 1 passes over the rows, and more where a step must be halved; one of
+    algorithm 2 takes one pass.
+    """
 
     algorithm: Literal[1, 2] = 1  # 1: IRLS gates; 2: gates by least squares on log posteriors
     max_iter: int = 100  # most iterations
@@ -91,43 +94,39 @@ def fit_em(
 def _maximised(mixture: Mixture, rows: Rows, sums: Sums, config: EMConfig, ridge_P: Floats) -> tuple[Mixture, int]:
     """The M-step, and the passes it took beyond the one that gave `sums`."""
     gates = Climb.start(mixture.gate_GPO, sums.gates, ridge_P)
+    if config.algorithm == 2:
+        # least squares is done in one step, and has no likelihood to climb
+        gates = gates.arrived()
     experts = Climb.start(mixture.experts.weight_LPO, sums.experts.moments, ridge_P)
-    gate_steps = config.newton_steps
-    # least squares on log posteriors is done in one step, and has no likelihood to climb
-    least_squares_GPO = gates.trial_MPO
     if isinstance(mixture.family, Gaussian):
-        closed = mixture.family.maximised(mixture.experts, sums.experts, experts.step_MPO, ridge_P)
-        gates, taken = (gates, 0) if config.algorithm == 2 else _climbed_gates(mixture, rows, gates, gate_steps, ridge_P)
-        best = replace(mixture, experts=closed)
+        maximal = mixture.family.maximised(mixture.experts, sums.experts, experts.step_MPO, ridge_P)
+        gates, taken = _climbed_gates(mixture, rows, gates, config.newton_steps, ridge_P)
     else:
-        gates, experts, taken = _climbed_both(mixture, rows, gates, experts, config, ridge_P)
-        best = replace(mixture, experts=replace(mixture.experts, weight_LPO=experts.weight_MPO))
-    return replace(best, gate_GPO=gates.weight_MPO if config.algorithm == 1 else least_squares_GPO), taken
+        gates, experts, taken = _climbed_both(mixture, rows, gates, experts, config.newton_steps, ridge_P)
+        maximal = replace(mixture.experts, weight_LPO=experts.weight_MPO)
+    return replace(mixture, gate_GPO=gates.weight_MPO, experts=maximal), taken
 
 
-def _climbed_gates(mixture: Mixture, rows: Rows, gates: Climb, most: int, ridge_P: Floats) -> tuple[Climb, int]:
-    """The gates after at most `most` Newton steps, and the passes these took."""
-    enough = GAINED * float(rows.weight_N.sum())
-    taken = 0
-    while gates.promise > enough and (taken < most or (taken < most + MOST_HALVINGS and gates.fell(enough))):
+def _climbed_gates(mixture: Mixture, rows: Rows, gates: Climb, steps: int, ridge_P: Floats) -> tuple[Climb, int]:
+    """The gates after `steps` Newton steps, and the passes these took; the last step needs no moments of its own."""
+    enough, taken = GAINED * float(rows.weight_N.sum()), 0
+    while gates.promise > enough and taken < steps - 1:
         gates, taken = gates.judged(gate_sweep(rows, mixture, gates.trial_MPO), ridge_P), taken + 1
+    while gates.promise > enough and taken < steps + MOST_HALVINGS:
+        gates, taken = gates.settled(gate_values(rows, mixture, gates.trial_MPO), ridge_P), taken + 1
     return gates, taken
 
 
 def _climbed_both(
-    mixture: Mixture, rows: Rows, gates: Climb, experts: Climb, config: EMConfig, ridge_P: Floats
+    mixture: Mixture, rows: Rows, gates: Climb, experts: Climb, steps: int, ridge_P: Floats
 ) -> tuple[Climb, Climb, int]:
-    """Gates and experts after `newton_steps` steps in common passes, and the number of passes."""
-    enough = GAINED * float(rows.weight_N.sum())
-    taken, most = 0, config.newton_steps
+    """Gates and experts after `steps` Newton steps in common passes, and the number of these."""
+    enough, taken = GAINED * float(rows.weight_N.sum()), 0
     while max(gates.promise, experts.promise) > enough:
-        fell = gates.fell(enough) or experts.fell(enough)
-        if taken >= most + MOST_HALVINGS * fell:
+        if taken >= steps + MOST_HALVINGS * (gates.fell(enough) or experts.fell(enough)):
             break
-        trial = replace(
-            mixture, gate_GPO=gates.trial_MPO, experts=replace(mixture.experts, weight_LPO=experts.trial_MPO)
-        )
-        found = sweep(rows, mixture, trial)
+        tried = replace(mixture.experts, weight_LPO=experts.trial_MPO)
+        found = sweep(rows, mixture, replace(mixture, gate_GPO=gates.trial_MPO, experts=tried))
         gates, experts = gates.judged(found.gates, ridge_P), experts.judged(found.experts.moments, ridge_P)
         taken += 1
     return gates, experts, taken

@@ -1,18 +1,18 @@
 """Generalized linear models in batches: the gates of a tree are M models, and so are its experts.
 
-A model's log-likelihood is concave in its linear predictors; a step needs its score (first derivatives by predictor) and
+A log-likelihood is concave in the linear predictors; a step needs its score (first derivatives by predictor) and
 its curvature (minus second derivatives, for pairs of predictors). Iteratively reweighted least squares is Newton's
 method on these, damped here so that no step lowers the objective.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from turnout.hme.algebra import pairs, solve_symmetric, unpack
 from turnout.hme.tree import Floats
 
-GAINED = 1e-10  # a model whose next step promises less than this, in nats a row, is at its maximum
+GAINED = 1e-12  # a model whose next step promises less than this, in nats a row, is at its maximum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,9 @@ class Moments:
 
     def with_ridge(self, weight_MPO: Floats, ridge_P: Floats) -> "Moments":
         """The same for the objective minus half the ridge times squared weights."""
-        pull_MPO = ridge_P[:, None] * weight_MPO
         return Moments(
-            value_M=self.value_M - 0.5 * (pull_MPO * weight_MPO).sum(axis=(1, 2)),
-            gradient_MPO=self.gradient_MPO - pull_MPO,
+            value_M=self.value_M - _ridge_cost(weight_MPO, ridge_P),
+            gradient_MPO=self.gradient_MPO - ridge_P[:, None] * weight_MPO,
             information_MCQ=self.information_MCQ,
         )
 
@@ -57,16 +56,6 @@ def newton_step(moments: Moments, ridge_P: Floats) -> Floats:
     matrix += np.diag(np.tile(ridge_P, outputs))
     gradient_M1 = moments.gradient_MPO.swapaxes(1, 2).reshape(num_models, outputs * size, 1)
     return solve_symmetric(matrix, gradient_M1).reshape(num_models, outputs, size).swapaxes(1, 2)
-
-
-def softmax_curvature(share_MBN: Floats, weight_MN: Floats) -> Floats:
-    """Minus the second derivatives of weight * log softmax, by pairs of predictors of all but the last branch.
-
-    Shapes: share_MBN (M, B, N) sums over B to 1; weight_MN (M, N); returns (M, (B - 1) B / 2, N).
-    """
-    b_C, c_C = pairs(share_MBN.shape[1] - 1)
-    weighted_MCN = weight_MN[:, None] * share_MBN[:, b_C]
-    return weighted_MCN * ((b_C == c_C)[:, None] - share_MBN[:, c_C])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +93,30 @@ class Climb:
         """Whether a model with more than `enough` to gain had its last trial rejected."""
         return bool(((self.scale_M < 1) & (self.scale_M * self.promise_M > enough)).any())
 
+    def arrived(self) -> "Climb":
+        """The trial taken as it is, with nothing left to gain."""
+        return replace(
+            self,
+            weight_MPO=self.trial_MPO,
+            value_M=np.full_like(self.value_M, np.inf),
+            step_MPO=np.zeros_like(self.step_MPO),
+            promise_M=np.zeros_like(self.promise_M),
+        )
+
+    def settled(self, value_M: Floats, ridge_P: Floats) -> "Climb":
+        """After the trial was valued: models that rose stay there for good, the others will try half the step."""
+        trial_MPO = self.trial_MPO
+        held_M = value_M - _ridge_cost(trial_MPO, ridge_P)
+        rose_M = held_M >= self.value_M
+        return replace(
+            self,
+            weight_MPO=np.where(rose_M[:, None, None], trial_MPO, self.weight_MPO),
+            value_M=np.where(rose_M, held_M, self.value_M),
+            step_MPO=np.where(rose_M[:, None, None], 0.0, self.step_MPO),
+            scale_M=np.where(rose_M, self.scale_M, 0.5 * self.scale_M),
+            promise_M=np.where(rose_M, 0.0, self.promise_M),
+        )
+
     def judged(self, moments: Moments, ridge_P: Floats) -> "Climb":
         """After the trial was evaluated: models that rose go on from there, the others will try half the step."""
         there = Climb.start(self.trial_MPO, moments, ridge_P)
@@ -116,3 +129,8 @@ class Climb:
             scale_M=np.where(rose_M, 1.0, 0.5 * self.scale_M),
             promise_M=np.where(rose_M, there.promise_M, self.promise_M),
         )
+
+
+def _ridge_cost(weight_MPO: Floats, ridge_P: Floats) -> Floats:
+    """Half the ridge times squared weights, model by model."""
+    return 0.5 * (ridge_P[:, None] * weight_MPO**2).sum(axis=(1, 2))

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from turnout.hme.em import EMConfig, Fit, fit_em
-from turnout.hme.families import Experts, Gaussian
+from turnout.hme.families import Experts
+from turnout.hme.gaussian import Gaussian
 from turnout.hme.mixture import Mixture
 from turnout.hme.sweep import Rows, loglik, sweep
 from turnout.hme.tree import Floats

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from turnout.errors import ConfigError
-from turnout.hme.families import Gaussian, Poisson
+from turnout.hme.families import Poisson
+from turnout.hme.gaussian import Gaussian
 from turnout.hme.mixture import Mixture
 from turnout.hme.sweep import Block
 from turnout.hme.tree import Floats

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from turnout.hme.algebra import log_sum_exp
-from turnout.hme.families import Experts, Family, Gaussian, Judgement, log_softmax_with_last_zero, predictors
+from turnout.hme.families import Experts, Family, Judgement, ridge_log_prior
+from turnout.hme.shares import log_softmax_with_last_zero, predictors
 from turnout.hme.tree import Floats, Tree
 
 
@@ -59,19 +60,14 @@ class Mixture:
 
     def log_prior(self, ridge_P: Floats) -> float:
         """What ridge and noise prior add to the log-likelihood to make the objective of EM."""
-        gates = -0.5 * float((ridge_P[:, None] * self.gate_GPO**2).sum())
-        if isinstance(self.family, Gaussian):
-            return gates + self.family.log_prior(self.experts, ridge_P)
-        return gates - 0.5 * float((ridge_P[:, None] * self.experts.weight_LPO**2).sum())
+        return ridge_log_prior(self.gate_GPO, ridge_P) + self.family.log_prior(self.experts, ridge_P)
 
     @property
     def num_parameters(self) -> int:
         """Free parameters, for information criteria."""
-        branches = int(self.tree.open_GB.sum()) - self.tree.num_gates
-        noise = {"unit": 0, "scalar": 1, "diagonal": self.family.outputs}
-        full = self.family.outputs * (self.family.outputs + 1) // 2
-        spread = noise.get(self.family.noise, full) if isinstance(self.family, Gaussian) else 0
-        return branches * self.gate_GPO.shape[1] + self.experts.weight_LPO.size + spread * self.tree.num_leaves
+        free_branches = int(self.tree.open_GB.sum()) - self.tree.num_gates
+        noise = self.family.noise_parameters * self.tree.num_leaves
+        return free_branches * self.gate_GPO.shape[1] + self.experts.weight_LPO.size + noise
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

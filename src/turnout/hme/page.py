@@ -7,6 +7,8 @@ from importlib.resources import files
 
 import numpy as np
 
+from turnout.hme.base import HMEBase
+from turnout.hme.text import placed
 from turnout.hme.tree import CLOSED, Floats
 
 MOST_DOTS = 1500  # of the scatter plot
@@ -28,7 +30,7 @@ class PageData:
     share_L: Floats  # mean responsibility of each expert
 
 
-def render(data: PageData, estimator: object) -> str:
+def render(data: PageData, estimator: HMEBase) -> str:
     """The page as HTML; every word of the data is escaped."""
     css = (files("turnout") / "observe" / "page" / "report.css").read_text(encoding="utf-8")
     tiles = "".join(
@@ -91,10 +93,10 @@ def scatter_svg(truth_N: Floats, guess_N: Floats) -> str:
     )
 
 
-def tree_svg(data: PageData, estimator: object) -> str:
+def tree_svg(data: PageData, estimator: HMEBase) -> str:
     """Gates as bars of their strongest weights by standardized input, leaves as discs of their share."""
-    mixture = estimator.mixture_  # type: ignore[attr-defined]
-    place, depth = _layout(mixture.tree.child_GB, mixture.tree.num_leaves)
+    mixture = estimator.mixture_
+    place, depth = placed(mixture.tree)
     wide, high = max(760, 96 * mixture.tree.num_leaves), 130 * (depth + 1)
     at = {
         node: (48 + (wide - 96) * (x + 0.5) / mixture.tree.num_leaves, 30 + 130 * y) for node, (x, y) in place.items()
@@ -104,9 +106,8 @@ def tree_svg(data: PageData, estimator: object) -> str:
         for child in mixture.tree.child_GB[gate]:
             if child != CLOSED:
                 (x, y), (u, v) = at[gate], at[int(child)]
-                marks.append(
-                    f'<path class="branch" d="M{x:.0f} {y + 60:.0f}C{x:.0f} {v - 20:.0f} {u:.0f} {y + 80:.0f} {u:.0f} {v:.0f}"/>'
-                )
+                curve = f"M{x:.0f} {y + 60:.0f}C{x:.0f} {v - 20:.0f} {u:.0f} {y + 80:.0f} {u:.0f} {v:.0f}"
+                marks.append(f'<path class="branch" d="{curve}"/>')
         marks.append(_gate_bars(mixture.gate_GPO[gate, :, 0], data.names, *at[gate]))
     for leaf in range(mixture.tree.num_leaves):
         x, y = at[~leaf]
@@ -125,29 +126,12 @@ def _gate_bars(weight_P: Floats, names: Sequence[str], x: float, y: float) -> st
         size = 26 * abs(float(weight_P[d])) / top
         left, up = x + 8 * (i - len(strongest) / 2), y + 28 - (size if weight_P[d] > 0 else 0)
         title = f"<title>{_e(names[d])}: {weight_P[d]:+.3g}</title>"
+        side = "up" if weight_P[d] > 0 else "down"
         bars.append(
-            f'<rect class="{"up" if weight_P[d] > 0 else "down"}" x="{left:.1f}" y="{up:.1f}" width="6" height="{size:.1f}">{title}</rect>'
+            f'<rect class="{side}" x="{left:.1f}" y="{up:.1f}" width="6" height="{size:.1f}">{title}</rect>'
         )
     name = _e(names[strongest[0]]) if len(strongest) else ""
     return f'{"".join(bars)}<text x="{x:.0f}" y="{y - 6:.0f}" text-anchor="middle">{name}</text>'
-
-
-def _layout(child_GB: np.ndarray, num_leaves: int) -> tuple[dict[int, tuple[float, int]], int]:
-    """Each node's place: leaves side by side in the order of the tree, gates above the middle of theirs."""
-    place: dict[int, tuple[float, int]] = {}
-    seen = [0]
-
-    def put(node: int, level: int) -> float:
-        if node < 0:
-            x = float(seen[0])
-            seen[0] += 1
-        else:
-            x = float(np.mean([put(int(child), level + 1) for child in child_GB[node] if child != CLOSED]))
-        place[node] = (x, level)
-        return x
-
-    put(0 if len(child_GB) else ~0, 0)
-    return place, max(level for _, level in place.values())
 
 
 def _places(values: Floats, low: float, high: float) -> Floats:

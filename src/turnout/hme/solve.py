@@ -50,7 +50,7 @@ def solve(
     for _ in range(config.restarts):
         start = new_mixture(tree, family, rows.y_NT.T, rows.weight_N, rows.x_NP.shape[1], random)
         fits.append(_fitted(start, rows, config, random, watch))
-    fit = max(fits, key=lambda one: max(one.objective_path))
+    fit = max(fits, key=lambda one: loglik(rows, one.mixture)) if len(fits) > 1 else fits[0]
     if config.most_leaves:
         fit = grow(fit, rows, config.em, config.most_leaves, random, watch)
     return prune(fit, rows, config.em, watch) if config.prune else fit

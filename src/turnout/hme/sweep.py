@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from turnout.hme.algebra import pair_products
-from turnout.hme.families import ExpertSums, softmax_moments
+from turnout.hme.families import ExpertSums
 from turnout.hme.glim import Moments
 from turnout.hme.mixture import Mixture
+from turnout.hme.shares import softmax_moments, softmax_value
 from turnout.hme.tree import Floats
 
 # posteriors below this are taken as this when their logarithm is regressed on (algorithm 2)
 LEAST_POSTERIOR = 1e-3
-BLOCK_BYTES = 2 << 20  # of the widest array of a block: what a core's cache and its neighbours hold
+BLOCK_BYTES = 4 << 20  # of the widest array of a block: what a core's cache and its neighbours hold
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,6 +88,15 @@ def gate_sweep(rows: Rows, believed: Mixture, gate_GPO: Floats) -> Moments:
         total = moments if total is None else total + moments
     assert total is not None
     return total
+
+
+def gate_values(rows: Rows, believed: Mixture, gate_GPO: Floats) -> Floats:
+    """The gates' objectives alone: less than half the work of `gate_sweep`."""
+    at, value_G = replace(believed, gate_GPO=gate_GPO), np.zeros(len(gate_GPO))
+    for block in rows.blocks(believed):
+        weight_LN = block.weight_N * believed.posterior(block.x_PN, block.y_TN).leaf_LN
+        value_G += softmax_value(at.log_shares(block.x_PN), _branch_mass(at, weight_LN))
+    return value_G
 
 
 def loglik(rows: Rows, mixture: Mixture) -> float:

@@ -33,6 +33,12 @@ class DataTable:
     def y_N(self) -> Floats:
         return np.array([_number(text) for text in self.y_text], dtype=np.float64)
 
+    @property
+    def first_missing(self) -> tuple[int, str] | None:
+        """Line and column of the first input that is missing; None where all are there."""
+        missing = np.argwhere(np.isnan(self.x_ND))
+        return None if not len(missing) else (int(missing[0, 0]) + 2, self.names[missing[0, 1]])
+
 
 def read_table(path: Path, target: str) -> DataTable:
     """The table in `path`, whose first line names its columns.

@@ -5,7 +5,7 @@ import numpy as np
 from turnout.hme.checks import Scale
 from turnout.hme.families import Softmax
 from turnout.hme.mixture import Mixture
-from turnout.hme.tree import CLOSED, Floats
+from turnout.hme.tree import CLOSED, Floats, Tree
 
 MOST_TERMS = 4  # inputs named in a formula, the strongest first
 
@@ -19,6 +19,24 @@ def in_units(weight_P: Floats, scale: Scale) -> Floats:
     """Weights of standardized inputs as weights of the inputs themselves, the constant last."""
     slope_D = weight_P[:-1] / scale.deviation_D
     return np.append(slope_D, weight_P[-1] - slope_D @ scale.mean_D)
+
+
+def placed(tree: Tree) -> tuple[dict[int, tuple[float, int]], int]:
+    """Each node's place (gate, or ~leaf) and the depth: leaves side by side, gates above the middle of theirs."""
+    place: dict[int, tuple[float, int]] = {}
+
+    def put(node: int, level: int, leaves_before: int) -> int:
+        if node < 0:
+            place[node] = (float(leaves_before), level)
+            return leaves_before + 1
+        children = [int(child) for child in tree.child_GB[node] if child != CLOSED]
+        for child in children:
+            leaves_before = put(child, level + 1, leaves_before)
+        place[node] = (sum(place[child][0] for child in children) / len(children), level)
+        return leaves_before
+
+    put(0 if tree.num_gates else ~0, 0, 0)
+    return place, max(level for _, level in place.values())
 
 
 def _lines(
