@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from tests.hme.problems import random_problem, stirred
 
 pytest.importorskip("sklearn")

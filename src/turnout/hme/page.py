@@ -127,9 +127,7 @@ def _gate_bars(weight_P: Floats, names: Sequence[str], x: float, y: float) -> st
         left, up = x + 8 * (i - len(strongest) / 2), y + 28 - (size if weight_P[d] > 0 else 0)
         title = f"<title>{_e(names[d])}: {weight_P[d]:+.3g}</title>"
         side = "up" if weight_P[d] > 0 else "down"
-        bars.append(
-            f'<rect class="{side}" x="{left:.1f}" y="{up:.1f}" width="6" height="{size:.1f}">{title}</rect>'
-        )
+        bars.append(f'<rect class="{side}" x="{left:.1f}" y="{up:.1f}" width="6" height="{size:.1f}">{title}</rect>')
     name = _e(names[strongest[0]]) if len(strongest) else ""
     return f'{"".join(bars)}<text x="{x:.0f}" y="{y - 6:.0f}" text-anchor="middle">{name}</text>'
 

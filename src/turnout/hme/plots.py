@@ -4,7 +4,6 @@ import importlib.util
 from typing import Any
 
 import numpy as np
-
 from sklearn.utils.validation import check_is_fitted
 
 from turnout.errors import ConfigError

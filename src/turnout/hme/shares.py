@@ -51,4 +51,3 @@ def softmax_curvature(share_MBN: Floats, weight_MN: Floats) -> Floats:
     b_C, c_C = pairs(share_MBN.shape[1] - 1)
     weighted_MCN = weight_MN[:, None] * share_MBN[:, b_C]
     return weighted_MCN * ((b_C == c_C)[:, None] - share_MBN[:, c_C])
-
