@@ -55,7 +55,7 @@ def test_training_goes_on_from_the_tree() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] < y.var()
 
 

@@ -87,8 +87,8 @@ def _fit(estimator: Any, table: Any, kind: str, test_share: float, seed: int) ->
     started = time.perf_counter()
     try:
         estimator.fit(table.x_ND[train_N], y[train_N])
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    except ValueError as problem:
+        raise DataError(str(problem)) from problem
     seconds = time.perf_counter() - started
     test_N = test_N if num_test else train_N
     guess = estimator.predict(table.x_ND[test_N])

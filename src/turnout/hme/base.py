@@ -57,7 +57,7 @@ class HMEBase(BaseEstimator):
     ) -> None:
         self.depth = depth
         self.branching = branching
-        self.solver = solver
+        self.solver: Literal["em", "least_squares", "gradient", "online"] = solver
         self.max_iter = max_iter
         self.tol = tol
         self.newton_steps = newton_steps

@@ -120,8 +120,9 @@ class Gaussian(Family):
 
 def _roots(covariance_LOO: Floats) -> tuple[Floats, Floats]:
     """Cholesky factors C of the covariances, and C^-T, which makes residuals (as rows) white."""
-    root_LOO = np.linalg.cholesky(covariance_LOO)
-    return root_LOO, np.linalg.inv(root_LOO).swapaxes(1, 2)
+    root_LOO: Floats = np.asarray(np.linalg.cholesky(covariance_LOO), dtype=np.float64)
+    whiten_LOO: Floats = np.asarray(np.linalg.inv(root_LOO), dtype=np.float64).swapaxes(1, 2)
+    return root_LOO, whiten_LOO
 
 
 def _log_determinant(root_LOO: Floats) -> Floats:

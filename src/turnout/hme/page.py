@@ -67,7 +67,7 @@ OWN_CSS = """
 def path_svg(path: Floats) -> str:
     """A curve over iterations; the first point, experts that are all alike, is left out where there are more."""
     shown = path[1:] if len(path) > 2 else path
-    x, y = _places(np.arange(len(shown)), 60, 740), _places(-shown, 20, 200)
+    x, y = _places(np.arange(float(len(shown))), 60, 740), _places(-shown, 20, 200)
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
     return (
         '<svg viewBox="0 0 760 240" role="img" aria-label="Log-likelihood by iteration">'

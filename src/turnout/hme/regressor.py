@@ -57,7 +57,7 @@ class HMERegressor(RegressorMixin, HMEBase):
             random_state=random_state,
         )  # fmt: skip
         self.family = family
-        self.noise = noise
+        self.noise: Literal["unit", "scalar", "diagonal", "full"] = noise
 
     def predict(self, X: Any) -> Floats:
         """Mean of the mixture: (N,), or (N, O) where y had columns."""
