@@ -120,3 +120,32 @@ def test_rows_that_arrive_in_parts_teach_as_much() -> None:
     for part in np.array_split(np.tile(np.arange(3000), 3), 30):
         classes.partial_fit(x_ND[part], y_N[part] > 3, classes=[False, True])
     assert classes.score(x_ND, y_N > 3) > 0.85
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_classes_learned_on_line_come_near_to_the_batch(seed: int) -> None:
+    """A line has 0.66 of these classes right at best, a tree of two logistic experts nearly all."""
+    x_ND, y_N = _bent(3000, seed)
+    is_high_N = np.abs(x_ND[:, 0]) > 0.7
+    online = HMEClassifier(1, solver="online", max_iter=3, n_init=3, random_state=seed).fit(x_ND, is_high_N)
+    batch = HMEClassifier(1, n_init=3, random_state=seed).fit(x_ND, is_high_N)
+    assert online.score(x_ND, is_high_N) > batch.score(x_ND, is_high_N) - 0.05
+
+
+def test_rows_after_a_fit_refine_it() -> None:
+    x_ND, y_N = _bent(1000)
+    fitted = HMERegressor(1, random_state=1, n_init=3).fit(x_ND[:500], y_N[:500])
+    before = fitted.score(x_ND, y_N)
+    fitted.partial_fit(x_ND[500:520], y_N[500:520])
+    assert fitted.score(x_ND, y_N) > before - 0.01
+    with pytest.raises(ValueError, match="y has 2 columns; the rows before had 1"):
+        fitted.partial_fit(x_ND, np.column_stack([y_N, y_N]))
+
+
+def test_counts_are_learned_on_line() -> None:
+    random = np.random.default_rng(0)
+    x_ND = random.uniform(-2, 2, size=(3000, 1))
+    rate_N = np.exp(1 + np.abs(x_ND[:, 0]))
+    fitted = HMERegressor(1, family="poisson", solver="online", max_iter=3, n_init=3, random_state=0)
+    fitted.fit(x_ND, random.poisson(rate_N))
+    assert np.mean(np.abs(fitted.predict(x_ND) / rate_N - 1)) < 0.15

@@ -1,4 +1,4 @@
-"""Linear algebra on batches of small symmetric matrices, and sums of exponentials that cannot overflow."""
+"""Linear algebra on batches of small symmetric matrices."""
 
 from functools import lru_cache
 
@@ -9,14 +9,6 @@ from turnout.hme.tree import Floats, Ints
 
 # pivots of a Cholesky factor closer than this are rounding: the matrix is taken as singular
 RANK_TOLERANCE = 1e-7
-
-
-def log_sum_exp(log: Floats, axis: int) -> Floats:
-    """log(sum(exp(log))) along `axis`, -inf where all terms are."""
-    top = log.max(axis=axis, keepdims=True)
-    top = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        return np.log(np.exp(log - top).sum(axis=axis)) + top.squeeze(axis)
 
 
 @lru_cache(maxsize=64)

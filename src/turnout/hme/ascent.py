@@ -11,7 +11,7 @@ from turnout.hme.families import Experts
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.local_errors import ERRORS
 from turnout.hme.mixture import Mixture
-from turnout.hme.sweep import Block, Rows, loglik, sweep
+from turnout.hme.sweep import Block, Rows, branch_mass, loglik, sweep
 from turnout.hme.tree import Floats
 
 
@@ -52,10 +52,8 @@ def gradient(mixture: Mixture, block: Block, error: str = "mixture") -> Gradient
     Source: Jordan & Jacobs 1994, eq. 12-15; Jacobs et al. 1991, eq. 1.1-1.3.
     """
     pull = ERRORS[error](mixture, block)
-    gates, branches = mixture.tree.child_GB.shape
-    mass_GBN = (mixture.tree.path_EL @ pull.log_prior_LN).reshape(gates, branches, block.x_PN.shape[1])
-    score_GON = (mass_GBN - mass_GBN.sum(axis=1, keepdims=True) * np.exp(pull.log_share_GBN))[:, :-1]
-    score_GON = np.where(mixture.tree.open_GB[:, :-1, None], score_GON, 0.0)
+    mass_GBN = branch_mass(mixture.tree, pull.log_prior_LN)
+    score_GON = mass_GBN[:, :-1] - mass_GBN.sum(axis=1, keepdims=True) * pull.shares.free_MON
     return Gradient(
         value=pull.value,
         gate_GPO=_by_inputs(score_GON, block.x_PN),
@@ -117,7 +115,7 @@ def fit_ascent(
     best, values, logliks = mixture, [value(rows, mixture, config.error)], [loglik(rows, mixture)]
     for iteration in range(config.max_iter):
         for chosen in np.array_split(random.permutation(len(rows)), max(1, len(rows) // config.batch_size)):
-            block = Block(x_PN=rows.x_NP[chosen].T, y_TN=rows.y_NT[chosen].T, weight_N=rows.weight_N[chosen])
+            block = rows.block(chosen)
             found = natural(mixture, gradient(mixture, block, config.error), config.error)
             rate = config.learning_rate * len(rows) / (total * len(chosen))
             speed = speed.pushed(mixture, found, rate, decay_P1, config.momentum)

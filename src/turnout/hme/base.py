@@ -9,11 +9,10 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from turnout.errors import ConfigError
-from turnout.hme.ascent import AscentConfig, fit_ascent
+from turnout.hme.ascent import AscentConfig
 from turnout.hme.checks import Scale, check_choice, check_experts, check_positive
 from turnout.hme.em import EMConfig
 from turnout.hme.families import Family
-from turnout.hme.gaussian import Gaussian
 from turnout.hme.mixture import Mixture, new_mixture
 from turnout.hme.online import OnlineConfig, Recursion, learn_rows
 from turnout.hme.solve import SOLVERS, SolveConfig, solve
@@ -32,7 +31,7 @@ class HMEBase(BaseEstimator):
     mixture_: Mixture
     scale_: Scale
     target_scale_: Scale
-    recursion_: Recursion | None
+    recursion_: Recursion
 
     def __init__(
         self,
@@ -80,8 +79,9 @@ class HMEBase(BaseEstimator):
         """
         x_ND, weight_N = self._checked(X, sample_weight, reset=True)
         y_NT = self._targets(y, len(x_ND), reset=True)
-        kept_N = weight_N > 0
-        x_ND, y_NT, weight_N = x_ND[kept_N], y_NT[kept_N], weight_N[kept_N]
+        if not weight_N.all():
+            kept_N = weight_N > 0
+            x_ND, y_NT, weight_N = x_ND[kept_N], y_NT[kept_N], weight_N[kept_N]
         rows = self._started(x_ND, y_NT, weight_N)
         tree, config = self._tree(), self._config()
         check_experts(len(rows), max(tree.num_leaves, 1))
@@ -89,7 +89,7 @@ class HMEBase(BaseEstimator):
             fit = solve(tree, self._family(y_NT.shape[1]), rows, config, self._random())
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        self.mixture_, self.recursion_ = fit.mixture, None
+        self.mixture_, self.recursion_ = fit.mixture, Recursion.after(fit.mixture, rows, config.online)
         # densities of standardized targets, in the units of y
         unit = float(rows.weight_N.sum() * np.log(self.target_scale_.deviation_D).sum())
         self.loglik_path_ = np.array(fit.loglik_path) - unit
@@ -114,32 +114,22 @@ class HMEBase(BaseEstimator):
     def _partial_fit(self, X: Any, y: Any, sample_weight: Any, *, first: bool) -> Self:
         x_ND, weight_N = self._checked(X, sample_weight, reset=first)
         y_NT = self._targets(y, len(x_ND), reset=False)
+        if not first and y_NT.shape[1] != self.mixture_.family.targets:
+            raise ValueError(f"y has {y_NT.shape[1]} columns; the rows before had {self.mixture_.family.targets}")
         if first:
             rows = self._started(x_ND, y_NT, weight_N)
             family = self._family(y_NT.shape[1])
             self.mixture_ = new_mixture(
                 self._tree(), family, rows.y_NT.T, rows.weight_N, rows.x_NP.shape[1], self._random()
             )
-            self.recursion_ = None
+            self.recursion_ = Recursion.start(self.mixture_, self._config().online)
             self.n_iter_ = 0
         x_ND = self._filled(x_ND)
         rows = Rows(x_NP=self.scale_.with_constant(x_ND), y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N)
-        self._learn(rows)
+        self.recursion_ = learn_rows(self.recursion_, rows, self._config().online)
+        self.mixture_ = self.recursion_.mixture
         self.n_iter_ += 1
         return self
-
-    def _learn(self, rows: Rows) -> None:
-        config = self._config()
-        if isinstance(self.mixture_.family, Gaussian):
-            state = Recursion.start(self.mixture_, config.online) if self.recursion_ is None else self.recursion_
-            self.recursion_ = learn_rows(state, rows, config.online)
-            self.mixture_ = self.recursion_.mixture
-            return
-        ascent = AscentConfig(
-            learning_rate=self.learning_rate, momentum=self.momentum, batch_size=self.batch_size, max_iter=1,
-            ridge=self.ridge,
-        )  # fmt: skip
-        self.mixture_ = fit_ascent(self.mixture_, rows, ascent, self._random(), keep_last=True).mixture
 
     def _checked(self, X: Any, sample_weight: Any, *, reset: bool) -> tuple[Floats, Floats]:
         x_ND = self._inputs(X, reset=reset)
@@ -153,7 +143,8 @@ class HMEBase(BaseEstimator):
 
     def _started(self, x_ND: Floats, y_NT: Floats, weight_N: Floats) -> Rows:
         """Sets the scales by these rows, and returns them standardized."""
-        self.fill_D_ = _means(x_ND, weight_N)
+        if self.missing == "mean":
+            self.fill_D_ = _means(x_ND, weight_N)
         x_ND = self._filled(x_ND)
         self.scale_ = Scale.of(x_ND, weight_N)
         self.target_scale_ = self._target_scale(y_NT, weight_N)
@@ -195,7 +186,7 @@ class HMEBase(BaseEstimator):
                     error=self.error, learning_rate=self.learning_rate, momentum=self.momentum,
                     batch_size=self.batch_size, max_iter=max_iter, tol=self.tol, ridge=self.ridge,
                 ),
-                online=OnlineConfig(forgetting=self.forgetting),
+                online=OnlineConfig(forgetting=self.forgetting, block_rows=self.batch_size),
                 online_passes=max_iter,
                 restarts=self.n_init, most_leaves=self.max_experts or 0, prune=self.prune,
             )  # fmt: skip

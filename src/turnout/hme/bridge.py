@@ -15,9 +15,9 @@ from turnout.contracts import Loss, RouterConfig
 from turnout.errors import ConfigError
 from turnout.hme.algebra import pair_products
 from turnout.hme.gaussian import Gaussian
-from turnout.hme.glim import Climb, Moments
+from turnout.hme.glim import climbed, spread
 from turnout.hme.regressor import HMERegressor
-from turnout.hme.shares import log_softmax_with_last_zero, predictors, softmax_moments
+from turnout.hme.shares import predictors, softmax_moments, softmax_with_last_zero
 from turnout.hme.text import in_units
 from turnout.hme.tree import CLOSED, Floats, Tree
 from turnout.layers import MoE
@@ -170,17 +170,15 @@ def _flat_gate(estimator: HMERegressor, X: Floats | None, y: Floats | None) -> F
 def _softmax_regression(x_PN: Floats, target_LN: Floats) -> Floats:
     product_QN, ridge_P = pair_products(x_PN), np.full(len(x_PN), ROUTER_RIDGE)
     weight_1PO = np.zeros((1, len(x_PN), len(target_LN) - 1))
-
-    def moments_at(trial_1PO: Floats) -> Moments:
-        log_share_1LN = log_softmax_with_last_zero(predictors(x_PN, trial_1PO))
-        return softmax_moments(x_PN, product_QN, log_share_1LN, target_LN[None])
-
-    climb = Climb.start(weight_1PO, moments_at(weight_1PO), ridge_P)
     for _ in range(ROUTER_STEPS):
-        if climb.promise <= 1e-9 * x_PN.shape[1]:
+        share_1ON = softmax_with_last_zero(predictors(x_PN, weight_1PO)).free_MON
+        moments = softmax_moments(x_PN, product_QN, share_1ON, target_LN[None])
+        weight_1PO, promise = climbed(
+            weight_1PO, moments, ridge_P, lambda step_1PO: spread(predictors(x_PN, step_1PO)), 1e-9 * x_PN.shape[1]
+        )
+        if promise == 0:
             break
-        climb = climb.judged(moments_at(climb.trial_MPO), ridge_P)
-    return climb.weight_MPO[0]
+    return weight_1PO[0]
 
 
 def _tensor(module: torch.nn.Module, name: str) -> torch.Tensor:

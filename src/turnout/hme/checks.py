@@ -6,6 +6,8 @@ import numpy as np
 
 from turnout.hme.tree import Floats
 
+PART_ROWS = 65_536  # rows whose squares are held at once
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scale:
@@ -17,17 +19,26 @@ class Scale:
     @classmethod
     def of(cls, x_ND: Floats, weight_N: Floats) -> "Scale":
         """Weighted moments; columns that vary less than rounding are constant."""
-        mean_D = weight_N @ x_ND / weight_N.sum()
-        deviation_D = np.sqrt(weight_N @ (x_ND - mean_D) ** 2 / weight_N.sum())
-        noise_D = 1e-13 * np.abs(x_ND).max(axis=0)
+        total = weight_N.sum()
+        mean_D = weight_N @ x_ND / total
+        square_D = np.zeros_like(mean_D)
+        for start in range(0, len(x_ND), PART_ROWS):
+            part = slice(start, start + PART_ROWS)
+            square_D += weight_N[part] @ (x_ND[part] - mean_D) ** 2
+        deviation_D = np.sqrt(square_D / total)
+        noise_D = 1e-13 * np.maximum(x_ND.max(axis=0), -x_ND.min(axis=0))
         return cls(mean_D=mean_D, deviation_D=np.where(deviation_D > noise_D, deviation_D, 1.0))
 
     def standard(self, x_ND: Floats) -> Floats:
         return (x_ND - self.mean_D) / self.deviation_D
 
     def with_constant(self, x_ND: Floats) -> Floats:
-        """Standardized columns and a last one of ones."""
-        return np.column_stack([self.standard(x_ND), np.ones(len(x_ND))])
+        """Standardized columns and a last one of ones, in the one copy that a fit makes of its rows."""
+        x_NP = np.empty((len(x_ND), x_ND.shape[1] + 1))
+        np.subtract(x_ND, self.mean_D, out=x_NP[:, :-1])
+        x_NP[:, :-1] /= self.deviation_D
+        x_NP[:, -1] = 1.0
+        return x_NP
 
 
 def check_positive(name: str, value: float, least: float = 0.0) -> None:

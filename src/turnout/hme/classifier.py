@@ -16,7 +16,7 @@ from turnout.hme.tree import Floats
 class HMEClassifier(ClassifierMixin, HMEBase):
     """Classification by a tree of gates over logistic (two classes) or softmax experts, fitted by EM.
 
-    Settings and fitted attributes are those of `HMERegressor`; `partial_fit` learns by gradient.
+    Settings and fitted attributes are those of `HMERegressor`.
     """
 
     def predict_proba(self, X: Any) -> Floats:
@@ -29,7 +29,10 @@ class HMEClassifier(ClassifierMixin, HMEBase):
         return self.classes_[self.predict_proba(X).argmax(axis=1)]
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
-        """Learn more rows by gradient ascent; the first call needs all `classes`, and sets the scale of columns."""
+        """Learn more rows on-line, by recursive Newton steps; after `fit` it goes on from the fit.
+
+        A first call needs all `classes`, and sets the scale of columns.
+        """
         first = not hasattr(self, "mixture_")
         if first:
             self._read_classes(y if classes is None else classes)
@@ -57,8 +60,6 @@ class HMEClassifier(ClassifierMixin, HMEBase):
         return (y_N[:, None] == self.classes_).astype(np.float64)
 
     def _family(self, targets: int) -> Family:
-        if self.solver == "online":
-            raise ValueError("solver='online' is for HMERegressor; classes are learned on-line by partial_fit")
         return Softmax(targets=targets)
 
     def _target_scale(self, y_NT: Floats, weight_N: Floats) -> Scale:

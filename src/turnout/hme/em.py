@@ -8,26 +8,24 @@ import numpy as np
 
 from turnout.errors import ConfigError
 from turnout.hme.gaussian import Gaussian
-from turnout.hme.glim import GAINED, Climb
+from turnout.hme.glim import GAINED, climbed, newton_step
 from turnout.hme.mixture import Mixture
-from turnout.hme.sweep import Rows, Sums, gate_sweep, gate_values, sweep
+from turnout.hme.sweep import Rows, Sums, longest_move, sweep
 from turnout.hme.tree import Floats
-
-MOST_HALVINGS = 10  # further passes for models whose step was too long
 
 
 @dataclass(frozen=True, kw_only=True)
 class EMConfig:
     """How EM runs.
 
-    An iteration with n Newton steps takes n + 1 passes over the rows, and more where a step must be halved; one of
-    algorithm 2 takes one pass.
+    An iteration takes `newton_steps` passes over the rows, fewer where a step has nothing left to gain; with one step,
+    the pass that measures a likelihood is the pass that the next M-step is made of.
     """
 
     algorithm: Literal[1, 2] = 1  # 1: IRLS gates; 2: gates by least squares on log posteriors
     max_iter: int = 100  # most iterations
     tol: float = 1e-5  # stop when an iteration gains less than this, in nats a row; 0: never
-    newton_steps: int = 1  # most damped Newton steps of an M-step; 25 is exact to rounding
+    newton_steps: int = 1  # most damped Newton steps of an M-step; 50 is exact to rounding
     ridge: float = 1e-3  # pull of all weights to zero, in rows of a standardized input
 
     def __post_init__(self) -> None:
@@ -91,42 +89,39 @@ def fit_em(
     )
 
 
-def _maximised(mixture: Mixture, rows: Rows, sums: Sums, config: EMConfig, ridge_P: Floats) -> tuple[Mixture, int]:
+def _maximised(believed: Mixture, rows: Rows, sums: Sums, config: EMConfig, ridge_P: Floats) -> tuple[Mixture, int]:
     """The M-step, and the passes it took beyond the one that gave `sums`."""
-    gates = Climb.start(mixture.gate_GPO, sums.gates, ridge_P)
+    enough = GAINED * float(rows.weight_N.sum())
+    at, promise = _stepped(believed, rows, sums, config, ridge_P, enough)
+    for passes in range(config.newton_steps - 1):
+        if promise <= enough:
+            return at, passes
+        further = sweep(rows, believed, at, log_posteriors=config.algorithm == 2)
+        at, promise = _stepped(at, rows, further, config, ridge_P, enough)
+    return at, config.newton_steps - 1
+
+
+def _stepped(
+    at: Mixture, rows: Rows, sums: Sums, config: EMConfig, ridge_P: Floats, enough: float
+) -> tuple[Mixture, float]:
+    """All gates and experts after a step from `at`, and the most that a model had to gain by it, in nats.
+
+    Least squares (Gaussian experts, gates of algorithm 2) is done in one step, and leaves nothing to gain.
+    """
+
+    def move(step_MPO: Floats) -> Floats:
+        return longest_move(rows, step_MPO)
+
     if config.algorithm == 2:
-        # least squares is done in one step, and has no likelihood to climb
-        gates = gates.arrived()
-    experts = Climb.start(mixture.experts.weight_LPO, sums.experts.moments, ridge_P)
-    if isinstance(mixture.family, Gaussian):
-        maximal = mixture.family.maximised(mixture.experts, sums.experts, experts.step_MPO, ridge_P)
-        gates, taken = _climbed_gates(mixture, rows, gates, config.newton_steps, ridge_P)
+        gate_GPO = at.gate_GPO + newton_step(sums.gates.with_ridge(at.gate_GPO, ridge_P), ridge_P)
+        promise = 0.0
     else:
-        gates, experts, taken = _climbed_both(mixture, rows, gates, experts, config.newton_steps, ridge_P)
-        maximal = replace(mixture.experts, weight_LPO=experts.weight_MPO)
-    return replace(mixture, gate_GPO=gates.weight_MPO, experts=maximal), taken
-
-
-def _climbed_gates(mixture: Mixture, rows: Rows, gates: Climb, steps: int, ridge_P: Floats) -> tuple[Climb, int]:
-    """The gates after `steps` Newton steps, and the passes these took; the last step needs no moments of its own."""
-    enough, taken = GAINED * float(rows.weight_N.sum()), 0
-    while gates.promise > enough and taken < steps - 1:
-        gates, taken = gates.judged(gate_sweep(rows, mixture, gates.trial_MPO), ridge_P), taken + 1
-    while gates.promise > enough and taken < steps + MOST_HALVINGS:
-        gates, taken = gates.settled(gate_values(rows, mixture, gates.trial_MPO), ridge_P), taken + 1
-    return gates, taken
-
-
-def _climbed_both(
-    mixture: Mixture, rows: Rows, gates: Climb, experts: Climb, steps: int, ridge_P: Floats
-) -> tuple[Climb, Climb, int]:
-    """Gates and experts after `steps` Newton steps in common passes, and the number of these."""
-    enough, taken = GAINED * float(rows.weight_N.sum()), 0
-    while max(gates.promise, experts.promise) > enough:
-        if taken >= steps + MOST_HALVINGS * (gates.fell(enough) or experts.fell(enough)):
-            break
-        tried = replace(mixture.experts, weight_LPO=experts.trial_MPO)
-        found = sweep(rows, mixture, replace(mixture, gate_GPO=gates.trial_MPO, experts=tried))
-        gates, experts = gates.judged(found.gates, ridge_P), experts.judged(found.experts.moments, ridge_P)
-        taken += 1
-    return gates, experts, taken
+        gate_GPO, promise = climbed(at.gate_GPO, sums.gates, ridge_P, move, enough)
+    moments, weight_LPO = sums.experts.moments, at.experts.weight_LPO
+    if isinstance(at.family, Gaussian):
+        step_LPO = newton_step(moments.with_ridge(weight_LPO, ridge_P), ridge_P)
+        experts = at.family.maximised(at.experts, sums.experts, step_LPO, ridge_P)
+    else:
+        weight_LPO, expert_promise = climbed(weight_LPO, moments, ridge_P, move, enough)
+        experts, promise = replace(at.experts, weight_LPO=weight_LPO), max(promise, expert_promise)
+    return replace(at, gate_GPO=gate_GPO, experts=experts), promise

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from scipy.special import gammaln
 
 from turnout.hme.glim import Moments
-from turnout.hme.shares import log_softmax_with_last_zero, predictors, softmax_moments
+from turnout.hme.shares import predictors, softmax_moments, softmax_with_last_zero
 from turnout.hme.tree import Floats
 
 # e ** 30 events a row: beyond any count, and no exponential of it overflows
@@ -22,6 +23,13 @@ class Experts:
     weight_LPO: Floats
     covariance_LOO: Floats
 
+    @cached_property
+    def roots(self) -> tuple[Floats, Floats]:
+        """Cholesky factors C of the covariances, and C^-T, which makes residuals (as rows) white."""
+        root_LOO: Floats = np.asarray(np.linalg.cholesky(self.covariance_LOO), dtype=np.float64)
+        whiten_LOO: Floats = np.asarray(np.linalg.inv(root_LOO), dtype=np.float64).swapaxes(1, 2)
+        return root_LOO, whiten_LOO
+
     def __getitem__(self, leaves: Any) -> "Experts":
         """The experts at these leaves, by anything that indexes an axis."""
         return Experts(weight_LPO=self.weight_LPO[leaves], covariance_LOO=self.covariance_LOO[leaves])
@@ -32,7 +40,7 @@ class Judgement:
     """What experts say of a block of rows."""
 
     log_density_LN: Floats
-    signal_LON: Floats  # Gaussian: whitened residuals; softmax: log shares; Poisson: rates
+    signal_LON: Floats  # Gaussian: whitened residuals; softmax: shares of all classes but the last; Poisson: rates
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,8 +115,8 @@ class Softmax(Family):
         return _without_noise(np.zeros((num_leaves, size, self.outputs)))
 
     def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
-        log_share_LTN = log_softmax_with_last_zero(predictors(x_PN, experts.weight_LPO))
-        return Judgement(log_density_LN=(y_TN * log_share_LTN).sum(axis=1), signal_LON=log_share_LTN)
+        shares = softmax_with_last_zero(predictors(x_PN, experts.weight_LPO))
+        return Judgement(log_density_LN=(y_TN * shares.log_MBN).sum(axis=1), signal_LON=shares.free_MON)
 
     def sums(
         self, x_PN: Floats, product_QN: Floats, y_TN: Floats, weight_LN: Floats, judged: Judgement, experts: Experts
@@ -121,7 +129,7 @@ class Softmax(Family):
         )
 
     def mean(self, x_PN: Floats, experts: Experts) -> Floats:
-        return np.exp(log_softmax_with_last_zero(predictors(x_PN, experts.weight_LPO)))
+        return np.exp(softmax_with_last_zero(predictors(x_PN, experts.weight_LPO)).log_MBN)
 
     def log_prior(self, experts: Experts, ridge_P: Floats) -> float:
         return ridge_log_prior(experts.weight_LPO, ridge_P)
@@ -157,7 +165,6 @@ class Poisson(Family):
     ) -> ExpertSums:
         rate_LN = judged.signal_LON[:, 0]
         moments = Moments(
-            value_M=(weight_LN * judged.log_density_LN).sum(axis=1),
             gradient_MPO=((weight_LN * (y_TN - rate_LN)) @ x_PN.T)[:, :, None],
             information_MCQ=((weight_LN * rate_LN) @ product_QN.T)[:, None],
         )

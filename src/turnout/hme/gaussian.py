@@ -51,31 +51,36 @@ class Gaussian(Family):
 
     def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
         """Residuals are whitened inside the product with the inputs: one matrix product for all experts."""
-        num_leaves, size, outputs = experts.weight_LPO.shape
-        root_LOO, whiten_LOO = _roots(experts.covariance_LOO)
-        from_x = (experts.weight_LPO @ whiten_LOO).swapaxes(1, 2).reshape(-1, size)
+        outputs = experts.weight_LPO.shape[2]
+        root_LOO, whiten_LOO = experts.roots
+        white_LON = predictors(x_PN, experts.weight_LPO @ whiten_LOO)
         from_y = whiten_LOO.swapaxes(1, 2).reshape(-1, outputs)
-        white_LON = (from_y @ y_TN - from_x @ x_PN).reshape(num_leaves, outputs, -1)
-        constant_L = _log_determinant(root_LOO) + 0.5 * outputs * np.log(2 * np.pi)
-        log_density_LN = -0.5 * (white_LON * white_LON).sum(axis=1) - constant_L[:, None]
+        np.subtract((from_y @ y_TN).reshape(white_LON.shape), white_LON, out=white_LON)
+        log_density_LN = np.einsum("lon,lon->ln", white_LON, white_LON)
+        log_density_LN *= -0.5
+        log_density_LN -= (_log_determinant(root_LOO) + 0.5 * outputs * np.log(2 * np.pi))[:, None]
         return Judgement(log_density_LN=log_density_LN, signal_LON=white_LON)
 
     def sums(
         self, x_PN: Floats, product_QN: Floats, y_TN: Floats, weight_LN: Floats, judged: Judgement, experts: Experts
     ) -> ExpertSums:
-        """The gradient is that of half the squared residuals; `square_LOO` is the sum of h r r^T."""
+        """The gradient is that of half the squared residuals; `square_LOO` sums h r r^T, in the form of the noise."""
         num_leaves, size, outputs = experts.weight_LPO.shape
-        root_LOO, _ = _roots(experts.covariance_LOO)
+        root_LOO, _ = experts.roots
         weighted_LON = weight_LN[:, None] * judged.signal_LON
         white_LOP = (weighted_LON.reshape(-1, x_PN.shape[1]) @ x_PN.T).reshape(num_leaves, outputs, size)
-        white_LOO = weighted_LON @ judged.signal_LON.swapaxes(1, 2)
         moments = Moments(
-            value_M=(weight_LN * judged.log_density_LN).sum(axis=1),
             gradient_MPO=white_LOP.swapaxes(1, 2) @ root_LOO.swapaxes(1, 2),
             information_MCQ=(weight_LN @ product_QN.T)[:, None],
         )
-        square_LOO = root_LOO @ white_LOO @ root_LOO.swapaxes(1, 2)
+        square_LOO = root_LOO @ self._squares(weighted_LON, judged.signal_LON) @ root_LOO.swapaxes(1, 2)
         return ExpertSums(moments=moments, weight_L=weight_LN.sum(axis=1), square_LOO=square_LOO)
+
+    def _squares(self, weighted_LON: Floats, white_LON: Floats) -> Floats:
+        """Sums of products of residuals; those of different outputs only where the noise knows of them."""
+        if self.noise == "full":
+            return weighted_LON @ white_LON.swapaxes(1, 2)
+        return np.einsum("lon,lon->lo", weighted_LON, white_LON)[:, :, None] * np.eye(self.outputs)
 
     def maximised(self, experts: Experts, sums: ExpertSums, step_LPO: Floats, ridge_P: Floats) -> Experts:
         """The M-step: weights moved by `step_LPO` (weighted least squares), and the noise that is left.
@@ -95,7 +100,7 @@ class Gaussian(Family):
 
     def log_prior(self, experts: Experts, ridge_P: Floats) -> float:
         """The ridge counts in units of an expert's own noise, so that its weights do not depend on the noise."""
-        root_LOO, whiten_LOO = _roots(experts.covariance_LOO)
+        root_LOO, whiten_LOO = experts.roots
         scatter_LOO = experts.weight_LPO.swapaxes(1, 2) @ (ridge_P[:, None] * experts.weight_LPO)
         scatter_LOO = scatter_LOO + self.noise_rows * self.noise_floor * np.eye(self.outputs)
         precision_LOO = whiten_LOO @ whiten_LOO.swapaxes(1, 2)
@@ -116,13 +121,6 @@ class Gaussian(Family):
             return np.broadcast_to(eye_OO, square_LOO.shape).copy()
         scatter_LOO = square_LOO + self.noise_rows * self.noise_floor * eye_OO
         return self.shaped(scatter_LOO / (weight_L + self.noise_rows)[:, None, None])
-
-
-def _roots(covariance_LOO: Floats) -> tuple[Floats, Floats]:
-    """Cholesky factors C of the covariances, and C^-T, which makes residuals (as rows) white."""
-    root_LOO: Floats = np.asarray(np.linalg.cholesky(covariance_LOO), dtype=np.float64)
-    whiten_LOO: Floats = np.asarray(np.linalg.inv(root_LOO), dtype=np.float64).swapaxes(1, 2)
-    return root_LOO, whiten_LOO
 
 
 def _log_determinant(root_LOO: Floats) -> Floats:

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turnout.hme.algebra import log_sum_exp
 from turnout.hme.families import Experts, Family, Judgement, ridge_log_prior
-from turnout.hme.shares import log_softmax_with_last_zero, predictors
+from turnout.hme.shares import Shares, predictors, softmax_with_last_zero
 from turnout.hme.tree import Floats, Tree
 
 
@@ -22,11 +21,12 @@ class Mixture:
     gate_GPO: Floats  # O: all branches but the last
     experts: Experts
 
-    def log_shares(self, x_PN: Floats) -> Floats:
-        """Log probability of each branch at its gate, (G, B, N); -inf for a closed branch."""
+    def shares(self, x_PN: Floats) -> Shares:
+        """Probability of each branch at its gate; zero, and -inf in logarithm, for a closed branch."""
         predictor_GON = predictors(x_PN, self.gate_GPO)
-        predictor_GON[~self.tree.open_GB[:, :-1]] = -np.inf
-        return log_softmax_with_last_zero(predictor_GON)
+        if not self.tree.open_GB.all():
+            predictor_GON[~self.tree.open_GB[:, :-1]] = -np.inf
+        return softmax_with_last_zero(predictor_GON)
 
     def log_priors(self, log_share_GBN: Floats) -> Floats:
         """Log probability of each leaf before y is seen, (L, N): the sum along its path."""
@@ -36,23 +36,23 @@ class Mixture:
 
     def priors(self, x_PN: Floats) -> Floats:
         """Probability of each leaf before y is seen, (L, N)."""
-        return np.exp(self.log_priors(self.log_shares(x_PN)))
+        return np.exp(self.log_priors(self.shares(x_PN).log_MBN))
 
     def posterior(self, x_PN: Floats, y_TN: Floats) -> "Posterior":
         """The E-step: how probable each leaf is given the targets.
 
-        Source: Jordan & Jacobs 1994, eq. 9-11, in logarithms.
+        Source: Jordan & Jacobs 1994, eq. 9-11, in logarithms until the likeliest leaf is known.
         """
-        log_share_GBN = self.log_shares(x_PN)
+        shares = self.shares(x_PN)
         judged = self.family.judge(x_PN, y_TN, self.experts)
-        joint_LN = self.log_priors(log_share_GBN) + judged.log_density_LN
-        loglik_N = log_sum_exp(joint_LN, axis=0)
-        return Posterior(
-            leaf_LN=np.exp(joint_LN - loglik_N),
-            loglik_N=loglik_N,
-            log_share_GBN=log_share_GBN,
-            judged=judged,
-        )
+        leaf_LN = self.log_priors(shares.log_MBN)
+        leaf_LN += judged.log_density_LN
+        top_N = leaf_LN.max(axis=0)
+        leaf_LN -= top_N
+        np.exp(leaf_LN, out=leaf_LN)
+        sum_N = leaf_LN.sum(axis=0)
+        leaf_LN /= sum_N
+        return Posterior(leaf_LN=leaf_LN, loglik_N=np.log(sum_N) + top_N, shares=shares, judged=judged)
 
     def mean(self, x_PN: Floats) -> Floats:
         """Expected targets, (T, N)."""
@@ -76,7 +76,7 @@ class Posterior:
 
     leaf_LN: Floats  # columns sum to 1
     loglik_N: Floats
-    log_share_GBN: Floats
+    shares: Shares
     judged: Judgement
 
 

@@ -1,4 +1,9 @@
-"""On-line learning: recursive least squares for all experts and gates of a tree, one row at a time."""
+"""On-line learning: recursive least squares, and its twin for gates and classes, a few rows at a time.
+
+Written with the information matrix I (the inverse of the paper's R): I <- lambda I + sum of h x x^T, and
+weights <- weights + I^-1 sum of h (y - mu) x. For Gaussian experts that is recursive weighted least squares to the
+letter; with the curvature of a softmax or of a rate beside h it is the recursive Newton step of every other family.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -6,10 +11,13 @@ from typing import Literal
 import numpy as np
 
 from turnout.errors import ConfigError
-from turnout.hme.families import Experts
+from turnout.hme.algebra import pairs
+from turnout.hme.families import Experts, ExpertSums
 from turnout.hme.gaussian import Gaussian
+from turnout.hme.glim import Moments, newton_step, safe_share, spread
 from turnout.hme.mixture import Mixture
-from turnout.hme.sweep import LEAST_POSTERIOR, Rows
+from turnout.hme.shares import predictors
+from turnout.hme.sweep import Block, Rows, block_sums, sweep
 from turnout.hme.tree import Floats
 
 LEAST_NOISE_ROWS, MOST_NOISE_ROWS = 100.0, 10_000.0  # rows that the running noise of an expert stands for
@@ -17,24 +25,29 @@ LEAST_NOISE_ROWS, MOST_NOISE_ROWS = 100.0, 10_000.0  # rows that the running noi
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
-    """Forgetting of the on-line algorithm. Source: Jordan & Jacobs 1994, section 5."""
+    """Forgetting and caution of the on-line algorithm. Source: Jordan & Jacobs 1994, section 5."""
 
     forgetting: float = 0.99  # lambda: what a row keeps of the weight of rows before it
     forgets: Literal["own", "all"] = "own"  # all: every row ages every model, as in the paper; own: by its share of it
     settle_rows: int = 1000  # every so many rows lambda moves to 1 by `settle_share` of the way
     settle_share: float = 0.6
+    gates: Literal["newton", "log_posteriors"] = "newton"  # log_posteriors: least squares on them, as in the paper
+    block_rows: int = 32  # rows learned from at once; 1: the paper's recursion
     expert_variance: float = 10.0  # of the experts' weights before any row: the inverse of a ridge
     gate_variance: float = 0.01  # of the gates' weights: small, so that first rows do not undo the first partition
-    most_variance: float = 1e6  # mean variance a model's weights may reach by forgetting what it never sees again
+    most_variance: float = 1e10  # of weights that forgetting has left without rows
 
     def __post_init__(self) -> None:
         if not 0 < self.forgetting <= 1:
             raise ConfigError(f"forgetting={self.forgetting} must be above 0 and at most 1")
         if self.forgets not in ("own", "all"):
             raise ConfigError(f"forgets={self.forgets!r} must be one of: own, all")
-        if not (0 <= self.settle_share <= 1 and self.settle_rows >= 1):
+        if self.gates not in ("newton", "log_posteriors"):
+            raise ConfigError(f"gates={self.gates!r} must be one of: newton, log_posteriors")
+        if not (0 <= self.settle_share <= 1 and self.settle_rows >= 1 and self.block_rows >= 1):
             raise ConfigError(
-                f"settle_share={self.settle_share} must be 0 to 1 and settle_rows={self.settle_rows} at least 1"
+                f"settle_share={self.settle_share} must be 0 to 1, settle_rows={self.settle_rows} and "
+                f"block_rows={self.block_rows} at least 1"
             )
         if not (0 < self.expert_variance <= self.most_variance and 0 < self.gate_variance <= self.most_variance):
             raise ConfigError(
@@ -45,24 +58,36 @@ class OnlineConfig:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recursion:
-    """State of the on-line algorithm: inverse information of each expert and each gate, and the rows seen."""
+    """State of the on-line algorithm: the information of each expert and each gate, and the rows seen."""
 
     mixture: Mixture
-    expert_LPP: Floats
-    gate_GPP: Floats  # branches of a gate share it: their rows have the same weight
+    expert_LCQ: Floats
+    gate_GCQ: Floats
     rows_seen: int
 
     @classmethod
     def start(cls, mixture: Mixture, config: OnlineConfig) -> "Recursion":
-        """Raises: ConfigError unless the experts are Gaussian: only they have recursive least squares."""
-        if not isinstance(mixture.family, Gaussian):
-            raise ConfigError("on-line recursive least squares needs Gaussian experts; use solver='gradient'")
-        gates, size, _ = mixture.gate_GPO.shape
+        gates, size, free = mixture.gate_GPO.shape
+        outputs = mixture.family.outputs
+        # least squares: one matrix for all outputs of a model
+        crossed = 1 if isinstance(mixture.family, Gaussian) else outputs
+        crossed_gate = 1 if config.gates == "log_posteriors" else free
         return cls(
             mixture=mixture,
-            expert_LPP=np.tile(config.expert_variance * np.eye(size), (mixture.tree.num_leaves, 1, 1)),
-            gate_GPP=np.tile(config.gate_variance * np.eye(size), (gates, 1, 1)),
+            expert_LCQ=np.tile(_ridge(crossed, size) / config.expert_variance, (mixture.tree.num_leaves, 1, 1)),
+            gate_GCQ=np.tile(_ridge(crossed_gate, size) / config.gate_variance, (gates, 1, 1)),
             rows_seen=0,
+        )
+
+    @classmethod
+    def after(cls, mixture: Mixture, rows: Rows, config: OnlineConfig) -> "Recursion":
+        """The state of a mixture that was fitted to `rows`: what they tell is remembered, and they count as seen."""
+        fresh, sums = cls.start(mixture, config), sweep(rows, mixture, log_posteriors=config.gates == "log_posteriors")
+        return cls(
+            mixture=mixture,
+            expert_LCQ=fresh.expert_LCQ + sums.experts.moments.information_MCQ,
+            gate_GCQ=fresh.gate_GCQ + sums.gates.information_MCQ,
+            rows_seen=len(rows),
         )
 
 
@@ -71,9 +96,8 @@ def learn_rows(state: Recursion, rows: Rows, config: OnlineConfig) -> Recursion:
 
     Source: Jordan & Jacobs 1994, on-line algorithm, with 1 / h in the denominator as weighted least squares requires.
     """
-    for x_P, y_T, weight in zip(rows.x_NP, rows.y_NT, rows.weight_N, strict=True):
-        if weight > 0:
-            state = _learn_row(state, x_P, y_T, float(weight), config)
+    for start in range(0, len(rows), config.block_rows):
+        state = _learned(state, rows.block(slice(start, start + config.block_rows)), config)
     return state
 
 
@@ -82,71 +106,62 @@ def forgetting_at(rows_seen: int, config: OnlineConfig) -> float:
     return 1 - (1 - config.forgetting) * (1 - config.settle_share) ** (rows_seen // config.settle_rows)
 
 
-def weighted_update(
-    inverse_MPP: Floats, x_P: Floats, weight_M: Floats, forgetting_M: Floats | float
-) -> tuple[Floats, Floats]:
-    """One row of recursive weighted least squares for M models: the gains (M, P) and the new inverses.
-
-    Written without a division by the weight, which may be zero: gain = w R x / (lambda + w x^T R x).
-    """
-    forgetting_M = np.broadcast_to(forgetting_M, weight_M.shape)
-    seen_MP = inverse_MPP @ x_P
-    gain_MP = (weight_M / (forgetting_M + weight_M * (seen_MP @ x_P)))[:, None] * seen_MP
-    return gain_MP, (inverse_MPP - gain_MP[:, :, None] * seen_MP[:, None, :]) / forgetting_M[:, None, None]
-
-
-def _learn_row(state: Recursion, x_P: Floats, y_T: Floats, weight: float, config: OnlineConfig) -> Recursion:
-    mixture = state.mixture
-    posterior = mixture.posterior(x_P[:, None], y_T[:, None])
-    leaf_L = weight * posterior.leaf_LN[:, 0]
-    mass_GB = (mixture.tree.path_EL @ leaf_L).reshape(mixture.tree.child_GB.shape)
-    expert_gain_LP, expert_LPP = _updated(state.expert_LPP, x_P, leaf_L, state.rows_seen, config)
-    gate_gain_GP, gate_GPP = _updated(state.gate_GPP, x_P, mass_GB.sum(axis=1), state.rows_seen, config)
-    error_LO = y_T - x_P @ mixture.experts.weight_LPO
+def _learned(state: Recursion, block: Block, config: OnlineConfig) -> Recursion:
+    mixture, num_rows = state.mixture, len(block.weight_N)
+    sums = block_sums(block, mixture, mixture, log_posteriors=config.gates == "log_posteriors")
+    mass_L = sums.experts.weight_L
+    mass_G = (mixture.tree.path_EL @ mass_L).reshape(mixture.tree.child_GB.shape).sum(axis=1)
+    expert_LCQ = sums.experts.moments.information_MCQ + _aged(state, state.expert_LCQ, mass_L, num_rows, config)
+    gate_GCQ = sums.gates.information_MCQ + _aged(state, state.gate_GCQ, mass_G, num_rows, config)
+    gate_step_GPO = _step(sums.gates, gate_GCQ, block, config, is_exact=config.gates == "log_posteriors")
+    is_exact = isinstance(mixture.family, Gaussian)
+    step_LPO = _step(sums.experts.moments, expert_LCQ, block, config, is_exact=is_exact)
     experts = Experts(
-        weight_LPO=mixture.experts.weight_LPO + expert_gain_LP[:, :, None] * error_LO[:, None, :],
-        # the error before times the error after the update is what the row adds to the sum of squares
-        covariance_LOO=_noise(mixture, error_LO, leaf_L, np.maximum(1 - expert_gain_LP @ x_P, 0.0), state.rows_seen),
+        weight_LPO=mixture.experts.weight_LPO + step_LPO,
+        covariance_LOO=_noise(mixture, sums.experts, step_LPO, state.rows_seen),
     )
-    gate_error_GO = _log_posterior_error(mass_GB, posterior.log_share_GBN[:, :, 0])
-    gate_GPO = mixture.gate_GPO + gate_gain_GP[:, :, None] * gate_error_GO[:, None, :]
     return Recursion(
-        mixture=replace(mixture, gate_GPO=gate_GPO, experts=experts),
-        expert_LPP=expert_LPP,
-        gate_GPP=gate_GPP,
-        rows_seen=state.rows_seen + 1,
+        mixture=replace(mixture, gate_GPO=mixture.gate_GPO + gate_step_GPO, experts=experts),
+        expert_LCQ=expert_LCQ,
+        gate_GCQ=gate_GCQ,
+        rows_seen=state.rows_seen + num_rows,
     )
 
 
-def _updated(
-    inverse_MPP: Floats, x_P: Floats, weight_M: Floats, rows_seen: int, config: OnlineConfig
-) -> tuple[Floats, Floats]:
-    forgetting_M = np.full(len(weight_M), forgetting_at(rows_seen, config))
-    if config.forgets == "own":
-        # a model ages by the rows it answers for: those of others tell it nothing to take their place
-        forgetting_M = forgetting_M ** np.minimum(weight_M, 1.0)
-    gain_MP, inverse_MPP = weighted_update(inverse_MPP, x_P, weight_M, forgetting_M)
-    mean_M = np.trace(inverse_MPP, axis1=1, axis2=2) / inverse_MPP.shape[1]
-    return gain_MP, inverse_MPP * (config.most_variance / np.maximum(mean_M, config.most_variance))[:, None, None]
+def _aged(state: Recursion, information_MCQ: Floats, mass_M: Floats, num_rows: int, config: OnlineConfig) -> Floats:
+    """What is remembered: a model ages by every row, or by the rows it answers for.
+
+    With the first, rows of others take away what an expert knows and tell it nothing in its place.
+    """
+    age_M = mass_M if config.forgets == "own" else np.full(len(mass_M), float(num_rows))
+    return information_MCQ * (forgetting_at(state.rows_seen, config) ** age_M)[:, None, None]
 
 
-def _log_posterior_error(mass_GB: Floats, log_share_GB: Floats) -> Floats:
-    """Log posteriors minus predictors, both relative to the last branch; zero at closed branches."""
-    share_GB = mass_GB / np.maximum(mass_GB.sum(axis=1, keepdims=True), np.finfo(float).tiny)
-    target_GB = np.log(np.maximum(share_GB, LEAST_POSTERIOR))
-    is_open_GO = np.isfinite(log_share_GB[:, :-1])
-    predictor_GO = np.where(is_open_GO, log_share_GB[:, :-1] - log_share_GB[:, -1:], 0.0)
-    return np.where(is_open_GO, target_GB[:, :-1] - target_GB[:, -1:] - predictor_GO, 0.0)
+def _step(moments: Moments, information_MCQ: Floats, block: Block, config: OnlineConfig, *, is_exact: bool) -> Floats:
+    """Steps of all models; where the information is a curvature that moves with the step, as far as is safe."""
+    remembered = Moments(gradient_MPO=moments.gradient_MPO, information_MCQ=information_MCQ)
+    step_MPO = newton_step(remembered, np.full(len(block.x_PN), 1 / config.most_variance))
+    if is_exact or not step_MPO.size:
+        return step_MPO
+    return step_MPO * safe_share(spread(predictors(block.x_PN, step_MPO)))[:, None, None]
 
 
-def _noise(mixture: Mixture, error_LO: Floats, leaf_L: Floats, after_L: Floats, rows_seen: int) -> Floats:
-    """Each covariance moved towards the row's squared error, by the row's share of the rows that it stands for."""
-    family, covariance_LOO = mixture.family, mixture.experts.covariance_LOO
-    assert isinstance(family, Gaussian)
-    if family.noise == "unit":
+def _noise(mixture: Mixture, sums: ExpertSums, step_LPO: Floats, rows_seen: int) -> Floats:
+    """Each covariance moved towards the block's squared errors, by their share of the rows that it stands for.
+
+    The error before times the error after the step is what a row adds to the sum of squares.
+    """
+    family, covariance_LOO, mass_L = mixture.family, mixture.experts.covariance_LOO, sums.weight_L
+    if not isinstance(family, Gaussian) or family.noise == "unit":
         return covariance_LOO
-    square_LOO = after_L[:, None, None] * error_LO[:, :, None] * error_LO[:, None, :]
-    square_LOO = family.shaped(square_LOO) + family.noise_floor * np.eye(family.outputs)
-    stands_for = min(LEAST_NOISE_ROWS + rows_seen / len(leaf_L), MOST_NOISE_ROWS)
-    rate_L11 = (leaf_L / (leaf_L + stands_for))[:, None, None]
-    return covariance_LOO + rate_L11 * (square_LOO - covariance_LOO)
+    after_LOO = family.shaped(sums.square_LOO - sums.moments.gradient_MPO.swapaxes(1, 2) @ step_LPO)
+    stands_for = min(LEAST_NOISE_ROWS + rows_seen / len(mass_L), MOST_NOISE_ROWS)
+    mass_L11, floor_OO = mass_L[:, None, None], family.noise_floor * np.eye(family.outputs)
+    return covariance_LOO + (after_LOO + mass_L11 * (floor_OO - covariance_LOO)) / (mass_L11 + stands_for)
+
+
+def _ridge(outputs: int, size: int) -> Floats:
+    """The identity of `outputs` predictors of `size` weights, packed as information is; (C, Q)."""
+    o_C, r_C = pairs(outputs)
+    p_Q, q_Q = pairs(size)
+    return ((o_C == r_C)[:, None] & (p_Q == q_Q)).astype(np.float64)

@@ -82,9 +82,9 @@ class HMERegressor(RegressorMixin, HMEBase):
         )
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Learn more rows on-line: recursive least squares (Gaussian experts), or gradient ascent (Poisson).
+        """Learn more rows on-line: recursive least squares (Gaussian experts), recursive Newton steps (Poisson).
 
-        The first call sets the scale of all columns.
+        After `fit` it goes on from the fit; a first call sets the scale of all columns.
         """
         return self._partial_fit(X, y, sample_weight, first=not hasattr(self, "mixture_"))
 

@@ -1,53 +1,75 @@
-"""Softmax over branches, for gates and for experts alike: log shares, and the sums their Newton steps need."""
+"""Softmax over branches, for gates and for experts alike: shares, and the sums their Newton steps need."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from turnout.hme.algebra import log_sum_exp, pairs
+from turnout.hme.algebra import pairs
 from turnout.hme.glim import Moments
 from turnout.hme.tree import Floats
 
 
-def predictors(x_PN: Floats, weight_LPO: Floats) -> Floats:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shares:
+    """Probabilities of B = O + 1 branches of M models."""
+
+    log_MBN: Floats
+    free_MON: Floats  # of all branches but the last
+
+
+def predictors(x_PN: Floats, weight_MPO: Floats) -> Floats:
     """Linear predictors of all models in one matrix product, (M, O, N)."""
-    num_models, size, outputs = weight_LPO.shape
-    return (weight_LPO.swapaxes(1, 2).reshape(-1, size) @ x_PN).reshape(num_models, outputs, x_PN.shape[1])
+    num_models, size, outputs = weight_MPO.shape
+    return (weight_MPO.swapaxes(1, 2).reshape(-1, size) @ x_PN).reshape(num_models, outputs, x_PN.shape[1])
 
 
-def log_softmax_with_last_zero(predictor_MON: Floats) -> Floats:
-    """Log shares of O + 1 branches, the last of which has the predictor zero."""
-    num_models, _, num_rows = predictor_MON.shape
-    full_MBN = np.concatenate([predictor_MON, np.zeros((num_models, 1, num_rows))], axis=1)
-    return full_MBN - log_sum_exp(full_MBN, axis=1)[:, None]
+def softmax_with_last_zero(predictor_MON: Floats) -> Shares:
+    """Shares of O + 1 branches, the last of which has the predictor zero; -inf closes a branch."""
+    num_models, outputs, num_rows = predictor_MON.shape
+    log_MBN = np.empty((num_models, outputs + 1, num_rows))
+    if outputs == 1:
+        return _logistic(predictor_MON, log_MBN)
+    top_M1N = np.maximum(predictor_MON.max(axis=1, keepdims=True), 0.0)
+    np.subtract(predictor_MON, top_M1N, out=log_MBN[:, :-1])
+    np.negative(top_M1N, out=log_MBN[:, -1:])
+    share_MBN = np.exp(log_MBN)
+    sum_M1N = share_MBN.sum(axis=1, keepdims=True)
+    log_MBN -= np.log(sum_M1N)
+    return Shares(log_MBN=log_MBN, free_MON=share_MBN[:, :-1] / sum_M1N)
 
 
-def softmax_moments(x_PN: Floats, product_QN: Floats, log_share_MBN: Floats, mass_MBN: Floats) -> Moments:
+def _logistic(predictor_M1N: Floats, log_M2N: Floats) -> Shares:
+    """Two branches need one exponential and one logarithm."""
+    small_M1N = np.exp(-np.abs(predictor_M1N))
+    sum_M1N = 1.0 + small_M1N
+    np.minimum(predictor_M1N, 0.0, out=log_M2N[:, :1])
+    np.minimum(-predictor_M1N, 0.0, out=log_M2N[:, 1:])
+    log_M2N -= np.log(sum_M1N)
+    return Shares(log_MBN=log_M2N, free_MON=np.where(predictor_M1N >= 0, 1.0, small_M1N) / sum_M1N)
+
+
+def softmax_moments(x_PN: Floats, product_QN: Floats, share_MON: Floats, mass_MBN: Floats) -> Moments:
     """Moments of M softmax models with `mass_MBN` of each row on each branch; gates and softmax experts are both such.
 
     Source: Jordan & Jacobs 1994, appendix A (IRLS); the whole Hessian, not its diagonal blocks.
     """
-    num_models, branches, num_rows = mass_MBN.shape
-    weight_MN = mass_MBN.sum(axis=1)
-    share_MBN = np.exp(log_share_MBN)
-    score_MON = mass_MBN[:, :-1] - weight_MN[:, None] * share_MBN[:, :-1]
+    num_models, outputs, num_rows = share_MON.shape
+    weighted_MON = mass_MBN.sum(axis=1, keepdims=True) * share_MON
+    score_MON = mass_MBN[:, :-1] - weighted_MON
     gradient = score_MON.reshape(-1, num_rows) @ x_PN.T
-    information = softmax_curvature(share_MBN, weight_MN).reshape(-1, num_rows) @ product_QN.T
+    information = softmax_curvature(share_MON, weighted_MON).reshape(-1, num_rows) @ product_QN.T
     return Moments(
-        value_M=softmax_value(log_share_MBN, mass_MBN),
-        gradient_MPO=gradient.reshape(num_models, branches - 1, len(x_PN)).swapaxes(1, 2),
-        information_MCQ=information.reshape(num_models, branches * (branches - 1) // 2, len(product_QN)),
+        gradient_MPO=gradient.reshape(num_models, outputs, len(x_PN)).swapaxes(1, 2),
+        information_MCQ=information.reshape(num_models, outputs * (outputs + 1) // 2, len(product_QN)),
     )
 
 
-def softmax_value(log_share_MBN: Floats, mass_MBN: Floats) -> Floats:
-    """Log-likelihoods of M softmax models; a branch of no mass adds nothing, however unlikely it is."""
-    return (np.where(mass_MBN > 0, log_share_MBN, 0.0) * mass_MBN).sum(axis=(1, 2))
-
-
-def softmax_curvature(share_MBN: Floats, weight_MN: Floats) -> Floats:
+def softmax_curvature(share_MON: Floats, weighted_MON: Floats) -> Floats:
     """Minus the second derivatives of weight * log softmax, by pairs of predictors of all but the last branch.
 
-    Shapes: share_MBN (M, B, N) sums over B to 1; weight_MN (M, N); returns (M, (B - 1) B / 2, N).
+    Shapes: share_MON (M, O, N); weighted_MON (M, O, N) weight times share; returns (M, O (O + 1) / 2, N).
     """
-    b_C, c_C = pairs(share_MBN.shape[1] - 1)
-    weighted_MCN = weight_MN[:, None] * share_MBN[:, b_C]
-    return weighted_MCN * ((b_C == c_C)[:, None] - share_MBN[:, c_C])
+    if share_MON.shape[1] == 1:
+        return weighted_MON * (1.0 - share_MON)
+    o_C, r_C = pairs(share_MON.shape[1])
+    return weighted_MON[:, o_C] * ((o_C == r_C)[:, None] - share_MON[:, r_C])

@@ -63,8 +63,7 @@ def _fitted(start: Mixture, rows: Rows, config: SolveConfig, random: np.random.G
         return fit_ascent(start, rows, config.ascent, random, watch)
     state, path = Recursion.start(start, config.online), [loglik(rows, start)]
     for _ in range(config.online_passes):
-        order_N = random.permutation(len(rows))
-        shuffled = Rows(x_NP=rows.x_NP[order_N], y_NT=rows.y_NT[order_N], weight_N=rows.weight_N[order_N])
+        shuffled = rows.taken(random.permutation(len(rows)))
         state = learn_rows(state, shuffled, config.online)
         path.append(loglik(rows, state.mixture))
     return Fit(

@@ -1,20 +1,21 @@
 """One pass over the rows: the E-step and the sums of all M-steps, block by block, so that memory stays bounded."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from turnout.hme.algebra import pair_products
 from turnout.hme.families import ExpertSums
-from turnout.hme.glim import Moments
+from turnout.hme.glim import Moments, spread
 from turnout.hme.mixture import Mixture
-from turnout.hme.shares import softmax_moments, softmax_value
-from turnout.hme.tree import Floats
+from turnout.hme.shares import predictors, softmax_moments
+from turnout.hme.tree import Floats, Ints, Tree
 
 # posteriors below this are taken as this when their logarithm is regressed on (algorithm 2)
 LEAST_POSTERIOR = 1e-3
-BLOCK_BYTES = 4 << 20  # of the widest array of a block: what a core's cache and its neighbours hold
+BLOCK_BYTES = 1 << 20  # of the widest array of a block: what a core's own cache holds
+LEAST_ROWS = 64  # of a block, however wide its arrays
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,18 +29,28 @@ class Rows:
     def __len__(self) -> int:
         return len(self.x_NP)
 
+    def taken(self, row_N: Ints) -> "Rows":
+        """These rows, in this order."""
+        return Rows(x_NP=self.x_NP[row_N], y_NT=self.y_NT[row_N], weight_N=self.weight_N[row_N])
+
+    def parts(self, widest: int) -> Iterator[slice]:
+        """Slices of rows for which an array with `widest` numbers a row takes about BLOCK_BYTES."""
+        step = max(LEAST_ROWS, BLOCK_BYTES // (8 * max(1, widest)))
+        return (slice(start, start + step) for start in range(0, len(self), step))
+
+    def block(self, part: slice | Ints) -> "Block":
+        """These rows as columns."""
+        return Block(
+            x_PN=np.ascontiguousarray(self.x_NP[part].T),
+            y_TN=np.ascontiguousarray(self.y_NT[part].T),
+            weight_N=self.weight_N[part],
+        )
+
     def blocks(self, mixture: Mixture) -> "Iterator[Block]":
         """Blocks small enough that the widest array of `mixture` takes about BLOCK_BYTES."""
         tree, size = mixture.tree, self.x_NP.shape[1]
         widest = max(size * (size + 1) // 2, tree.num_leaves * max(1, mixture.family.outputs), tree.child_GB.size)
-        step = max(64, BLOCK_BYTES // (8 * widest))
-        for start in range(0, len(self), step):
-            part = slice(start, start + step)
-            yield Block(
-                x_PN=np.ascontiguousarray(self.x_NP[part].T),
-                y_TN=np.ascontiguousarray(self.y_NT[part].T),
-                weight_N=self.weight_N[part],
-            )
+        return (self.block(part) for part in self.parts(widest))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,31 +83,40 @@ def sweep(rows: Rows, believed: Mixture, at: Mixture | None = None, *, log_poste
     """
     total: Sums | None = None
     for block in rows.blocks(believed):
-        sums = _block_sums(block, believed, believed if at is None else at, log_posteriors)
+        sums = block_sums(block, believed, believed if at is None else at, log_posteriors=log_posteriors)
         total = sums if total is None else total + sums
     assert total is not None
     return total
 
 
-def gate_sweep(rows: Rows, believed: Mixture, gate_GPO: Floats) -> Moments:
-    """The gates' part of `sweep` alone, with posteriors of `believed` and moments at `gate_GPO`."""
-    at, total = replace(believed, gate_GPO=gate_GPO), None
-    for block in rows.blocks(believed):
-        weight_LN = block.weight_N * believed.posterior(block.x_PN, block.y_TN).leaf_LN
-        log_share_GBN, mass_GBN = at.log_shares(block.x_PN), _branch_mass(at, weight_LN)
-        moments = softmax_moments(block.x_PN, pair_products(block.x_PN), log_share_GBN, mass_GBN)
-        total = moments if total is None else total + moments
-    assert total is not None
-    return total
+def block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors: bool) -> Sums:
+    """`sweep` of one block."""
+    posterior = believed.posterior(block.x_PN, block.y_TN)
+    weight_LN = block.weight_N * posterior.leaf_LN
+    if at is believed:
+        shares, judged = posterior.shares, posterior.judged
+    else:
+        shares, judged = at.shares(block.x_PN), at.family.judge(block.x_PN, block.y_TN, at.experts)
+    product_QN, mass_GBN = pair_products(block.x_PN), branch_mass(at.tree, weight_LN)
+    if log_posteriors:
+        gates = _log_posterior_moments(block.x_PN, product_QN, shares.log_MBN, mass_GBN)
+    else:
+        gates = softmax_moments(block.x_PN, product_QN, shares.free_MON, mass_GBN)
+    return Sums(
+        loglik=float(block.weight_N @ posterior.loglik_N),
+        gates=gates,
+        experts=at.family.sums(block.x_PN, product_QN, block.y_TN, weight_LN, judged, at.experts),
+    )
 
 
-def gate_values(rows: Rows, believed: Mixture, gate_GPO: Floats) -> Floats:
-    """The gates' objectives alone: less than half the work of `gate_sweep`."""
-    at, value_G = replace(believed, gate_GPO=gate_GPO), np.zeros(len(gate_GPO))
-    for block in rows.blocks(believed):
-        weight_LN = block.weight_N * believed.posterior(block.x_PN, block.y_TN).leaf_LN
-        value_G += softmax_value(at.log_shares(block.x_PN), _branch_mass(at, weight_LN))
-    return value_G
+def longest_move(rows: Rows, step_MPO: Floats) -> Floats:
+    """How far apart a step moves the predictors of each model at any row, (M,): reads the inputs alone."""
+    most_M = np.zeros(len(step_MPO))
+    if not step_MPO.size:
+        return most_M
+    for part in rows.parts(step_MPO.shape[0] * step_MPO.shape[2]):
+        most_M = np.maximum(most_M, spread(predictors(rows.x_NP[part].T, step_MPO)))
+    return most_M
 
 
 def loglik(rows: Rows, mixture: Mixture) -> float:
@@ -104,27 +124,9 @@ def loglik(rows: Rows, mixture: Mixture) -> float:
     return sum(float(b.weight_N @ mixture.posterior(b.x_PN, b.y_TN).loglik_N) for b in rows.blocks(mixture))
 
 
-def _block_sums(block: Block, believed: Mixture, at: Mixture, log_posteriors: bool) -> Sums:
-    posterior = believed.posterior(block.x_PN, block.y_TN)
-    weight_LN = block.weight_N * posterior.leaf_LN
-    if at is believed:
-        log_share_GBN, judged = posterior.log_share_GBN, posterior.judged
-    else:
-        log_share_GBN = at.log_shares(block.x_PN)
-        judged = at.family.judge(block.x_PN, block.y_TN, at.experts)
-    product_QN = pair_products(block.x_PN)
-    mass_GBN = _branch_mass(at, weight_LN)
-    gate_moments = _log_posterior_moments if log_posteriors else softmax_moments
-    return Sums(
-        loglik=float(block.weight_N @ posterior.loglik_N),
-        gates=gate_moments(block.x_PN, product_QN, log_share_GBN, mass_GBN),
-        experts=at.family.sums(block.x_PN, product_QN, block.y_TN, weight_LN, judged, at.experts),
-    )
-
-
-def _branch_mass(mixture: Mixture, weight_LN: Floats) -> Floats:
-    """Posterior mass below each branch: h_i, h_i h_j|i, ... of all levels in one product."""
-    return (mixture.tree.path_EL @ weight_LN).reshape(*mixture.tree.child_GB.shape, weight_LN.shape[1])
+def branch_mass(tree: Tree, weight_LN: Floats) -> Floats:
+    """Posterior mass below each branch: h_i, h_i h_j|i, ... of all levels in one product; (G, B, N)."""
+    return (tree.path_EL @ weight_LN).reshape(*tree.child_GB.shape, weight_LN.shape[1])
 
 
 def _log_posterior_moments(x_PN: Floats, product_QN: Floats, log_share_GBN: Floats, mass_GBN: Floats) -> Moments:
@@ -142,7 +144,6 @@ def _log_posterior_moments(x_PN: Floats, product_QN: Floats, log_share_GBN: Floa
     score_GON = weight_GN[:, None] * error_GON
     gates, free, num_rows = score_GON.shape
     return Moments(
-        value_M=-0.5 * (score_GON * error_GON).sum(axis=(1, 2)),
         gradient_MPO=(score_GON.reshape(-1, num_rows) @ x_PN.T).reshape(gates, free, len(x_PN)).swapaxes(1, 2),
         information_MCQ=(weight_GN @ product_QN.T)[:, None],
     )
