@@ -1,4 +1,4 @@
-"""What Jordan & Jacobs 1994 compared with: a tree with linear leaves, and regression splines in the manner of MARS."""
+"""What Jordan & Jacobs 1994 compared with: backprop, trees with linear leaves, regression splines as in MARS."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,3 +81,45 @@ def _product(factors: tuple[tuple[int, float, int], ...], x_ND: Floats) -> Float
 def _orthogonal(pair_NB: Floats, basis_QN: Floats) -> Floats:
     """Orthonormal columns of what the pair adds to the basis."""
     return np.linalg.qr(pair_NB - basis_QN.T @ (basis_QN @ pair_NB))[0]
+
+
+class Backprop:
+    """One hidden layer of tanh units, gradient descent with momentum on half the mean squared error.
+
+    Source: Jordan & Jacobs 1994, section 4 (60 hidden units); weights start in +-1/sqrt(fan in).
+    """
+
+    def __init__(self, sizes: tuple[int, int, int], rate: float, momentum: float, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        inputs, hidden, outputs = sizes
+        self.weights = [self._uniform(inputs + 1, hidden), self._uniform(hidden + 1, outputs)]
+        self.speeds = [np.zeros_like(weight) for weight in self.weights]
+        self.rate, self.momentum = rate, momentum
+
+    def _uniform(self, fan_in: int, fan_out: int) -> Floats:
+        return self.random.uniform(-1, 1, (fan_in, fan_out)) / np.sqrt(fan_in)
+
+    def run_pass(self, x_ND: Floats, y_NO: Floats, batch_size: int) -> None:
+        """One pass over the rows in random order, a step a batch."""
+        order_N = self.random.permutation(len(x_ND))
+        for start in range(0, len(x_ND), batch_size):
+            chosen = order_N[start : start + batch_size] if batch_size < len(x_ND) else slice(None)
+            self._step(x_ND[chosen], y_NO[chosen])
+
+    def _step(self, x_ND: Floats, y_NO: Floats) -> None:
+        (into, out), count = self.weights, len(x_ND)
+        hidden_NH = np.tanh(x_ND @ into[:-1] + into[-1])
+        error_NO = hidden_NH @ out[:-1] + out[-1] - y_NO
+        back_NH = (error_NO @ out[:-1].T) * (1 - hidden_NH * hidden_NH)
+        slopes = (
+            np.vstack([x_ND.T @ back_NH, back_NH.sum(axis=0)]) / count,
+            np.vstack([hidden_NH.T @ error_NO, error_NO.sum(axis=0)]) / count,
+        )
+        for weight, speed, slope in zip(self.weights, self.speeds, slopes, strict=True):
+            speed *= self.momentum
+            speed -= self.rate * slope
+            weight += speed
+
+    def predict(self, x_ND: Floats) -> Floats:
+        into, out = self.weights
+        return np.tanh(x_ND @ into[:-1] + into[-1]) @ out[:-1] + out[-1]

@@ -4,52 +4,101 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
 
+from turnout.cli.main import main
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "turnout", "fit-hme", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return json.loads(self.out.splitlines()[-1])
+
+    @property
+    def message(self) -> str:
+        return " ".join(self.err.split())
+
+
+FitHme = Callable[..., Result]
+
+
+@pytest.fixture
+def fit_hme(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> FitHme:
+    """Runs `turnout fit-hme` in this process."""
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["turnout", "fit-hme", *args])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return run
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     random = np.random.default_rng(0)
-    x_ND = random.normal(size=(300, 2))
     lines = ["width,height,colour,size,kind"]
-    for a, b in x_ND:
+    for a, b in random.normal(size=(300, 2)):
         colour = "red" if random.random() < 0.5 else "<b>blue</b>"
         size = abs(a) + 0.2 * b + (colour == "red") + 0.05 * random.normal()
-        lines.append(f"{a:.4f},{b:.4f},{colour},{size:.4f},{'big' if size > 1.2 else 'small'}")
+        lines.append(f"{a:.4f},{b:.4f},{colour},{size:.4f},{'big' if size > 1.2 else '<i>small</i>'}")
     path = tmp_path / "things.csv"
     path.write_text("\n".join(lines))
     return path
 
 
-def test_a_fit_ends_in_one_line_of_json_and_a_page_that_needs_nothing(table: Path, tmp_path: Path) -> None:
+def _stands_alone(page: str) -> bool:
+    return "<script" not in page and not re.search(r"https?://", page) and "<b>blue" not in page and "<i>" not in page
+
+
+def test_a_fit_ends_in_one_line_of_json_and_a_page_that_needs_nothing(
+    fit_hme: FitHme, table: Path, tmp_path: Path
+) -> None:
     page = tmp_path / "out.html"
-    done = _run(str(table), "--target", "size", "--depth", "2", "--report", str(page), "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert {"log_likelihood", "relative_error", "iterations", "seconds"} <= set(found)
+    done = fit_hme(str(table), "--target", "size", "--depth", "2", "--report", str(page), "--json")
+    assert done.code == 0, done.err
+    assert {"log_likelihood", "relative_error", "iterations", "seconds"} <= set(done.last)
     # `kind` is a column of words made from the target
-    assert found["relative_error"] < 0.2
+    assert done.last["relative_error"] < 0.2
     text = page.read_text()
-    assert "<svg" in text
-    assert "<script" not in text
-    assert not re.search(r"https?://(?!www\.w3\.org)", text)
-    assert "<b>blue" not in text
+    assert text.count('<circle class="dot"') == 75  # a quarter of the rows was kept aside
+    assert text.count('<circle class="leaf"') == 4
+    assert _stands_alone(text)
 
 
-def test_words_as_a_target_are_classes(table: Path) -> None:
-    done = _run(str(table), "--target", "kind", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["task"] == "classification"
+def test_words_as_a_target_are_classes_and_are_counted_right_and_wrong(
+    fit_hme: FitHme, table: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "out.html"
+    done = fit_hme(str(table), "--target", "kind", "--report", str(page), "--json")
+    assert done.code == 0, done.err
+    assert done.last["task"] == "classification"
+    text = page.read_text()
+    counts = [int(count) for count in re.findall(r"<td[^>]*>(\d+)</td>", text)]
+    assert sum(counts) == 75
+    right = sum(int(count) for count in re.findall(r'<td class="right">(\d+)</td>', text))
+    assert 1 - right / 75 == pytest.approx(done.last["relative_error"])
+    assert _stands_alone(text)
 
 
 @pytest.mark.parametrize(
@@ -61,11 +110,10 @@ def test_words_as_a_target_are_classes(table: Path) -> None:
         (["--target", "kind", "--task", "counts"], 1, "needs numbers in column 'kind'"),
     ],
 )
-def test_bad_use_is_one_line(table: Path, arguments: list[str], code: int, message: str) -> None:
-    done = _run(str(table), *arguments)
-    assert done.returncode == code
-    assert re.search(message, " ".join(done.stderr.split()))
-    assert "Traceback" not in done.stderr
+def test_bad_use_is_one_line(fit_hme: FitHme, table: Path, arguments: list[str], code: int, message: str) -> None:
+    done = fit_hme(str(table), *arguments)
+    assert done.code == code
+    assert re.search(message, done.message)
 
 
 @pytest.mark.parametrize(
@@ -80,16 +128,15 @@ def test_bad_use_is_one_line(table: Path, arguments: list[str], code: int, messa
         ("a,y\n1,2\n,3\n4,5\n6,7\n8,9\n1,3\n", "line 3: column 'a' is missing; use --missing mean"),
     ],
 )
-def test_a_file_that_is_no_table_is_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_no_table_is_refused_by_line(fit_hme: FitHme, tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.csv"
     path.write_text(text)
-    done = _run(str(path), "--target", "y", "--depth", "1")
-    assert done.returncode == 1
-    assert message in " ".join(done.stderr.split())
+    done = fit_hme(str(path), "--target", "y", "--depth", "1")
+    assert done.code == 1
+    assert message in done.message
 
 
 def test_neither_turnout_nor_the_estimators_import_what_they_do_not_need() -> None:
-    check = "import turnout, turnout.hme, sys; assert 'sklearn' not in sys.modules and 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", check], check=True)
-    check = "from turnout.hme import HMERegressor; import sys; assert 'torch' not in sys.modules"
+    check = "import turnout, turnout.hme, sys; assert 'sklearn' not in sys.modules and 'torch' not in sys.modules; "
+    check += "from turnout.hme import HMERegressor; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -132,9 +132,11 @@ def _write_report(path: Path, data: Path, table: Any, estimator: Any, fitted: di
         loglik_path=estimator.loglik_path_ / fitted["train_rows"],
         names=table.names,
         text=estimator.export_text(list(table.names)),
-        truth_N=None if is_class else fitted["_truth"],
-        guess_N=None if is_class else fitted["_guess"],
+        truth_N=fitted["_truth"],
+        guess_N=fitted["_guess"],
+        is_class=is_class,
         share_L=estimator.apply(fitted["_x"]).mean(axis=0),
+        where=f"{len(fitted['_truth'])} rows {'kept aside' if fitted['test_rows'] else 'of the fit itself'}.",
     )  # fmt: skip
     path.write_text(render(page, estimator), encoding="utf-8")
 

@@ -82,32 +82,33 @@ def fit_em(
         converged = abs(gained) < config.tol * total_weight
         if converged or iteration == config.max_iter:
             break
-        mixture, taken = _maximised(mixture, rows, sums, config, ridge_P)
+        mixture, taken = _maximised(mixture, rows, sums, config)
         passes += taken
     return Fit(
         mixture=best, loglik_path=tuple(logliks), objective_path=tuple(objectives), passes=passes, converged=converged
     )
 
 
-def _maximised(believed: Mixture, rows: Rows, sums: Sums, config: EMConfig, ridge_P: Floats) -> tuple[Mixture, int]:
+def _maximised(believed: Mixture, rows: Rows, sums: Sums, config: EMConfig) -> tuple[Mixture, int]:
     """The M-step, and the passes it took beyond the one that gave `sums`."""
     enough = GAINED * float(rows.weight_N.sum())
-    at, promise = _stepped(believed, rows, sums, config, ridge_P, enough)
+    at, promise = _stepped(believed, rows, sums, config, enough=enough)
     for passes in range(config.newton_steps - 1):
         if promise <= enough:
             return at, passes
         further = sweep(rows, believed, at, log_posteriors=config.algorithm == 2)
-        at, promise = _stepped(at, rows, further, config, ridge_P, enough)
+        at, promise = _stepped(at, rows, further, config, enough=enough)
     return at, config.newton_steps - 1
 
 
 def _stepped(
-    at: Mixture, rows: Rows, sums: Sums, config: EMConfig, ridge_P: Floats, enough: float
+    at: Mixture, rows: Rows, sums: Sums, config: EMConfig, *, enough: float
 ) -> tuple[Mixture, float]:
     """All gates and experts after a step from `at`, and the most that a model had to gain by it, in nats.
 
     Least squares (Gaussian experts, gates of algorithm 2) is done in one step, and leaves nothing to gain.
     """
+    ridge_P = ridge_of(config.ridge, rows.x_NP.shape[1])
 
     def move(step_MPO: Floats) -> Floats:
         return longest_move(rows, step_MPO)

@@ -4,8 +4,10 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from turnout.hme.base import HMEBase
 from turnout.hme.text import placed
@@ -13,6 +15,11 @@ from turnout.hme.tree import CLOSED, Floats
 
 MOST_DOTS = 1500  # of the scatter plot
 MOST_BARS = 8  # inputs shown at a gate
+PATH_HINT = "After each iteration, on the rows of the fit. The start, where all experts are alike, is left out."
+TREE_HINT = (
+    "Bars: the strongest weights of a gate, for inputs in units of their deviation; orange speaks for its left branch, "
+    "blue against it, and the name is that of the strongest. Discs: experts, with the share of the rows they answer for."
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,9 +32,11 @@ class PageData:
     loglik_path: Floats  # nats a row
     names: Sequence[str]
     text: str
-    truth_N: Floats | None  # of rows the fit never saw; None: classes
-    guess_N: Floats | None
+    truth_N: NDArray[Any]  # of rows the fit never saw, where there are such
+    guess_N: NDArray[Any]
+    is_class: bool
     share_L: Floats  # mean responsibility of each expert
+    where: str  # which rows were predicted
 
 
 def render(data: PageData, estimator: HMEBase) -> str:
@@ -38,11 +47,13 @@ def render(data: PageData, estimator: HMEBase) -> str:
         for label, value in data.tiles
     )
     parts = [
-        _panel("Log-likelihood, nats a row", path_svg(data.loglik_path)),
-        _panel("The tree: what each gate weighs, how much each expert answers", tree_svg(data, estimator)),
+        _panel("Log-likelihood, nats a row", path_svg(data.loglik_path), PATH_HINT),
+        _panel("The tree: what each gate weighs, how much each expert answers", tree_svg(data, estimator), TREE_HINT),
     ]
-    if data.truth_N is not None and data.guess_N is not None:
-        parts.append(_panel("Held-out rows: predicted against true", scatter_svg(data.truth_N, data.guess_N)))
+    if data.is_class:
+        parts.append(_panel("Classes: true by predicted", confusion_table(data.truth_N, data.guess_N), data.where))
+    else:
+        parts.append(_panel("Predicted against true", scatter_svg(data.truth_N, data.guess_N), data.where))
     parts.append(_panel("In words", f"<pre>{_e(data.text)}</pre>"))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -55,11 +66,13 @@ def render(data: PageData, estimator: HMEBase) -> str:
 
 
 OWN_CSS = """
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin: 24px 0; }
 .hme svg { width: 100%; height: auto; } .hme svg text { fill: var(--soft); font: 12px var(--sans); }
 .hme .axis { stroke: var(--line); } .hme .curve { fill: none; stroke: var(--blue); stroke-width: 2; }
 .hme .dot { fill: var(--blue); fill-opacity: 0.35; } .hme .branch { fill: none; stroke: var(--faint); }
 .hme .up { fill: var(--orange); } .hme .down { fill: var(--blue); } .hme .leaf { fill: var(--green); }
+.hme table { border-collapse: collapse; } .hme th { font-weight: 600; color: var(--soft); }
+.hme th, .hme td { padding: 4px 14px; text-align: right; border-bottom: 1px solid var(--grid); }
+.hme td.right { color: var(--green); font-weight: 620; }
 .hme pre { overflow-x: auto; font: 12.5px/1.5 var(--mono); margin: 0; }
 """
 
@@ -91,6 +104,23 @@ def scatter_svg(truth_N: Floats, guess_N: Floats) -> str:
         f'<text x="50" y="412">true: {both.min():.3g} to {both.max():.3g}</text>'
         '<text x="8" y="40">predicted</text></svg>'
     )
+
+
+def confusion_table(truth_N: NDArray[Any], guess_N: NDArray[Any]) -> str:
+    """Rows by true class, columns by predicted class; the diagonal is right."""
+    names = [str(name) for name in np.unique(np.concatenate([truth_N, guess_N]))]
+    truth, guess = (np.searchsorted(names, np.asarray(side, dtype=str)) for side in (truth_N, guess_N))
+    count_CC = np.zeros((len(names), len(names)), dtype=np.int64)
+    np.add.at(count_CC, (truth, guess), 1)
+    head = "".join(f"<th>{_e(name)}</th>" for name in names)
+    lines = [f"<tr><th>true \\ predicted</th>{head}</tr>"]
+    for row, name in enumerate(names):
+        cells = "".join(
+            f'<td class="right">{count}</td>' if row == column else f"<td>{count}</td>"
+            for column, count in enumerate(count_CC[row])
+        )
+        lines.append(f"<tr><th>{_e(name)}</th>{cells}</tr>")
+    return f'<div style="overflow-x:auto"><table>{"".join(lines)}</table></div>'
 
 
 def tree_svg(data: PageData, estimator: HMEBase) -> str:
@@ -137,8 +167,9 @@ def _places(values: Floats, low: float, high: float) -> Floats:
     return low + (values - values.min()) / span * (high - low)
 
 
-def _panel(title: str, body: str) -> str:
-    return f'<h2>{_e(title)}</h2><div class="panel hme">{body}</div>'
+def _panel(title: str, body: str, hint: str = "") -> str:
+    about = f'<p class="about">{_e(hint)}</p>' if hint else ""
+    return f'<h2>{_e(title)}</h2>{about}<div class="panel hme">{body}</div>'
 
 
 def _e(text: object) -> str:
