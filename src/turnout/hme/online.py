@@ -110,9 +110,11 @@ def _learned(state: Recursion, block: Block, config: OnlineConfig) -> Recursion:
     mixture, num_rows = state.mixture, len(block.weight_N)
     sums = block_sums(block, mixture, mixture, log_posteriors=config.gates == "log_posteriors")
     mass_L = sums.experts.weight_L
-    mass_G = (mixture.tree.path_EL @ mass_L).reshape(mixture.tree.child_GB.shape).sum(axis=1)
+    # a gate ages as an expert below it does: by the mean of their rows
+    under_GL = mixture.tree.under_GBL.any(axis=1)
+    own_G = under_GL @ mass_L / np.maximum(under_GL.sum(axis=1), 1)
     expert_LCQ = sums.experts.moments.information_MCQ + _aged(state, state.expert_LCQ, mass_L, num_rows, config)
-    gate_GCQ = sums.gates.information_MCQ + _aged(state, state.gate_GCQ, mass_G, num_rows, config)
+    gate_GCQ = sums.gates.information_MCQ + _aged(state, state.gate_GCQ, own_G, num_rows, config)
     gate_step_GPO = _step(sums.gates, gate_GCQ, block, config, is_exact=config.gates == "log_posteriors")
     is_exact = isinstance(mixture.family, Gaussian)
     step_LPO = _step(sums.experts.moments, expert_LCQ, block, config, is_exact=is_exact)
@@ -128,12 +130,12 @@ def _learned(state: Recursion, block: Block, config: OnlineConfig) -> Recursion:
     )
 
 
-def _aged(state: Recursion, information_MCQ: Floats, mass_M: Floats, num_rows: int, config: OnlineConfig) -> Floats:
-    """What is remembered: a model ages by every row, or by the rows it answers for.
+def _aged(state: Recursion, information_MCQ: Floats, own_M: Floats, num_rows: int, config: OnlineConfig) -> Floats:
+    """What is remembered: a model ages by every row, or by its own rows.
 
     With the first, rows of others take away what an expert knows and tell it nothing in its place.
     """
-    age_M = mass_M if config.forgets == "own" else np.full(len(mass_M), float(num_rows))
+    age_M = own_M if config.forgets == "own" else np.full(len(own_M), float(num_rows))
     return information_MCQ * (forgetting_at(state.rows_seen, config) ** age_M)[:, None, None]
 
 
