@@ -124,7 +124,7 @@ def test_rows_that_arrive_in_parts_teach_as_much() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_classes_learned_on_line_come_near_to_the_batch(seed: int) -> None:
-    """A line has 0.66 of these classes right at best, a tree of two logistic experts nearly all."""
+    """A line has 0.76 of these classes right at best, a tree of two logistic experts nearly all."""
     x_ND, y_N = _bent(3000, seed)
     is_high_N = np.abs(x_ND[:, 0]) > 0.7
     online = HMEClassifier(1, solver="online", max_iter=3, n_init=3, random_state=seed).fit(x_ND, is_high_N)
