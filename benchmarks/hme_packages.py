@@ -1,4 +1,4 @@
-"""An EM iteration beside that of a package from PyPI: `cgmm.MixtureOfExpertsRegressor`, a flat mixture of linear experts.
+"""An EM iteration beside that of a package from PyPI: `cgmm.MixtureOfExpertsRegressor`, one gate over linear experts.
 
 Usage: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.hme_packages [--rows 15000] [--experts 16].
 Needs `pip install cgmm`. Both fit a softmax gate over all experts with diagonal noise; CPU seconds of one core, from

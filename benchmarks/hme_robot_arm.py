@@ -36,6 +36,10 @@ PUBLISHED = {  # relative error, passes: Jordan & Jacobs 1994, tables 1 and 2
     "MARS-like": (0.16, None),
 }  # fmt: skip
 
+PUBLISHED_ONLINE = OnlineConfig(
+    gates="log_posteriors", forgets="all", block_rows=1, settle_share=0.6, gate_variance=0.01
+)
+
 
 def _em(algorithm: int, iterations: int, depth: int = 4) -> Callable[..., Progress]:
     def run(x_ND: Floats, y_NO: Floats, test_ND: Floats, seed: int) -> Progress:
@@ -89,15 +93,15 @@ def _once(make: Callable[[int], object]) -> Callable[..., Progress]:
 
 MODELS: dict[str, Callable[..., Progress]] = {
     "linear": _once(lambda seed: LinearRegression()),
-    "HME, algorithm 1": _em(1, 80),
-    "HME, algorithm 2": _em(2, 80),
-    "HME, algorithm 1, 64 experts": _em(1, 80, depth=6),
+    "HME, algorithm 1": _em(1, 60),
+    "HME, algorithm 2": _em(2, 60),
+    "HME, algorithm 1, 64 experts": _em(1, 50, depth=6),
     "HME, on-line": _online(4, OnlineConfig()),
-    "HME, on-line as published": _online(2, OnlineConfig(gates="log_posteriors", forgets="all", block_rows=1)),
+    "HME, on-line as published": _online(2, PUBLISHED_ONLINE),
     "HME, gradient": _gradient,
     "backprop, batch": _backprop(1 << 30, 0.05, 0.9, 3000, 25),
-    "backprop, on-line": _backprop(1, 0.003, 0.2, 60, 1),
-    "backprop, batches of 32": _backprop(32, 0.02, 0.9, 150, 1),
+    "backprop, on-line": _backprop(1, 0.003, 0.2, 40, 1),
+    "backprop, batches of 32": _backprop(32, 0.02, 0.9, 120, 1),
     "CART": _once(lambda seed: DecisionTreeRegressor(min_samples_leaf=5, random_state=seed)),
     "CART, linear leaves": _once(lambda seed: LinearTree(100, seed)),
     "MARS-like": _once(lambda seed: Splines()),

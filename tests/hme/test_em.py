@@ -16,13 +16,21 @@ from turnout.hme.em import EMConfig, fit_em, ridge_of
 from turnout.hme.glim import GAINED, newton_step
 from turnout.hme.sweep import Rows, sweep
 
-PROBLEMS, CHUNKS = 1000, 10
+
+@pytest.mark.parametrize("chunk", range(4))
+def test_em_never_lowers_the_log_likelihood(chunk: int) -> None:
+    _climb(range(25 * chunk, 25 * chunk + 25))
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("chunk", range(10))
 def test_em_never_lowers_the_log_likelihood_on_1000_random_problems(chunk: int) -> None:
+    _climb(range(100 * chunk, 100 * chunk + 100))
+
+
+def _climb(seeds: range) -> None:
     """Every kind of tree and family; one damped Newton step an iteration and M-steps to the maximum take turns."""
-    for seed in range(chunk, PROBLEMS, CHUNKS):
+    for seed in seeds:
         mixture, rows = random_problem(seed)
         exact = (seed // 3) % 2  # families change by threes
         fit = fit_em(mixture, rows, EMConfig(max_iter=4 if exact else 8, tol=0, newton_steps=50 if exact else 1))
@@ -65,7 +73,7 @@ def test_sums_do_not_depend_on_the_size_of_blocks(
     mixture, rows = random_problem(seed)
     rows = Rows(x_NP=np.tile(rows.x_NP, (5, 1)), y_NT=np.tile(rows.y_NT, (5, 1)), weight_N=np.tile(rows.weight_N, 5))
     whole = sweep(rows, mixture, log_posteriors=log_posteriors)
-    monkeypatch.setattr(sweeping, "BLOCK_BYTES", 1)  # the least block: 64 rows
+    monkeypatch.setattr(sweeping, "BLOCK_BYTES", 1)  # the least block
     parts = sweep(rows, mixture, log_posteriors=log_posteriors)
     np.testing.assert_allclose(parts.loglik, whole.loglik, rtol=1e-11)
     for name in ("gradient_MPO", "information_MCQ"):
@@ -93,9 +101,9 @@ def test_an_exact_m_step_leaves_nothing_to_gain(seed: int) -> None:
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """Rows lie in files; a fit holds blocks and sums."""
+    """Rows lie in files; a fit holds blocks and sums, whose size 50,000 rows fill."""
     peaks = []
-    for num_rows in (5_000, 40_000):
+    for num_rows in (50_000, 100_000):
         folder = tmp_path / str(num_rows)
         folder.mkdir()
         mixture, rows = on_disk(folder, num_rows, 10, 2)

@@ -15,9 +15,9 @@ from turnout.hme import HMEClassifier, HMERegressor
 
 @parametrize_with_checks(
     [
-        HMERegressor(random_state=0),
-        HMEClassifier(random_state=0),
-        HMERegressor(1, 3, noise="full", missing="mean", random_state=0),
+        HMERegressor(max_iter=15, random_state=0),
+        HMEClassifier(max_iter=15, random_state=0),
+        HMERegressor(1, 3, noise="full", missing="mean", max_iter=15, random_state=0),
     ]
 )
 def test_the_contract_of_scikit_learn_holds(estimator: Any, check: Any) -> None:
@@ -52,7 +52,7 @@ def test_one_expert_is_logistic_regression(classes: int) -> None:
 @pytest.mark.parametrize("solver", ["em", "least_squares", "gradient", "online"])
 def test_every_solver_bends_where_the_data_bends(solver: str) -> None:
     x_ND, y_N = _bent(1500)
-    passes = 3 if solver == "online" else 30
+    passes = {"online": 3, "gradient": 12}.get(solver, 30)
     fitted = HMERegressor(1, solver=solver, max_iter=passes, random_state=1, n_init=3).fit(x_ND, y_N)
     assert LinearRegression().fit(x_ND, y_N).score(x_ND, y_N) < 0.75
     assert fitted.score(x_ND, y_N) > 0.97
@@ -122,10 +122,10 @@ def test_rows_that_arrive_in_parts_teach_as_much() -> None:
     assert classes.score(x_ND, y_N > 3) > 0.85
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_classes_learned_on_line_come_near_to_the_batch(seed: int) -> None:
     """A line has 0.76 of these classes right at best, a tree of two logistic experts nearly all."""
-    x_ND, y_N = _bent(3000, seed)
+    x_ND, _ = _bent(1500, seed)
     is_high_N = np.abs(x_ND[:, 0]) > 0.7
     online = HMEClassifier(1, solver="online", max_iter=3, n_init=3, random_state=seed).fit(x_ND, is_high_N)
     batch = HMEClassifier(1, n_init=3, random_state=seed).fit(x_ND, is_high_N)

@@ -101,9 +101,7 @@ def _maximised(believed: Mixture, rows: Rows, sums: Sums, config: EMConfig) -> t
     return at, config.newton_steps - 1
 
 
-def _stepped(
-    at: Mixture, rows: Rows, sums: Sums, config: EMConfig, *, enough: float
-) -> tuple[Mixture, float]:
+def _stepped(at: Mixture, rows: Rows, sums: Sums, config: EMConfig, *, enough: float) -> tuple[Mixture, float]:
     """All gates and experts after a step from `at`, and the most that a model had to gain by it, in nats.
 
     Least squares (Gaussian experts, gates of algorithm 2) is done in one step, and leaves nothing to gain.

@@ -88,5 +88,7 @@ def safe_share(move_M: Floats) -> Floats:
 
 def spread(move_MON: Floats) -> Floats:
     """How far apart the predictors of a model are at any row, the last one's zero among them; (M,)."""
+    if move_MON.shape[1] == 1:
+        return np.maximum(move_MON.max(axis=(1, 2)), -move_MON.min(axis=(1, 2)))
     high_MN, low_MN = np.maximum(move_MON.max(axis=1), 0.0), np.minimum(move_MON.min(axis=1), 0.0)
     return (high_MN - low_MN).max(axis=1)

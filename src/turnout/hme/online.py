@@ -25,16 +25,20 @@ LEAST_NOISE_ROWS, MOST_NOISE_ROWS = 100.0, 10_000.0  # rows that the running noi
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
-    """Forgetting and caution of the on-line algorithm. Source: Jordan & Jacobs 1994, section 5."""
+    """Forgetting and caution of the on-line algorithm.
+
+    The paper lets lambda settle by 0.6 of the way every 1,000 rows: then rows of the first, poor partition are never
+    forgotten. Source: Jordan & Jacobs 1994, section 5.
+    """
 
     forgetting: float = 0.99  # lambda: what a row keeps of the weight of rows before it
     forgets: Literal["own", "all"] = "own"  # all: every row ages every model, as in the paper; own: by its share of it
     settle_rows: int = 1000  # every so many rows lambda moves to 1 by `settle_share` of the way
-    settle_share: float = 0.6
+    settle_share: float = 0.03  # 0.6 in the paper
     gates: Literal["newton", "log_posteriors"] = "newton"  # log_posteriors: least squares on them, as in the paper
     block_rows: int = 32  # rows learned from at once; 1: the paper's recursion
     expert_variance: float = 10.0  # of the experts' weights before any row: the inverse of a ridge
-    gate_variance: float = 0.01  # of the gates' weights: small, so that first rows do not undo the first partition
+    gate_variance: float = 1.0  # of the gates' weights: the smaller, the longer the first partition stands
     most_variance: float = 1e10  # of weights that forgetting has left without rows
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ MOST_BARS = 8  # inputs shown at a gate
 PATH_HINT = "After each iteration, on the rows of the fit. The start, where all experts are alike, is left out."
 TREE_HINT = (
     "Bars: the strongest weights of a gate, for inputs in units of their deviation; orange speaks for its left branch, "
-    "blue against it, and the name is that of the strongest. Discs: experts, with the share of the rows they answer for."
+    "blue against it; the name is that of the strongest. Discs: experts, and the share of the rows they answer for."
 )
 
 

@@ -20,8 +20,8 @@ class HMERegressor(RegressorMixin, HMEBase):
 
     `depth` and `branching` give branching ** depth experts; depth 1 is the flat mixture of 1991. `noise` is the form of
     each expert's covariance (unit, scalar, diagonal, full); `family="poisson"` takes counts. `max_experts` grows the
-    tree, `prune` shrinks it. `max_iter` None is 100 iterations, or 3 passes on-line. `batch_size` rows are learned from at
-    once by gradient and on-line.
+    tree, `prune` shrinks it. `max_iter` None is 100 iterations, or 3 passes on-line. `batch_size` rows are learned
+    from at once by gradient and on-line.
     Fitted: `mixture_`; `loglik_path_` (nats, before each iteration and after the last) and `loglik_` of the mixture
     itself; `objective_path_` (with the log prior of ridge and noise, which EM never lowers); `n_iter_`, `n_passes_`
     (over the rows), `converged_`.

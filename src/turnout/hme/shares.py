@@ -8,6 +8,8 @@ from turnout.hme.algebra import pairs
 from turnout.hme.glim import Moments
 from turnout.hme.tree import Floats
 
+MOST_PREDICTOR = 700.0  # its exponential is just below the largest number
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shares:
@@ -39,13 +41,14 @@ def softmax_with_last_zero(predictor_MON: Floats) -> Shares:
 
 
 def _logistic(predictor_M1N: Floats, log_M2N: Floats) -> Shares:
-    """Two branches need one exponential and one logarithm."""
-    small_M1N = np.exp(-np.abs(predictor_M1N))
-    sum_M1N = 1.0 + small_M1N
-    np.minimum(predictor_M1N, 0.0, out=log_M2N[:, :1])
-    np.minimum(-predictor_M1N, 0.0, out=log_M2N[:, 1:])
-    log_M2N -= np.log(sum_M1N)
-    return Shares(log_MBN=log_M2N, free_MON=np.where(predictor_M1N >= 0, 1.0, small_M1N) / sum_M1N)
+    """Two branches need one exponential and one logarithm; both are exact to rounding of the predictor."""
+    free_M1N = np.exp(np.minimum(predictor_M1N, MOST_PREDICTOR))
+    sum_M1N = free_M1N + 1.0
+    free_M1N /= sum_M1N
+    log_sum_M1N = np.maximum(np.log(sum_M1N, out=sum_M1N), predictor_M1N, out=sum_M1N)
+    np.subtract(predictor_M1N, log_sum_M1N, out=log_M2N[:, :1])
+    np.negative(log_sum_M1N, out=log_M2N[:, 1:])
+    return Shares(log_MBN=log_M2N, free_MON=free_M1N)
 
 
 def softmax_moments(x_PN: Floats, product_QN: Floats, share_MON: Floats, mass_MBN: Floats) -> Moments:

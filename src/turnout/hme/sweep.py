@@ -14,8 +14,10 @@ from turnout.hme.tree import Floats, Ints, Tree
 
 # posteriors below this are taken as this when their logarithm is regressed on (algorithm 2)
 LEAST_POSTERIOR = 1e-3
-BLOCK_BYTES = 1 << 20  # of the widest array of a block: what a core's own cache holds
-LEAST_ROWS = 64  # of a block, however wide its arrays
+# of the widest array of a block: a few such arrays fit a core's own cache, and their memory is used again for the next
+# block, where larger ones are given back to the system and taken from it page by page
+BLOCK_BYTES = 256 << 10
+LEAST_ROWS = 128  # of a block, however wide its arrays
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
