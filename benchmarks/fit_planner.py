@@ -2,8 +2,9 @@
 
     python -m benchmarks.fit_planner [--rounds N]
 
-Rows: `split == "calibration"` of published_cases.json (newest release of each case), and nanotron runs on one node for
-that framework's scale and the host's launch time. The objective is the mean absolute log ratio of predicted to
+Rows: `split == "calibration"` of published_cases.json (newest release of each case), nanotron runs on one node for that
+framework's scale and the host's launch time, and three means of kernels measured on B200, for no step in bf16 on
+Blackwell is a calibration row. The objective is the mean absolute log ratio of predicted to
 published, every suite counting alike. Pattern search in log space within physical bounds: no gradients, no seeds.
 """
 
@@ -13,27 +14,42 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from turnout.clusters import CLUSTERS
 from turnout.errors import TurnoutError
-from turnout.plan.data import nanotron_rows, published_cases
+from turnout.plan.compute import Engine, products_of
+from turnout.plan.data import published_cases
+from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.job import Job
 from turnout.plan.micro import MicroCase, micro_case
+from turnout.plan.nanotron import nanotron_cases
 from turnout.plan.parameters import Parameters, fitted
 from turnout.plan.predict import answer_of_step
 from turnout.plan.rows import cluster_of, job_of, precision_of
+from turnout.plan.shapes import SHAPES
 from turnout.plan.time import step_time
+from turnout.strategy import Strategy
 from turnout.topology import Cluster
 
 TARGET = Path(__file__).parents[1] / "src" / "turnout" / "plan" / "parameters.json"
 # lowest and highest value that could be physical
 BOUNDS = {
     "gemm_ampere": (0.5, 0.95), "gemm_hopper": (0.4, 0.95), "gemm_blackwell": (0.3, 0.95), "gemm_passes": (0.3, 4.0),
-    "attention": (0.3, 0.8), "grouped": (0.3, 1.0), "memory": (0.5, 0.95), "layer_call_s": (2e-4, 1e-2),
-    "hidden_tp": (0.05, 0.95), "hidden_ep": (0.05, 0.97), "low_precision": (0.4, 1.2), "scale_nanotron": (0.8, 2.0),
+    "attention": (0.3, 0.8), "memory": (0.5, 0.95), "layer_call_s": (2e-4, 1e-2),
+    "hidden_tp": (0.05, 0.95), "hidden_ep": (0.05, 0.97), "low_precision": (0.4, 1.2),
+    "low_blackwell": (0.4, 1.5), "scale_nanotron": (0.8, 2.0),
 }  # fmt: skip
+
+
+# SimuMax 1.2, configs/system/b200_bf16_ceperm.json: default `efficient_factor` of its B200, the mean over kernels it
+# timed one by one; attention is counted there with all pairs of a sequence, here with those that are seen.
+# https://github.com/MooreThreads/SimuMax
+KERNEL_MODEL, KERNEL_TOKENS = "llama3-70b", 4096
+KERNEL_SHARES = {"products": 0.488, "attention": 0.70 / 2, "element-wise": 0.666}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +74,7 @@ def calibration_cases() -> list[Case]:
     """The rows that may be fitted, in file order, nanotron's one-node runs every second."""
     document = published_cases()
     rows = [row for row in document["rows"] if row["split"] == "calibration" and row["primary"]]
-    rows += nanotron_rows(nodes=1)[::2]
+    rows += [row for row in nanotron_cases(nodes=1)[::2] if row["primary"]]
     cases = []
     for row in rows:
         try:
@@ -69,7 +85,36 @@ def calibration_cases() -> list[Case]:
             cases.append(case)
         except TurnoutError:
             continue
-    return cases
+    return [*cases, *kernel_cases()]
+
+
+def kernel_cases() -> list[Case]:
+    """Shares of B200's peaks that products, attention and element-wise work reach, as rows of a suite of their own."""
+    job = Job(
+        shape=SHAPES[KERNEL_MODEL], strategy=Strategy(dp=1), seq_len=KERNEL_TOKENS, global_batch=1,
+        framework=FRAMEWORKS["megatron-core"],
+    )  # fmt: skip
+    cluster = CLUSTERS["dgx-b200"]
+    peak = cluster.device.flops_per_s("bf16")
+
+    def share_s(name: str, parameters: Parameters) -> float:
+        """Seconds of what the peak does in one: the inverse of a share."""
+        engine = Engine(device=cluster.device, parameters=parameters)
+        if name == "attention":
+            return engine.attention_s(peak)
+        if name == "element-wise":
+            return engine.bytes_s(cluster.device.memory_bytes_per_s)
+        products = products_of(job, 0)
+        flops = sum(2 * m * n * k for m, n, k in products)
+        return sum(engine.product_s(*each, "bf16") for each in products) * peak / flops
+
+    return [
+        Case(
+            suite="simumax_kernels", cluster=cluster, job=MicroCase(answer=partial(share_s, name)),
+            row={"id": f"simumax-kernels-{name}", "split": "calibration", "primary": True, "value": 1 / share},
+        )
+        for name, share in KERNEL_SHARES.items()
+    ]  # fmt: skip
 
 
 def loss(cases: list[Case], parameters: Parameters) -> float:

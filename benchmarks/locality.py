@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turnout.data.prepare import Dataset, default_cache, prepare
-from turnout.data.sampler import Batch, count_windows
+from turnout.data.sampler import Batch, count_windows, gather
 from turnout.data.shards import TokenShard
 from turnout.losses import LoadBalance, Locality
 from turnout.models import Decoder
@@ -94,10 +94,8 @@ def run(recipe: Recipe, dataset: Dataset, text: Text, coefficient: float, seed: 
             max_norm=recipe.optimizer.max_norm,
             autocast=autocast_for(torch.device("cpu"), torch.float32),
         )
-    return _measured(model, dataset.train, windows, recipe, Row(
-        text=text, coefficient=coefficient, seed=seed, steps=steps,
-        val_loss=0.0, leaving_share=0.0, inter_bytes_per_token=0.0, intra_bytes_per_token=0.0, max_violation=0.0,
-    ))  # fmt: skip
+    found = _measured(model, dataset.train, windows, recipe)
+    return Row(text=text, coefficient=coefficient, seed=seed, steps=steps, **found)
 
 
 class _NodeLoss:
@@ -132,13 +130,13 @@ def node_windows(num_windows: int, text: Text, seed: int) -> list[NDArray[np.int
 
 
 def _batch(shard: TokenShard, windows: NDArray[np.int64], step: int, seq_len: int) -> Batch:
-    chosen = windows[np.arange(step * BATCH, (step + 1) * BATCH) % len(windows)]
-    tokens = torch.from_numpy(shard.tokens[chosen[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64))
-    return Batch(tokens_BS=tokens[:, :-1].contiguous(), targets_BS=tokens[:, 1:].contiguous())
+    return gather(shard, windows[np.arange(step * BATCH, (step + 1) * BATCH) % len(windows)], seq_len)
 
 
 @torch.inference_mode()
-def _measured(model: Decoder, shard: TokenShard, windows: Sequence[NDArray[np.int64]], recipe: Recipe, row: Row) -> Row:
+def _measured(
+    model: Decoder, shard: TokenShard, windows: Sequence[NDArray[np.int64]], recipe: Recipe
+) -> dict[str, float]:
     """Rows that leave, by node and layer, over all windows kept aside."""
     model.eval()
     layers = len(model.moe_blocks())
@@ -154,14 +152,13 @@ def _measured(model: Decoder, shard: TokenShard, windows: Sequence[NDArray[np.in
                 left, stayed = _rows_away(assignment, node)
                 away, beside = away + left, beside + stayed
     row_bytes = 2 * 4 * recipe.model.dim / (tokens * layers)
-    return replace(
-        row,
-        val_loss=loss / tokens,
-        leaving_share=away / float(loads.sum()),
-        inter_bytes_per_token=away * row_bytes,
-        intra_bytes_per_token=beside * row_bytes,
-        max_violation=float((loads.amax(dim=1) / loads.mean(dim=1) - 1).mean()),
-    )
+    return {
+        "val_loss": loss / tokens,
+        "leaving_share": away / float(loads.sum()),
+        "inter_bytes_per_token": away * row_bytes,
+        "intra_bytes_per_token": beside * row_bytes,
+        "max_violation": float((loads.amax(dim=1) / loads.mean(dim=1) - 1).mean()),
+    }
 
 
 def _rows_away(assignment: Assignment, node: int) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Strategy: how a model is laid out on devices; the one word planner, tuner, layers and command line share."""
 
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from math import gcd
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from turnout.errors import ConfigError
 from turnout.registry import nearest
@@ -34,7 +35,9 @@ class Strategy:
     shard_tokens: bool = False  # each tp rank dispatches 1/tp of the tokens; sequence parallel does so by itself
     zero: Literal[0, 1, 2, 3] = 0  # sharded over dp: 1 optimizer, 2 + gradients, 3 + parameters (FSDP)
     zero_size: int = 0  # ranks a ZeRO shard is spread over (HSDP when fewer than all); 0: all of dp
-    recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again
+    # what backward computes again; light: norms, up-projections of latent attention, gated activations
+    recompute: Literal["none", "light", "selective", "full"] = "none"
+    kept_precision: Literal["", "fp8"] = ""  # of products' inputs kept for backward under light recomputation
     alltoall: str = "flat"  # name of the all-to-all program
     overlap: int = 1  # chunks whose exchange and computation overlap (Tutel's d); 1: none
     micro_batch: int = 1  # sequences of one micro-batch of one data-parallel rank
@@ -45,20 +48,23 @@ class Strategy:
     grad_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of gradients on the wire
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            legal = get_args(hints[field.name])
-            value = getattr(self, field.name)
-            if legal and value not in legal:
+        for name, legal in _legal_values().items():
+            value = getattr(self, name)
+            if value not in legal:
                 words = [str(word) or '""' for word in legal]
                 hint = nearest(str(value), words)
-                raise ConfigError(f"strategy.{field.name}={value!r} must be one of: {', '.join(words)}{hint}")
+                raise ConfigError(f"strategy.{name}={value!r} must be one of: {', '.join(words)}{hint}")
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"strategy.{name}={getattr(self, name)} must be at least 1; nearest legal: 1")
         for name in ("dp", "zero_size"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"strategy.{name}={getattr(self, name)} must be at least 0; nearest legal: 0")
+        if self.kept_precision and self.recompute != "light":
+            raise ConfigError(
+                f"strategy.kept_precision={self.kept_precision!r} needs recompute='light' (it is {self.recompute!r}); "
+                'nearest legal: ""'
+            )
         self._check_schedule()
 
     def _check_schedule(self) -> None:
@@ -181,6 +187,13 @@ class Strategy:
                 f"strategy.pp={self.pp} * virtual_stages={self.virtual_stages} = {chunks} must not exceed "
                 f"num_layers={num_layers}; nearest legal: pp={min(self.pp, num_layers)}, virtual_stages={legal}"
             )
+
+
+@lru_cache(maxsize=1)
+def _legal_values() -> dict[str, tuple[Any, ...]]:
+    """Legal values of the fields that have a list of them; a search makes thousands of layouts."""
+    hints = get_type_hints(Strategy)
+    return {field.name: get_args(hints[field.name]) for field in fields(Strategy) if get_args(hints[field.name])}
 
 
 def nearest_divisor(value: int, total: int) -> int:

@@ -89,12 +89,13 @@ def test_what_is_not_alike_is_named_beside_a_row_of_our_model_routed_like_mixtra
     result = train_step.run(recipe, dense, rounds=1, warmup=0, memory=False)
     rows = {row["peer"]: row for row in result["rows"]}
     assert list(rows) == list(train_step.PEERS)
-    assert rows["turnout"]["routing"] == "hash(k=2, scale=2.0) + no loss"
+    assert rows["turnout"]["routing"] == "hash(k=1) + no loss"
     assert rows["turnout-mixtral-routing"]["routing"] == "topk(k=2) + load_balance"
     assert rows["transformers-grouped_mm"]["routing"] == "topk(k=2) + load_balance"
     assert rows["dense-twin"]["routing"] is None
     assert [text.partition(":")[0] for text in rows["transformers-eager"]["differences"]] == [
         "router",
+        "experts",
         "keys",
         "auxiliary losses",
     ]
@@ -108,8 +109,8 @@ def test_a_person_is_told_what_is_not_alike(turnout) -> None:
     result = turnout("bench", "train-step", "--rounds", "1", "--warmup", "0", "--peers", peers, "--no-memory")
     assert result.code == 0, result.err
     words = " ".join(result.out.split())
-    assert "turnout routes by hash(k=2, scale=2.0) + no loss" in words
-    assert "not alike: router: hash(k=2, scale=2.0) in the recipe, a learned softmax top-2" in words
+    assert "turnout routes by hash(k=1) + no loss" in words
+    assert "not alike: router: hash(k=1) in the recipe, a learned softmax top-2" in words
     assert "not alike: auxiliary losses: none in the recipe, load_balance in Mixtral" in words
 
 
@@ -119,6 +120,14 @@ DIFFERENCES = {
     "full softmax": (["model.moe.router.renormalize=false"], ["router: topk(k=2, renormalize=False) in the recipe"]),
     "another router": (["model.moe.router.name=sinkhorn"], ["router: sinkhorn(k=1) in the recipe"]),
     "no loss": (["model.moe.losses=[]"], ["auxiliary losses: none in the recipe, load_balance in Mixtral"]),
+    "a shared expert as wide as two": (
+        ["model.moe.shared_hidden=128"],
+        [
+            "router: topk(k=2) in the recipe, a learned softmax top-4",
+            "experts: a shared one as wide as 2 in the recipe",
+        ],
+    ),
+    "smeared keys": (["model.attention.smear_keys=true"], ["keys: smeared in the recipe, plain in Mixtral"]),
     "another loss": (
         ['model.moe.losses=[{name="load_balance", scope="sequence"}, {name="router_z"}]'],
         ["auxiliary losses: load_balance(scope=sequence), router_z in the recipe"],

@@ -196,11 +196,11 @@ BAD_USES: dict[str, tuple[list[str], int, str]] = {
         r"--threads 1000000 must be 1 to \d",
     ),
     "seed past 64 bits": (["generate", "no-run", "--seed", str(2**64)], 2, r"seed=\d+ must be at least -2\*\*63 and"),
-    "planner in json": (["plan", "--json"], 2, r"not part of this version"),
+    "planner in json": (["plan", "--json"], 2, r"No such option: --json"),
     "unknown bench": (["bench", "speed"], 2, r"No such command 'speed'"),
     "unknown verb": (["trian"], 2, r"No such command 'trian'"),
     "unknown option": (["train", "tiny", "--fast"], 2, r"No such option: --fast"),
-    "planner": (["plan"], 2, r"not part of this version"),
+    "planner": (["plan", "time", "tiny", "--nodes", "1", "--layout", "tp=3"], 2, r"tp=3 .* must divide world=8"),
     "compare other data": (["compare", "tiny", "smoke"], 2, r"do not use the same data or evaluation"),
 }
 

@@ -1,13 +1,11 @@
 """Prediction of rows: each in its own quantity and unit, or refused with the reason, whatever the row holds."""
 
-import json
 import re
 
 import pytest
 
 from turnout.clusters import CLUSTERS
-from turnout.errors import ConfigError
-from turnout.plan.data import cases_from, nanotron_rows, published_cases, vtrain_one_node_rows
+from turnout.plan.data import nanotron_rows, published_cases, vtrain_one_node_rows
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.predict import predict
 from turnout.plan.rows import cluster_of, framework_of, job_of, shape_of_record
@@ -137,14 +135,8 @@ def test_one_node_rows_of_vtrain_are_rows_too() -> None:
     assert all(answer.predicted for answer in predict(rows[:20]))
 
 
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [("{", "is not JSON"), ("{}", "no list `rows`"), ('{"rows": 3}', "no list `rows`"), ("[1]", "row 0 is not an")],
-)
-def test_a_file_that_is_not_of_the_schema_is_named(text: str, error: str) -> None:
-    with pytest.raises(ConfigError, match=error):
-        cases_from(text, "cases.json")
-
-
-def test_a_bare_list_of_rows_is_a_file_too() -> None:
-    assert cases_from(json.dumps([ROW]), "cases.json")["rows"] == [ROW]
+def test_a_device_held_to_less_than_its_power_is_slower_by_the_cube_root() -> None:
+    free, held, more = (cluster_of({"gpu": f"H100-96{said}", "gpus": 8}) for said in ("", " HBM2e 500W", " 800W"))
+    peaks = [each.device.peak_flops_per_s.bf16 for each in (free, held, more)]
+    assert peaks[1] == pytest.approx(peaks[0] * (5 / 7) ** (1 / 3))
+    assert peaks[2] == peaks[0]

@@ -91,3 +91,9 @@ def test_an_unresolved_strategy_says_so() -> None:
 def test_the_nearest_divisor_is_the_nearest(value: int, total: int) -> None:
     divisors = [d for d in range(1, total + 1) if total % d == 0]
     assert nearest_divisor(value, total) == min(divisors, key=lambda d: (abs(d - value), d))
+
+
+def test_a_precision_of_what_is_kept_needs_light_recomputation() -> None:
+    assert Strategy(recompute="light", kept_precision="fp8").kept_precision == "fp8"
+    with pytest.raises(ConfigError, match=r"strategy\.kept_precision='fp8' needs recompute='light' \(it is 'full'\)"):
+        Strategy(recompute="full", kept_precision="fp8")

@@ -5,13 +5,15 @@ from itertools import pairwise
 
 import pytest
 
-from turnout.plan.data import published_cases
+from turnout.plan.data import nanotron_rows, published_cases
+from turnout.plan.nanotron import nanotron_cases
+from turnout.plan.rows import cluster_of
 from turnout.plan.validate import Validation, to_json, validate
 
 # mean error of time by suite, as measured, rounded up; validation rows were never fitted on
 VALIDATION = {
-    "korthikanti_table5": 0.10, "megascale": 0.06, "megatron_2020": 0.035, "megatron_sc21_table1": 0.035,
-    "misc_published": 0.15, "nemo_24.07": 0.10, "simumax_b200": 0.26, "torchtitan": 0.13, "vtrain_multi": 0.09,
+    "korthikanti_table5": 0.06, "megascale": 0.055, "megatron_2020": 0.035, "megatron_sc21_table1": 0.05,
+    "misc_published": 0.15, "nemo_24.07": 0.105, "simumax_b200": 0.085, "torchtitan": 0.115, "vtrain_multi": 0.09,
 }  # fmt: skip
 
 
@@ -33,9 +35,9 @@ def test_the_planner_beats_one_constant_mfu_on_every_validation_suite(report: Va
     assert all(each.skill > 0 for each in rows), [(each.suite, each.skill) for each in rows]
 
 
-def test_dense_rows_no_fit_saw_are_within_twelve_percent(report: Validation) -> None:
+def test_dense_rows_no_fit_saw_are_within_ten_percent(report: Validation) -> None:
     assert report.dense_mape is not None
-    assert report.dense_mape <= 0.12
+    assert report.dense_mape <= 0.10
 
 
 def test_vtrain_is_ranked_as_well_as_it_is_timed(report: Validation) -> None:
@@ -52,9 +54,10 @@ def test_memory_and_out_of_memory_are_predicted(report: Validation) -> None:
     errors = {(each.suite, each.what): each.mape for each in report.memory}
     assert errors["simumax_b200", "peak"] <= 0.015
     assert errors["nanotron", "between steps"] <= 0.02
-    assert errors["torchtitan", "peak"] <= 0.13
+    assert errors["torchtitan", "peak"] <= 0.105
+    assert errors["nanotron", "peak"] <= 0.19
     (failures,) = report.oom
-    assert failures.f1 >= 0.94
+    assert failures.f1 >= 0.965
     assert failures.n > 1300
 
 
@@ -105,3 +108,20 @@ def test_the_fit_sees_calibration_rows_alone() -> None:
     assert all(case.row["primary"] for case in cases)
     assert all(case.row["nodes"] == 1 for case in cases if case.suite == "nanotron")
     assert len(BOUNDS) <= 12
+
+
+def test_pipelines_of_nanotron_before_its_repair_are_an_older_release(report: Validation) -> None:
+    cases = nanotron_cases()
+    assert len(cases) == len(nanotron_rows())
+    assert [row["id"] for row in cases] == [row["id"] for row in nanotron_rows()]
+    assert all(row["primary"] for row in cases if row["layout"]["pp"] == 1)
+    (old,) = [each for each in report.suites if (each.suite, each.split) == ("nanotron", "older")]
+    assert old.n == sum(not row["primary"] for row in cases)
+    assert old.median is not None
+    assert old.median > 1  # no formula of ours explains 1.2 s a micro-batch
+
+
+def test_a_node_without_nvlink_has_the_bandwidth_its_run_measured() -> None:
+    (slow, *_) = [row for row in nanotron_cases() if 0 < row["all_reduce_intra_gb_per_s"] < 100]
+    assert cluster_of(slow).intra.bytes_per_s == slow["all_reduce_intra_gb_per_s"] * 1e9
+    assert cluster_of(nanotron_rows()[0]) == cluster_of(nanotron_cases()[0])

@@ -13,7 +13,7 @@ from turnout.alltoall import PROGRAMS, LoopbackTransport, combine, dispatch, exp
 from turnout.clusters import CLUSTERS
 from turnout.errors import ConfigError
 from turnout.plan.collectives import all_gather, all_reduce, all_to_all, group, pipeline_sends
-from turnout.plan.data_volume import expert_data_mesh
+from turnout.plan.data_volume import dense_stage_params, expert_data_mesh
 from turnout.plan.expert_volume import expert_mesh, row_size
 from turnout.plan.job import Job
 from turnout.plan.model import ModelShape
@@ -348,3 +348,12 @@ def test_a_hundred_thousand_devices_are_no_slower_than_eight() -> None:
     started = time.process_time()
     assert volume(asked)
     assert time.process_time() - started < 0.1
+
+
+def test_one_matrix_for_tokens_in_and_out_is_reduced_once_where_both_are() -> None:
+    tied = replace(SHAPES["llama3-8b"], tied_embeddings=True)
+    (whole,) = stages(tied, 1)
+    table = tied.vocab_size * tied.dim
+    assert dense_stage_params(tied, whole) == dense_stage_params(SHAPES["llama3-8b"], whole) - table
+    for end in stages(tied, 2):
+        assert dense_stage_params(tied, end) > table

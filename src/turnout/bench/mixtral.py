@@ -42,7 +42,7 @@ def mixtral(model: ModelConfig, implementation: str) -> Any:
         num_key_value_heads=attention.num_kv_heads,
         head_dim=attention.head_dim,
         num_local_experts=moe.num_experts,
-        num_experts_per_tok=moe.router.choices,
+        num_experts_per_tok=_active(moe),
         max_position_embeddings=model.max_seq_len,
         tie_word_embeddings=model.tie_embeddings,
         output_router_logits=True,
@@ -57,15 +57,15 @@ def mixtral(model: ModelConfig, implementation: str) -> Any:
 def routed_like_mixtral(model: ModelConfig) -> ModelConfig:
     """The model with Mixtral's routing: softmax top-k of as many experts, weights that sum to 1, a balance loss.
 
-    Its keys are plain, as Mixtral's are. Of one expert Mixtral's weight is always 1, from which no router learns: there
-    ours is that of the full softmax.
+    Its keys are plain, as Mixtral's are; a shared expert becomes as many routed ones as it is wide. Of one expert
+    Mixtral's weight is always 1, from which no router learns: there ours is that of the full softmax.
     """
     assert model.moe is not None
-    k = model.moe.router.choices
+    k = _active(model.moe)
     attention = model.attention
     if isinstance(attention, AttentionConfig):
         attention = replace(attention, smear_keys=False)
-    moe = replace(model.moe, router=TopK(k=k, renormalize=k > 1), losses=(BALANCE,))
+    moe = replace(model.moe, router=TopK(k=k, renormalize=k > 1), losses=(BALANCE,), shared_hidden=0)
     return replace(model, attention=attention, moe=moe)
 
 
@@ -88,6 +88,9 @@ def differences(recipe: Recipe) -> list[str]:
     if _router_kind(own) != _router_kind(like):
         theirs = f"a learned softmax top-{like.router.choices}, its weights summing to 1"
         found.append(f"router: {words(own.router)} in the recipe, {theirs}, in Mixtral")
+    if own.shared_hidden:
+        wide = own.shared_hidden // own.hidden
+        found.append(f"experts: a shared one as wide as {wide} in the recipe, all routed, as many FLOPs, in Mixtral")
     if isinstance(recipe.model.attention, AttentionConfig) and recipe.model.attention.smear_keys:
         found.append("keys: smeared in the recipe, plain in Mixtral")
     if _loss_kinds(own) != _loss_kinds(like):
@@ -99,6 +102,11 @@ def routing_words(moe: MoEConfig) -> str:
     """Router and losses in a few words."""
     losses = [words(loss) for loss in moe.losses]
     return " + ".join([words(moe.router), *(losses or ["no loss"])])
+
+
+def _active(moe: MoEConfig) -> int:
+    """Experts a token meets, the shared one counted as routed ones."""
+    return moe.router.choices + moe.shared_hidden // moe.hidden
 
 
 def _router_kind(moe: MoEConfig) -> RouterConfig:
@@ -130,7 +138,8 @@ def _shape(recipe: Recipe) -> Iterator[tuple[str, object, object]]:
     if moe is not None:
         yield "model.moe.expert", moe.expert, "swiglu"
         yield "model.moe.bias", moe.bias, False
-        yield "model.moe.shared_hidden", moe.shared_hidden, 0
+        # one as wide as some routed ones stands for as many choices
+        yield "model.moe.shared_hidden", moe.shared_hidden if moe.shared_hidden % moe.hidden else 0, 0
         yield "model.moe.latent_dim", moe.latent_dim, 0
         yield "model.moe.capacity", moe.capacity, Dropless()
         yield "the number of experts of a token", _experts_of_a_token(model.dim, moe), moe.router.choices

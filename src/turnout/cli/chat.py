@@ -11,7 +11,7 @@ from turnout.cli.console import console, print_json, write_pieces
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(epilog="Example: turnout chat runs/tiny-1 --temperature 0.7")(chat)
+    app.command(epilog="Example: turnout chat runs/tiny-1 --temperature 0.9")(chat)
 
 
 def chat(

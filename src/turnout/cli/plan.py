@@ -1,15 +1,29 @@
-"""`turnout plan`: the planner. It never imports torch."""
+"""`turnout plan VERB`: the planner. It never imports torch."""
 
 import typer
 
-from turnout.cli import options
-from turnout.errors import ConfigError
+from turnout.cli import (
+    plan_explain,
+    plan_inference,
+    plan_lists,
+    plan_memory,
+    plan_predict,
+    plan_search,
+    plan_time,
+    plan_validate,
+    plan_volume,
+)
+
+plan = typer.Typer(
+    help="What a model with experts does to network, memory, time and bill, on machines you need not have.",
+    no_args_is_help=True,
+)
+for verb in (
+    plan_search, plan_time, plan_memory, plan_volume, plan_inference, plan_explain, plan_validate, plan_predict,
+    plan_lists,
+):  # fmt: skip
+    verb.add_to(plan)
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command()(plan)
-
-
-def plan(as_json: options.Json = False) -> None:
-    """Predict traffic, memory, time and cost of a MoE on a cluster (not in this version yet)."""
-    raise ConfigError("the planner is not part of this version: see docs/roadmap.md")
+    app.add_typer(plan, name="plan")

@@ -79,7 +79,7 @@ class Sampler:
             self._order = self._permutation()
         step = self._order[self._position : self._position + self.global_batch_size]
         self._position += self.global_batch_size
-        return _gather(self._shard, step[self.rank :: self.world_size], self.seq_len)
+        return gather(self._shard, step[self.rank :: self.world_size], self.seq_len)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler stands, as JSON-able values; the same on all ranks."""
@@ -131,7 +131,7 @@ def validation_batches(shard: TokenShard, batch_size: int, seq_len: int, max_tok
         raise ConfigError(f"max_tokens={max_tokens} must be at least one window of seq_len={seq_len}")
     window_N = np.arange(min(count_windows(shard, seq_len), max_tokens // seq_len))
     starts = range(0, len(window_N), batch_size)
-    return (_gather(shard, window_N[start : start + batch_size], seq_len) for start in starts)
+    return (gather(shard, window_N[start : start + batch_size], seq_len) for start in starts)
 
 
 def count_windows(shard: TokenShard, seq_len: int) -> int:
@@ -153,7 +153,8 @@ def _check_sizes(batch_size: int, seq_len: int) -> None:
         raise ConfigError(f"batch_size={batch_size} and seq_len={seq_len} must be at least 1")
 
 
-def _gather(shard: TokenShard, windows: NDArray[np.int64], seq_len: int) -> Batch:
+def gather(shard: TokenShard, windows: NDArray[np.int64], seq_len: int) -> Batch:
+    """The windows of these numbers, as a batch. Shapes: windows (B,); returns tokens and targets (B, seq_len)."""
     place = windows[:, None] * seq_len + np.arange(seq_len + 1)
     tokens = torch.from_numpy(shard.tokens[place].astype(np.int64))
     return Batch(tokens_BS=tokens[:, :-1].contiguous(), targets_BS=tokens[:, 1:].contiguous())

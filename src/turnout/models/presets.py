@@ -20,8 +20,8 @@ def tiny() -> ModelConfig:
     """The recipe `tiny`: narrow, so that minutes of CPU see many tokens a parameter, which is where experts pay.
 
     Experts by token id: in so short a life a learned router spends its tokens on learning where to send them.
-    The weights of a token's two experts sum to 2, so that two experts of half the width start out as loud as the
-    twin's one network; with a sum of 1 the layer learns as if its learning rate were halved. Initial weights of
+    Half of the width is one expert of the token's and half a shared one, which learns what all tokens need, such as
+    copying: experts by id would each have to learn it from a share of the text. Initial weights of
     0.02, which suit widths in the thousands, are too small for a width of 64. With plain keys, models so small find
     out late, at some seeds not at all, how to copy from what stands before; smeared keys make it a matter of one layer.
     Measurements: docs/LOG.md.
@@ -30,7 +30,7 @@ def tiny() -> ModelConfig:
         dim=64,
         num_layers=4,
         attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=32, smear_keys=True),
-        moe=MoEConfig(num_experts=32, hidden=128, router=Hash(k=2, scale=2.0), losses=(), init_std=0.06),
+        moe=MoEConfig(num_experts=32, hidden=128, shared_hidden=128, router=Hash(k=1), losses=(), init_std=0.06),
         init_std=0.06,
     )
 

@@ -5,6 +5,7 @@ memory; everything else costs its bytes. specs/planner.md, "Efficiency curve"; W
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from turnout.plan.job import Job
 from turnout.plan.parameters import Parameters
@@ -20,6 +21,8 @@ class BlockTime:
     backward_s: float  # without what recomputation repeats
     experts_s: float  # of the forward pass, products of routed experts
     scores_s: float = 0.0  # of the forward pass, what selective recomputation repeats
+    light_s: float = 0.0  # of the forward pass, what light recomputation repeats
+    weights_s: float = 0.0  # of the backward pass, gradients of weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +32,26 @@ class Engine:
     device: Device
     parameters: Parameters
 
-    def product_s(self, m: float, n: float, k: float, precision: str, *, grouped: bool = False) -> float:
-        """Seconds of an (m, k) by (k, n) product. `grouped`: one of many small ones in a kernel."""
-        rate = self.device.flops_per_s(precision) * self.parameters.gemm(self.device.generation)
-        rate *= self.parameters.grouped if grouped else 1.0
-        rate *= self.parameters.low_precision if ELEMENT_BYTES[precision] < 2 else 1.0
+    def product_s(self, m: float, n: float, k: float, precision: str) -> float:
+        """Seconds of an (m, k) by (k, n) product."""
         moved = ELEMENT_BYTES[precision] * (m * k + k * n) + 2 * m * n
-        return 2 * m * n * k / rate + self.parameters.gemm_passes * self.bytes_s(moved)
+        return 2 * m * n * k / self._rate(precision) + self.parameters.gemm_passes * self.bytes_s(moved)
 
     def bytes_s(self, moved_bytes: float) -> float:
         """Seconds to read or write so much device memory."""
         return moved_bytes / (self.device.memory_bytes_per_s * self.parameters.memory)
+
+    def _rate(self, precision: str) -> float:
+        """FLOP/s that a large product reaches."""
+        if precision not in self._rates:
+            generation = self.device.generation
+            rate = self.device.flops_per_s(precision) * self.parameters.gemm(generation)
+            self._rates[precision] = rate * (self.parameters.low(generation) if ELEMENT_BYTES[precision] < 2 else 1.0)
+        return self._rates[precision]
+
+    @cached_property
+    def _rates(self) -> dict[str, float]:
+        return {}
 
     def attention_s(self, flops: float) -> float:
         """Seconds of a fused attention kernel."""
@@ -83,7 +95,30 @@ def block_time(job: Job, layer: int, engine: Engine) -> BlockTime:
         backward_s=2 * (dense + experts) + scores_backward + 1.5 * elementwise + accumulate,
         experts_s=experts,
         scores_s=scores_forward,
+        light_s=engine.bytes_s(_light_bytes(job, layer)) + _up_projections_s(job, engine),
+        weights_s=dense + experts + accumulate,
     )
+
+
+def _light_bytes(job: Job, layer: int) -> float:
+    """Bytes that norms and gated activations move, forward: what light recomputation repeats beside products."""
+    shape, strategy = job.shape, job.strategy
+    sequence = strategy.tp if strategy.sequence_parallel else 1
+    ffn = shape.shared_hidden if shape.experts_of(layer) else shape.ffn_hidden
+    moved = 2 * job.rank_tokens * (2 * 2 * shape.dim / sequence + _inner_moves(job) * ffn / strategy.tp)
+    if shape.experts_of(layer):
+        moved += 2 * job.routed_tokens * shape.top_k * job.skew * _inner_moves(job) * shape.expert_hidden
+    return moved
+
+
+def _up_projections_s(job: Job, engine: Engine) -> float:
+    """Forward products from the narrow vectors of latent attention to heads; none without it."""
+    shape = job.shape
+    if shape.mla is None:
+        return 0.0
+    _, queries, keys, _ = _attention_products(job)
+    repeated = (queries, keys) if shape.mla.q_rank else (keys,)
+    return sum(engine.product_s(*product, job.strategy.precision) for product in repeated)
 
 
 def _experts_s(job: Job, layer: int, engine: Engine) -> float:
@@ -96,8 +131,8 @@ def _experts_s(job: Job, layer: int, engine: Engine) -> float:
     local = num_experts / strategy.ep
     rows = job.routed_tokens * shape.top_k * strategy.etp * job.skew / local
     up = (2 if shape.gated else 1) * hidden
-    one = engine.product_s(rows, up, width, strategy.precision, grouped=local > 1)
-    one += engine.product_s(rows, width, hidden, strategy.precision, grouped=local > 1)
+    one = engine.product_s(rows, up, width, strategy.precision)
+    one += engine.product_s(rows, width, hidden, strategy.precision)
     return local * one + engine.product_s(job.routed_tokens, num_experts, shape.dim, _plain(strategy.precision))
 
 
@@ -132,6 +167,8 @@ def _elementwise_bytes(job: Job, layer: int) -> float:
         width = shape.latent_dim or shape.dim
         # rows are gathered at the sender and added up there: each reads and writes
         moved += 2 * rows * (2 * 2 * width + _inner_moves(job) * shape.expert_hidden)
+        if ELEMENT_BYTES[strategy.precision] < 2:
+            moved += rows * (width + shape.expert_hidden) * (2 + 2 * ELEMENT_BYTES[strategy.precision])
     if ELEMENT_BYTES[strategy.precision] < 2:
         # each operand is read in two bytes and written twice, as is and transposed
         inputs = 2 * shape.dim + (shape.num_heads * shape.head_dim + ffn) / strategy.tp
@@ -156,9 +193,11 @@ def head_time(job: Job, engine: Engine) -> BlockTime:
     shape, tp, tokens = job.shape, job.strategy.tp, job.rank_tokens
     heads = 1 + shape.mtp_layers
     product = heads * engine.product_s(tokens, shape.vocab_size / tp, shape.dim, _plain(job.strategy.precision))
-    # logits are read, exponentiated in fp32, and turned into gradients
-    loss = heads * engine.bytes_s(tokens * shape.vocab_size / tp * 6)
-    return BlockTime(forward_s=product + loss, backward_s=2 * product + loss, experts_s=0.0)
+    logits = heads * tokens * shape.vocab_size / tp
+    loss, gradient = (engine.bytes_s(logits * each) for each in job.framework.loss_moves)
+    return BlockTime(
+        forward_s=product + loss, backward_s=2 * product + gradient, experts_s=0.0, weights_s=product
+    )  # fmt: skip
 
 
 def optimizer_s(params: float, job: Job, engine: Engine, *, ranks: int) -> float:

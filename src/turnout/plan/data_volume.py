@@ -4,26 +4,43 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 7.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from turnout.alltoall import Traffic
 from turnout.errors import ConfigError
 from turnout.plan.collectives import Collective, all_gather, all_reduce, collective, group
+from turnout.plan.model import ModelShape
+from turnout.plan.pipeline import Stage
 from turnout.plan.step import Step, layers_of
 from turnout.strategy import ELEMENT_BYTES, Strategy
 from turnout.topology import Mesh
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """One collective over ranks that share parameters."""
+
+    name: str
+    mesh: Mesh
+    traffic: Traffic  # of one call
+    calls: float = 1.0
+    each_pass: bool = False  # of every micro-batch, where what is sharded is sharded again after each; else of a step
+
+
 def data_volume(step: Step) -> Iterator[Collective]:
-    """Gradients and sharded parameters, once a step (under ZeRO-3 for every micro-batch).
+    """Gradients and sharded parameters, once a step or for every micro-batch.
 
     Raises: ConfigError if a ZeRO shard does not fit the ranks that share parameters.
     """
-    strategy = step.strategy
-    dense_ranks = strategy.dp * strategy.cp
-    dense = group(dense_ranks, strategy.tp, step.devices_per_node)
-    yield from _reduced(step, "dp", "dense", dense, _dense_params(step))
+    strategy, devices = step.strategy, step.devices_per_node
+    yield from _reduced(step, "dp", "dense", dense_mesh(strategy, devices), _dense_params(step))
     if step.shape.num_experts:
-        experts = expert_data_mesh(strategy, step.devices_per_node)
-        yield from _reduced(step, "edp", "expert", experts, _expert_params(step))
+        yield from _reduced(step, "edp", "expert", expert_data_mesh(strategy, devices), _expert_params(step))
+
+
+def dense_mesh(strategy: Strategy, devices_per_node: int) -> Mesh:
+    """The ranks that hold the same dense parameters, on their nodes."""
+    return group(strategy.dp * strategy.cp, strategy.tp, devices_per_node)
 
 
 def expert_data_mesh(strategy: Strategy, devices_per_node: int) -> Mesh:
@@ -37,21 +54,32 @@ def expert_data_mesh(strategy: Strategy, devices_per_node: int) -> Mesh:
     return Mesh(nodes=peers.nodes * apart.nodes, local=peers.local * apart.local)
 
 
-def _reduced(step: Step, axis: str, part: str, mesh: Mesh, params: float) -> Iterator[Collective]:
-    """Gradients summed over copies; under ZeRO scattered to shards, and parameters gathered from them."""
-    strategy = step.strategy
+def reductions(strategy: Strategy, mesh: Mesh, params: float) -> Iterator[Reduction]:
+    """Gradients of `params` summed over copies; under ZeRO scattered to shards, and parameters gathered from them.
+
+    A rank that keeps a shard of the gradients alone (ZeRO-2) has to give away the rest after every micro-batch.
+    Raises: ConfigError if a ZeRO shard does not fit the ranks of the mesh.
+    """
     gradient = params * ELEMENT_BYTES[strategy.grad_precision]
     weights = params * strategy.activation_bytes
     if strategy.zero == 0:
-        yield collective(f"{part} gradient all-reduce", axis, mesh, all_reduce(mesh, gradient))
+        yield Reduction(name="gradient all-reduce", mesh=mesh, traffic=all_reduce(mesh, gradient))
         return
     shard, copies = _sharded(strategy, mesh)
-    times = step.micro_batches if strategy.zero == 3 and step.reshards else 1.0
-    gathers = 2 if strategy.zero == 3 else 1
-    yield collective(f"{part} gradient reduce-scatter", axis, shard, all_gather(shard, gradient), times)
-    yield collective(f"{part} parameter all-gather", axis, shard, all_gather(shard, weights), times * gathers)
-    shard_bytes = gradient / shard.size
-    yield collective(f"{part} shard all-reduce", axis, copies, all_reduce(copies, shard_bytes))
+    scattered, gathered = all_gather(shard, gradient), all_gather(shard, weights)
+    yield Reduction(name="gradient reduce-scatter", mesh=shard, traffic=scattered, each_pass=strategy.zero >= 2)
+    # ZeRO-3 gathers for the forward pass and again for the backward pass
+    whole = strategy.zero == 3
+    yield Reduction(
+        name="parameter all-gather", mesh=shard, traffic=gathered, calls=2 if whole else 1, each_pass=whole
+    )  # fmt: skip
+    yield Reduction(name="shard all-reduce", mesh=copies, traffic=all_reduce(copies, gradient / shard.size))
+
+
+def _reduced(step: Step, axis: str, part: str, mesh: Mesh, params: float) -> Iterator[Collective]:
+    for each in reductions(step.strategy, mesh, params):
+        times = step.micro_batches if each.each_pass and step.reshards else 1.0
+        yield collective(f"{part} {each.name}", axis, each.mesh, each.traffic, each.calls * times)
 
 
 def _sharded(strategy: Strategy, mesh: Mesh) -> tuple[Mesh, Mesh]:
@@ -66,15 +94,23 @@ def _sharded(strategy: Strategy, mesh: Mesh) -> tuple[Mesh, Mesh]:
     return shard, Mesh(nodes=copies // beside, local=beside) if copies % beside == 0 else Mesh(nodes=copies)
 
 
+def dense_stage_params(shape: ModelShape, stage: Stage) -> int:
+    """Parameters of a stage, routed experts left out, whose gradients are reduced; before any sharding."""
+    params = sum(number * shape.block_params(block) for block, number in stage.blocks)
+    params += stage.embedding * shape.embedding_params
+    if stage.head:
+        params += shape.mtp_layers * shape.mtp_params
+        # tied to a table of the same stage it is no matrix of its own; on another stage it is a copy
+        params += 0 if shape.tied_embeddings and stage.embedding else shape.vocab_size * shape.dim
+    return params
+
+
 def _dense_params(step: Step) -> float:
     """Parameters of a rank that are not routed experts."""
     shape, stage, tp = step.shape, step.stage, step.strategy.tp
     if stage is None:
         return shape.dense_params / step.strategy.pp / tp
-    params = sum(map(shape.block_params, stage.layers)) + stage.embedding * shape.embedding_params
-    if stage.head:
-        params += shape.vocab_size * shape.dim + shape.mtp_layers * shape.mtp_params
-    return params / tp
+    return dense_stage_params(shape, stage) / tp
 
 
 def _expert_params(step: Step) -> float:

@@ -25,21 +25,30 @@ def expert_volume(step: Step) -> Iterator[Collective]:
 
     Raises: ConfigError if the experts do not fit their ranks, or the program does not fit the layout.
     """
-    strategy, shape = step.strategy, step.shape
-    mesh = expert_mesh(strategy, step.devices_per_node)
-    tensor = _coordinated_ranks(strategy)
     for experts, number in layers_of(step).items():
         if experts == 0:
             continue
         calls = number * step.micro_batches
-        routing = _routing(step, experts)
-        width = shape.latent_dim or shape.dim
-        there = _round_trip(strategy.alltoall, routing, tensor, row_size(strategy, width))
-        back = _round_trip(strategy.alltoall, routing, tensor, row_size(strategy, width, labels=False))
-        for name, traffic in (("ep all-to-all", there + back), ("ep recompute", there)):
-            if name == "ep all-to-all" or strategy.recompute == "full":
-                yield chunked(collective(name, "ep", mesh, traffic, calls), strategy.overlap)
-        yield from _expert_tensor(step, routing, calls)
+        passed, again = exchange(step, experts, calls)
+        yield chunked(passed, step.strategy.overlap)
+        if step.strategy.recompute == "full":
+            yield chunked(again, step.strategy.overlap)
+        yield from expert_tensor_volume(step, experts, calls)
+
+
+def exchange(step: Step, experts: int, calls: float = 1.0) -> tuple[Collective, Collective]:
+    """The all-to-all of layers of so many experts, forward and backward; and what full recomputation sends again.
+
+    Whole, however many chunks overlap.
+    """
+    strategy, routing = step.strategy, _routing(step, experts)
+    tensor, width = _coordinated_ranks(strategy), step.shape.latent_dim or step.shape.dim
+    there = _round_trip(strategy.alltoall, routing, tensor, row_size(strategy, width))
+    back = _round_trip(strategy.alltoall, routing, tensor, row_size(strategy, width, labels=False))
+    return (
+        collective("ep all-to-all", "ep", routing.mesh, there + back, calls),
+        collective("ep recompute", "ep", routing.mesh, there, calls),
+    )
 
 
 def _routing(step: Step, experts: int) -> Expected:
@@ -91,12 +100,13 @@ def _round_trip(program: str, routing: Expected, tensor: int, size: RowSize) -> 
     return traffic_of(moves, routing, size, tensor=tensor)
 
 
-def _expert_tensor(step: Step, routing: Expected, calls: float) -> Iterator[Collective]:
+def expert_tensor_volume(step: Step, experts: int, calls: float = 1.0) -> Iterator[Collective]:
     """Ranks that share an expert gather the rows each received, and scatter the sums of what they made of them."""
     strategy = step.strategy
     if strategy.etp == 1 or not strategy.tokens_sharded:
         return
     mesh = group(strategy.etp, 1, step.devices_per_node)
+    routing = _routing(step, experts)
     rows = routing.num_tokens * routing.top_k * step.capacity_factor * strategy.etp
     width = step.shape.latent_dim or step.shape.dim
     traffic = all_gather(mesh, rows * width * strategy.activation_bytes)

@@ -8,7 +8,7 @@ all-to-all 4 k (E-1)/E h s between nodes, one expert a node, s = 1 if every tens
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 from turnout.alltoall import expected_distinct
@@ -16,7 +16,7 @@ from turnout.clusters import CLUSTERS
 from turnout.errors import ConfigError
 from turnout.plan.collectives import Collective
 from turnout.plan.model import ModelShape
-from turnout.plan.shapes import SHAPES
+from turnout.plan.query import load_model
 from turnout.plan.step import Step
 from turnout.plan.volume import volume
 from turnout.strategy import Strategy
@@ -64,7 +64,10 @@ class ExplainRow:
         """The row as `plan explain --json` prints it."""
         names = ("scenario", "intra_bytes", "inter_bytes", "inter_over_intra", "intra_s", "inter_s")
         more = ("intra_bandwidth_s", "inter_bandwidth_s")
-        return {name: getattr(self, name) for name in (*names, *more)} | {"parts": _by_axis(self.parts)}
+        row = {name: getattr(self, name) for name in (*names, *more)}
+        # JSON has no infinity: a node inside which nothing is sent has no ratio
+        ratio = row["inter_over_intra"]
+        return row | {"inter_over_intra": ratio if isfinite(ratio) else None, "parts": _by_axis(self.parts)}
 
 
 _SHARED = {"shard_tokens": True}
@@ -105,7 +108,7 @@ def explain(model: str = "gpt4-moe", cluster: Cluster | None = None) -> tuple[Ex
 
     Raises: ConfigError if the model is unknown or has no experts.
     """
-    shape = SHAPES[model]
+    shape = load_model(model)
     if not shape.num_experts:
         raise ConfigError(f"model {model!r} has no experts to explain; try 'gpt4-moe'")
     cluster = cluster or CLUSTERS["dgx-a100"]

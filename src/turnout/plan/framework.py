@@ -14,9 +14,12 @@ class Framework:
     gradient_bytes: float = 4.0  # of an accumulated gradient (ZeRO-2 and 3)
     optimizer_bytes: float = 12.0  # master weight and two moments (ZeRO-1 to 3)
     data_parallel_bytes: float = 0.0  # of a second gradient, there only with data parallel ranks
-    zero_kept_bytes: float = 0.0  # more of a parameter once the optimizer is sharded, on every rank
+    zero_kept_bytes: float = 0.0  # more of a parameter once the optimizer is sharded, on every rank, between steps
     zero_shard_bytes: float = 0.0  # and more of it in a rank's shard
     logit_bytes: float = 4.0  # kept of one logit at the peak
+    # moved for one logit by the loss, and by its gradient: a copy in fp32, then maximum, difference, exponential, sum
+    # and quotient, kernel by kernel; Megatron-LM core/tensor_parallel/cross_entropy.py
+    loss_moves: tuple[float, float] = (38.0, 14.0)
     wgrad_bytes: float = 0.0  # of an output before it is added to the accumulated gradient, for the largest matrices
     flash_attention: bool = True  # scores are never written to memory
     attention_rate: float = 1.0  # of its fused attention kernel, over the best of the device's generation
@@ -26,24 +29,38 @@ class Framework:
     stage_balance: Literal["layers", "flops"] = "layers"  # what pipeline stages have equal numbers of
     selective: Literal["scores", "products"] = "scores"  # what selective recomputation drops
     rotary_bytes: float = 0.0  # kept of one element of queries and keys beside the turned ones
-    gathered_inputs: bool = False  # under tp one micro-batch's gathered inputs of column-parallel products are live
+    # under tp, gathered inputs of column-parallel products that are live: of a block (with the products' unreduced
+    # outputs), or of one micro-batch through a stage
+    gathered_inputs: Literal["", "block", "stage"] = ""
     gather_buffer_bytes: float = 0.0  # of one element of the residual stream: buffers kept for all-gathers under tp
+    light_recompute: bool = False  # has recomputation of norms, up-projections and gated activations alone
+    schedules: tuple[str, ...] = ("1f1b", "interleaved")  # of its pipelines
     reshards: bool = True  # under ZeRO-3 parameters and gradients are sharded again between the passes of a pipeline
     slack: float = 0.0  # share of the live bytes an allocator holds beyond them
     scatter_gather: bool = False  # each tensor-parallel rank sends a share over a stage boundary
     overlap_tp: bool = False  # tensor-parallel communication runs in chunks beside the products
     overlap_pp: bool = True  # interleaved stages send while they compute
     overlap_dp: bool = True  # gradients are reduced while backward runs
+    bucket_params: float = 40e6  # of one rank that one collective reduces or gathers: Megatron-Core's bucket_size
+    block_collectives: int = 0  # collectives that reduce or gather a block, whatever its size; 0: by bucket_params
     wire_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of gradients on the wire
     sequence_parallel: bool = True  # norms are sharded over tp unless the layout says otherwise
 
 
 FRAMEWORKS: Table[Framework] = Table("framework")
 # https://github.com/NVIDIA/Megatron-LM core/distributed, core/optimizer: bf16 weights, fp32 gradients and master
-_CORE = Framework(wgrad_bytes=2.0)
+# --recompute-modules layernorm mla_up_proj moe_act: its core/transformer/transformer_config.py
+_CORE = Framework(wgrad_bytes=2.0, light_recompute=True)
 FRAMEWORKS.register("megatron-core")(_CORE)
-# https://github.com/NVIDIA-NeMo: megatron-core with user buffers, which overlap tensor-parallel communication
-FRAMEWORKS.register("nemo")(replace(_CORE, overlap_tp=True, wire_precision="bf16"))
+# https://github.com/NVIDIA-NeMo: megatron-core with user buffers, which overlap tensor-parallel communication,
+# and --cross-entropy-loss-fusion: a copy in fp32 and two kernels
+FRAMEWORKS.register("nemo")(replace(_CORE, overlap_tp=True, wire_precision="bf16", loss_moves=(18.0, 10.0)))
+# DeepSeek-V3's own code, arXiv:2412.19437: DualPipe (section 3.2.1), light recomputation (3.2.3), moments in bf16
+# beside master weights and gradients in fp32 (3.3.3); a row's gate weight is taken to be applied before its expert's
+# last matrix, as Megatron does, so that no copy of the rows is kept for it
+FRAMEWORKS.register("deepseek")(
+    replace(_CORE, optimizer_bytes=8.0, permuted_copies=0.0, schedules=("1f1b", "zero_bubble", "dualpipe"))
+)
 # the code of arXiv:2104.04473 (2021): scores in memory, dropout, all-reduce after the last backward
 _LEGACY = Framework(
     flash_attention=False, dropout=True, logit_bytes=6.0, overlap_dp=False, overlap_pp=False, scatter_gather=True,
@@ -57,18 +74,27 @@ FRAMEWORKS.register("megatron-2022")(replace(_LEGACY, sequence_parallel=True, wi
 # log-softmax, and as its gradient
 FRAMEWORKS.register("torchtitan")(
     Framework(
+        # its --pipeline_parallel_schedule takes those of torch.distributed.pipelining
+        schedules=("1f1b", "interleaved", "zero_bubble"),
+        # torch.nn.functional.cross_entropy of a copy in fp32
+        loss_moves=(18.0, 18.0),
         weight_bytes=4.0, optimizer_bytes=8.0, logit_bytes=14.0, selective="products", reshards=False,
         # PyTorch's kernel is FlashAttention-2, of which FlashAttention-3 is 1.5 to 2 times as fast: arXiv:2407.08608
         attention_rate=0.6,
+        block_collectives=1,  # each block is one unit of FSDP
+        gathered_inputs="block",
     )
 )  # fmt: skip
 # https://github.com/huggingface/nanotron: a bf16 gradient beside the fp32 accumulator, stages balanced by FLOPs
 FRAMEWORKS.register("nanotron")(
     Framework(
+        schedules=("1f1b",),
         data_parallel_bytes=2.0, zero_kept_bytes=2.0, zero_shard_bytes=2.0, logit_bytes=8.0, fused_activation=False,
-        stage_balance="flops", gathered_inputs=True, gather_buffer_bytes=4.0,
+        stage_balance="flops", gathered_inputs="stage", gather_buffer_bytes=4.0,
         rotary_bytes=6.0, attention_rate=0.6, overlap_tp=True, overlap_pp=False,
         # fp32 accumulators are reduced, and ZeRO-1 parameters gathered, after the last backward pass
         overlap_dp=False,
+        # its ZeRO scatters and gathers tensor by tensor: two norms, and a pair of matrices each of attention and FFN
+        block_collectives=6,
     )
 )  # fmt: skip

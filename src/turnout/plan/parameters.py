@@ -21,8 +21,8 @@ class Parameters:
     gemm_blackwell: float
     gemm_passes: float  # times that the operands and result of a product cross memory, not overlapped with it
     low_precision: float  # share of its own peak an fp8 or fp4 product reaches, over that of a bf16 one
+    low_blackwell: float  # the same on Blackwell, whose bf16 products are held back by power, not by their kernels
     attention: float  # share of the bf16 matrix peak that a fused attention kernel reaches
-    grouped: float  # rate of grouped products of experts over that of one product of the same size
     memory: float  # share of the memory bandwidth that element-wise kernels and the optimizer reach
     layer_call_s: float  # host time to launch one block forward and backward; the device waits for it when it is faster
     hidden_tp: float  # share of tensor-parallel communication behind products, where the framework overlaps it
@@ -39,6 +39,10 @@ class Parameters:
         if name not in shares:
             raise ConfigError(f"unknown device generation {generation!r}; known: {', '.join([*shares, *STANDS_FOR])}")
         return shares[name]
+
+    def low(self, generation: str) -> float:
+        """Share of its own peak that an fp8 or fp4 product reaches, over that of a bf16 one, on a generation."""
+        return self.low_blackwell if generation == "blackwell" else self.low_precision
 
     def framework_scale(self, framework: str) -> float:
         """Step time of a framework over that of the others; 1 where no calibration row tells them apart."""

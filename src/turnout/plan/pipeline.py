@@ -1,9 +1,12 @@
 """Pipeline stages: which layers a rank holds, how many micro-batches are in flight, what the schedule leaves idle."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from turnout.plan.model import ModelShape
+from turnout.plan.terms import Numbers, smaller
 from turnout.strategy import Strategy
 
 
@@ -15,6 +18,7 @@ class Stage:
     layers: tuple[int, ...]  # blocks, over encoder then decoder
     embedding: bool  # token and position tables
     head: bool  # final norm, output matrix, multi-token prediction
+    blocks: tuple[tuple[int, int], ...]  # (a block, how many of `layers` are like it)
 
 
 @lru_cache(maxsize=4096)
@@ -32,8 +36,59 @@ def stages(shape: ModelShape, pp: int, virtual_stages: int = 1, balance: str = "
         held[chunk % pp].extend(range(start, start + size))
         start += size
     return tuple(
-        Stage(index=i, layers=tuple(layers), embedding=i == 0, head=i == pp - 1) for i, layers in enumerate(held)
+        Stage(index=i, layers=tuple(layers), embedding=i == 0, head=i == pp - 1, blocks=_blocks(shape, layers))
+        for i, layers in enumerate(held)
     )
+
+
+@lru_cache(maxsize=4096)
+def stage_kinds(
+    shape: ModelShape, pp: int, virtual_stages: int = 1, balance: str = "layers"
+) -> tuple[tuple[Stage, int], ...]:
+    """The stages that differ, and how many are like each; the first of a kind stands for it.
+
+    No later stage of a kind needs more memory, for it has fewer micro-batches in flight.
+    """
+    kinds: dict[tuple[object, ...], list[Stage]] = {}
+    for stage in stages(shape, pp, virtual_stages, balance):
+        kinds.setdefault((frozenset(stage.blocks), stage.embedding, stage.head), []).append(stage)
+    return tuple((alike[0], len(alike)) for alike in kinds.values())
+
+
+@lru_cache(maxsize=4096)
+def rank_kinds(
+    shape: ModelShape, pp: int, virtual_stages: int = 1, balance: str = "layers", *, both_ways: bool = False
+) -> tuple[tuple[Stage, Stage | None, int], ...]:
+    """(a stage, the one its rank holds beside it, how many ranks hold the like): the ranks that differ.
+
+    A pipeline fed from both ends (DualPipe) puts the stage as far from the end as the first is from the start on the
+    same rank, and sends half of the micro-batches each way: DeepSeek-AI 2024, arXiv:2412.19437, section 3.2.1.
+    """
+    if not both_ways:
+        return tuple((stage, None, number) for stage, number in stage_kinds(shape, pp, virtual_stages, balance))
+    cut = stages(shape, pp, virtual_stages, balance)
+    kinds: dict[tuple[object, ...], list[tuple[Stage, Stage]]] = {}
+    for stage, mirror in zip(cut[: pp // 2], cut[::-1], strict=False):
+        key = tuple((frozenset(each.blocks), each.embedding, each.head) for each in (stage, mirror))
+        kinds.setdefault(key, []).append((stage, mirror))
+    return tuple((*pairs[0], 2 * len(pairs)) for pairs in kinds.values())
+
+
+@lru_cache(maxsize=256)
+def like_blocks(shape: ModelShape) -> tuple[int, ...]:
+    """For each block the first one like it: as many experts, the same window, the same attentions."""
+    beyond = 2 * shape.window + 1  # a length at which a windowed block sees fewer keys than one that sees all
+    first: dict[tuple[object, ...], int] = {}
+    kinds = [
+        (shape.experts_of(i), shape.keys_per_query(i, beyond), shape.encoder_layers > i)
+        for i in range(shape.all_layers)
+    ]
+    return tuple(first.setdefault(kind, i) for i, kind in enumerate(kinds))
+
+
+def _blocks(shape: ModelShape, layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    like = like_blocks(shape)
+    return tuple(Counter(like[layer] for layer in layers).items())
 
 
 def _by_layers(layers: int, chunks: int) -> list[int]:
@@ -57,7 +112,7 @@ def _by_flops(shape: ModelShape, chunks: int) -> list[int]:
     return sizes
 
 
-def layers_in_flight(stage: Stage, strategy: Strategy, micro_batches: int) -> float:
+def layers_in_flight(stage: Stage, strategy: Strategy, micro_batches: Numbers) -> Numbers:
     """Blocks of `stage` whose activations live at once, micro-batches counted apart.
 
     Source: Narayanan et al. 2021, arXiv:2104.04473, section 2.2; Megatron-LM schedules.py (warm-up micro-batches);
@@ -67,22 +122,24 @@ def layers_in_flight(stage: Stage, strategy: Strategy, micro_batches: int) -> fl
     if strategy.schedule == "gpipe":
         return here * micro_batches
     if strategy.schedule == "dualpipe":
-        return here * min(micro_batches, p + 1)
+        return here * smaller(micro_batches, p + 1)
     if v > 1:
         warm_up = 2 * (p - stage.index - 1) + (v - 1) * p + 1
-        return here / v * min(micro_batches * v, warm_up)
-    return here * min(micro_batches, p - stage.index)
+        return here / v * smaller(micro_batches * v, warm_up)
+    return here * smaller(micro_batches, p - stage.index)
 
 
-def idle_passes(strategy: Strategy) -> float:
+def idle_passes(strategy: Strategy, backward: Numbers = 2 / 3, weights: Numbers = 1 / 3) -> Numbers:
     """Time a rank is idle in a step, in micro-batches (forward and backward) of its own stage.
 
-    Source: 1F1B and interleaved (p-1)/v, arXiv:2104.04473; zero bubble H1 (p-1)/3 with F = B = W, Qi et al. 2023,
-    arXiv:2401.10241, table 2; DualPipe (p/2-1)/3, arXiv:2412.19437, table 2.
+    `backward` is the share of a micro-batch that is its backward pass, `weights` the part of it that computes gradients
+    of weights and may wait: B and W, in micro-batches.
+    Source: 1F1B and interleaved (p-1)/v, arXiv:2104.04473; zero bubble H1 (p-1)(F+B-2W), arXiv:2401.10241, table 2;
+    DualPipe (p/2-1)(F&B+B-3W), F&B being a pass both ways, arXiv:2412.19437, table 2.
     """
     p = strategy.pp
     if strategy.schedule == "zero_bubble":
-        return (p - 1) / 3 / strategy.virtual_stages
+        return (p - 1) * (1 - 2 * weights) / strategy.virtual_stages
     if strategy.schedule == "dualpipe":
-        return max(0.0, p / 2 - 1) / 3
+        return max(0.0, p / 2 - 1) * (1 + backward - 3 * weights)
     return (p - 1) / strategy.virtual_stages

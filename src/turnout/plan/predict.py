@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 
 from turnout.errors import TurnoutError
 from turnout.plan.job import Job
@@ -36,11 +37,19 @@ def predict(
 
 def predict_row(row: Row, models: dict[str, Row], parameters: Parameters) -> Answer:
     """The answer to one row; never raises for what the row says."""
+    if not isinstance(row, dict):
+        return Answer(id="", predicted=None, unit="", refused=f"the row is {type(row).__name__}, not an object")
     name, unit = str(row.get("id", "")), str(row.get("unit", ""))
     try:
-        return Answer(id=name, predicted=_answer(row, models, parameters), unit=unit)
+        predicted = _answer(row, models, parameters)
+        if not isfinite(predicted):
+            raise Refused(f"the prediction is {predicted}, which is no measurement")
+        return Answer(id=name, predicted=predicted, unit=unit)
     except TurnoutError as error:
         return Answer(id=name, predicted=None, unit=unit, refused=str(error))
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        # a field of a kind that no code here expects is the row's fault, and other rows still have answers
+        return Answer(id=name, predicted=None, unit=unit, refused=f"the row cannot be read: {error!r}")
 
 
 def _answer(row: Row, models: dict[str, Row], parameters: Parameters) -> float:

@@ -1,7 +1,7 @@
 """What a row in the schema of published_cases.json describes: machine, model, code, layout, batch."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 from turnout.clusters import CLUSTERS
@@ -25,6 +25,9 @@ _MACHINES = (
 _PRECISIONS: tuple[tuple[str, Precision], ...] = (
     ("fp4", "fp4"), ("fp8", "fp8"), ("float8", "fp8"), ("fp16", "fp16"), ("fp32", "fp32"),
 )  # fmt: skip
+_DESIGN_WATT = {"hopper": 700.0}  # of an SXM module: NVIDIA H100 data sheet
+# an all-reduce inside a node below this share of what the link carries did not run on it
+NVLINK_IN_USE = 0.5
 # flash attention (arXiv:2205.14135) is of May 2022; what was published before it kept scores in memory
 _FLASH_ATTENTION = 2206
 
@@ -63,12 +66,29 @@ def cluster_of(row: Row) -> Cluster:
     gpu = str(row.get("gpu"))
     for words, name in _MACHINES:
         if words in gpu and "core" not in gpu:
-            return _measured_fabric(row, CLUSTERS[name])
+            return _power_capped(gpu, _measured_fabric(row, CLUSTERS[name]))
     raise Refused(f"gpu={gpu!r} has no cluster description; known: {', '.join(CLUSTERS.names())}")
 
 
+def _power_capped(gpu: str, cluster: Cluster) -> Cluster:
+    """The cluster with the peak its devices sustain when they are held to the watts that a row's `gpu` names.
+
+    Power of switching goes as voltage squared times frequency, and voltage with frequency, so frequency as the cube
+    root of power: Rabaey, Chandrakasan and Nikolic 2003, Digital Integrated Circuits, section 5.5.
+    """
+    said, design = re.search(r"\b(\d{3,4}) ?W\b", gpu), _DESIGN_WATT.get(cluster.device.generation, 0.0)
+    if said is None or float(said[1]) >= design:
+        return cluster
+    clock, peaks = (float(said[1]) / design) ** (1 / 3), cluster.device.peak_flops_per_s
+    slower = replace(peaks, **{field.name: clock * getattr(peaks, field.name) for field in fields(peaks)})
+    return replace(cluster, device=replace(cluster.device, peak_flops_per_s=slower))
+
+
 def _measured_fabric(row: Row, cluster: Cluster) -> Cluster:
-    """The cluster with the bandwidth between nodes that a row's own all-reduce measured, where it says so."""
+    """The cluster with the bandwidths that a row's own all-reduces measured, where it says so."""
+    inside = _number(row, "all_reduce_intra_gb_per_s", 0.0) * 1e9
+    if 0 < inside < NVLINK_IN_USE * cluster.intra.bytes_per_s:
+        cluster = replace(cluster, intra=replace(cluster.intra, bytes_per_s=inside))
     measured = _number(row, "all_reduce_gb_per_s", 0.0)
     if not measured or count(row, "gpus") <= cluster.devices_per_node:
         return cluster

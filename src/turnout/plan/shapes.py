@@ -64,14 +64,15 @@ _OLMOE = replace(llama(layers=16, dim=2048, ffn=1024, heads=16, kv_heads=16, voc
 _DEEPSEEK_V3 = _deepseek(layers=61, dim=7168, ffn=18_432, vocab=129_280, dense_first=3)
 _DEEPSEEK_V2 = _deepseek(layers=60, dim=5120, ffn=12_288, vocab=102_400, dense_first=1)
 _GPT_350M = gpt(layers=24, dim=1024, heads=16, vocab=50_304)
-# GPT-4 as leaked (SemiAnalysis 2023): 120 layers, 16 experts of 111B, top-2, 55B of attention: h = 10,752
+# GPT-4 as leaked (SemiAnalysis 2023): 120 layers, 16 experts of 111B, top-2, 55B of attention: h = 10,752; the leak
+# does not give heads, and tensor parallelism over 8 must divide them
 _GPT4_BLOCKS = replace(
-    gpt(layers=120, dim=10_752, heads=84, vocab=100_256), qkv_bias=False, out_bias=False, ffn_bias=False
+    gpt(layers=120, dim=10_752, heads=96, vocab=100_256), qkv_bias=False, out_bias=False, ffn_bias=False
 )
 
 _ROWS = {
     # the presets of turnout.models; tests/plan/test_model.py compares the totals with those of the built models
-    "tiny": replace(with_experts(_tiny(layers=4), experts=32, top_k=2, hidden=128), learned_router=False),
+    "tiny": replace(with_experts(_tiny(layers=4), experts=32, top_k=1, hidden=128, shared=128), learned_router=False),
     "tiny-dense": _tiny(layers=4, ffn=256),
     "smoke": with_experts(_tiny(layers=2, kv_heads=1, smear_keys=False), experts=4, top_k=2, hidden=64),
     "mixtral-8x7b": with_experts(

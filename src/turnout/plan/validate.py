@@ -9,12 +9,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeGuard
 
 from turnout.errors import TurnoutError
 from turnout.plan.correlation import spearman
-from turnout.plan.data import nanotron_rows, published_cases
+from turnout.plan.data import published_cases
 from turnout.plan.job import Job
+from turnout.plan.nanotron import nanotron_cases
 from turnout.plan.parameters import Parameters, fitted
 from turnout.plan.predict import STEP_QUANTITIES, answer_of_step, predict_row
 from turnout.plan.rows import Row, cluster_of, job_of
@@ -28,13 +29,15 @@ CALCULON = {"megascale": (0.075, 8), "megatron_sc21_table1": (0.103, 10), "vtrai
 # SimuMax's own prediction of its rows with a profile of each shape; recomputed from its file
 SIMUMAX = {"simumax_b200": (0.056, 43)}
 
+OLDER = "older"  # split of rows that a later release of the same software made void: no headline counts them
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteError:
     """Relative errors of one suite and split; shares, not percents."""
 
     suite: str
-    split: str
+    split: str  # validation, calibration, sanity, or OLDER
     n: int  # rows answered
     refused: int
     mape: float | None = None
@@ -47,8 +50,9 @@ class SuiteError:
     spearman: float | None = None  # mean over groups of layouts
     regret: float | None = None  # mean over groups: measured time of the predicted best over the measured best, less 1
     groups: int = 0  # of at least three layouts
-    peer: str = ""  # another tool on the same rows
+    peer: str = ""  # another tool on the same suite
     peer_mape: float | None = None
+    peer_n: int = 0  # rows it ran
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +89,17 @@ def validate(document: dict[str, Any] | None = None, parameters: Parameters | No
     parameters = parameters or fitted()
     visible = document is None
     document = published_cases() if document is None else document
-    rows = list(document["rows"]) + (nanotron_rows() if visible else [])
+    rows = list(document["rows"]) + (nanotron_cases() if visible else [])
     models = document.get("models") or {}
     mfu = constant_mfu(parameters)
     results: dict[tuple[str, str], list[_Result]] = defaultdict(list)
     refusals: list[tuple[str, str, str]] = []
     refused: dict[tuple[str, str], int] = defaultdict(int)
-    for row in rows:
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            refused["", "validation"] += 1
+            refusals.append(("", f"row {i}", f"the row is {type(row).__name__}, not an object"))
+            continue
         key = (str(row.get("suite")), _split(row))
         result = _result(row, models, parameters, mfu)
         if isinstance(result, str):
@@ -104,8 +112,8 @@ def validate(document: dict[str, Any] | None = None, parameters: Parameters | No
     dense = [abs(_error(each)) for each in judged if each.dense and each.row["suite"] != "nanotron"]
     return Validation(
         suites=tuple(_suite(*key, results[key], refused[key]) for key in keys),
-        memory=tuple(memory_errors(rows, models)),
-        oom=(out_of_memory(nanotron_rows(failed=True)),) if visible else (),
+        memory=tuple(memory_errors(filter(_may_be_judged, rows), models)),
+        oom=(out_of_memory(nanotron_cases(failed=True)),) if visible else (),
         refusals=tuple(refusals),
         dense_mape=mean(dense) if dense else None,
     )
@@ -114,8 +122,8 @@ def validate(document: dict[str, Any] | None = None, parameters: Parameters | No
 def _split(row: Row) -> str:
     split = str(row.get("split") or "validation")
     if row.get("suite") == "nanotron":
-        return "calibration" if row["nodes"] == 1 else "validation"
-    return split if row.get("primary", True) else f"{split}, older release"
+        split = "calibration" if row["nodes"] == 1 else "validation"
+    return split if row.get("primary", True) else OLDER
 
 
 def _result(row: Row, models: dict[str, Row], parameters: Parameters, mfu: float) -> _Result | str | None:
@@ -127,7 +135,7 @@ def _result(row: Row, models: dict[str, Row], parameters: Parameters, mfu: float
     if answer.predicted is None:
         return answer.refused
     measured = row.get("value")
-    if not isinstance(measured, int | float) or measured <= 0:
+    if not _is_measurement(measured):
         return f"value={measured!r} is not a measurement to compare with"
     constant, dense = None, False
     if quantity.startswith(STEP_QUANTITIES):
@@ -138,6 +146,17 @@ def _result(row: Row, models: dict[str, Row], parameters: Parameters, mfu: float
     return _Result(
         row=row, time_ratio=_time_ratio(quantity, answer.predicted / measured), constant_ratio=constant, dense=dense
     )
+
+
+def _is_measurement(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _may_be_judged(row: Any) -> bool:
+    """Whether a row's memory, if it is about memory, can be compared."""
+    if not isinstance(row, dict):
+        return False
+    return not str(row.get("quantity")).startswith("memory") or _is_measurement(row.get("value"))
 
 
 def _time_ratio(quantity: str, ratio: float) -> float:
@@ -189,7 +208,8 @@ def _suite(suite: str, split: str, results: Sequence[_Result], refused: int) -> 
     absolute = sorted(map(abs, errors))
     constants = [_as_quantity(r, r.constant_ratio) - 1 for r in results if r.constant_ratio is not None]
     constant = mean(map(abs, constants)) if constants else None
-    correlation, regret, groups = _ranking(results)
+    # which layout an older release ran best nobody asks
+    correlation, regret, groups = _ranking(results if split != OLDER else ())
     peer, figures = ("Calculon", CALCULON) if suite in CALCULON else ("SimuMax", SIMUMAX)
     return replace(
         empty,
@@ -205,6 +225,7 @@ def _suite(suite: str, split: str, results: Sequence[_Result], refused: int) -> 
         groups=groups,
         peer=peer if suite in figures else "",
         peer_mape=figures[suite][0] if suite in figures else None,
+        peer_n=figures[suite][1] if suite in figures else 0,
     )
 
 

@@ -29,7 +29,10 @@ def volume(step: Step) -> tuple[Collective, ...]:
 
     Raises: ConfigError if the experts do not fit the expert ranks, or the layout asks for what no program does.
     """
-    parts = (_tensor(step), _embedding(step), _context(step), _pipeline(step), expert_volume(step), data_volume(step))
+    parts = (
+        tensor_volume(step), embedding_volume(step), context_volume(step), pipeline_volume(step), expert_volume(step),
+        data_volume(step),
+    )  # fmt: skip
     return tuple(each for part in parts for each in part if each.total_bytes > 0)
 
 
@@ -45,7 +48,7 @@ def to_json(parts: tuple[Collective, ...], seconds: Callable[[Collective], float
 # --- tensor and sequence parallel ---
 
 
-def _tensor(step: Step) -> Iterator[Collective]:
+def tensor_volume(step: Step) -> Iterator[Collective]:
     """Attention and FFN each end in a sum over tensor-parallel ranks, forward and, at their inputs, backward."""
     strategy = step.strategy
     mesh = group(strategy.tp, 1, step.devices_per_node)
@@ -73,7 +76,7 @@ def _sums_ffn(step: Step, experts: int) -> bool:
     return strategy.etp > 1 or strategy.shard_tokens
 
 
-def _embedding(step: Step) -> Iterator[Collective]:
+def embedding_volume(step: Step) -> Iterator[Collective]:
     """The vocabulary is cut over tensor-parallel ranks: a sum after the table, and one before the output matrix."""
     strategy, stage = step.strategy, step.stage
     mesh = group(strategy.tp, 1, step.devices_per_node)
@@ -92,7 +95,7 @@ def _embedding(step: Step) -> Iterator[Collective]:
 # --- context parallel ---
 
 
-def _context(step: Step) -> Iterator[Collective]:
+def context_volume(step: Step) -> Iterator[Collective]:
     """Keys and values round a ring, twice that on the way back; or heads for tokens and back (Ulysses)."""
     strategy, shape = step.strategy, step.shape
     mesh = group(strategy.cp, strategy.tp, step.devices_per_node)
@@ -117,7 +120,7 @@ def _context(step: Step) -> Iterator[Collective]:
 # --- pipeline ---
 
 
-def _pipeline(step: Step) -> Iterator[Collective]:
+def pipeline_volume(step: Step) -> Iterator[Collective]:
     """Activations on, gradients back; an inner stage, which sends both."""
     strategy = step.strategy
     world = strategy.world()

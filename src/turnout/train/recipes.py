@@ -16,7 +16,7 @@ RECIPES: Table[Callable[[], Recipe]] = Table("recipe")
 @RECIPES.register("tiny")
 def tiny() -> Recipe:
     """A Mixture-of-Experts language model for two CPU cores and about ten minutes."""
-    optimizer = OptimizerConfig(lr=6e-3, expert_lr_scale=0.15)
+    optimizer = OptimizerConfig(lr=6e-3, expert_lr_scale=0.4)
     return Recipe(name="tiny", model=presets.tiny(), optimizer=optimizer, loop=LoopConfig(batch_size=16))
 
 

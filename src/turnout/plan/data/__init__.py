@@ -13,8 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from turnout.errors import ConfigError
-
 
 def _text(name: str) -> str:
     return gzip.decompress(Path(__file__).with_name(f"{name}.gz").read_bytes()).decode()
@@ -74,22 +72,3 @@ def _as_vtrain_row(index: int, run: dict[str, str]) -> dict[str, Any]:
         "value": float(run["step_s"]), "split": "validation", "primary": True,
         "source": "VIA-Research/vTrain one-node runs",
     }  # fmt: skip
-
-
-def cases_from(text: str, name: str) -> dict[str, Any]:
-    """A user's file in the schema of published_cases.json: `rows`, and `models` where rows name unknown ones.
-
-    Raises: ConfigError if it is not such a file.
-    """
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name} is not JSON: {error}") from error
-    if isinstance(document, list):
-        document = {"rows": document}
-    if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
-        raise ConfigError(f"{name} has no list `rows`; see the schema of published_cases.json")
-    bad = next((i for i, row in enumerate(document["rows"]) if not isinstance(row, dict)), None)
-    if bad is not None:
-        raise ConfigError(f"{name}: row {bad} is not an object")
-    return {"models": {}, **document}

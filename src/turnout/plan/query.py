@@ -1,0 +1,116 @@
+"""What is asked of the planner: a model on nodes of a cluster, a batch, and as much of the layout as is decided."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from turnout.clusters import load_cluster
+from turnout.config import from_dict, load_toml
+from turnout.errors import ConfigError
+from turnout.plan.framework import FRAMEWORKS
+from turnout.plan.hf_config import read_config
+from turnout.plan.job import Job
+from turnout.plan.model import ModelShape
+from turnout.plan.shapes import SHAPES
+from turnout.registry import nearest
+from turnout.strategy import Strategy
+from turnout.topology import Cluster, mesh_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """A question to the planner. `nodes` or `devices` says how many; both may, if they agree."""
+
+    model: str | ModelShape  # name of a model, path of a Hugging Face config.json, or the dimensions
+    cluster: str | Cluster = "dgx-h100"  # name of a machine, path of a .toml file, or the machine
+    nodes: int = 0  # nodes the job runs on; 0: those of `devices`
+    devices: int = 0  # devices the job runs on; 0: all of `nodes`
+    seq_len: int = 4096  # tokens of a sequence
+    global_batch: int = 1024  # sequences of an optimizer step
+    strategy: Strategy = field(default_factory=Strategy)  # the layout asked about
+    framework: str = "megatron-core"  # the code whose memory and overlap are assumed
+    skew: float = 1.0  # rows of the busiest expert rank over the mean
+
+    def __post_init__(self) -> None:
+        for name, least in (("nodes", 0), ("devices", 0), ("seq_len", 1), ("global_batch", 1), ("skew", 1)):
+            value = getattr(self, name)
+            if not least <= value < float("inf"):
+                raise ConfigError(f"query.{name}={value} must be at least {least}; nearest legal: {least}")
+        if self.framework not in FRAMEWORKS:
+            names = FRAMEWORKS.names()
+            raise ConfigError(
+                f"query.framework={self.framework!r} must be one of: {', '.join(names)}{nearest(self.framework, names)}"
+            )
+
+    @property
+    def shape(self) -> ModelShape:
+        """Raises: ConfigError if the model is unknown, or its file is not one of a transformer."""
+        return self.model if isinstance(self.model, ModelShape) else load_model(self.model)
+
+    @property
+    def machine(self) -> Cluster:
+        """Raises: ConfigError if the cluster is unknown or its file does not fit."""
+        return self.cluster if isinstance(self.cluster, Cluster) else load_cluster(self.cluster)
+
+    @property
+    def world(self) -> int:
+        """Devices of the job. Raises: ConfigError if nothing says how many, or two numbers do not agree."""
+        per_node = self.machine.devices_per_node
+        if not self.nodes and not self.devices:
+            raise ConfigError(
+                f"query.nodes=0 and query.devices=0: one must say how many; a node has {per_node}; "
+                "nearest legal: nodes=1"
+            )
+        world = self.devices or self.nodes * per_node
+        mesh_of(world, per_node)
+        if self.nodes and self.nodes != -(-world // per_node):
+            raise ConfigError(
+                f"query.nodes={self.nodes} of {per_node} devices do not agree with query.devices={self.devices}; "
+                f"nearest legal: nodes={-(-world // per_node)}"
+            )
+        return world
+
+    def job(self) -> Job:
+        """The job whose layout is legal for the model, the devices and the batch, dp filled in.
+
+        Raises: ConfigError naming the field that does not fit and the nearest legal value.
+        """
+        shape = self.shape
+        strategy = self.strategy.check(
+            self.world,
+            num_experts=shape.num_experts,
+            num_layers=shape.all_layers,
+            num_heads=shape.num_heads,
+            seq_len=self.seq_len,
+            global_batch=self.global_batch,
+        )
+        return Job(
+            shape=shape,
+            strategy=strategy,
+            seq_len=self.seq_len,
+            global_batch=self.global_batch,
+            framework=FRAMEWORKS[self.framework],
+            skew=self.skew,
+        )
+
+    def with_strategy(self, strategy: Strategy) -> "Query":
+        """The same question about another layout."""
+        return replace(self, strategy=strategy)
+
+
+def load_model(name_or_path: str) -> ModelShape:
+    """The built-in model of that name, or what a file describes: a Hugging Face config.json (or its folder), or a
+    .toml file of the fields of ModelShape.
+
+    Raises: ConfigError naming the built-in models, or what the file lacks.
+    """
+    if name_or_path in SHAPES:
+        return SHAPES[name_or_path]
+    if name_or_path.endswith(".json") or Path(name_or_path).is_dir():
+        return read_config(name_or_path)
+    if name_or_path.endswith(".toml"):
+        return from_dict(ModelShape, {"name": Path(name_or_path).stem} | load_toml(Path(name_or_path)), "model")
+    raise ConfigError(
+        f"unknown model {name_or_path!r}; available: {', '.join(SHAPES.names())}, or the path of a config.json "
+        "or of a .toml file of dimensions"
+        f"{nearest(name_or_path, SHAPES.names())}"
+    )
