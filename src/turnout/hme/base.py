@@ -139,7 +139,9 @@ class HMEBase(BaseEstimator):
     def _inputs(self, X: Any, *, reset: bool = False) -> Floats:
         check_choice("missing", self.missing, ("refuse", "mean"))
         finite = True if self.missing == "refuse" else "allow-nan"
-        return validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite=finite)
+        return np.asarray(
+            validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite=finite), dtype=np.float64
+        )
 
     def _started(self, x_ND: Floats, y_NT: Floats, weight_N: Floats) -> Rows:
         """Sets the scales by these rows, and returns them standardized."""

@@ -136,6 +136,7 @@ def tree_svg(data: PageData, estimator: HMEBase) -> str:
         for child in mixture.tree.child_GB[gate]:
             if child != CLOSED:
                 (x, y), (u, v) = at[gate], at[int(child)]
+                v = v - 22 if child >= 0 else v  # above the name of a gate
                 curve = f"M{x:.0f} {y + 60:.0f}C{x:.0f} {v - 20:.0f} {u:.0f} {y + 80:.0f} {u:.0f} {v:.0f}"
                 marks.append(f'<path class="branch" d="{curve}"/>')
         marks.append(_gate_bars(mixture.gate_GPO[gate, :, 0], data.names, *at[gate]))
