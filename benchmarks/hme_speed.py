@@ -155,7 +155,7 @@ def small(turns: int = 20) -> dict[str, float]:
     }  # fmt: skip
 
 
-def large(iterations: int = 3) -> dict[str, float | list[float]]:
+def large(iterations: int = 2) -> dict[str, float | list[float]]:
     """10^6 x 50, 64 experts, one output, from disk: time, and all memory that numpy asked for."""
     with tempfile.TemporaryDirectory() as folder:
         mixture, rows = on_disk(Path(folder), 1_000_000, 50, 6)

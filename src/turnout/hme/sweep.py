@@ -16,7 +16,7 @@ from turnout.hme.tree import Floats, Ints, Tree
 LEAST_POSTERIOR = 1e-3
 # of the widest array of a block: a few such arrays fit a core's own cache, and their memory is used again for the next
 # block, where larger ones are given back to the system and taken from it page by page
-BLOCK_BYTES = 256 << 10
+BLOCK_BYTES = 384 << 10
 LEAST_ROWS = 128  # of a block, however wide its arrays
 
 
