@@ -1,6 +1,6 @@
 """An EM iteration beside that of a package from PyPI: `cgmm.MixtureOfExpertsRegressor`, one gate over linear experts.
 
-Usage: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.hme_packages [--rows 15000] [--experts 16] [--turns 3].
+Usage: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.hme_packages [--rows 15000] [--turns 3].
 Needs `pip install cgmm`. Both fit a softmax gate over all experts with diagonal noise; CPU seconds of one core, from
 the difference between fits of one and of three iterations. Ends in one line of JSON.
 """
