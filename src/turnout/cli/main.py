@@ -11,8 +11,8 @@ from turnout import __version__
 from turnout.cli.console import print_error
 from turnout.errors import ConfigError, RequestError, TurnoutError
 
-# each is a module of turnout.cli, in the order of --help
-VERBS = ("train", "chat", "generate", "report", "compare", "bench", "data", "doctor", "verify", "plan")
+# each is a module of turnout.cli (with _ for -), in the order of --help
+VERBS = ("train", "chat", "generate", "report", "compare", "bench", "data", "doctor", "verify", "plan", "fit-hme")
 
 
 def app_of(words: Sequence[str] = ()) -> typer.Typer:
@@ -26,7 +26,7 @@ def app_of(words: Sequence[str] = ()) -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(root)
     for verb in [word for word in words[:1] if word in VERBS] or VERBS:
-        import_module(f"turnout.cli.{verb}").add_to(app)
+        import_module(f"turnout.cli.{verb.replace('-', '_')}").add_to(app)
     return app
 
 
