@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from turnout import presets
-from turnout.cli.main import app
+from turnout.cli.main import app_of
 from turnout.errors import ConfigError
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
@@ -451,7 +451,7 @@ def plain_network(dim: int, hidden: int) -> nn.Module:
 
 
 def test_the_verb_prints_the_failures_and_exits_with_1() -> None:
-    done = CliRunner().invoke(app, ["verify", "tests.paths.test_verify:forgetful", "--json"])
+    done = CliRunner().invoke(app_of(), ["verify", "tests.paths.test_verify:forgetful", "--json"])
     assert done.exit_code == 1
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     failed = {check["id"] for check in answer["checks"] if check["outcome"] == "fail"}
