@@ -55,7 +55,7 @@ class Training:
         Raises: ConfigError or DataError, as the run would, if the text or the tokenizer cannot be used.
         """
         ready = is_prepared(self.recipe.data, default_cache())
-        self._line("text", "prepared" if ready else "not prepared yet; it is fetched if need be, read and encoded when the run starts")
+        self._line("text", "prepared" if ready else "not prepared yet: fetched, read and encoded when the run starts")
         time = estimate_time(self.recipe, pick_device(self.recipe.loop.device))
         self._line("time", time.reason, alarming=not time.fits)
         return {"data_prepared": ready, **vars(time)}
