@@ -1,8 +1,9 @@
 """The compiled CPU kernel: sizes and loads the contract tests do not reach, and when it is trusted at all."""
 
-import os
-import subprocess
-import sys
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from turnout import MoE
 from turnout.contracts import ExpertBackend
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts import FFNExperts, available_backends
-from turnout.kernels import KINDS, Kernel, trusted_kernel
+from turnout.kernels import KINDS, Kernel, build, proof, trusted_kernel
 from turnout.kernels.build import compiled
 from turnout.kernels.proof import prove, worst_error
 from turnout.layers.expert_pass import pass_experts
@@ -69,14 +70,25 @@ def run(backend: str, experts: FFNExperts, x_TD: Tensor, assignment: Assignment,
     return [y_TD, *torch.autograd.grad(y_TD, leaves, y_grad_TD.to(y_TD.dtype))]
 
 
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """For the kernel alone: the products of the loop, on two threads, would mostly wait for each other."""
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
 def assert_equals_the_loop(
-    experts: FFNExperts, x_TD: Tensor, assignment: Assignment, *, keep_N: Tensor | None = None, tolerance: float = 1e-5
+    experts: FFNExperts, x_TD: Tensor, assignment: Assignment, *, keep_N: Tensor | None = None, num_threads: int = 1
 ) -> None:
     """Against float64, forward and backward; and forward alone, as in inference."""
-    got = run("fused_cpu", experts, x_TD, assignment, keep_N)
-    with torch.no_grad():
-        admission = Admission(keep_N=keep_N, capacity=None, dropped_E={})
-        inferred = pass_experts(experts, ExpertBackend.TABLE["fused_cpu"], x_TD, assignment, admission)
+    with threads(num_threads):
+        got = run("fused_cpu", experts, x_TD, assignment, keep_N)
+        with torch.no_grad():
+            admission = Admission(keep_N=keep_N, capacity=None, dropped_E={})
+            inferred = pass_experts(experts, ExpertBackend.TABLE["fused_cpu"], x_TD, assignment, admission)
     wide = FFNExperts(
         experts.dim, experts.hidden, experts.num_experts, kind=experts.kind, bias=experts.up_bias_EG is not None
     ).double()
@@ -85,7 +97,7 @@ def assert_equals_the_loop(
     for a, b in zip([inferred, *got], [want[0], *want], strict=True):
         scale = max(1.0, float(b.detach().abs().max())) if b.numel() else 1.0
         assert a.shape == b.shape
-        assert torch.allclose(a.double(), b.double(), rtol=0, atol=tolerance * scale)
+        assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-5 * scale)
 
 
 def drawn_experts(dim: int, hidden: int, num_experts: int, *, kind: str = "swiglu", bias: bool = False) -> FFNExperts:
@@ -98,6 +110,17 @@ def drawn_experts(dim: int, hidden: int, num_experts: int, *, kind: str = "swigl
     return experts
 
 
+def a_compiler() -> str:
+    return next(found for name in ("g++", "c++", "clang++") if (found := shutil.which(name)))
+
+
+def wrapped(path: Path, commands: str) -> str:
+    """A program of these commands, which may be named as a compiler."""
+    path.write_text(f"#!/bin/sh\n{commands}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 @with_kernel
 def test_the_kernel_equals_the_oracle() -> None:
     kernel = trusted_kernel()
@@ -106,17 +129,12 @@ def test_the_kernel_equals_the_oracle() -> None:
 
 
 @with_kernel
-@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dim", "hidden"), [(1, 1), (31, 33), (64, 257), (300, 70), (512, 256), (257, 544)])
-def test_any_width_works_with_and_without_bias(dim: int, hidden: int, kind: str, num_threads: int) -> None:
-    torch.set_num_threads(num_threads)
-    try:
-        for bias in (False, True):
-            experts = drawn_experts(dim, hidden, 4, kind=kind, bias=bias)
-            assert_equals_the_loop(experts, torch.randn(57, dim), drawn(57, 4, 2))
-    finally:
-        torch.set_num_threads(1)
+def test_any_width_works_with_and_without_bias(dim: int, hidden: int, kind: str) -> None:
+    for bias, num_threads in ((False, 1), (True, 2)):
+        experts = drawn_experts(dim, hidden, 4, kind=kind, bias=bias)
+        assert_equals_the_loop(experts, torch.randn(57, dim), drawn(57, 4, 2), num_threads=num_threads)
 
 
 @with_kernel
@@ -129,12 +147,8 @@ def test_any_number_of_tokens_works(num_tokens: int, k: int) -> None:
 @with_kernel
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_one_expert_taking_all_is_the_work_of_several_threads(num_threads: int) -> None:
-    torch.set_num_threads(num_threads)
-    try:
-        experts = drawn_experts(40, 48, 3, bias=True)
-        assert_equals_the_loop(experts, torch.randn(1500, 40), all_to_one(1500, 3))
-    finally:
-        torch.set_num_threads(1)
+    experts = drawn_experts(40, 48, 3, bias=True)
+    assert_equals_the_loop(experts, torch.randn(1500, 40), all_to_one(1500, 3), num_threads=num_threads)
 
 
 @with_kernel
@@ -169,28 +183,47 @@ def test_rows_of_a_token_in_any_order_and_number_work() -> None:
 
 @with_kernel
 @pytest.mark.slow
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_rows_that_do_not_fit_the_buffer_at_once_are_added_wave_by_wave(num_threads: int) -> None:
+def test_rows_that_do_not_fit_the_buffer_at_once_are_added_wave_by_wave() -> None:
     """16,384 tokens with 8 choices of width 80: ten million numbers, where two halves of four million are kept."""
-    torch.set_num_threads(num_threads)
-    try:
-        assert_equals_the_loop(drawn_experts(80, 8, 32), torch.randn(16_384, 80), drawn(16_384, 32, 8))
-    finally:
-        torch.set_num_threads(1)
+    assert_equals_the_loop(drawn_experts(80, 8, 32), torch.randn(16_384, 80), drawn(16_384, 32, 8), num_threads=2)
 
 
 @with_kernel
 @pytest.mark.parametrize("num_tokens", [3, 200])
 def test_ten_runs_on_two_threads_are_equal_bit_for_bit(num_tokens: int) -> None:
-    torch.set_num_threads(2)
-    try:
-        experts, assignment = drawn_experts(96, 80, 8), drawn(num_tokens, 8, 3)
-        x_TD = torch.randn(num_tokens, 96)
+    experts, assignment = drawn_experts(96, 80, 8), drawn(num_tokens, 8, 3)
+    x_TD = torch.randn(num_tokens, 96)
+    with threads(2):
         first = run("fused_cpu", experts, x_TD, assignment)
         for _ in range(9):
             assert all(map(torch.equal, first, run("fused_cpu", experts, x_TD, assignment)))
-    finally:
-        torch.set_num_threads(1)
+
+
+@with_kernel
+@pytest.mark.parametrize("num_tokens", [3, 200])
+def test_without_torchs_own_threads_it_starts_some_and_computes_the_same(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, assignment, x_TD = drawn_experts(96, 80, 8), drawn(num_tokens, 8, 3), torch.randn(num_tokens, 96)
+    with threads(3):
+        pooled = run("fused_cpu", experts, x_TD, assignment)
+        monkeypatch.setattr(trusted_kernel(), "_pool", 0)
+        assert all(map(torch.equal, pooled, run("fused_cpu", experts, x_TD, assignment)))
+
+
+@with_kernel
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("processor", ["haswell", "x86-64-v2"])
+def test_a_processor_with_narrower_vectors_computes_what_the_oracle_does(
+    processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", wrapped(tmp_path / "narrow", f'exec {a_compiler()} "$@" -march={processor}'))
+    monkeypatch.setenv("TURNOUT_KERNELS", str(tmp_path / "kernels"))
+    library = compiled()
+    assert isinstance(library, build.Library), library
+    for num_threads in (1, 3):
+        with threads(num_threads):
+            assert worst_error(Kernel(library.load())) < 1e-5
 
 
 @with_kernel
@@ -264,11 +297,9 @@ def test_without_a_compiler_the_reason_is_told_and_another_backend_computes(
 
 
 def test_a_compiler_that_fails_is_named_with_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho 'fused.cpp:1: error: no such luck' >&2\nexit 1\n")
-    broken.chmod(0o755)
+    broken = wrapped(tmp_path / "broken", "echo 'fused.cpp:1: error: no such luck' >&2\nexit 1")
     monkeypatch.setenv("TURNOUT_KERNELS", str(tmp_path / "kernels"))
-    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("CXX", broken)
     assert compiled() == f"{broken} cannot compile the kernel: fused.cpp:1: error: no such luck"
     assert not list((tmp_path / "kernels").iterdir())
 
@@ -283,6 +314,7 @@ def test_a_kernel_that_is_wrong_is_not_trusted(tmp_path: Path, monkeypatch: pyte
     kernel = trusted_kernel()
     assert isinstance(kernel, Kernel)
     right = kernel.backward
+    monkeypatch.setattr(proof, "SIZES", proof.SIZES[-1:])
 
     def wrong(*args, **kwargs):
         grads = right(*args, **kwargs)
@@ -293,19 +325,25 @@ def test_a_kernel_that_is_wrong_is_not_trusted(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(kernel, "backward", lambda *a, **k: right(*a, **k)._replace(weight_N=torch.tensor(torch.nan)))
     assert prove(kernel, tmp_path / "kernel.so").startswith("the compiled kernel is off the oracle by nan")
     assert not list(tmp_path.iterdir())
-    monkeypatch.undo()
+    monkeypatch.setattr(kernel, "backward", right)
     assert prove(kernel, tmp_path / "kernel.so") == ""
     assert (tmp_path / "kernel.proven").exists()
 
 
 @with_kernel
-@pytest.mark.slow
-def test_two_processes_that_compile_at_once_both_get_a_whole_kernel(tmp_path: Path) -> None:
-    code = "from turnout.kernels import Kernel, trusted_kernel; assert isinstance(trusted_kernel(), Kernel)"
-    environment = os.environ | {"TURNOUT_KERNELS": str(tmp_path)}
-    both = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
-    assert [process.wait(timeout=240) for process in both] == [0, 0]
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".proven", ".so"]
+def test_two_that_compile_at_once_both_get_a_whole_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, source = tmp_path / "begun", tmp_path / "source"
+    source.mkdir()
+    (source / "fused.cpp").write_text('extern "C" int seven() { return 7; }\n')
+    # neither compiles before both have begun
+    wait = f"echo >> {begun}; while [ $(wc -l < {begun}) -lt 2 ]; do sleep 0.01; done"
+    monkeypatch.setenv("CXX", wrapped(tmp_path / "patient", f'{wait}\nexec {a_compiler()} "$@"'))
+    monkeypatch.setenv("TURNOUT_KERNELS", str(tmp_path / "kernels"))
+    monkeypatch.setattr(build, "SOURCE", source)
+    with ThreadPoolExecutor(2) as pool:
+        libraries = [asked.result() for asked in [pool.submit(compiled) for _ in range(2)]]
+    assert all(isinstance(library, build.Library) and library.load().seven() == 7 for library in libraries), libraries
+    assert len(list((tmp_path / "kernels").iterdir())) == 1
 
 
 @with_kernel

@@ -30,58 +30,61 @@ from turnout.routers import TopK
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 FAMILIES = [(name, dtype) for dtype in TOLERANCE for name in takers(dtype)]
-QUICK = 30  # configurations of a family under `make check`
-SWEEP = {torch.float64: 1000, torch.float32: 300}  # configurations of a family in the sweep
+QUICK = {torch.float64: 60, torch.float32: 90}  # configurations under `make check`, over all backends
+SWEEP = {torch.float64: 2000, torch.float32: 900}  # configurations in the sweep
 CHUNK = 100
 
 
-def sweep_cases(backend: str, dtype: torch.dtype, numbers: range) -> Iterator[Case]:
-    """The configurations of a family; no two families share one."""
-    first = FAMILIES.index((backend, dtype)) * 1_000_000
+def sweep_cases(dtype: torch.dtype, numbers: range) -> Iterator[tuple[str, Case]]:
+    """Configurations, no two alike, each with one of the backends that take the dtype."""
+    first = list(TOLERANCE).index(dtype) * 1_000_000
+    names, kinds, num_routers = takers(dtype), Activation.TABLE.names(), len(RouterConfig.TABLE.names())
     for number in numbers:
+        # a case's router goes by its number: each backend takes all of them, then the next does
+        backend = names[number // num_routers % len(names)]
         case = draw_case(first + number)
         if case.expert == MODULES and backend != "loop":
-            kinds = Activation.TABLE.names()
             case = replace(case, expert=kinds[number % len(kinds)])
-        yield case
+        yield backend, case
 
 
-CHUNKS = [(*family, range(start, start + CHUNK)) for family in FAMILIES for start in range(0, SWEEP[family[1]], CHUNK)]
+CHUNKS = [(dtype, range(start, start + CHUNK)) for dtype in TOLERANCE for start in range(0, SWEEP[dtype], CHUNK)]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), FAMILIES)
-def test_layer_equals_the_oracle(backend: str, dtype: torch.dtype) -> None:
-    check_all(backend, dtype, range(QUICK))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_layer_equals_the_oracle(dtype: torch.dtype) -> None:
+    check_all(dtype, range(QUICK[dtype]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "dtype", "numbers"), CHUNKS)
-def test_layer_equals_the_oracle_throughout_the_sweep(backend: str, dtype: torch.dtype, numbers: range) -> None:
-    assert check_all(backend, dtype, numbers) == CHUNK
+@pytest.mark.parametrize(("dtype", "numbers"), CHUNKS, ids=str)
+def test_layer_equals_the_oracle_throughout_the_sweep(dtype: torch.dtype, numbers: range) -> None:
+    assert check_all(dtype, numbers) == CHUNK
 
 
 def test_the_sweep_has_two_thousand_float64_configurations_and_every_row_in_every_family() -> None:
-    by_family = {family: list(sweep_cases(*family, range(SWEEP[family[1]]))) for family in FAMILIES}
-    assert len({case for (_, dtype), cases in by_family.items() if dtype == torch.float64 for case in cases}) >= 2000
-    assert sum(len(numbers) for _, _, numbers in CHUNKS) == sum(len(cases) for cases in by_family.values())
-    for (backend, _), cases in by_family.items():
+    drawn = {dtype: list(sweep_cases(dtype, range(SWEEP[dtype]))) for dtype in TOLERANCE}
+    assert len({case for _, case in drawn[torch.float64]}) >= 2000
+    assert sum(len(numbers) for _, numbers in CHUNKS) == sum(len(pairs) for pairs in drawn.values())
+    for backend, dtype in FAMILIES:
+        cases = [case for name, case in drawn[dtype] if name == backend]
         routers = Counter(type(case.router) for case in cases)
-        assert all(routers[row] > 10 for _, row in RouterConfig.TABLE.items()), routers
+        assert all(routers[row] > 5 for _, row in RouterConfig.TABLE.items()), routers
         policies = Counter(type(case.capacity) for case in cases)
-        assert all(policies[row] > 50 for _, row in CapacityPolicy.TABLE.items()), policies  # type: ignore[index]
+        assert all(policies[row] > 20 for _, row in CapacityPolicy.TABLE.items()), policies  # type: ignore[index]
         kinds = Counter((case.expert, case.bias) for case in cases)
         wanted = [*Activation.TABLE.names(), *([MODULES] if backend == "loop" else [])]
-        assert all(kinds[kind, bias] > 15 for kind in wanted for bias in (True, False)), kinds
+        assert all(kinds[kind, bias] > 10 for kind in wanted for bias in (True, False)), kinds
         assert {1, 64} <= {case.num_experts for case in cases}
         assert {0, 1, 257} <= {case.num_tokens for case in cases}
         assert set(range(1, 9)) <= {case.router.choices for case in cases}
         assert {0, 1} <= {case.shared_hidden for case in cases}
 
 
-def check_all(backend: str, dtype: torch.dtype, numbers: range) -> int:
+def check_all(dtype: torch.dtype, numbers: range) -> int:
     """The number of configurations that were checked."""
-    worst = [check(case, backend=backend, dtype=dtype) for case in sweep_cases(backend, dtype, numbers)]
-    print(f"{backend} {dtype}: {len(worst)} configurations, worst relative error {max(worst):.1e}")
+    worst = [check(case, backend=backend, dtype=dtype) for backend, case in sweep_cases(dtype, numbers)]
+    print(f"{dtype}: {len(worst)} configurations, worst relative error {max(worst):.1e}")
     return len(worst)
 
 

@@ -8,7 +8,9 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from turnout.cli import options
-from turnout.cli.console import console, print_json, table
+from turnout.cli.console import patient_console, print_json, table
+
+_LIST = "--set \"model.moe.losses=[{name = 'load_balance', coefficient = 0.02}]\""
 
 
 class _CommandWithFields(TyperCommand):
@@ -20,8 +22,10 @@ class _CommandWithFields(TyperCommand):
         from turnout.train.recipe import Recipe
 
         rows = [[doc.path, doc.kind, doc.default, doc.text] for doc in describe(Recipe)]
-        columns = {"field (--set field=value)": "left", "type": "left", "default": "left", "meaning": "left"}
-        Console().print(table("Fields of a recipe", columns, rows))
+        columns = {"type": "left", "default": "left", "meaning": "left"}
+        settable, items = [row for row in rows if "[]" not in row[0]], [row for row in rows if "[]" in row[0]]
+        Console().print(table("Fields of a recipe", {"field (--set field=value)": "left"} | columns, settable))
+        Console().print(table(f"Items of a list, set with the whole of it: {_LIST}", {"item": "left"} | columns, items))
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,6 +41,8 @@ turnout train tiny --data novels/ --set loop.minutes=30 --out runs/novels
 turnout train tiny --dry-run
 
 turnout train --resume runs/novels
+
+turnout train --resume runs/novels --set optimizer.lr=1e-3
 """
 
 
@@ -47,7 +53,9 @@ def train(
     settings: options.Set = None,
     data: options.Data = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/NAME-N.")] = None,
-    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with this run, bit for bit.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with this run, bit for bit; --set as far as it may change.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Short for --set loop.steps=0 --set loop.minutes=M.")] = None,
     steps: Annotated[int | None, typer.Option(help="Short for --set loop.steps=N; not with --minutes.")] = None,
     dry_run: Annotated[
@@ -67,7 +75,7 @@ def train(
     short += [f"loop.minutes={minutes}", "loop.steps=0"] if minutes is not None else []
     overrides = [*options.recipe_overrides(settings, data), *short]
     chosen = recipe_for(recipe, resume, overrides)
-    screen = console(as_json=as_json)
+    screen = patient_console(as_json=as_json)
     process = own_process(threads)
     training = Training(recipe=chosen, run=choose_run(chosen.name, out, resume), screen=screen, process=process)
     training.print_banner()

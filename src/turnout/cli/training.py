@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from turnout.cache import default_cache
+from turnout.config import to_dict
 from turnout.data.prepare import is_prepared, prepare
 from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
@@ -22,6 +23,7 @@ from turnout.train.loop import Progress as StepProgress
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
 from turnout.train.recipes import load_recipe, recipe_of
+from turnout.train.resume import changed_settings
 from turnout.train.signals import StopRequest
 
 
@@ -54,7 +56,7 @@ class Training:
         Raises: ConfigError or DataError, as the run would, if the text or the tokenizer cannot be used.
         """
         ready = is_prepared(self.recipe.data, default_cache())
-        self._line("text", "prepared" if ready else "found; it is read and encoded when the run starts")
+        self._line("text", "prepared" if ready else "not prepared yet: fetched, read and encoded when the run starts")
         time = estimate_time(self.recipe, pick_device(self.recipe.loop.device))
         self._line("time", time.reason, alarming=not time.fits)
         return {"data_prepared": ready, **vars(time)}
@@ -86,7 +88,7 @@ class Training:
             with _Display(self.screen) as display:
                 outcome = trainer.train(stop, on_step=display.show)
             if outcome == "stopped":
-                trainer.recorder.close()
+                trainer.close()
                 self._require_saved(trainer)
                 self.screen.print(f"stopped and saved; go on with: turnout train --resume {self.run}")
                 return {**trainer.summary(), "stopped_by": int(stop.received or 0)}
@@ -144,9 +146,10 @@ def _words(progress: StepProgress) -> str:
 
 
 def _last_words(summary: dict[str, Any], report: Path) -> str:
+    val_loss = "not finite" if summary["val_loss"] is None else f"{summary['val_loss']:.4f}"
     return (
         f"  trained {summary['steps']} steps, {summary['tokens']:,} tokens in {summary['seconds'] / 60:.1f} minutes "
-        f"({summary['tokens_per_s']:,.0f} tokens/s); validation loss {summary['val_loss']:.4f}\n"
+        f"({summary['tokens_per_s']:,.0f} tokens/s); validation loss {val_loss}\n"
         f"  run     {summary['run']}\n  report  {report}\n  talk    turnout chat {summary['run']}"
     )
 
@@ -154,22 +157,28 @@ def _last_words(summary: dict[str, Any], report: Path) -> str:
 def recipe_for(name: str | None, resume: Path | None, overrides: Sequence[str]) -> Recipe:
     """The recipe by name or file, or the one of the run to resume.
 
-    Raises: ConfigError if neither or both are given, or a resumed run is to change.
+    Raises: ConfigError if neither or both are given, or a resumed run is to change in what it keeps to its end.
     """
     if resume is None:
         if name is None:
             raise ConfigError("give a recipe: a built-in name such as tiny, or a TOML file; or --resume RUN")
         return load_recipe(name, overrides)
-    if name is not None or overrides:
-        raise ConfigError(
-            f"--resume {resume} goes on with the run's own recipe; leave out the recipe, --set, --data, --minutes and "
-            "--steps, or start a new run"
-        )
-    return recipe_of(resume)
+    if name is not None:
+        raise ConfigError(f"--resume {resume} goes on with the run's own recipe; leave out {name}, or start a new run")
+    own = recipe_of(resume)
+    recipe = load_recipe(str(resume / "recipe.toml"), overrides)
+    # the run's checkpoint is asked again; here nothing has been read yet
+    changed_settings(to_dict(own), recipe)
+    return recipe
 
 
 def choose_run(name: str, out: Path | None, resume: Path | None) -> Path:
-    """The folder given, or the first free runs/NAME-N."""
+    """The folder given, or the first free runs/NAME-N.
+
+    Raises: ConfigError if a run is to be resumed in another folder.
+    """
+    if resume is not None and out is not None:
+        raise ConfigError(f"--resume {resume} goes on in that folder; leave out --out {out}, or resume a copy of it")
     if resume is not None:
         return resume
     if out is not None:

@@ -1,5 +1,7 @@
 """`turnout verify`: the conformance suite on a layer of ours or another's."""
 
+import os
+import sys
 from collections import Counter
 from typing import Annotated
 
@@ -29,6 +31,8 @@ def verify(
     from turnout.verify import verify as run_checks
     from turnout.verify.targets import subject
 
+    # as `python -m turnout` has it: a module of the folder one stands in can be named
+    sys.path.insert(0, os.getcwd())
     chosen = subject(target)
     screen = console(as_json=as_json)
     versions = ", ".join(f"{name} {version}" for name, version in chosen.versions.items())

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from turnout.dispatch.permute import sum_rows_by_token
-from turnout.tensors import Assignment, DispatchPlan
+from turnout.tensors import Assignment, DispatchPlan, first_order
 
 
 def combine(y_MD: Tensor, assignment: Assignment, plan: DispatchPlan) -> Tensor:
@@ -28,7 +27,7 @@ class _WeightedSum(torch.autograd.Function):
         return sum_rows_by_token(y_MD.to(wide).contiguous(), plan, weight_M.to(wide)).to(y_MD.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         y_MD, weight_M = ctx.saved_tensors
         wide = torch.promote_types(y_MD.dtype, weight_M.dtype)

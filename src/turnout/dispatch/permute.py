@@ -4,10 +4,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from turnout.tensors import Admission, Assignment, DispatchPlan, Padded, Ragged, Rows
+from turnout.tensors import Admission, Assignment, DispatchPlan, Padded, Ragged, Rows, first_order
 
 
 def plan_dispatch(assignment: Assignment, admission: Admission) -> DispatchPlan:
@@ -75,7 +74,7 @@ class _Gather(torch.autograd.Function):
         return x_TD.index_select(0, plan.token_M)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_MD,) = grads
         wide = torch.promote_types(grad_MD.dtype, torch.float32)

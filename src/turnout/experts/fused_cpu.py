@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from turnout.contracts import ExpertBackend, FusedBackend, Refusal
 from turnout.experts.fused_op import fused_experts
 from turnout.experts.weights import FFNExperts
 from turnout.kernels import KINDS, Kernel, Routing, Weights, trusted_kernel
 from turnout.kernels.build import cpu_flags
-from turnout.tensors import Admission, Assignment, Ragged, Rows
+from turnout.tensors import Admission, Assignment, Ragged, Rows, first_order
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -48,7 +47,7 @@ class _Fused(torch.autograd.Function):
         return y_TD
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED, saved = ctx.saved_tensors
         weights = Weights(

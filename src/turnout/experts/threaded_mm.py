@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from turnout.contracts import ExpertBackend, Refusal
 from turnout.experts.activations import Activation
 from turnout.experts.weights import FFNExperts
-from turnout.tensors import Ragged, Rows
+from turnout.tensors import Ragged, Rows, first_order
 
 
 class _ThreadedFFN(torch.autograd.Function):
@@ -56,7 +55,7 @@ class _ThreadedFFN(torch.autograd.Function):
         return y_MD
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_MD, up_EDG, down_EFD, up_bias_EG, down_bias_ED, up_MG = ctx.saved_tensors
         y_grad_MD = grads[0].contiguous()

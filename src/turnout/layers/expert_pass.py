@@ -17,5 +17,10 @@ def pass_experts(
     if isinstance(backend, FusedBackend):
         return backend.run_tokens(experts, x_TD, assignment, admission)
     plan = plan_dispatch(assignment, admission)
-    rows = pack(x_TD, plan, layout=backend.layout, capacity=admission.capacity)
+    rows = pack(x_TD, plan, layout=backend.layout, capacity=_width(admission, assignment))
     return combine(unpack(backend.run(experts, rows), plan), assignment, plan)
+
+
+def _width(admission: Admission, assignment: Assignment) -> int | None:
+    """Rows of an expert's block: no more than there are assignments, whatever the policy would have room for."""
+    return None if admission.capacity is None else min(admission.capacity, len(assignment.token_N))

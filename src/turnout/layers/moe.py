@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from turnout.config import Settings
 from turnout.contracts import CapacityPolicy, ExpertBackend, GivenRouter, Loss, RouterConfig
 from turnout.dispatch import Dropless
 from turnout.errors import ConfigError, ShapeError
@@ -20,7 +21,7 @@ from turnout.layers.stats import collect_stats
 from turnout.losses import LoadBalance
 from turnout.registry import nearest
 from turnout.routers import TopK
-from turnout.tensors import MoEOutput, MoEStats
+from turnout.tensors import MoEOutput, MoEStats, as_token_ids
 
 # far beyond any layer, and small enough that no product of sizes is beyond 64 bits
 RANGES = {
@@ -32,7 +33,7 @@ RANGES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(Settings):
     """Settings of the MoE layers of a model; widths of the model itself are not in here."""
 
     num_experts: int = 8  # routed experts in a layer
@@ -77,6 +78,9 @@ class MoE(nn.Module):
     5. each token's rows are added, weighted; a token without rows gets exactly zero (a fused backend does 3 to 5).
 
     With a `latent_dim` steps 3 to 5 work in that width: x is projected down before them and y up after them.
+
+    A first layer, whose x needs no gradient, learns nothing under torch's checkpoint(use_reentrant=True), like any
+    module there: use use_reentrant=False. Second derivatives (create_graph=True) are an error.
     """
 
     def __init__(
@@ -101,6 +105,13 @@ class MoE(nn.Module):
         Raises: ConfigError naming the setting and the legal values.
         """
         super().__init__()
+        if not 1 <= dim <= RANGES["hidden"][1]:
+            raise ConfigError(f"dim={dim} must be from 1 to {RANGES['hidden'][1]}")
+        if not isinstance(expert, str) and (isinstance(expert, nn.Module) or not callable(expert)):
+            raise ConfigError(
+                f"expert={expert!r} must be a kind, one of {', '.join(Activation.TABLE.names())}, or a function that "
+                "makes a new module for each expert: lambda: nn.Linear(dim, dim)"
+            )
         if isinstance(router, nn.Module):
             # nothing says how many experts it gives a token: at most all of them
             router = GivenRouter(module=router, most_choices=num_experts)
@@ -170,7 +181,9 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, self.dim)
         # a user's router need not know of top_k
         asked = {} if top_k is None else {"top_k": top_k}
-        routing = self.router(x_TD, _flat(token_ids), _flat(mask), generator, **asked)
+        routing = self.router(x_TD, _flat(as_token_ids(token_ids)), _flat(mask), generator, **asked)
+        if isinstance(self.config.router, GivenRouter):
+            self.config.router.check_output(routing, num_tokens=len(x_TD), num_experts=self.config.num_experts)
         admission = self.config.capacity.admit(
             routing.assignment, training=self.training, generator=generator, factor=capacity_factor
         )
@@ -195,6 +208,8 @@ class MoE(nn.Module):
     def _check(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
         if x.shape[-1] != self.dim:
             raise ShapeError(f"x has width {x.shape[-1]}; the layer was built for dim={self.dim}")
+        if not x.is_floating_point():
+            raise ShapeError(f"x has {x.dtype}; the layer computes in floating point: pass x.float()")
         for name, value in (("mask", mask), ("token_ids", token_ids)):
             if value is not None and value.shape != x.shape[:-1]:
                 raise ShapeError(

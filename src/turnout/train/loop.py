@@ -10,20 +10,25 @@ from typing import Any, Literal
 
 import torch
 
-from turnout.config import dump_toml
+from turnout.config import dump_toml, to_dict
 from turnout.contracts import Router
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Sampler, count_windows, validation_batches
-from turnout.errors import CheckpointError, NonFiniteError
+from turnout.errors import CheckpointError, ConfigError, NonFiniteError
 from turnout.models import Decoder
 from turnout.models.size import sizes
+from turnout.observe.metrics import METRICS_NAME
 from turnout.observe.recorder import Recorder
+from turnout.observe.spikes import SpikeRule, is_spike
 from turnout.observe.token_view import token_choices
 from turnout.train import checkpoint
 from turnout.train.device import autocast_for, compute_dtype, pick_device
-from turnout.train.guards import SpikeRule, is_spike
+from turnout.train.durable import replace_text
 from turnout.train.optimizer import build_optimizer, lr_factor, set_lr
 from turnout.train.recipe import Recipe
+from turnout.train.recipes import recipe_of
+from turnout.train.resume import changed_settings
+from turnout.train.run_lock import RunLock
 from turnout.train.signals import StopRequest
 from turnout.train.state import RunState
 from turnout.train.step import StepResult, train_step
@@ -63,7 +68,9 @@ class Trainer:
     """One run. Owns the model, the optimizer, the sampler and the clock; the run's folder holds all of it."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset, run: Path, *, resume: bool = False) -> None:
-        """Raises: ConfigError if the folder holds another run; DataError if the data does not fit; CheckpointError."""
+        """Raises: ConfigError if the folder holds another run, or a writer, or the resumed one cannot change so;
+        DataError if the data does not fit; CheckpointError.
+        """
         dataset.tokenizer.require_fits(recipe.model.vocab_size)
         self.recipe, self.dataset, self.run = recipe, dataset, run
         loop = recipe.loop
@@ -79,11 +86,19 @@ class Trainer:
         self.unsaved: str | None = None  # why the last checkpoint could not be written
         self.line: dict[str, Any] = {}  # record of the last step
         self._news: list[str] = []
-        if resume:
-            self._resume()
-        else:
+        if not resume:
+            _require_free(run)
+        self._lock = RunLock(run)
+        begins = not (resume and checkpoint.exists(run))
+        changes: tuple[str, ...] = ()
+        if begins:
             self._show_text_to_routers()
-        self.recorder = self._open_recorder(resume=resume)
+            self.notes += (f"{run} ended before its first checkpoint: it starts again",) if resume else ()
+        else:
+            changes = self._resume()
+        self.recorder = self._open_recorder(resume=resume, begins=begins)
+        for change in changes:
+            self._tell(f"resumed with {change}")
         self._loss = torch.compile(self.model.loss) if loop.compile else self.model.loss
 
     @property
@@ -143,7 +158,10 @@ class Trainer:
         """Evaluate now and write it down; None, and nothing is written, when a stop request cut it short."""
         value, c = self.evaluate(stop), self.counters
         if value is not None:
-            c.val_loss, c.evaluated_at = value, c.step
+            # a checkpoint holds no NaN, and a run that evaluates to it must be saved all the same
+            c.val_loss, c.evaluated_at = (value if math.isfinite(value) else None), c.step
+            if c.val_loss is None:
+                self._tell(f"the validation loss is {value}")
             self.recorder.eval(c.step, seconds=c.seconds, tokens=c.tokens, val_loss=value)
         return value
 
@@ -173,10 +191,15 @@ class Trainer:
             self.save()
         if self.recorder.header.layers:
             self._write_token_view()
-        self.recorder.close()
         summary = self.summary()
         (self.run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        self.close()
         return summary
+
+    def close(self) -> None:
+        """End the record and let others write the run; closing twice does nothing."""
+        self.recorder.close()
+        self._lock.release()
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the run so far."""
@@ -200,8 +223,7 @@ class Trainer:
     def _one_step(self) -> Progress:
         c, recipe = self.counters, self.recipe
         started = time.perf_counter()
-        factor = lr_factor(self.done, recipe.schedule)
-        set_lr(self.optimizer, factor)
+        lr = set_lr(self.optimizer, lr_factor(self.done, recipe.schedule))
         batches = [self.sampler.next_batch().to(self.device) for _ in range(recipe.loop.accumulate)]
         result = train_step(
             self.model,
@@ -221,7 +243,7 @@ class Trainer:
             loss=result.loss,
             total_loss=result.total_loss,
             aux=result.aux,
-            lr=factor * recipe.optimizer.lr,
+            lr=lr,
             grad_norm=result.grad_norm,
             tokens_per_s=num_tokens / elapsed,
             stats=result.stats,
@@ -257,11 +279,12 @@ class Trainer:
         if loop.nonfinite == "skip" and weights_are_good and c.skipped_in_a_row <= loop.max_skipped:
             return
         saved = self.save() if weights_are_good else None
-        self.recorder.close()
+        self.close()
         raise NonFiniteError(
             f"step {c.step}: {result.problem}. The update was not made"
             f"{f' and {saved} holds the weights before it' if saved else ''}. "
-            "Lower optimizer.lr, or set loop.nonfinite=skip to leave such steps out"
+            f"Go on more slowly with --resume {self.run} --set optimizer.lr=..., or leave such steps out with "
+            "--set loop.nonfinite=skip"
         )
 
     def _tell(self, text: str) -> None:
@@ -298,24 +321,44 @@ class Trainer:
             if isinstance(layer.router, Router):
                 layer.router.before_training(token_counts_V)
 
-    def _open_recorder(self, *, resume: bool) -> Recorder:
+    def _open_recorder(self, *, resume: bool, begins: bool) -> Recorder:
         layers = self.model.moe_blocks()
         names, counts = [name for name, _ in layers], [layer.config.num_experts for _, layer in layers]
         sinks = self.recipe.loop.sinks
+        # before the record: a folder that has one can be resumed, whenever its run was killed
+        if not resume or recipe_of(self.run) != self.recipe:
+            replace_text(self.run / "recipe.toml", dump_toml(self.recipe))
+        if begins:
+            self.dataset.tokenizer.save(self.run / "tokenizer.json")
         if resume:
             return Recorder.resume(self.run, self.counters.step, names, counts, sinks=sinks)
-        recorder = Recorder(self.run, names, counts, sinks=sinks)
-        (self.run / "recipe.toml").write_text(dump_toml(self.recipe), encoding="utf-8")
-        self.dataset.tokenizer.save(self.run / "tokenizer.json")
-        return recorder
+        return Recorder(self.run, names, counts, sinks=sinks)
 
     def _state(self) -> RunState:
         return RunState(
-            model=self.model, optimizer=self.optimizer, sampler=self.sampler, counters=asdict(self.counters)
+            model=self.model,
+            optimizer=self.optimizer,
+            sampler=self.sampler,
+            counters=asdict(self.counters),
+            recipe=to_dict(self.recipe),
         )
 
-    def _resume(self) -> None:
+    def _resume(self) -> tuple[str, ...]:
+        """Take up the last checkpoint; returns which settings changed since."""
         loaded = checkpoint.load(self.run, self.device)
+        # a checkpoint from before recipes were kept in it has none
+        changes = changed_settings(loaded.meta.get("recipe", to_dict(self.recipe)), self.recipe)
         counters, notes = self._state().restore(loaded)
         self.counters = Counters(**counters)
         self.notes += loaded.notes + notes
+        return changes
+
+
+def _require_free(run: Path) -> None:
+    """Raises: ConfigError if the folder holds what a new run would write over, be it only somebody's recipe."""
+    for name in (METRICS_NAME, "recipe.toml"):
+        if (run / name).exists():
+            raise ConfigError(
+                f"{run} already holds a run or its recipe ({name}); go on in it with --resume {run}, or choose "
+                "another --out"
+            )
