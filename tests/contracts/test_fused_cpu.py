@@ -334,7 +334,8 @@ def test_a_kernel_that_is_wrong_is_not_trusted(tmp_path: Path, monkeypatch: pyte
 def test_two_that_compile_at_once_both_get_a_whole_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, source = tmp_path / "begun", tmp_path / "source"
     source.mkdir()
-    (source / "fused.cpp").write_text('extern "C" int seven() { return 7; }\n')
+    visible = '__attribute__((visibility("default")))'
+    (source / "fused.cpp").write_text(f'extern "C" {visible} int seven() {{ return 7; }}\n')
     # neither compiles before both have begun
     wait = f"echo >> {begun}; while [ $(wc -l < {begun}) -lt 2 ]; do sleep 0.01; done"
     monkeypatch.setenv("CXX", wrapped(tmp_path / "patient", f'{wait}\nexec {a_compiler()} "$@"'))

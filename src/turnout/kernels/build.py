@@ -16,7 +16,8 @@ from turnout.cache import kernel_cache
 
 SOURCE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-LINK = ("-shared", "-fPIC", "-pthread")
+# hidden: of two kernels in a process, for other vectors or of another version, neither may take the other's tables
+LINK = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden")
 TIMEOUT_S = 300
 
 

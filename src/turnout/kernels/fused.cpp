@@ -34,6 +34,7 @@ int guarded(Pass pass) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 int64_t turnout_sort(const int64_t* expert, const int64_t* token, const uint8_t* keep, int64_t assignments,
@@ -68,3 +69,4 @@ int turnout_tile_columns() { return turnout::TILE_COLUMNS; }
 
 void turnout_poison() { turnout::Workspace::poison(); }
 }
+#pragma GCC visibility pop
