@@ -185,9 +185,9 @@ MUTATIONS = (
     ),
     Mutation(
         "no gradient to the weights",
-        "dispatch/combine.py",
-        "grad_weight_M = torch.linalg.vecdot(grad_MD, y_MD.to(wide))",
-        "grad_weight_M = 0 * torch.linalg.vecdot(grad_MD, y_MD.to(wide))",
+        "segments.py",
+        "grad_weight_M = torch.linalg.vecdot(grad_MD, rows_MD.to(wide))",
+        "grad_weight_M = 0 * torch.linalg.vecdot(grad_MD, rows_MD.to(wide))",
         (LAYER, ROUTERS),
     ),
     Mutation(
@@ -213,10 +213,10 @@ MUTATIONS = (
     ),
     Mutation(
         "gather's gradient overwrites",
-        "dispatch/permute.py",
-        "return sum_rows_by_token(grad_MD.to(wide).contiguous(), ctx.plan, None).to(grad_MD.dtype), None",
-        "zeros_TD = grad_MD.new_zeros(len(ctx.plan.row_offset_T), grad_MD.shape[1])\n"
-        "        return zeros_TD.index_copy(0, ctx.plan.token_M, grad_MD), None",
+        "segments.py",
+        "return _wide_sum(grads[0], ctx.segments), None",
+        "zeros_TD = grads[0].new_zeros(len(ctx.segments.offset_T), grads[0].shape[1])\n"
+        "        return zeros_TD.index_copy(0, ctx.segments.target_M, grads[0]), None",
         (LAYER,),
     ),
     Mutation(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # for type checkers and editors alone: at run time __getattr__ loads these names when they are used
-    from turnout import dispatch, errors, experts, layers, losses, models, plan, presets, reference, routers
+    from turnout import dispatch, errors, experts, layers, losses, models, parallel, plan, presets, reference, routers
     from turnout.layers import MoE, MoEConfig
     from turnout.strategy import Strategy
     from turnout.tensors import LossTerm, MoEOutput, MoEStats, total_loss
@@ -21,7 +21,7 @@ _HOME = {
     "Strategy": "turnout.strategy",
     "total_loss": "turnout.tensors",
 }
-_MODULES = ("dispatch", "errors", "experts", "layers", "losses", "models", "plan", "presets", "reference", "routers")
+_MODULES = ("dispatch", "errors", "experts", "layers", "losses", "models", "parallel", "plan", "presets", "reference", "routers")
 
 __all__ = [
     "LossTerm",
@@ -37,6 +37,7 @@ __all__ = [
     "layers",
     "losses",
     "models",
+    "parallel",
     "plan",
     "presets",
     "reference",

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from turnout.errors import ConfigError, ShapeError
 from turnout.registry import Table
-from turnout.tensors import Admission, Assignment, LossTerm, MoEStats, RouterInput, RouterOutput, Rows
+from turnout.tensors import (
+    Admission,
+    Assignment,
+    DispatchPlan,
+    LossTerm,
+    MoEStats,
+    RouterInput,
+    RouterOutput,
+    Rows,
+)
 
 
 class Router(nn.Module, ABC):
@@ -239,6 +248,33 @@ class ExpertBackend(ABC):
     @abstractmethod
     def run(self, experts: nn.Module, rows: Rows) -> Rows:
         """Outputs in the layout of the input; padding rows are unspecified but finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatched:
+    """Rows at their experts, and how what the experts make of them becomes the layer's output."""
+
+    rows: Rows
+    combine: Callable[[Rows], Tensor]  # (T, D): each token's rows, weighted and added
+
+
+class Dispatcher(ABC):
+    """Brings the kept assignments of a call to the experts of this process, and their outputs back to the tokens."""
+
+    @abstractmethod
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        assignment: Assignment,
+        plan: DispatchPlan,
+        *,
+        layout: Literal["ragged", "padded"],
+        capacity: int | None,
+    ) -> Dispatched:
+        """Rows of the experts that are here, in the backend's layout; differentiable in x and in the weights.
+
+        `capacity` bounds the rows that this process's tokens have for one expert; None: nothing does.
+        """
 
 
 def _real_tokens(mask_T: Tensor, num_tokens: int) -> Tensor:

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 
-def console(*, as_json: bool) -> Console:
+def console(*, as_json: bool, quiet: bool = False) -> Console:
     """Where a verb prints for people. Text is shown as it is: a path may hold what rich reads as markup or an emoji."""
-    return Console(stderr=as_json, markup=False, emoji=False, highlight=False)
+    return Console(stderr=as_json, markup=False, emoji=False, highlight=False, quiet=quiet)
 
 
 def print_error(text: str) -> None:

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from turnout.data.prepare import default_cache, is_prepared, prepare
+from turnout.comm import World
+from turnout.config import from_dict, override, to_dict
+from turnout.data.prepare import Dataset, default_cache, is_prepared, prepare
 from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
 from turnout.observe.sinks import require_sinks
@@ -19,7 +21,7 @@ from turnout.train.device import pick_device
 from turnout.train.estimate import estimate_time, require_fits
 from turnout.train.loop import Progress as StepProgress
 from turnout.train.loop import Trainer
-from turnout.train.recipe import Recipe
+from turnout.train.recipe import Recipe, check_ranks
 from turnout.train.recipes import load_recipe, recipe_of
 from turnout.train.signals import StopRequest
 
@@ -32,11 +34,16 @@ class Training:
     run: Path
     screen: Console
     process: str  # what the process was told about threads and memory
+    world: World = World()  # the processes that train together
 
     @cached_property
     def _banner(self) -> list[Fact]:
         # counts a model on the meta device: once is enough
-        return banner(self.recipe)
+        return banner(self.recipe, self.world)
+
+    def check(self) -> None:
+        """Raises: ConfigError if the recipe cannot run on these ranks."""
+        check_ranks(self.recipe, self.world.size)
 
     def facts(self) -> dict[str, Any]:
         """The banner as data."""
@@ -71,15 +78,13 @@ class Training:
 
         Raises: ConfigError, before anything is read or made, if the model does not fit in memory.
         """
-        require_fits(self.recipe, pick_device(self.recipe.loop.device))
+        require_fits(self.recipe, pick_device(self.recipe.loop.device), self.world)
         require_sinks(self.recipe.loop.sinks)
         with StopRequest() as stop:
-            dataset = prepare(
-                self.recipe.data, default_cache(), say=lambda line: self.screen.print(f"  {line}", style="dim")
-            )
+            dataset = self._dataset()
             for note in dataset.notes:
                 self._note(note)
-            trainer = Trainer(self.recipe, dataset, self.run, resume=resume)
+            trainer = Trainer(self.recipe, dataset, self.run, resume=resume, world=self.world)
             for note in trainer.notes:
                 self._note(note)
             with _Display(self.screen) as display:
@@ -91,9 +96,23 @@ class Training:
                 return {**trainer.summary(), "stopped_by": int(stop.received or 0)}
             summary = trainer.finish()
             self._require_saved(trainer)
+        if not self.world.is_first:
+            return summary
         report = write_report(self.run, self.run / "report.html")
         self.screen.print(_last_words(summary, report), soft_wrap=True)
         return summary
+
+    def _dataset(self) -> Dataset:
+        """The text; one rank of a node reads and encodes it, the others find it done."""
+        if self.world.rank % self.world.local_size == 0:
+            dataset = prepare(self.recipe.data, default_cache(), say=self._say)
+            self.world.barrier()
+            return dataset
+        self.world.barrier()
+        return prepare(self.recipe.data, default_cache(), say=self._say)
+
+    def _say(self, line: str) -> None:
+        self.screen.print(f"  {line}", style="dim")
 
     def _require_saved(self, trainer: Trainer) -> None:
         """Raises: CheckpointError if the last save failed: what is not on disk is not called saved."""
@@ -159,12 +178,13 @@ def recipe_for(name: str | None, resume: Path | None, overrides: Sequence[str]) 
         if name is None:
             raise ConfigError("give a recipe: a built-in name such as tiny, or a TOML file; or --resume RUN")
         return load_recipe(name, overrides)
-    if name is not None or overrides:
+    if name is not None or any(not change.strip().startswith("strategy.") for change in overrides):
         raise ConfigError(
-            f"--resume {resume} goes on with the run's own recipe; leave out the recipe, --set, --data, --minutes and "
-            "--steps, or start a new run"
+            f"--resume {resume} goes on with the run's own recipe; leave out the recipe, --data, --minutes, --steps and "
+            "every --set but those of strategy, or start a new run"
         )
-    return recipe_of(resume)
+    recipe = recipe_of(resume)
+    return from_dict(Recipe, override(to_dict(recipe), overrides)) if overrides else recipe
 
 
 def choose_run(name: str, out: Path | None, resume: Path | None) -> Path:

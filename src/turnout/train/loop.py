@@ -1,35 +1,44 @@
-"""The training loop: setup, steps, evaluation, checkpoints; it stops at a step boundary and resumes bit for bit."""
+"""The training loop: setup, steps, evaluation, checkpoints; it stops at a step boundary and resumes bit for bit.
+
+Every rank of a distributed run has a Trainer. They decide together, by the same numbers; the first one writes.
+"""
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from turnout.comm import World
 from turnout.config import dump_toml
 from turnout.contracts import Router
 from turnout.data.prepare import Dataset
-from turnout.data.sampler import Sampler, count_windows, validation_batches
+from turnout.data.sampler import Sampler, count_windows
 from turnout.errors import CheckpointError, NonFiniteError
 from turnout.models import Decoder
 from turnout.models.size import sizes
 from turnout.observe.recorder import Recorder
+from turnout.observe.silent import SilentRecorder
 from turnout.observe.token_view import token_choices
+from turnout.parallel import apply
 from turnout.train import checkpoint
 from turnout.train.device import autocast_for, compute_dtype, pick_device
+from turnout.train.evaluate import mean_loss
 from turnout.train.guards import SpikeRule, is_spike
 from turnout.train.optimizer import build_optimizer, lr_factor, set_lr
-from turnout.train.recipe import Recipe
+from turnout.train.recipe import Recipe, sequences_per_rank
 from turnout.train.signals import StopRequest
 from turnout.train.state import RunState
 from turnout.train.step import StepResult, train_step
 
 Outcome = Literal["done", "stopped", "paused"]
 SPIKE = SpikeRule()
+_GOLDEN = 0x9E3779B9  # seeds of neighbouring ranks lie far apart; only 32 bits of a seed count on the CPU
 
 
 @dataclass(kw_only=True)
@@ -62,17 +71,38 @@ class Progress:
 class Trainer:
     """One run. Owns the model, the optimizer, the sampler and the clock; the run's folder holds all of it."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, run: Path, *, resume: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, run: Path, *, resume: bool = False, world: World | None = None
+    ) -> None:
         """Raises: ConfigError if the folder holds another run; DataError if the data does not fit; CheckpointError."""
         dataset.tokenizer.require_fits(recipe.model.vocab_size)
         self.recipe, self.dataset, self.run = recipe, dataset, run
+        self.world = World() if world is None else world
         loop = recipe.loop
+        self._rank_batch = sequences_per_rank(recipe, self.world.size)
         self.device = pick_device(loop.device)
         torch.manual_seed(recipe.seed)
         self.model = Decoder(recipe.model).to(self.device)
+        self.parallel = apply(
+            self.model,
+            recipe.strategy,
+            world=self.world,
+            timeout_s=loop.timeout_s,
+            cuda=self.device.type == "cuda",
+        )
+        if not self.world.is_first:
+            # the weights are everybody's, what routers draw at random is not
+            torch.manual_seed((recipe.seed + _GOLDEN * self.world.rank) % 2**32)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         count_windows(dataset.val, loop.seq_len)  # refuses too short a validation text before anything is trained
-        self.sampler = Sampler(dataset.train, loop.batch_size, loop.seq_len, recipe.seed)
+        self.sampler = Sampler(
+            dataset.train,
+            self._rank_batch,
+            loop.seq_len,
+            recipe.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
         self.autocast = autocast_for(self.device, compute_dtype(self.device, loop.precision))
         self.counters = Counters()
         self.notes: tuple[str, ...] = ()  # what a person should know of a resume
@@ -106,8 +136,10 @@ class Trainer:
         Raises: NonFiniteError by policy, after saving what is still good.
         """
         while True:
-            if stop.requested:
+            asked_to_stop, asked_to_save = self._agree(stop)
+            if asked_to_save or asked_to_stop:
                 self.save()
+            if asked_to_stop:
                 return "stopped"
             if self.done >= 1:
                 return "done"
@@ -117,7 +149,7 @@ class Trainer:
                 self.evaluate_and_record(stop)
                 continue
             on_step(self._one_step())
-            if stop.save_requested() or self._owes_checkpoint():
+            if self._owes_checkpoint():
                 self.save()
 
     def evaluate(self, stop: StopRequest | None = None) -> float | None:
@@ -126,18 +158,16 @@ class Trainer:
         A stop request ends it early; there is no result then.
         """
         loop = self.recipe.loop
-        total, count = 0.0, 0
-        self.model.eval()
-        with torch.inference_mode(), self.autocast:
-            for batch in validation_batches(self.dataset.val, loop.batch_size, loop.seq_len, loop.eval_tokens):
-                if stop is not None and stop.requested:
-                    count = 0
-                    break
-                batch = batch.to(self.device)
-                total += self.model.loss(batch.tokens_BS, batch.targets_BS).main.item() * batch.targets_BS.numel()
-                count += batch.targets_BS.numel()
-        self.model.train()
-        return total / count if count else None
+        return mean_loss(
+            self.model,
+            self.dataset.val,
+            batch_size=self._rank_batch,
+            seq_len=loop.seq_len,
+            max_tokens=loop.eval_tokens,
+            world=self.world,
+            autocast=self.autocast,
+            stop=stop,
+        )
 
     def evaluate_and_record(self, stop: StopRequest | None) -> float | None:
         """Evaluate now and write it down; None, and nothing is written, when a stop request cut it short."""
@@ -152,17 +182,25 @@ class Trainer:
         # a run that resumes here must find every line up to here
         self.recorder.flush()
         files, meta = self._state().capture()
-        loop = self.recipe.loop
-        try:
-            saved = checkpoint.save(self.run, self.counters.step, files, meta, keep_last=loop.keep_last)
-        except CheckpointError as error:
-            if loop.save_failure == "stop":
-                raise
-            self._tell(f"checkpoint failed, the run goes on: {error}")
-            self.unsaved = str(error)
-            return None
-        self.unsaved = None
+        saved, failure = self.world.first(self._write(files, meta))
+        if failure is not None and self.recipe.loop.save_failure == "stop":
+            raise CheckpointError(failure)
+        if failure is not None:
+            self._tell(f"checkpoint failed, the run goes on: {failure}")
+        self.unsaved = failure
         return saved
+
+    def _write(
+        self, files: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
+    ) -> tuple[Path | None, str | None]:
+        """The checkpoint the first rank wrote, or why it could not; the others have nothing to write."""
+        if not self.world.is_first:
+            return None, None
+        keep_last = self.recipe.loop.keep_last
+        try:
+            return checkpoint.save(self.run, self.counters.step, files, meta, keep_last=keep_last), None
+        except CheckpointError as error:
+            return None, str(error)
 
     def finish(self) -> dict[str, Any]:
         """Last evaluation, checkpoint and token view; returns the summary, also written to summary.json."""
@@ -175,7 +213,8 @@ class Trainer:
             self._write_token_view()
         self.recorder.close()
         summary = self.summary()
-        (self.run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        if self.world.is_first:
+            (self.run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         return summary
 
     def summary(self) -> dict[str, Any]:
@@ -210,8 +249,10 @@ class Trainer:
             batches,
             max_norm=recipe.optimizer.max_norm,
             autocast=self.autocast,
+            parallel=self.parallel,
         )
-        num_tokens = sum(batch.targets_BS.numel() for batch in batches)
+        self.parallel.ledger.clear()
+        num_tokens = self.world.size * sum(batch.targets_BS.numel() for batch in batches)
         elapsed = time.perf_counter() - started
         c.step, c.tokens, c.seconds = c.step + 1, c.tokens + num_tokens, c.seconds + elapsed
         line = self.recorder.step(
@@ -264,6 +305,12 @@ class Trainer:
             "Lower optimizer.lr, or set loop.nonfinite=skip to leave such steps out"
         )
 
+    def _agree(self, stop: StopRequest) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and to save; all then have the clock of the slowest."""
+        asked = [float(stop.requested), float(stop.save_requested())]
+        stop_, save, self.counters.seconds = self.world.largest([*asked, self.counters.seconds])
+        return bool(stop_), bool(save)
+
     def _tell(self, text: str) -> None:
         """An event for the record, and for whoever watches."""
         self.recorder.event(self.counters.step, text)
@@ -298,9 +345,11 @@ class Trainer:
             if isinstance(layer.router, Router):
                 layer.router.before_training(token_counts_V)
 
-    def _open_recorder(self, *, resume: bool) -> Recorder:
+    def _open_recorder(self, *, resume: bool) -> Recorder | SilentRecorder:
         layers = self.model.moe_blocks()
         names, counts = [name for name, _ in layers], [layer.config.num_experts for _, layer in layers]
+        if not self.world.is_first:
+            return SilentRecorder(names, counts)
         sinks = self.recipe.loop.sinks
         if resume:
             return Recorder.resume(self.run, self.counters.step, names, counts, sinks=sinks)
@@ -311,7 +360,11 @@ class Trainer:
 
     def _state(self) -> RunState:
         return RunState(
-            model=self.model, optimizer=self.optimizer, sampler=self.sampler, counters=asdict(self.counters)
+            model=self.model,
+            optimizer=self.optimizer,
+            sampler=self.sampler,
+            counters=asdict(self.counters),
+            parallel=self.parallel,
         )
 
     def _resume(self) -> None:
