@@ -1,0 +1,44 @@
+"""Processes that run once, however many workers the tests are spread over."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PATIENCE_S = 240.0
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`once(name, make)`: the folder that `make` filled, in whichever worker came first."""
+    base = tmp_path_factory.getbasetemp()
+    # workers of xdist have folders beside each other
+    shared = base.parent if base.name.startswith("popen-") else base
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder = shared / name
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return _waited_for(folder)
+        try:
+            make(folder)
+        except BaseException as error:
+            (folder / "failed").write_text(str(error), encoding="utf-8")
+            raise
+        (folder / "done").touch()
+        return folder
+
+    return made
+
+
+def _waited_for(folder: Path) -> Path:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if (folder / "done").exists():
+            return folder
+        if (folder / "failed").exists():
+            pytest.fail(f"another worker could not make {folder.name}: {(folder / 'failed').read_text()[:2000]}")
+        time.sleep(0.1)
+    pytest.fail(f"{folder.name} was not made within {PATIENCE_S} s")

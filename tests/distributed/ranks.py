@@ -1,0 +1,157 @@
+"""What each process of a test does: all cases in one spawn, for starting processes costs more than the cases."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing
+
+from tests.distributed.cases import (
+    LayerCase,
+    TrainCase,
+    build,
+    by_world,
+    decoder,
+    inputs_of,
+    layer_cases,
+    optimizer,
+    parts,
+    passed,
+    train_cases,
+)
+from turnout import MoE, Strategy
+from turnout.alltoall import PROGRAMS
+from turnout.comm import Groups, Ledger, World, make_groups
+from turnout.parallel import ExpertParallel, ExpertShards, Parallel, apply, reduce_gradients
+from turnout.placement import Placement
+from turnout.tensors import MoEStats
+from turnout.train.device import autocast_for
+from turnout.train.step import train_step
+
+TIMEOUT_S = 120.0
+MAX_NORM = 0.5  # small enough that every step is clipped
+Outcome = dict[str, Any]
+Job = Callable[[World, Path], None]
+
+
+def spawn(job: Job, ranks: int, folder: Path) -> None:
+    """Run `job` in that many processes, each of which begins with a world of its own."""
+    multiprocessing.start_processes(_process, args=(job, ranks, str(folder)), nprocs=ranks, start_method="spawn")
+
+
+def _process(rank: int, job: Job, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.pop("WORLD_SIZE", None)
+    join(rank, ranks, Path(folder))
+    try:
+        job(World(rank=rank, size=ranks, local_size=ranks), Path(folder))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(rank: int, ranks: int, folder: Path) -> None:
+    """A process group over a file."""
+    store = f"file://{folder}/store-{ranks}"
+    timeout = timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+
+
+def run_cases(world: World, folder: Path) -> None:
+    """All layer and training cases, those of most ranks first; each rank writes down what came out."""
+    outcomes: Outcome = {}
+    cases = by_world([*layer_cases(), *train_cases()])
+    for size, mine in cases.items():
+        if world.rank >= size:
+            break
+        if size < world.size:
+            dist.destroy_process_group()
+            join(world.rank, size, folder)
+        for case in mine:
+            here = World(rank=world.rank, size=size, local_size=case.local)
+            run = run_layer if isinstance(case, LayerCase) else run_training
+            outcomes[f"{type(case).__name__} {case.name}"] = run(case, here)  # pyright: ignore[reportArgumentType]
+        _groups.cache_clear()
+    torch.save(outcomes, folder / f"rank-{world.rank}.pt")
+
+
+def run_layer(case: LayerCase, world: World) -> Outcome:
+    """One pass of the layer on this rank's tokens."""
+    layer = build(case)
+    parallel = distributed(layer, case, world)
+    out, x_grad = passed(layer, inputs_of(case, world.rank))
+    backward = {name: weight.grad is not None for name, weight in layer.named_parameters()}
+    reduce_gradients(layer, parallel)
+    name = "the layer"
+    return {
+        "y": out.y.detach(),
+        "x_grad": x_grad,
+        "losses": torch.stack([term.value.detach() for term in out.losses]),
+        "stats": numbers(out.stats),
+        "grads": {own: weight.grad for own, weight in layer.named_parameters()},
+        "had_grad": backward,
+        "forward": parallel.ledger.sent(name, "forward"),
+        "backward": parallel.ledger.sent(name, "backward"),
+        "host_copies": parallel.ledger.host_copies(name),
+    }
+
+
+def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
+    """`apply`, with groups that cases share; and with experts that the ranks do not divide, which `apply` refuses."""
+    groups = _groups(case.ep, world)
+    placement = Placement.even(case.num_experts, case.ep)
+    ledger = Ledger()
+    names = [f"experts.{own}" for own, _ in layer.experts.named_parameters()]
+    if groups.experts is not None:
+        share = ExpertParallel(PROGRAMS[case.program], groups.experts, placement, ledger=ledger, layer="the layer")
+        layer.share_experts(share, placement.experts_of(groups.experts.rank))
+    shards = ExpertShards(
+        placements=dict.fromkeys(names, placement) if groups.experts else {},
+        group=groups.experts,
+        has_first=world.rank < case.ep,
+    )
+    return Parallel(strategy=replace(case.strategy, dp=world.size), groups=groups, shards=shards, ledger=ledger)
+
+
+@cache
+def _groups(ep: int, world: World) -> Groups:
+    return make_groups(Strategy(ep=ep, dp=world.size), world, timeout_s=TIMEOUT_S)
+
+
+def run_training(case: TrainCase, world: World) -> Outcome:
+    """Some optimizer steps on this rank's micro-batches; weights are written down whole."""
+    model = decoder(case)
+    parallel = apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
+    optim = optimizer(case, model)
+    results = []
+    for step in range(case.steps):
+        first = world.rank * case.accumulate
+        mine = parts(case, step)[first : first + case.accumulate]
+        autocast = autocast_for(torch.device("cpu"), torch.float32)
+        result = train_step(
+            model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel
+        )
+        results.append(result)
+    return {
+        "results": [summary(result) for result in results],
+        "stats": [[numbers(stats) for stats in result.stats] for result in results],
+        "state": parallel.shards.whole(model.state_dict()),
+    }
+
+
+def summary(result: Any) -> Tensor:
+    """Losses and gradient norm of a step."""
+    return torch.tensor(
+        [result.loss, result.total_loss, result.grad_norm, *result.aux.values()], dtype=torch.float64
+    )
+
+
+def numbers(stats: MoEStats) -> Tensor:
+    """All statistics of a layer, one after another."""
+    return torch.cat([value.detach().double().reshape(-1) for value in vars(stats).values()])
