@@ -1,6 +1,7 @@
 """What each process of a test does: all cases in one spawn, for starting processes costs more than the cases."""
 
 import os
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
+from tests.distributed.cases import PROGRAMS as PROGRAM_NAMES
 from tests.distributed.cases import (
     LayerCase,
     TrainCase,
@@ -24,17 +26,21 @@ from tests.distributed.cases import (
     parts,
     passed,
     train_cases,
+    worst,
 )
 from turnout import MoE, Strategy
 from turnout.alltoall import PROGRAMS
 from turnout.comm import Groups, Ledger, World, make_groups
-from turnout.parallel import ExpertParallel, ExpertShards, Parallel, apply, reduce_gradients
+from turnout.errors import TransportError
+from turnout.parallel import ExpertParallel, ExpertShards, Parallel, apply, check_replicas, reduce_gradients
 from turnout.placement import Placement
+from turnout.routers import TopK
 from turnout.tensors import MoEStats
 from turnout.train.device import autocast_for
 from turnout.train.step import train_step
 
 TIMEOUT_S = 120.0
+RANDOM_PASSES = 60
 MAX_NORM = 0.5  # small enough that every step is clipped
 Outcome = dict[str, Any]
 Job = Callable[[World, Path], None]
@@ -77,6 +83,9 @@ def run_cases(world: World, folder: Path) -> None:
             here = World(rank=world.rank, size=size, local_size=case.local)
             run = run_layer if isinstance(case, LayerCase) else run_training
             outcomes[f"{type(case).__name__} {case.name}"] = run(case, here)  # pyright: ignore[reportArgumentType]
+        if size == world.size:
+            outcomes["random"] = run_random(world, RANDOM_PASSES)
+            outcomes["disagreement"] = {"said": disagreement(world)}
         _groups.cache_clear()
     torch.save(outcomes, folder / f"rank-{world.rank}.pt")
 
@@ -100,6 +109,28 @@ def run_layer(case: LayerCase, world: World) -> Outcome:
         "backward": parallel.ledger.sent(name, "backward"),
         "host_copies": parallel.ledger.host_copies(name),
     }
+
+
+def run_random(world: World, steps: int) -> Outcome:
+    """Passes with random programs, and token counts that are often zero; returns the worst errors against this rank alone."""
+    worst_y = worst_grad = 0.0
+    for step in range(steps):
+        draw = random.Random(step)
+        case = LayerCase(
+            program=draw.choice(PROGRAM_NAMES),
+            local=draw.choice((1, 2, 4)),
+            tokens=tuple(draw.choice((0, 0, 1, 2, 9)) for _ in range(world.size)),
+            num_experts=draw.choice((4, 5, 8)),
+            crowded=draw.random() < 0.3,
+            router=TopK(k=draw.randint(2, 4), init_std=0.5),
+        )
+        layer = build(case)
+        distributed(layer, case, World(rank=world.rank, size=world.size, local_size=case.local))
+        inputs = inputs_of(case, world.rank)
+        got, want = passed(layer, inputs), passed(build(case), inputs)
+        worst_y = max(worst_y, worst(got[0].y.detach(), want[0].y.detach()))
+        worst_grad = max(worst_grad, worst(got[1], want[1]))
+    return {"y": worst_y, "x_grad": worst_grad}
 
 
 def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
@@ -143,6 +174,23 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         "stats": [[numbers(stats) for stats in result.stats] for result in results],
         "state": parallel.shards.whole(model.state_dict()),
     }
+
+
+def disagreement(world: World) -> str:
+    """What is said where one replica of an expert, or one dense weight, is not what the others have."""
+    case, said = LayerCase(ep=2, local=4), []
+    for name in ("experts.up_EDG", "router.score.weight_ED"):
+        layer = build(case)
+        parallel = distributed(layer, case, world)
+        check_replicas(layer, parallel)
+        with torch.no_grad():
+            layer.get_parameter(name).add_(float(world.rank == 3))
+        try:
+            check_replicas(layer, parallel)
+            said.append("nothing")
+        except TransportError as error:
+            said.append(str(error))
+    return "; ".join(said)
 
 
 def summary(result: Any) -> Tensor:

@@ -154,6 +154,19 @@ def test_training_steps_equal_one_process(case: TrainCase, outcomes: Outcomes) -
         assert worst(found[0]["state"][name], value) <= limit, name
 
 
+def test_random_passes_with_idle_ranks_never_hang_and_equal_one_process(outcomes: Outcomes) -> None:
+    for outcome in outcomes:
+        assert max(outcome["random"].values()) <= tolerance(torch.float64)
+
+
+def test_a_weight_that_is_not_the_same_everywhere_is_named(outcomes: Outcomes) -> None:
+    said = [outcome["disagreement"]["said"].split("; ") for outcome in outcomes]
+    # ranks 1 and 3 hold the same experts
+    assert [text[0].startswith("nothing") for text in said] == [True, False, True, False]
+    assert "rank 1: experts.up_EDG is not the same on all ranks" in said[1][0]
+    assert all(f"rank {rank}: router.score.weight_ED is not the same" in text[1] for rank, text in enumerate(said))
+
+
 def test_the_steps_are_clipped(outcomes: Outcomes) -> None:
     norms = [float(outcome["results"][0][2]) for case in TRAININGS for outcome in of_ranks(outcomes, case)]
     assert min(norms) > MAX_NORM

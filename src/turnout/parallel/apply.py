@@ -27,7 +27,7 @@ class Parallel:
     strategy: Strategy  # dp is filled in
     groups: Groups
     shards: ExpertShards  # which tensors are slices, by name
-    ledger: Ledger  # what expert layers sent; whoever reads it clears it
+    ledger: Ledger  # what expert layers sent
 
     @property
     def world(self) -> World:
@@ -36,6 +36,15 @@ class Parallel:
     def slices(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters of which this rank has a slice."""
         return [parameter for name, parameter in model.named_parameters() if name in self.shards.placements]
+
+    def take_sent(self) -> dict[str, float] | None:
+        """Bytes and messages that expert layers sent since the last call, by class of link; None with ep=1."""
+        experts = self.groups.experts
+        if experts is None:
+            return None
+        sent = vars(self.ledger.traffic(experts.rank, experts.mesh))
+        self.ledger.clear()
+        return dict(sent)
 
     def over_experts(self, value: float) -> float:
         """A number added up over the ranks that share the experts."""

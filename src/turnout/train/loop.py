@@ -25,7 +25,7 @@ from turnout.models.size import sizes
 from turnout.observe.recorder import Recorder
 from turnout.observe.silent import SilentRecorder
 from turnout.observe.token_view import token_choices
-from turnout.parallel import apply
+from turnout.parallel import apply, check_replicas
 from turnout.train import checkpoint
 from turnout.train.device import autocast_for, compute_dtype, pick_device
 from turnout.train.evaluate import mean_loss
@@ -113,6 +113,7 @@ class Trainer:
             self._resume()
         else:
             self._show_text_to_routers()
+        check_replicas(self.model, self.parallel)
         self.recorder = self._open_recorder(resume=resume)
         self._loss = torch.compile(self.model.loss) if loop.compile else self.model.loss
 
@@ -181,6 +182,7 @@ class Trainer:
         """A checkpoint of everything; None if it could not be written and the policy is to go on."""
         # a run that resumes here must find every line up to here
         self.recorder.flush()
+        check_replicas(self.model, self.parallel)
         files, meta = self._state().capture()
         saved, failure = self.world.first(self._write(files, meta))
         if failure is not None and self.recipe.loop.save_failure == "stop":
@@ -238,6 +240,8 @@ class Trainer:
 
     def _one_step(self) -> Progress:
         c, recipe = self.counters, self.recipe
+        # evaluation sends too, and is no part of a step
+        self.parallel.ledger.clear()
         started = time.perf_counter()
         factor = lr_factor(self.done, recipe.schedule)
         set_lr(self.optimizer, factor)
@@ -251,7 +255,6 @@ class Trainer:
             autocast=self.autocast,
             parallel=self.parallel,
         )
-        self.parallel.ledger.clear()
         num_tokens = self.world.size * sum(batch.targets_BS.numel() for batch in batches)
         elapsed = time.perf_counter() - started
         c.step, c.tokens, c.seconds = c.step + 1, c.tokens + num_tokens, c.seconds + elapsed
@@ -266,6 +269,7 @@ class Trainer:
             grad_norm=result.grad_norm,
             tokens_per_s=num_tokens / elapsed,
             stats=result.stats,
+            sent=self.parallel.take_sent(),
         )
         # what is recorded is part of training's price: only a mixture pays it in full
         c.seconds += time.perf_counter() - started - elapsed
