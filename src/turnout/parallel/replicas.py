@@ -47,4 +47,4 @@ def _differing(names: Sequence[str], tensors: dict[str, Tensor], group: ProcessG
 def _mark(tensor: Tensor) -> int:
     bits = tensor.detach().contiguous().reshape(-1).view(_BITS[tensor.element_size()])
     # halves: a sum of 64-bit numbers may wrap round, but wraps alike everywhere
-    return int(bits.to(torch.int64).sum()) >> 1
+    return int(bits.sum(dtype=torch.int64)) >> 1
