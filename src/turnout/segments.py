@@ -20,13 +20,10 @@ class Segments:
 
 
 def segments_of(target_M: Tensor, num_targets: int) -> Segments:
-    """Shapes: target_M (M,) int64, values below `num_targets`."""
-    count_T = torch.bincount(target_M, minlength=num_targets)
-    return Segments(
-        target_M=target_M,
-        row_by_target_M=target_M.to(torch.int32).argsort(stable=True),
-        offset_T=count_T.cumsum(0) - count_T,
-    )
+    """Shapes: target_M (M,) int64, values below `num_targets`. Nothing is read back from the device."""
+    in_order_M, row_M = target_M.to(torch.int32).sort(stable=True)
+    first_T = torch.arange(num_targets, dtype=torch.int32, device=target_M.device)
+    return Segments(target_M=target_M, row_by_target_M=row_M, offset_T=torch.searchsorted(in_order_M, first_T))
 
 
 def permutation(target_M: Tensor) -> Segments:

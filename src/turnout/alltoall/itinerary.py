@@ -47,26 +47,25 @@ def itinerary(program: Program, mesh: Mesh, rank: int) -> tuple[Leg, ...]:
 def _exchange(step: Step, mesh: Mesh, held: Held, rank: int) -> tuple[Leg, Held]:
     if step.before == "node" and "local" in step.arguments:
         raise ConfigError("an all-to-all program must expand rows merged per node before it exchanges along local")
-    boxes = {
-        place: {peer: _for_peer(held[place], place, peer, step, mesh) for peer in _peers(mesh, place, step.arguments)}
-        for place in held
-    }
-    after = {
-        place: tuple(block for peer in boxes[place] for block in boxes[peer][place]) for place in held
-    }
+    boxes = {place: _boxes(blocks, place, step, mesh) for place, blocks in held.items()}
+    after = {place: tuple(block for peer in boxes[place] for block in boxes[peer][place]) for place in held}
     peers = tuple(boxes[rank])
     leg = Leg(
         step=step,
         peers=peers,
-        sent=tuple(boxes[rank][peer] for peer in peers),
-        received=tuple(boxes[peer][rank] for peer in peers),
+        sent=tuple(tuple(boxes[rank][peer]) for peer in peers),
+        received=tuple(tuple(boxes[peer][rank]) for peer in peers),
         held=after[rank],
     )
     return leg, after
 
 
-def _for_peer(blocks: Sequence[Block], holder: int, peer: int, step: Step, mesh: Mesh) -> tuple[Block, ...]:
-    return tuple(block for block in blocks if _towards(block, holder, step, mesh) == peer)
+def _boxes(blocks: Sequence[Block], holder: int, step: Step, mesh: Mesh) -> dict[int, list[Block]]:
+    """The blocks of one rank by the peer they go to; peers in order."""
+    boxes: dict[int, list[Block]] = {peer: [] for peer in _peers(mesh, holder, step.arguments)}
+    for block in blocks:
+        boxes[_towards(block, holder, step, mesh)].append(block)
+    return boxes
 
 
 def _towards(block: Block, holder: int, step: Step, mesh: Mesh) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +36,21 @@ class Picks:
         return permutation(self.index_M) if self.one_each else segments_of(self.index_M, self.num_rows)
 
 
+def placed(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Numbers of the host on the device, int64; the host does not wait, as torch.tensor(..., device=...) would."""
+    return torch.tensor(_lists(values), dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _lists(values: Sequence[Any]) -> list[Any]:
+    return [list(value) if isinstance(value, Sequence) else value for value in values]
+
+
 def runs(start: Sequence[int], length: Sequence[int], device: torch.device) -> Tensor:
     """start, start + 1, ... of each run, one run after another; nothing is read back from the device.
 
     Shapes: as many starts as lengths; returns (sum of lengths,) int64.
     """
-    start_B, length_B = torch.tensor([list(start), list(length)], dtype=torch.int64, device=device).unbind()
+    start_B, length_B = placed([start, length], device).unbind()
     total = sum(length)
     shift_B = start_B - (length_B.cumsum(0) - length_B)
     return shift_B.repeat_interleave(length_B, output_size=total) + torch.arange(total, device=device)
@@ -48,7 +58,7 @@ def runs(start: Sequence[int], length: Sequence[int], device: torch.device) -> T
 
 def spread(values: Sequence[int], length: Sequence[int], device: torch.device) -> Tensor:
     """Each value as many times as its length says. Shapes: returns (sum of lengths,) int64."""
-    value_B, length_B = torch.tensor([list(values), list(length)], dtype=torch.int64, device=device).unbind()
+    value_B, length_B = placed([values, length], device).unbind()
     return value_B.repeat_interleave(length_B, output_size=sum(length))
 
 

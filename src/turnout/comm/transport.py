@@ -14,7 +14,7 @@ from turnout.alltoall import Axis, Block, Finer, Leg, Merged, Packing, Program, 
 from turnout.comm.groups import ExpertGroup
 from turnout.comm.ledger import Ledger
 from turnout.comm.parcels import Labels, Parcels, Sent
-from turnout.comm.picks import Picks, runs, spread, starts
+from turnout.comm.picks import Picks, placed, runs, spread, starts
 from turnout.comm.sizes import Sizes
 from turnout.comm.wire import Route, Splits, send_labelled, send_rows
 from turnout.errors import ConfigError
@@ -109,7 +109,7 @@ class TorchTransport(Transport[Parcels]):
         merged = replace(parcels, packing=unit, blocks=leg.held)
         sizes = merged.row_sizes()
         row_M = _numbered(unit_M * num_tokens + token_M, len(leg.held) * num_tokens)
-        first_U = torch.tensor(starts(sizes), dtype=torch.int64, device=row_M.device)
+        first_U = placed(starts(sizes), row_M.device)
         labels = Labels(row_J=row_M - first_U[unit_M], weight_J=parcels.weight_M)
         picks = Picks(index_M=_members(row_M, token_M, sum(sizes)), num_rows=num_tokens, one_each=False)
         return replace(merged, picks=picks, weight_M=None, labels=labels, step=parcels.step + 1)
@@ -152,10 +152,10 @@ class TorchTransport(Transport[Parcels]):
         sizes, old_blocks = after.row_sizes(), parcels.row_sizes()
         block_J = spread(range(len(after.blocks)), after.label_sizes(), device)
         # row i of node block b as a row of its rank l: places b * local + l in turn, as many rows as the block has
-        place_B = torch.tensor(_place_of_blocks(old_blocks, local), dtype=torch.int64, device=device)
+        place_B = placed(_place_of_blocks(old_blocks, local), device)
         key_J = place_B[block_J] + _labels_of(parcels).row_J
         row_J = _numbered(key_J, num_rows * local)
-        first_B = torch.tensor(starts(sizes), dtype=torch.int64, device=device)
+        first_B = placed(starts(sizes), device)
         labels = replace(_labels_of(parcels), row_J=row_J - first_B[block_J])
         picks = Picks(index_M=_members(row_J, old_J, sum(sizes)), num_rows=num_rows, one_each=False)
         return replace(after, picks=parcels.picked(picks).picks, labels=labels)

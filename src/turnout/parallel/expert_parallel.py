@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.alltoall import Packing, Program, combine, dispatch, steps_of
 from turnout.comm import Arrived, ExpertGroup, Ledger, TorchTransport
-from turnout.comm.picks import Picks, runs, spread
+from turnout.comm.picks import Picks, placed, runs, spread
 from turnout.comm.sizes import agreed_capacity, equal_sizes, exchange_sizes
 from turnout.contracts import Dispatched, Dispatcher
 from turnout.dispatch import by_token, pack, unpack
@@ -110,7 +110,7 @@ class ExpertParallel(Dispatcher):
 
 def _laid_out(arrived: Arrived, layout: Literal["ragged", "padded"]) -> Rows:
     """The rows as the backend wants them; blocks are as wide as the fullest expert of this rank."""
-    counts_L = torch.tensor(arrived.counts, dtype=torch.int64, device=arrived.x_MD.device)
+    counts_L = placed(arrived.counts, arrived.x_MD.device)
     if layout == "ragged":
         return Ragged(x_MD=arrived.x_MD, counts_L=counts_L)
     width, dim = max(arrived.counts), arrived.x_MD.shape[1]
