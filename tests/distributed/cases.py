@@ -88,6 +88,13 @@ def layer_cases() -> Iterator[LayerCase]:
     yield LayerCase(ep=1, tokens=EMPTY, backend="grouped_mm", dtype=torch.float32)
 
 
+def kernel_cases() -> Iterator[LayerCase]:
+    """Every program, on one node and on two."""
+    for program in PROGRAMS:
+        for local in (2, 4):
+            yield LayerCase(program=program, local=local, tokens=EMPTY)
+
+
 def build(case: LayerCase) -> MoE:
     """The whole layer, the same for everybody."""
     torch.manual_seed(3)

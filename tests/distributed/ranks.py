@@ -21,6 +21,7 @@ from tests.distributed.cases import (
     by_world,
     decoder,
     inputs_of,
+    kernel_cases,
     layer_cases,
     optimizer,
     parts,
@@ -28,9 +29,11 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
+from tests.distributed.kernel_count import Connection, received
 from turnout import MoE, Strategy
 from turnout.alltoall import PROGRAMS
-from turnout.comm import Groups, Ledger, World, make_groups
+from turnout.comm import ExpertGroup, Groups, Ledger, World, make_groups
+from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError
 from turnout.parallel import ExpertParallel, ExpertShards, Parallel, apply, check_replicas, reduce_gradients
 from turnout.placement import Placement
@@ -85,6 +88,7 @@ def run_cases(world: World, folder: Path) -> None:
             outcomes[f"{type(case).__name__} {case.name}"] = run(case, here)  # pyright: ignore[reportArgumentType]
         if size == world.size:
             outcomes["random"] = run_random(world, RANDOM_PASSES)
+            outcomes["kernel"] = counted_by_kernel(world)
             outcomes["disagreement"] = {"said": disagreement(world)}
         _groups.cache_clear()
     torch.save(outcomes, folder / f"rank-{world.rank}.pt")
@@ -174,6 +178,51 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         "stats": [[numbers(stats) for stats in result.stats] for result in results],
         "state": parallel.shards.whole(model.state_dict()),
     }
+
+
+def counted_by_kernel(world: World) -> dict[str, Outcome]:
+    """What the kernel received for one forward and backward pass of each program, beside what the ledger noted."""
+    before_quiet = set(received())
+    # a group of its own for the barriers, whose connections are not counted
+    quiet = dist.new_group(list(range(world.size)))
+    dist.barrier(group=quiet)
+    ignored = set(received()) - before_quiet
+    found = {}
+    for case in kernel_cases():
+        groups, ledger = _groups(case.ep, replace(world, local_size=case.local)), Ledger()
+        assert groups.experts is not None
+        pass_rows = rows_on_their_way(case, world, groups.experts, ledger)
+        before = _quietly(quiet)
+        pass_rows()
+        after = _quietly(quiet)
+        delta = {ends: after[ends] - before.get(ends, 0) for ends in after if ends not in ignored}
+        found[case.name] = {"received": delta, **{way: ledger.sent("wire", way) for way in ("forward", "backward")}}
+    return found
+
+
+def _quietly(quiet: dist.ProcessGroup) -> dict[Connection, int]:
+    dist.barrier(group=quiet)
+    now = received()
+    dist.barrier(group=quiet)
+    return now
+
+
+def rows_on_their_way(case: LayerCase, world: World, group: ExpertGroup, ledger: Ledger) -> Callable[[], None]:
+    """Counts are exchanged at once; what is returned moves the rows there and back, and their gradients."""
+    layer, inputs = build(case), inputs_of(case, world.rank)
+    x_TD = inputs.x_TD.clone().requires_grad_()
+    assignment = layer.router(x_TD).assignment
+    plan = plan_dispatch(assignment, case.capacity.admit(assignment))
+    share = ExpertParallel(
+        PROGRAMS[case.program], group, Placement.even(case.num_experts, case.ep), ledger=ledger, layer="wire"
+    )
+    move = share.after_counts(x_TD, assignment, plan, "ragged")
+
+    def there_and_back() -> None:
+        sent = move()
+        sent.combine(sent.rows).sum().backward()
+
+    return there_and_back
 
 
 def disagreement(world: World) -> str:

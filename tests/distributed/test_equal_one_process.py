@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.distributed import kernel_count
 from tests.distributed.cases import (
     DIM,
     LayerCase,
@@ -17,6 +18,7 @@ from tests.distributed.cases import (
     build,
     decoder,
     inputs_of,
+    kernel_cases,
     layer_cases,
     optimizer,
     parts,
@@ -101,6 +103,19 @@ def test_bytes_and_messages_of_every_pair_are_the_predicted_ones(case: LayerCase
                 for to, sent in found[start + place][phase].items()
             }
             assert got == pairs_of(moves, routing, sizes), phase
+
+
+@pytest.mark.skipif(not kernel_count.is_available(), reason="TCP_INFO is Linux's")
+@pytest.mark.parametrize("case", list(kernel_cases()), ids=lambda case: case.name)
+def test_the_kernel_counts_the_same_bytes(case: LayerCase, outcomes: Outcomes) -> None:
+    """Every rank's sockets, rank by rank, less what gloo adds to a message."""
+    found = [outcome["kernel"][case.name] for outcome in outcomes]
+    got = kernel_count.matrix([outcome["received"] for outcome in found])
+    for sender, outcome in enumerate(found):
+        for receiver in set(range(case.ranks)) - {sender}:
+            sent = [outcome[way].get(receiver, [0, 0]) for way in ("forward", "backward")]
+            payload, messages = (sum(column) for column in zip(*sent, strict=True))
+            assert got.get((sender, receiver), 0) == payload + kernel_count.GLOO_BYTES * messages, (sender, receiver)
 
 
 def destinations(case: LayerCase, rank: int) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """The dispatcher of expert parallelism: rows travel to the ranks of their experts, by an all-to-all program."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from turnout.alltoall import Packing, Program, combine, dispatch, steps_of
 from turnout.comm import Arrived, ExpertGroup, Ledger, TorchTransport
+from turnout.comm.parcels import Parcels
 from turnout.comm.picks import Picks, placed, runs, spread
 from turnout.comm.sizes import agreed_capacity, equal_sizes, exchange_sizes
 from turnout.contracts import Dispatched, Dispatcher
@@ -46,11 +47,12 @@ class ExpertParallel(Dispatcher):
     ) -> Dispatched:
         if layout == "padded" and capacity is not None and not self._merged:
             return self._padded(x_TD, assignment, plan, capacity)
-        return self._ragged(x_TD, assignment, plan, layout)
+        return self.after_counts(x_TD, assignment, plan, layout)()
 
-    def _ragged(
+    def after_counts(
         self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, layout: Literal["ragged", "padded"]
-    ) -> Dispatched:
+    ) -> Callable[[], Dispatched]:
+        """Exchange the counts now; the rows move when the result is called."""
         sizes = exchange_sizes(
             plan.counts_E,
             self._merged_counts(assignment, plan),
@@ -64,6 +66,9 @@ class ExpertParallel(Dispatcher):
             index_M=plan.token_M, num_rows=assignment.num_tokens, one_each=False, known=by_token(plan)
         )
         parcels = self._transport.load(x_TD, sizes, picks=tokens, weight_M=weight_M)
+        return lambda: self._ragged(parcels, layout)
+
+    def _ragged(self, parcels: Parcels, layout: Literal["ragged", "padded"]) -> Dispatched:
         arrived = self._transport.arrive(dispatch(self._program, self._transport, parcels))
         rows = _laid_out(arrived, layout)
         return Dispatched(rows=rows, combine=lambda out: self._back(arrived, _taken_out(out, arrived)))
