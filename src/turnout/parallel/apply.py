@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from turnout.alltoall import PROGRAMS
-from turnout.comm import Groups, Ledger, World, make_groups
+from turnout.comm import ExpertGroup, Groups, Ledger, World, make_groups
 from turnout.comm.world import current_world
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
@@ -71,21 +71,26 @@ def apply(
     resolved = _resolved(strategy, world, layers)
     groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
     ledger = Ledger()
-    placements: dict[str, Placement] = {}
-    for name, layer in layers.items() if groups.experts is not None else ():
-        placement = Placement.even(layer.config.num_experts, resolved.ep)
-        share = ExpertParallel(
-            PROGRAMS[resolved.alltoall], groups.experts, placement, ledger=ledger, layer=name or "the layer"
-        )
-        layer.share_experts(share, placement.experts_of(groups.experts.rank))
-        prefix = f"{name}.experts." if name else "experts."
-        placements |= {prefix + own: placement for own, _ in layer.experts.named_parameters()}
+    placements = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
     return Parallel(
         strategy=resolved,
         groups=groups,
         shards=ExpertShards(placements=placements, group=groups.experts, has_first=world.rank < resolved.ep),
         ledger=ledger,
     )
+
+
+def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledger: Ledger) -> dict[str, Placement]:
+    """Cut the experts of all layers; returns the names of the cut parameters, and who has which part."""
+    placements = {}
+    for name, layer in layers.items():
+        placement = Placement.even(layer.config.num_experts, strategy.ep)
+        program = PROGRAMS[strategy.alltoall]
+        share = ExpertParallel(program, group, placement, ledger=ledger, layer=name or "the layer")
+        layer.share_experts(share, placement.experts_of(group.rank))
+        prefix = f"{name}.experts." if name else "experts."
+        placements |= {prefix + own: placement for own, _ in layer.experts.named_parameters()}
+    return placements
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
@@ -102,6 +107,8 @@ def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strat
                 f"strategy.ep={resolved.ep}: the experts of {name or 'the layer'} are modules of your own, which only "
                 "this process can hold; nearest legal: 1, or an expert kind by name"
             )
+        if isinstance(layer.experts, FFNExperts) and layer.experts.num_experts != layer.config.num_experts:
+            raise ConfigError(f"{name or 'the layer'} is laid out already: apply a strategy once, to the whole model")
         if resolved.ep > 1 and any(weight.is_meta for weight in layer.experts.parameters()):
             raise ConfigError(f"{name or 'the layer'} is on the meta device: give its weights values, then apply")
     return resolved
