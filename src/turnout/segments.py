@@ -1,4 +1,4 @@
-"""Rows picked out of a table by index, and rows summed back into one: each is the other's gradient, in a fixed order."""
+"""Rows picked out of a table by index, and rows summed back into it: each is the other's gradient, in fixed order."""
 
 from dataclasses import dataclass
 from typing import Any

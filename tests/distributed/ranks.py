@@ -116,7 +116,7 @@ def run_layer(case: LayerCase, world: World) -> Outcome:
 
 
 def run_random(world: World, steps: int) -> Outcome:
-    """Passes with random programs, and token counts that are often zero; returns the worst errors against this rank alone."""
+    """Passes with random programs and token counts, often zero; returns the worst errors against this rank alone."""
     worst_y = worst_grad = 0.0
     for step in range(steps):
         draw = random.Random(step)

@@ -1,4 +1,4 @@
-"""Any layout equals one process: outputs, all gradients, losses, statistics, weights; and moves the bytes it predicts."""
+"""Any layout equals one process: outputs, gradients, losses, statistics, weights; and moves the bytes it predicts."""
 
 from collections.abc import Callable
 from dataclasses import replace

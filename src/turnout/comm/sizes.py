@@ -1,4 +1,4 @@
-"""Rows that every rank of an expert group has for every other, on the host: all splits of a program follow from them."""
+"""Rows that every rank of an expert group has for every other, on the host: a program's splits follow from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from torch import Tensor
 from turnout.alltoall import Block, Packing
 from turnout.comm.groups import ExpertGroup
 from turnout.comm.ledger import Ledger
+from turnout.comm.wire import named
 from turnout.placement import Placement
 from turnout.topology import Mesh
 
@@ -66,7 +67,8 @@ def exchange_sizes(
     counts_X = torch.cat([counts_E, *merged.values()]).to(torch.int64)
     ranks = group.mesh.size
     gathered_PX = counts_X.new_empty(ranks * len(counts_X))
-    dist.all_gather_into_tensor(gathered_PX, counts_X, group=group.whole)
+    with named("all-gather of counts", layer, group.whole):
+        dist.all_gather_into_tensor(gathered_PX, counts_X, group=group.whole)
     size = counts_X.element_size() * len(counts_X)
     ledger.note(layer, "forward", "counts", {peer: size for peer in range(ranks) if peer != group.rank})
     ledger.note_host_copy(layer)
@@ -86,6 +88,7 @@ def agreed_capacity(capacity: int, group: ExpertGroup, *, ledger: Ledger, layer:
     A number of eight bytes to each rank, by gloo; no device is waited for.
     """
     number = torch.tensor([capacity], dtype=torch.int64)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group.whole)
+    with named("capacity", layer, group.whole):
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group.whole)
     ledger.note(layer, "forward", "counts", {p: 8 for p in range(group.mesh.size) if p != group.rank})
     return int(number)

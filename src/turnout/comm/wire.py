@@ -1,6 +1,7 @@
 """One all-to-all, differentiable: rows, and where tokens are merged the labels that travel in the same message."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,14 +63,21 @@ def all_to_all(parts: Sequence[tuple[Tensor, Splits]], route: Route, phase: Phas
     return _unpacked(arrived, [tensor for tensor, _ in parts], [splits[1] for _, splits in parts])
 
 
-def _exchange(out: Tensor, tensor: Tensor, received: Sequence[int], sent: Sequence[int], route: Route) -> None:
+@contextmanager
+def named(collective: str, layer: str, group: ProcessGroup) -> Iterator[None]:
+    """Raises: TransportError that names this rank, the layer and its peers where a collective inside fails."""
     try:
-        dist.all_to_all_single(out, tensor, list(received), list(sent), group=route.group)
+        yield
     except RuntimeError as error:
         raise TransportError(
-            f"rank {dist.get_rank()}: an all-to-all of {route.layer} with ranks "
-            f"{dist.get_process_group_ranks(route.group)} failed, because one of them ended or took too long: {error}"
+            f"rank {dist.get_rank()}: the {collective} of {layer} with ranks {dist.get_process_group_ranks(group)} "
+            f"failed, because one of them ended or took too long: {error}"
         ) from error
+
+
+def _exchange(out: Tensor, tensor: Tensor, received: Sequence[int], sent: Sequence[int], route: Route) -> None:
+    with named("all-to-all", route.layer, route.group):
+        dist.all_to_all_single(out, tensor, list(received), list(sent), group=route.group)
 
 
 def _packed(tensors: Sequence[Tensor], sent: Sequence[Sequence[int]]) -> Tensor:
