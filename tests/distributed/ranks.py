@@ -91,7 +91,24 @@ def run_cases(world: World, folder: Path) -> None:
             outcomes["kernel"] = counted_by_kernel(world)
             outcomes["disagreement"] = {"said": disagreement(world)}
         _groups.cache_clear()
+    if world.rank < 2:
+        outcomes["alone"] = {"said": left_alone(World(rank=world.rank, size=2, local_size=2), outcomes, folder)}
     torch.save(outcomes, folder / f"rank-{world.rank}.pt")
+
+
+def left_alone(world: World, outcomes: Outcome, folder: Path) -> str:
+    """What a rank says whose only peer ends in the middle of a run."""
+    case = LayerCase(ranks=2, ep=2, local=2)
+    layer = build(case)
+    distributed(layer, case, world)
+    if world.rank == 1:
+        torch.save(outcomes, folder / "rank-1.pt")
+        os._exit(0)
+    try:
+        passed(layer, inputs_of(case, world.rank))
+    except TransportError as error:
+        return str(error)
+    return "nothing"
 
 
 def run_layer(case: LayerCase, world: World) -> Outcome:

@@ -182,6 +182,11 @@ def test_a_weight_that_is_not_the_same_everywhere_is_named(outcomes: Outcomes) -
     assert all(f"rank {rank}: router.score.weight_ED is not the same" in text[1] for rank, text in enumerate(said))
 
 
+def test_a_rank_whose_peer_is_gone_says_which_layer_waited_for_whom(outcomes: Outcomes) -> None:
+    said = outcomes[0]["alone"]["said"]
+    assert "rank 0: the all-gather of counts of the layer with ranks [0, 1] failed" in said, said
+
+
 def test_the_steps_are_clipped(outcomes: Outcomes) -> None:
     norms = [float(outcome["results"][0][2]) for case in TRAININGS for outcome in of_ranks(outcomes, case)]
     assert min(norms) > MAX_NORM
