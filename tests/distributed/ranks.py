@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -32,7 +33,7 @@ from tests.distributed.cases import (
 from tests.distributed.kernel_count import Connection, received
 from turnout import MoE, Strategy
 from turnout.alltoall import PROGRAMS
-from turnout.comm import ExpertGroup, Groups, Ledger, World, make_groups
+from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
 from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError
 from turnout.parallel import ExpertParallel, ExpertShards, Parallel, apply, check_replicas, reduce_gradients
@@ -44,6 +45,7 @@ from turnout.train.step import train_step
 
 TIMEOUT_S = 120.0
 RANDOM_PASSES = 60
+STALLED = (0, 2)
 MAX_NORM = 0.5  # small enough that every step is clipped
 Outcome = dict[str, Any]
 Job = Callable[[World, Path], None]
@@ -89,6 +91,7 @@ def run_cases(world: World, folder: Path) -> None:
         if size == world.size:
             outcomes["random"] = run_random(world, RANDOM_PASSES)
             outcomes["kernel"] = counted_by_kernel(world)
+            outcomes["stalls"] = {"said": stalls(world)}
             outcomes["disagreement"] = {"said": disagreement(world)}
         _groups.cache_clear()
     if world.rank < 2:
@@ -240,6 +243,22 @@ def rows_on_their_way(case: LayerCase, world: World, group: ExpertGroup, ledger:
         sent.combine(sent.rows).sum().backward()
 
     return there_and_back
+
+
+def stalls(world: World) -> list[str]:
+    """What this rank says while one of the others sleeps before a layer, in steps 7 and 9."""
+    said: list[str] = []
+    case = LayerCase()
+    layer = build(case)
+    parallel = distributed(layer, case, world)
+    for culprit in STALLED:
+        with Watch(world, parallel.ledger, said.append, patience_s=0.8, every_s=0.2):
+            with parallel.ledger.inside("agreement", step=7 + culprit):
+                world.barrier()
+            if world.rank == culprit:
+                time.sleep(2.0)
+            passed(layer, inputs_of(case, world.rank))
+    return said
 
 
 def disagreement(world: World) -> str:

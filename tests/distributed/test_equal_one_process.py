@@ -27,7 +27,7 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
-from tests.distributed.ranks import MAX_NORM, Outcome, numbers, run_cases, spawn, summary
+from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_cases, spawn, summary
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
 from turnout.comm import expert_mesh
 from turnout.dispatch import plan_dispatch
@@ -185,6 +185,18 @@ def test_a_weight_that_is_not_the_same_everywhere_is_named(outcomes: Outcomes) -
 def test_a_rank_whose_peer_is_gone_says_which_layer_waited_for_whom(outcomes: Outcomes) -> None:
     said = outcomes[0]["alone"]["said"]
     assert "rank 0: the all-gather of counts of the layer with ranks [0, 1] failed" in said, said
+
+
+@pytest.mark.parametrize("culprit", STALLED)
+def test_a_rank_that_waits_says_for_whom_where_and_in_which_step(culprit: int, outcomes: Outcomes) -> None:
+    for rank, outcome in enumerate(outcomes):
+        mine = [text for text in outcome["stalls"]["said"] if f"in step {7 + culprit}, in the" in text]
+        if rank == culprit:
+            assert not mine, mine
+            continue
+        assert len(mine) == 1, outcome["stalls"]
+        assert "in the all-gather of counts of the layer: " in mine[0]
+        assert f"rank {culprit} is not there yet: it is in step {7 + culprit}, after the agreement" in mine[0]
 
 
 def test_the_steps_are_clipped(outcomes: Outcomes) -> None:

@@ -1,5 +1,6 @@
 """What `train` shows and does around the loop: banner, progress, final words."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from turnout.comm import World
+from turnout.comm import Watch, World
 from turnout.config import from_dict, override, to_dict
 from turnout.data.prepare import Dataset, default_cache, is_prepared, prepare
 from turnout.errors import CheckpointError, ConfigError
@@ -87,7 +88,8 @@ class Training:
             trainer = Trainer(self.recipe, dataset, self.run, resume=resume, world=self.world)
             for note in trainer.notes:
                 self._note(note)
-            with _Display(self.screen) as display:
+            watch = Watch(self.world, trainer.parallel.ledger, _say_at_once)
+            with watch, _Display(self.screen) as display:
                 outcome = trainer.train(stop, on_step=display.show)
             if outcome == "stopped":
                 trainer.recorder.close()
@@ -149,6 +151,11 @@ class _Display:
         elif progress.seconds - self._printed_s >= self.EVERY_S or progress.step == 1:
             self._printed_s = progress.seconds
             self._screen.print(f"  {progress.done:4.0%}  {_words(progress)}", soft_wrap=True)
+
+
+def _say_at_once(text: str) -> None:
+    """From any rank: who waits is not always the one whose screen is shown."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _words(progress: StepProgress) -> str:

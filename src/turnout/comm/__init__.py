@@ -4,7 +4,8 @@ from turnout.comm.groups import ExpertGroup, Groups, expert_mesh, make_groups
 from turnout.comm.ledger import Ledger
 from turnout.comm.sizes import Sizes
 from turnout.comm.transport import Arrived, TorchTransport
-from turnout.comm.world import World, join
+from turnout.comm.watch import Watch
+from turnout.comm.world import World, is_launched, join
 
 __all__ = [
     "Arrived",
@@ -13,8 +14,10 @@ __all__ = [
     "Ledger",
     "Sizes",
     "TorchTransport",
+    "Watch",
     "World",
     "expert_mesh",
+    "is_launched",
     "join",
     "make_groups",
 ]

@@ -67,7 +67,7 @@ def exchange_sizes(
     counts_X = torch.cat([counts_E, *merged.values()]).to(torch.int64)
     ranks = group.mesh.size
     gathered_PX = counts_X.new_empty(ranks * len(counts_X))
-    with named("all-gather of counts", layer, group.whole):
+    with named("all-gather of counts", layer, group.whole, ledger):
         dist.all_gather_into_tensor(gathered_PX, counts_X, group=group.whole)
     size = counts_X.element_size() * len(counts_X)
     ledger.note(layer, "forward", "counts", {peer: size for peer in range(ranks) if peer != group.rank})
@@ -88,7 +88,7 @@ def agreed_capacity(capacity: int, group: ExpertGroup, *, ledger: Ledger, layer:
     A number of eight bytes to each rank, by gloo; no device is waited for.
     """
     number = torch.tensor([capacity], dtype=torch.int64)
-    with named("capacity", layer, group.whole):
+    with named("capacity", layer, group.whole, ledger):
         dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group.whole)
     ledger.note(layer, "forward", "counts", {p: 8 for p in range(group.mesh.size) if p != group.rank})
     return int(number)

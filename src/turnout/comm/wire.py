@@ -64,10 +64,11 @@ def all_to_all(parts: Sequence[tuple[Tensor, Splits]], route: Route, phase: Phas
 
 
 @contextmanager
-def named(collective: str, layer: str, group: ProcessGroup) -> Iterator[None]:
+def named(collective: str, layer: str, group: ProcessGroup, ledger: Ledger) -> Iterator[None]:
     """Raises: TransportError that names this rank, the layer and its peers where a collective inside fails."""
     try:
-        yield
+        with ledger.inside(f"{collective} of {layer}"):
+            yield
     except RuntimeError as error:
         raise TransportError(
             f"rank {dist.get_rank()}: the {collective} of {layer} with ranks {dist.get_process_group_ranks(group)} "
@@ -76,7 +77,7 @@ def named(collective: str, layer: str, group: ProcessGroup) -> Iterator[None]:
 
 
 def _exchange(out: Tensor, tensor: Tensor, received: Sequence[int], sent: Sequence[int], route: Route) -> None:
-    with named("all-to-all", route.layer, route.group):
+    with named("all-to-all", route.layer, route.group, route.ledger):
         dist.all_to_all_single(out, tensor, list(received), list(sent), group=route.group)
 
 

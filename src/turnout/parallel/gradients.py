@@ -23,6 +23,12 @@ def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
     if world.size == 1:
         return
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with parallel.ledger.inside("reduction of gradients"):
+        _reduce(named, parallel)
+
+
+def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> None:
+    world = parallel.world
     has_grad = world.largest([float(parameter.grad is not None) for _, parameter in named])
     dense, experts = [], []
     for (name, parameter), wanted in zip(named, has_grad, strict=True):

@@ -312,7 +312,8 @@ class Trainer:
     def _agree(self, stop: StopRequest) -> tuple[bool, bool]:
         """Whether any rank was asked to stop, and to save; all then have the clock of the slowest."""
         asked = [float(stop.requested), float(stop.save_requested())]
-        stop_, save, self.counters.seconds = self.world.largest([*asked, self.counters.seconds])
+        with self.parallel.ledger.inside("agreement on going on", step=self.counters.step + 1):
+            stop_, save, self.counters.seconds = self.world.largest([*asked, self.counters.seconds])
         return bool(stop_), bool(save)
 
     def _tell(self, text: str) -> None:

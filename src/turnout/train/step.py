@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +49,16 @@ def train_step(
     Routers that learn from load get the whole step's stats. What is reported is the whole step's, the same on all
     ranks, so that they decide alike. Without `parallel` the gradients stay those of this rank.
     """
-    weights, step_stats = shares(batches), count_ahead(model, batches, autocast)
+    with _inside(parallel, "sum of targets"):
+        weights = shares(batches)
+    step_stats = count_ahead(model, batches, autocast)
     results = [
         _forward_backward(loss_function, batch, share, step_stats, autocast)
         for batch, share in zip(batches, weights, strict=True)
     ]
-    stats = sum_stats([result.stats for result in results]) if step_stats is None else step_stats
-    loss, aux_total, aux = _losses(results, weights)
+    with _inside(parallel, "sum of statistics and losses"):
+        stats = sum_stats([result.stats for result in results]) if step_stats is None else step_stats
+        loss, aux_total, aux = _losses(results, weights)
     if parallel is not None:
         reduce_gradients(model, parallel)
     report = _clip(model, max_norm, parallel)
@@ -97,6 +101,10 @@ def _forward_backward(
         ),
         stats=result.stats,
     )
+
+
+def _inside(parallel: Parallel | None, collective: str) -> AbstractContextManager[None]:
+    return nullcontext() if parallel is None else parallel.ledger.inside(collective)
 
 
 def _losses(results: Sequence[DecoderLoss], weights: Sequence[Share]) -> tuple[float, float, dict[str, float]]:
