@@ -21,7 +21,19 @@ _HOME = {
     "Strategy": "turnout.strategy",
     "total_loss": "turnout.tensors",
 }
-_MODULES = ("dispatch", "errors", "experts", "layers", "losses", "models", "parallel", "plan", "presets", "reference", "routers")
+_MODULES = (
+    "dispatch",
+    "errors",
+    "experts",
+    "layers",
+    "losses",
+    "models",
+    "parallel",
+    "plan",
+    "presets",
+    "reference",
+    "routers",
+)
 
 __all__ = [
     "LossTerm",

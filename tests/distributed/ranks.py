@@ -189,9 +189,7 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         first = world.rank * case.accumulate
         mine = parts(case, step)[first : first + case.accumulate]
         autocast = autocast_for(torch.device("cpu"), torch.float32)
-        result = train_step(
-            model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel
-        )
+        result = train_step(model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel)
         results.append(result)
     return {
         "results": [summary(result) for result in results],
@@ -280,9 +278,7 @@ def disagreement(world: World) -> str:
 
 def summary(result: Any) -> Tensor:
     """Losses and gradient norm of a step."""
-    return torch.tensor(
-        [result.loss, result.total_loss, result.grad_norm, *result.aux.values()], dtype=torch.float64
-    )
+    return torch.tensor([result.loss, result.total_loss, result.grad_norm, *result.aux.values()], dtype=torch.float64)
 
 
 def numbers(stats: MoEStats) -> Tensor:

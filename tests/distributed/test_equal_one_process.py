@@ -67,7 +67,12 @@ def test_a_layer_equals_one_process(case: LayerCase, outcomes: Outcomes) -> None
     for rank, got in enumerate(found):
         out, x_grad = passed(layer, inputs_of(case, rank))
         losses = torch.stack([term.value.detach() for term in out.losses])
-        for name, want in (("y", out.y.detach()), ("x_grad", x_grad), ("losses", losses), ("stats", numbers(out.stats))):
+        for name, want in (
+            ("y", out.y.detach()),
+            ("x_grad", x_grad),
+            ("losses", losses),
+            ("stats", numbers(out.stats)),
+        ):
             assert worst(got[name], want) <= limit, (rank, name)
         assert all(got["had_grad"].values()), "a weight without tokens has a gradient of zero, not none"
     for name, weight in layer.named_parameters():
@@ -97,11 +102,7 @@ def test_bytes_and_messages_of_every_pair_are_the_predicted_ones(case: LayerCase
     for start in range(0, case.ranks, case.ep):
         routing = RoutedTokens(mesh, [destinations(case, start + place) for place in range(case.ep)])
         for phase, sizes in (("forward", there), ("backward", home)):
-            got = {
-                (place, to): sent
-                for place in range(case.ep)
-                for to, sent in found[start + place][phase].items()
-            }
+            got = {(place, to): sent for place in range(case.ep) for to, sent in found[start + place][phase].items()}
             assert got == pairs_of(moves, routing, sizes), phase
 
 
@@ -129,7 +130,9 @@ def destinations(case: LayerCase, rank: int) -> list[list[int]]:
         return [[to] for to in at for _ in range(widest(case, rank))]
     plan = plan_dispatch(routing.assignment, admission)
     tokens: list[list[int]] = [[] for _ in range(case.tokens[rank])]
-    for token, chosen in zip(plan.token_M.tolist(), routing.assignment.expert_N[plan.assignment_M].tolist(), strict=True):
+    for token, chosen in zip(
+        plan.token_M.tolist(), routing.assignment.expert_N[plan.assignment_M].tolist(), strict=True
+    ):
         tokens[token].append(at[chosen])
     return tokens
 
@@ -218,5 +221,7 @@ def alone(case: TrainCase) -> tuple[list[tuple[Tensor, list[Tensor]]], dict[str,
 
 def in_one_process(case: TrainCase) -> TrainCase:
     """Ranks are micro-batches here, so what is counted over ranks is counted over micro-batches."""
-    wide = {loss: replace(loss, scope="global") for loss in case.losses if getattr(loss, "scope", "") == "data_parallel"}
+    wide = {
+        loss: replace(loss, scope="global") for loss in case.losses if getattr(loss, "scope", "") == "data_parallel"
+    }
     return replace(case, losses=tuple(wide.get(loss, loss) for loss in case.losses))

@@ -43,7 +43,10 @@ def layer(**settings: object) -> MoE:
     ("cause", "text"),
     [
         (lambda: Recipe(strategy=Strategy(micro_batch=2)), r"strategy\.micro_batch=2: a recipe says that by loop"),
-        (lambda: Recipe(strategy=Strategy(precision="fp32")), r"strategy\.precision='fp32': a recipe says that by loop"),
+        (
+            lambda: Recipe(strategy=Strategy(precision="fp32")),
+            r"strategy\.precision='fp32': a recipe says that by loop",
+        ),
         (
             lambda: Recipe(strategy=Strategy(ep=2), loop=LoopConfig(compile=True)),
             r"loop\.compile=true with strategy\.ep=2.*nearest legal: loop\.compile=false",
@@ -88,7 +91,8 @@ def test_a_process_alone_applies_a_strategy_and_sends_nothing() -> None:
 def test_torchrun_without_its_variables_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2 .*RANK is not set; start it with torchrun"), join(
-        cuda=False, timeout_s=1.0
+    with (
+        pytest.raises(ConfigError, match="WORLD_SIZE=2 .*RANK is not set; start it with torchrun"),
+        join(cuda=False, timeout_s=1.0),
     ):
         pass

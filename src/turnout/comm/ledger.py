@@ -50,9 +50,7 @@ class Ledger:
         """While the context lasts this rank is in that collective; `step` begins one."""
         before = self.where
         number, step = before.number + 1, before.step if step is None else step
-        self.where = Whereabouts(
-            step=step, collective=collective, is_inside=True, number=number, since_s=time.time()
-        )
+        self.where = Whereabouts(step=step, collective=collective, is_inside=True, number=number, since_s=time.time())
         yield
         self.where = replace(self.where, is_inside=False, since_s=time.time())
 

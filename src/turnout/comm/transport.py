@@ -43,7 +43,9 @@ class TorchTransport(Transport[Parcels]):
         self._group, self._ledger = group, ledger
         self._legs = itinerary(program, group.mesh, group.rank)
 
-    def load(self, x_ND: Tensor, sizes: Sizes, *, picks: Picks | None = None, weight_M: Tensor | None = None) -> Parcels:
+    def load(
+        self, x_ND: Tensor, sizes: Sizes, *, picks: Picks | None = None, weight_M: Tensor | None = None
+    ) -> Parcels:
         """Rows before the program, ordered by expert; `picks` are the tokens they come from, `weight_M` their weights."""
         mine = tuple((self._group.rank, to) for to in range(self.mesh.size))
         return Parcels(x_ND=x_ND, sizes=sizes, blocks=mine, picks=picks, weight_M=weight_M)

@@ -62,9 +62,7 @@ class ExpertParallel(Dispatcher):
             layer=self._layer,
         )
         weight_M = assignment.weight_N.index_select(0, plan.assignment_M)
-        tokens = Picks(
-            index_M=plan.token_M, num_rows=assignment.num_tokens, one_each=False, known=by_token(plan)
-        )
+        tokens = Picks(index_M=plan.token_M, num_rows=assignment.num_tokens, one_each=False, known=by_token(plan))
         parcels = self._transport.load(x_TD, sizes, picks=tokens, weight_M=weight_M)
         return lambda: self._ragged(parcels, layout)
 

@@ -73,7 +73,9 @@ def _parallel(recipe: Recipe, world: World) -> Fact:
     ep, each = recipe.strategy.ep, sequences_per_rank(recipe, world.size)
     words = f"{world.size} ranks, {world.local_size} a node, {each} sequences each; "
     words += f"experts over {ep} ranks by {recipe.strategy.alltoall}" if ep > 1 else "every rank has all experts"
-    return Fact(name="parallel", value={"ranks": world.size, "ep": ep, "alltoall": recipe.strategy.alltoall}, text=words)
+    return Fact(
+        name="parallel", value={"ranks": world.size, "ep": ep, "alltoall": recipe.strategy.alltoall}, text=words
+    )
 
 
 def _balance(recipe: Recipe) -> Fact:

@@ -63,9 +63,7 @@ class RunState:
         moments = FlatState(tensors=shards.mine(loaded.files["optimizer"]), meta=self._own_shapes(loaded))
         set_optimizer_state(self.optimizer, self.model.named_parameters(), moments)
         self.model.load_state_dict(model)
-        rng, notes = rng_state_of(
-            FlatState(tensors=loaded.files["rng"], meta=loaded.meta["rng"]), self.parallel.world
-        )
+        rng, notes = rng_state_of(FlatState(tensors=loaded.files["rng"], meta=loaded.meta["rng"]), self.parallel.world)
         return loaded.meta["counters"], notes + (() if rng is None else set_rng_state(rng))
 
     def _own_shapes(self, loaded: Checkpoint) -> dict[str, Any]:

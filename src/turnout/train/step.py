@@ -120,9 +120,7 @@ def _clip(model: nn.Module, max_norm: float, parallel: Parallel | None) -> GradR
     parameters = list(model.parameters())
     if parallel is None:
         return clip_and_check(parameters, max_norm)
-    return clip_and_check(
-        parameters, max_norm, slices=parallel.slices(model), over_ranks=parallel.over_experts
-    )
+    return clip_and_check(parameters, max_norm, slices=parallel.slices(model), over_ranks=parallel.over_experts)
 
 
 def _mean_terms(per_batch: Sequence[tuple[LossTerm, ...]], weights: Sequence[Share]) -> dict[str, float]:
@@ -143,9 +141,7 @@ def _name_problem(model: nn.Module, loss: float, terms: Sequence[LossTerm], para
     return min(found, key=lambda text: not text.startswith("weight"), default="the gradient norm overflowed")
 
 
-def _own_problem(
-    model: nn.Module, loss: float, terms: Sequence[LossTerm], first_expert: Callable[[str], int]
-) -> str:
+def _own_problem(model: nn.Module, loss: float, terms: Sequence[LossTerm], first_expert: Callable[[str], int]) -> str:
     weights = nonfinite_report(model.named_parameters(), first_expert)
     if weights is not None:
         return f"weight {weights}"

@@ -99,9 +99,7 @@ def _step(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: grads.update(_gradients(model, parallel)))
     autocast = autocast_for(torch.device("cpu"), torch.float32)
-    result = train_step(
-        model, model.loss, optimizer, batches, max_norm=math.inf, autocast=autocast, parallel=parallel
-    )
+    result = train_step(model, model.loss, optimizer, batches, max_norm=math.inf, autocast=autocast, parallel=parallel)
     if result.problem is not None:
         raise ConfigError(f"the model cannot be compared: {result.problem}")
     scalars = {"loss": result.loss, "gradient norm": result.grad_norm, **result.aux}
@@ -127,9 +125,7 @@ def _batches(config: ModelConfig, ranks: int) -> list[Batch]:
     g = torch.Generator().manual_seed(1)
     length = min(LENGTH, config.max_seq_len)
     tokens_BS = torch.randint(config.vocab_size, (ranks, length + 1), generator=g)
-    return [
-        Batch(tokens_BS=row[:, :-1].contiguous(), targets_BS=row[:, 1:].contiguous()) for row in tokens_BS.split(1)
-    ]
+    return [Batch(tokens_BS=row[:, :-1].contiguous(), targets_BS=row[:, 1:].contiguous()) for row in tokens_BS.split(1)]
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:
