@@ -92,7 +92,7 @@ def test_torchrun_without_its_variables_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with (
-        pytest.raises(ConfigError, match="WORLD_SIZE=2 .*RANK is not set; start it with torchrun"),
+        pytest.raises(ConfigError, match=r"WORLD_SIZE=2 .*RANK is not set; start it with torchrun"),
         join(cuda=False, timeout_s=1.0),
     ):
         pass

@@ -19,6 +19,7 @@ from turnout.config import dump_toml, from_dict
 from turnout.data.prepare import DataConfig, Dataset, prepare
 from turnout.layers import MoEConfig
 from turnout.layers.attention import AttentionConfig
+from turnout.losses import LoadBalance
 from turnout.models import ModelConfig
 from turnout.routers import TopK
 from turnout.strategy import Strategy
@@ -29,7 +30,8 @@ from turnout.train.signals import StopRequest
 from turnout.train.trained import load_trained
 
 Once = Callable[[str, Callable[[Path], None]], Path]
-SENTENCE = "a router sends each token to its experts and the experts answer in turn while the rest sleep".split()
+SENTENCE = "a router sends each token to its experts and the experts answer in turn while the rest sleep"
+WORDS = SENTENCE.split()
 STEPS = 8
 
 
@@ -37,12 +39,14 @@ def write_text(folder: Path) -> None:
     """Documents of a few words in changing order."""
     folder.mkdir()
     for number in range(20):
-        words = [SENTENCE[(number * 7 + i * (i % 5 + 1)) % len(SENTENCE)] for i in range(200)]
+        words = [WORDS[(number * 7 + i * (i % 5 + 1)) % len(WORDS)] for i in range(200)]
         (folder / f"document-{number}.txt").write_text(" ".join(words), encoding="utf-8")
 
 
 def recipe_of(folder: Path, strategy: Strategy) -> Recipe:
-    moe = MoEConfig(num_experts=4, hidden=16, router=TopK(k=2))
+    # counted over the step, for one process has the whole batch in one call
+    losses = (LoadBalance(scope="global"),)
+    moe = MoEConfig(num_experts=4, hidden=16, router=TopK(k=2), losses=losses)
     attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
     model = ModelConfig(vocab_size=300, dim=16, num_layers=2, max_seq_len=64, attention=attention, moe=moe)
     data = DataConfig(corpus=str(folder / "text"), vocab_size=300, val_fraction=0.2)

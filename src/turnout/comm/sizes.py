@@ -66,13 +66,13 @@ def exchange_sizes(
     """
     counts_X = torch.cat([counts_E, *merged.values()]).to(torch.int64)
     ranks = group.mesh.size
-    gathered_PX = counts_X.new_empty(ranks * len(counts_X))
+    gathered_PX = counts_X.new_empty(ranks, len(counts_X))
     with named("all-gather of counts", layer, group.whole, ledger):
-        dist.all_gather_into_tensor(gathered_PX, counts_X, group=group.whole)
+        dist.all_gather(list(gathered_PX), counts_X, group=group.whole)
     size = counts_X.element_size() * len(counts_X)
     ledger.note(layer, "forward", "counts", {peer: size for peer in range(ranks) if peer != group.rank})
     ledger.note_host_copy(layer)
-    rows = gathered_PX.view(ranks, len(counts_X)).tolist()
+    rows = gathered_PX.tolist()
     ends = {packing: len(values) for packing, values in merged.items()}
     start, found = len(counts_E), {}
     for packing, length in ends.items():

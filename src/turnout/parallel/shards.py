@@ -63,10 +63,9 @@ class ExpertShards:
         most, mine = max(lengths), lengths[self.group.rank]
         block = tensor.new_zeros(most, *tensor.shape[1:])
         block[:mine] = tensor.detach()
-        gathered = tensor.new_empty(most * placement.ranks, *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, block, group=self.group.whole)
-        blocks = gathered.cpu().split(most)
-        return torch.cat([block[:length] for block, length in zip(blocks, lengths, strict=True)])
+        blocks = [torch.empty_like(block) for _ in lengths]
+        dist.all_gather(blocks, block, group=self.group.whole)
+        return torch.cat([block[:length].cpu() for block, length in zip(blocks, lengths, strict=True)])
 
     def _cut(self, name: str, tensor: Tensor) -> Tensor:
         placement = self._of(name)
