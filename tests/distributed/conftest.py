@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.ranks import run_cases, spawn
+from tests.distributed.runs import prepare_text
+
 PATIENCE_S = 240.0
 
 
@@ -31,6 +34,17 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
         return folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def four_ranks(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """The folder of the one spawn that all tests share: outcomes of every case, and a run of the training loop."""
+
+    def make(folder: Path) -> None:
+        prepare_text(folder)
+        spawn(run_cases, 4, folder)
+
+    return once("four-ranks", make)
 
 
 def _waited_for(folder: Path) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.distributed.cases import (
     worst,
 )
 from tests.distributed.kernel_count import Connection, received
+from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
 from turnout.alltoall import PROGRAMS
 from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
@@ -44,7 +46,7 @@ from turnout.train.device import autocast_for
 from turnout.train.step import train_step
 
 TIMEOUT_S = 120.0
-RANDOM_PASSES = 60
+RANDOM_PASSES = 40
 STALLED = (0, 2)
 MAX_NORM = 0.5  # small enough that every step is clipped
 Outcome = dict[str, Any]
@@ -53,7 +55,10 @@ Job = Callable[[World, Path], None]
 
 def spawn(job: Job, ranks: int, folder: Path) -> None:
     """Run `job` in that many processes, each of which begins with a world of its own."""
-    multiprocessing.start_processes(_process, args=(job, ranks, str(folder)), nprocs=ranks, start_method="spawn")
+    # one clean process imports what takes seconds, and the ranks are forked from it
+    get_context("forkserver").set_forkserver_preload(["torch", "torch._dynamo", "turnout.verify.parallel"])
+    arguments = (job, ranks, str(folder))
+    multiprocessing.start_processes(_process, args=arguments, nprocs=ranks, start_method="forkserver")
 
 
 def _process(rank: int, job: Job, ranks: int, folder: str) -> None:
@@ -84,6 +89,7 @@ def run_cases(world: World, folder: Path) -> None:
         if size < world.size:
             dist.destroy_process_group()
             join(world.rank, size, folder)
+        run_part(World(rank=world.rank, size=size, local_size=size), folder)
         for case in mine:
             here = World(rank=world.rank, size=size, local_size=case.local)
             run = run_layer if isinstance(case, LayerCase) else run_training

@@ -1,6 +1,5 @@
 """Any layout equals one process: outputs, gradients, losses, statistics, weights; and moves the bytes it predicts."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,7 +26,7 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
-from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_cases, spawn, summary
+from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, summary
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
 from turnout.comm import expert_mesh
 from turnout.dispatch import plan_dispatch
@@ -40,9 +39,9 @@ Outcomes = list[dict[str, Outcome]]
 
 
 @pytest.fixture(scope="session")
-def outcomes(once: Callable[[str, Callable[[Path], None]], Path]) -> Outcomes:
+def outcomes(four_ranks: Path) -> Outcomes:
     """What each of four ranks wrote down."""
-    return _read(once("four-ranks", lambda folder: spawn(run_cases, 4, folder)))
+    return _read(four_ranks)
 
 
 @cache

@@ -187,8 +187,8 @@ def recipe_for(name: str | None, resume: Path | None, overrides: Sequence[str]) 
         return load_recipe(name, overrides)
     if name is not None or any(not change.strip().startswith("strategy.") for change in overrides):
         raise ConfigError(
-            f"--resume {resume} goes on with the run's own recipe; leave out the recipe, --data, --minutes, --steps and "
-            "every --set but those of strategy, or start a new run"
+            f"--resume {resume} goes on with the run's own recipe; leave out the recipe, --data, --minutes, --steps "
+            "and every --set but those of strategy, or start a new run"
         )
     recipe = recipe_of(resume)
     return from_dict(Recipe, override(to_dict(recipe), overrides)) if overrides else recipe

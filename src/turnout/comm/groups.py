@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,8 @@ def make_groups(strategy: Strategy, world: World, *, timeout_s: float, cuda: boo
     of_experts = [list(range(start, start + ep)) for start in ranks[::ep]]
     whole = maker.group(of_experts)
     wires: dict[frozenset[Axis], ProcessGroup | None] = {_BOTH: whole}
-    for axis, keep in (("node", 1), ("local", 0)):
+    axes: tuple[tuple[Axis, int], ...] = (("node", 1), ("local", 0))
+    for axis, keep in axes:
         extent = mesh.nodes if axis == "node" else mesh.local
         lines = [line for group in of_experts for line in _lines(group, mesh, keep)]
         wires[frozenset((axis,))] = whole if extent == ep else maker.group(lines)
@@ -108,7 +110,9 @@ class _Maker:
         return made[self._world.rank]
 
     def _made(self, ranks: Sequence[int]) -> ProcessGroup:
-        return dist.new_group(list(ranks), timeout=self._timeout)
+        made = dist.new_group(list(ranks), timeout=self._timeout)
+        # a number stands for the groups of other ranks
+        return cast(ProcessGroup, made)
 
 
 def _warm(groups: Iterable[ProcessGroup | None], *, cuda: bool) -> None:

@@ -46,7 +46,7 @@ class TorchTransport(Transport[Parcels]):
     def load(
         self, x_ND: Tensor, sizes: Sizes, *, picks: Picks | None = None, weight_M: Tensor | None = None
     ) -> Parcels:
-        """Rows before the program, ordered by expert; `picks` are the tokens they come from, `weight_M` their weights."""
+        """Rows before the program, ordered by expert; `picks`: the tokens they come from, `weight_M`: their weights."""
         mine = tuple((self._group.rank, to) for to in range(self.mesh.size))
         return Parcels(x_ND=x_ND, sizes=sizes, blocks=mine, picks=picks, weight_M=weight_M)
 

@@ -85,7 +85,8 @@ class Watch:
     def _words(self, where: Whereabouts, waited_s: float) -> str:
         found = [self._absence(rank, told, where) for rank, told in self._seen.items() if rank != self._world.rank]
         absent = "; ".join(words for words in found if words) or "every rank is there: the network between them is not"
-        return f"rank {self._world.rank} has waited {waited_s:.0f} s in step {where.step}, in the {where.collective}: {absent}"
+        place = f"in step {where.step}, in the {where.collective}"
+        return f"rank {self._world.rank} has waited {waited_s:.0f} s {place}: {absent}"
 
     def _absence(self, rank: int, told: Mapping[str, Any], where: Whereabouts) -> str:
         """Why a rank is not in the collective, or nothing if it is."""

@@ -106,7 +106,7 @@ def _launch() -> tuple[int, ...]:
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but {missing[0]} is not "
-            "set; start it with torchrun"
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but {missing[0]} is "
+            "not set; start it with torchrun"
         )
     return tuple(int(os.environ[name]) for name in names[:4])

@@ -33,8 +33,10 @@ class ExpertParallel(Dispatcher):
         self._program, self._group, self._placement = program, group, placement
         self._ledger, self._layer = ledger, layer
         self._transport = TorchTransport(program, group, ledger, layer)
-        packings = [step.after for step in steps_of(program)]
-        self._merged = tuple(dict.fromkeys(packing for packing in packings if packing != "assignment"))
+        packings: list[Packing] = [step.after for step in steps_of(program)]
+        self._merged: tuple[Packing, ...] = tuple(
+            dict.fromkeys(packing for packing in packings if packing != "assignment")
+        )
 
     def dispatch(
         self,
@@ -104,7 +106,7 @@ class ExpertParallel(Dispatcher):
         rank_M = rank_of_expert_E[assignment.expert_N[plan.assignment_M]]
         goes_PT = torch.zeros(mesh.size * num_tokens, dtype=torch.int64, device=plan.token_M.device)
         goes_PT = goes_PT.index_fill_(0, rank_M * num_tokens + plan.token_M, 1).view(mesh.size, num_tokens)
-        counts = {
+        counts: dict[Packing, Tensor] = {
             "rank": goes_PT.sum(dim=1),
             "node": goes_PT.view(mesh.nodes, mesh.local, num_tokens).amax(dim=1).sum(dim=1),
         }

@@ -24,12 +24,12 @@ def join_rng_states(states: Sequence[FlatState]) -> FlatState:
 def rng_state_of(joined: FlatState, world: World) -> tuple[FlatState | None, tuple[str, ...]]:
     """This rank's state, None if the checkpoint was written by fewer ranks; and notes where the numbers differ."""
     others = joined.meta.get(_RANKS, [])
-    saved, notes = 1 + len(others), ()
-    if saved != world.size:
-        notes = (
-            f"the checkpoint has the random state of {saved} ranks, this run has {world.size}: what routers draw at "
-            "random goes on in another way; weights, moments and data are exact",
-        )
+    saved = 1 + len(others)
+    differs = (
+        f"the checkpoint has the random state of {saved} ranks, this run has {world.size}: what routers draw at "
+        "random goes on in another way; weights, moments and data are exact"
+    )
+    notes = () if saved == world.size else (differs,)
     if world.rank >= saved:
         # ranks must not draw alike, and the numbers of a run must not repeat
         torch.manual_seed(int(joined.tensors["torch_cpu"].to(torch.int64).sum()) + world.rank)

@@ -38,7 +38,7 @@ class RunState:
         moments = optimizer_state(self.optimizer, self.model.named_parameters())
         shapes = {name: shards.whole_shape(name, shape) for name, shape in moments.meta["shapes"].items()}
         rng = join_rng_states(self.parallel.world.all(rng_state()))
-        files = {
+        files: dict[str, Mapping[str, Tensor]] = {
             "model": shards.whole(self.model.state_dict()),
             "optimizer": shards.whole(moments.tensors),
             "rng": rng.tensors,

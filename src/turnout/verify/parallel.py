@@ -18,6 +18,7 @@ from turnout.comm import World
 from turnout.config import dump_toml, from_dict
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
+from turnout.losses import LoadBalance
 from turnout.models import Decoder, ModelConfig
 from turnout.parallel import Parallel, apply
 from turnout.train.device import autocast_for
@@ -137,7 +138,7 @@ def _in_one_process(config: ModelConfig) -> ModelConfig:
     if config.moe is None:
         return config
     losses = tuple(
-        replace(loss, scope="global") if getattr(loss, "scope", "") == "data_parallel" else loss
+        replace(loss, scope="global") if isinstance(loss, LoadBalance) and loss.scope == "data_parallel" else loss
         for loss in config.moe.losses
     )
     return replace(config, moe=replace(config.moe, losses=losses))
