@@ -14,10 +14,13 @@ from tests.distributed.cases import worst
 from tests.distributed.runs import PARTS, RUN, STEPS, recipe_of, trained, write_text
 from turnout.comm import World
 from turnout.config import dump_toml, from_dict
+from turnout.errors import ConfigError
 from turnout.strategy import Strategy
 from turnout.train import checkpoint
 from turnout.train.recipe import Recipe
+from turnout.train.recipes import load_recipe
 from turnout.train.trained import load_trained
+from turnout.verify.parallel import Compared, verify_parallel
 
 
 def test_a_run_goes_on_at_any_layout_and_ends_like_one_process(four_ranks: Path, tmp_path: Path) -> None:
@@ -84,3 +87,20 @@ def test_turnout_train_needs_nothing_but_the_strategy(tmp_path: Path, monkeypatc
     moe = model.config.moe
     assert moe is not None
     assert all(layer.experts.num_experts == moe.num_experts for _, layer in model.moe_blocks())
+
+
+@pytest.mark.slow
+def test_a_layout_checks_itself_against_one_process() -> None:
+    recipe = load_recipe("smoke", ["strategy.ep=2", "strategy.alltoall=rank_dedup"])
+    rows = verify_parallel(recipe, 2)
+    assert {"logits", "loss", "statistics of blocks.1", "gradient of blocks.0.ffn.experts.up_EDG"} <= {
+        row.name for row in rows
+    }
+    assert all(row.holds for row in rows)
+    assert max(row.error for row in rows) > 0, "experts add up in another order: exactly equal would be no comparison"
+
+
+def test_what_is_not_equal_is_not_passed() -> None:
+    assert not Compared(name="x", error=float("nan"), tolerance=1e-10).holds
+    with pytest.raises(ConfigError, match="ranks=1 must be at least 2"):
+        verify_parallel(load_recipe("smoke"), 1)
