@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from tests.distributed.cases import PROGRAMS as PROGRAM_NAMES
 from tests.distributed.cases import (
@@ -36,6 +35,7 @@ from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
 from turnout.alltoall import PROGRAMS
 from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
+from turnout.comm.processes import start_ranks
 from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError
 from turnout.parallel import ExpertParallel, ExpertShards, Parallel, apply, check_replicas, reduce_gradients
@@ -55,10 +55,7 @@ Job = Callable[[World, Path], None]
 
 def spawn(job: Job, ranks: int, folder: Path) -> None:
     """Run `job` in that many processes, each of which begins with a world of its own."""
-    # one clean process imports what takes seconds, and the ranks are forked from it
-    get_context("forkserver").set_forkserver_preload(["torch", "torch._dynamo", "turnout.verify.parallel"])
-    arguments = (job, ranks, str(folder))
-    multiprocessing.start_processes(_process, args=arguments, nprocs=ranks, start_method="forkserver")
+    start_ranks(_process, ranks, job, ranks, str(folder))
 
 
 def _process(rank: int, job: Job, ranks: int, folder: str) -> None:

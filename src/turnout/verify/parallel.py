@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from turnout.comm import World
+from turnout.comm.processes import start_ranks
 from turnout.config import dump_toml, from_dict
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
@@ -58,7 +59,7 @@ def verify_parallel(recipe: Recipe, ranks: int) -> list[Compared]:
     dtype = _dtype(recipe.model)
     with tempfile.TemporaryDirectory() as folder:
         text = dump_toml(recipe)
-        multiprocessing.start_processes(_rank, args=(text, ranks, folder), nprocs=ranks, start_method="spawn")
+        start_ranks(_rank, ranks, text, ranks, folder)
         found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
     want = _step(_in_one_process(recipe.model), dtype, _batches(recipe.model, ranks), None)
     limit = TOLERANCE[dtype]
