@@ -145,8 +145,8 @@ MUTATIONS = (
     Mutation(
         "the capacity is rounded down",
         "dispatch/admission.py",
-        "return math.ceil(factor",
-        "return math.floor(factor",
+        "return math.ceil(min(factor",
+        "return math.floor(min(factor",
         (LAYER, DISPATCH),
     ),
     Mutation(

@@ -5,7 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # for type checkers and editors alone: at run time __getattr__ loads these names when they are used
-    from turnout import dispatch, errors, experts, layers, losses, models, parallel, plan, presets, reference, routers
+    from turnout import (
+        dispatch,
+        errors,
+        experts,
+        hme,
+        layers,
+        losses,
+        models,
+        parallel,
+        plan,
+        presets,
+        reference,
+        routers,
+    )
     from turnout.layers import MoE, MoEConfig
     from turnout.strategy import Strategy
     from turnout.tensors import LossTerm, MoEOutput, MoEStats, total_loss
@@ -25,6 +38,7 @@ _MODULES = (
     "dispatch",
     "errors",
     "experts",
+    "hme",
     "layers",
     "losses",
     "models",
@@ -46,6 +60,7 @@ __all__ = [
     "dispatch",
     "errors",
     "experts",
+    "hme",
     "layers",
     "losses",
     "models",

@@ -6,6 +6,7 @@ corpus) is written as a table with a `name`: `router = {name = "topk", k = 2}`.
 
 import ast
 import dataclasses
+import functools
 import inspect
 import math
 import textwrap
@@ -23,6 +24,30 @@ from turnout.errors import ConfigError
 from turnout.registry import nearest
 
 C = TypeVar("C")
+
+
+class Settings:
+    """Base of frozen dataclasses of settings: a word or a part that a field cannot hold is an error however it came.
+
+    A file's settings are checked as they are read; these, also where Python makes them, before `__post_init__`.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = cls.__dict__.get("__post_init__")
+        if own is None:
+            return
+
+        @functools.wraps(own)
+        def checked(self: Any) -> None:
+            _require_fitting(self)
+            own(self)
+
+        cls.__post_init__ = checked
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError naming the field, its value, the legal ones and the nearest."""
+        _require_fitting(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +210,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, _expect(value, Mapping, "a table", where), where)
     if origin is Literal:
-        if value not in args:
-            legal = [str(a) for a in args]
-            raise ConfigError(f"{where}={value!r} must be one of: {', '.join(legal)}{nearest(str(value), legal)}")
+        _require_literal(hint, value, where)
         return value
     if origin in (tuple, list):
         items = _expect(value, list | tuple, "a list", where)
@@ -203,6 +226,43 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}={value!r} must be {_type_name(hint)}")
         return value
     return value
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _require_fitting(settings: Any) -> None:
+    cls = type(settings)
+    for field in dataclasses.fields(settings):
+        hint, value = _hints(cls)[field.name], getattr(settings, field.name)
+        if value is None and type(None) in get_args(hint):
+            continue
+        hint, where = _strip_optional(hint), f"{cls.__name__}.{field.name}"
+        if get_origin(hint) is Literal:
+            _require_literal(hint, value, where)
+        elif hasattr(hint, "TABLE"):
+            _require_part(hint, value, where)
+        elif get_origin(hint) is tuple and hasattr(base := get_args(hint)[0], "TABLE"):
+            for i, item in enumerate(_expect(value, list | tuple, f"a tuple, each item a {base.TABLE.kind}", where)):
+                _require_part(base, item, f"{where}[{i}]")
+
+
+def _require_literal(hint: Any, value: Any, where: str) -> None:
+    if value not in get_args(hint):
+        legal = [str(a) for a in get_args(hint)]
+        raise ConfigError(f"{where}={value!r} must be one of: {', '.join(legal)}{nearest(str(value), legal)}")
+
+
+def _require_part(base: Any, value: Any, where: str) -> None:
+    if isinstance(value, base):
+        return
+    rows = {name: row.__name__ for name, row in base.TABLE.items()}
+    # its name, or its class, where its settings belong
+    word = value.__name__ if isinstance(value, type) else rows.get(value, value) if isinstance(value, str) else ""
+    hint = nearest(f"{word}()", [f"{row}()" for row in rows.values()]) if word else ""
+    raise ConfigError(f"{where}={value!r} must be a {base.TABLE.kind}: settings of {', '.join(rows.values())}{hint}")
 
 
 def _require_finite(value: Any, where: str) -> None:

@@ -1,5 +1,6 @@
 """The replaceable parts of a layer, each an interface on this page."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from turnout.config import Settings
 from turnout.errors import ConfigError, ShapeError
 from turnout.registry import Table
 from turnout.tensors import (
@@ -20,6 +22,7 @@ from turnout.tensors import (
     RouterInput,
     RouterOutput,
     Rows,
+    as_token_ids,
 )
 
 
@@ -59,13 +62,14 @@ class Router(nn.Module, ABC):
     ) -> RouterOutput:
         """Route the tokens whose mask is true (all, without a mask); `top_k` replaces the router's own for this call.
 
-        Raises: ShapeError if the width or the mask does not fit; ConfigError if the router cannot give top_k choices.
+        Raises: ShapeError if width, mask or ids do not fit; ConfigError if the router cannot give top_k choices.
         """
         num_tokens, dim = x_TD.shape
         if dim != self.dim:
             raise ShapeError(f"router got width {dim}; it was built for dim={self.dim}")
         if top_k is not None:
             self._check_top_k(top_k)
+        token_ids_T = as_token_ids(token_ids_T)
         token_R = torch.arange(num_tokens, device=x_TD.device) if mask_T is None else _real_tokens(mask_T, num_tokens)
         if mask_T is not None:
             x_TD = x_TD[token_R]
@@ -104,7 +108,7 @@ class Router(nn.Module, ABC):
         """Called once per optimizer step with the whole step's stats; routers that learn from load override it."""
 
 
-class RouterConfig(ABC):
+class RouterConfig(Settings, ABC):
     """A row of the router table: settings without sizes; `build` adds the sizes."""
 
     TABLE: ClassVar[Table[type["RouterConfig"]]] = Table("router")
@@ -130,7 +134,12 @@ class RouterConfig(ABC):
         """Whether a gradient of the scores reaches anything: the router's parameters, or x."""
         return True
 
-    def check_decoder(self) -> None:  # noqa: B027  (a hook)
+    @property
+    def needs_whole_layer(self) -> str:
+        """What of a step only the router of a whole layer is told, and this one learns from; empty: nothing."""
+        return ""
+
+    def check_decoder(self) -> None:
         """Called by a model that reads from left to right.
 
         Raises: ConfigError if a token's experts depend on later tokens.
@@ -161,10 +170,43 @@ class GivenRouter(RouterConfig):
         return self.most_choices
 
     def build(self, dim: int, num_experts: int) -> nn.Module:
-        return self.module
+        """Raises: ConfigError if it is called in another way, or was built for other sizes."""
+        module, name = self.module, type(self.module).__name__
+        try:
+            inspect.signature(module.forward).bind(None, None, None, None)
+        except TypeError as error:
+            raise ConfigError(
+                f"router={name} is not called as a Router is, with (x_TD, token_ids_T, mask_T, generator): {error}"
+            ) from error
+        if isinstance(module, Router) and (module.dim, module.num_experts) != (dim, num_experts):
+            raise ConfigError(
+                f"router={name} was built for dim={module.dim}, num_experts={module.num_experts}; "
+                f"the layer has dim={dim}, num_experts={num_experts}"
+            )
+        return module
+
+    def check_output(self, routing: object, *, num_tokens: int, num_experts: int) -> None:
+        """Raises: ConfigError unless `routing` is a RouterOutput for these sizes, with every index within them."""
+        name = type(self.module).__name__
+        if not isinstance(routing, RouterOutput):
+            raise ConfigError(f"router={name} returned {type(routing).__name__}; a Router returns a RouterOutput")
+        given = routing.assignment
+        if (given.num_tokens, given.num_experts) != (num_tokens, num_experts):
+            raise ConfigError(
+                f"router={name} gave an assignment of num_tokens={given.num_tokens}, num_experts={given.num_experts}; "
+                f"this call has num_tokens={num_tokens}, num_experts={num_experts}"
+            )
+        if torch.compiler.is_compiling():
+            return
+        for field, index_N, size in (("token_N", given.token_N, num_tokens), ("expert_N", given.expert_N, num_experts)):
+            if len(index_N) and not 0 <= int(index_N.min()) <= int(index_N.max()) < size:
+                raise ConfigError(
+                    f"router={name} gave {field} from {int(index_N.min())} to {int(index_N.max())}; "
+                    f"legal: 0 to {size - 1}"
+                )
 
 
-class CapacityPolicy(ABC):
+class CapacityPolicy(Settings, ABC):
     """Decides which assignments are sent. A frozen dataclass of settings; pure."""
 
     TABLE: ClassVar[Table[type["CapacityPolicy"]]] = Table("capacity policy")
@@ -185,7 +227,7 @@ class CapacityPolicy(ABC):
         """
 
 
-class Loss(ABC):
+class Loss(Settings, ABC):
     """An auxiliary loss on routing. A frozen dataclass of settings; pure. `check` is final."""
 
     TABLE: ClassVar[Table[type["Loss"]]] = Table("loss")
@@ -209,7 +251,7 @@ class Loss(ABC):
             )
         self.check_own(router, num_experts)
 
-    def check_own(self, router: RouterConfig, num_experts: int) -> None:  # noqa: B027  (a hook)
+    def check_own(self, router: RouterConfig, num_experts: int) -> None:
         """What this loss alone needs. Raises: ConfigError if the router or the sizes lack it."""
 
     @abstractmethod

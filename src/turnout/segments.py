@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from turnout.tensors import first_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class _Gather(torch.autograd.Function):
         return x_TD.index_select(0, segments.target_M)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _wide_sum(grads[0], ctx.segments), None
 
@@ -86,7 +87,7 @@ class _Sum(torch.autograd.Function):
         return _wide_sum(rows_MD, segments)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grads[0].index_select(0, ctx.segments.target_M), None
 
@@ -100,7 +101,7 @@ class _WeightedSum(torch.autograd.Function):
         return _add_up(rows_MD.to(wide).contiguous(), segments, weight_M.to(wide)).to(rows_MD.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows_MD, weight_M = ctx.saved_tensors
         wide = torch.promote_types(rows_MD.dtype, weight_M.dtype)

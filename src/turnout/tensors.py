@@ -10,16 +10,18 @@ Tensors end in their shape, in letters of this legend (the suffix describes the 
 Scalars and lists carry no suffix.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, wraps
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from turnout.errors import ShapeError
+from turnout.errors import ConfigError, ShapeError
 
 Scope = Literal["micro_batch", "sequence", "data_parallel", "global"]
 
@@ -160,6 +162,50 @@ class MoEOutput:
     losses: tuple[LossTerm, ...]
     stats: MoEStats
     assignment: Assignment  # who went where, for a recording or a picture
+
+
+def as_token_ids(ids: Tensor | None) -> Tensor | None:
+    """The ids as int64, from any whole numbers: one id is one number, whatever dtype it came in.
+
+    Raises: ShapeError if they are not whole numbers.
+    """
+    if ids is None:
+        return None
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ShapeError(f"token_ids has {ids.dtype}; ids are whole numbers: torch.int64, or any other integer dtype")
+    return ids.to(torch.int64)
+
+
+def fill_normal(weight: Tensor, std: float) -> None:
+    """Draws initial weights, in place.
+
+    Raises: ConfigError if no normal distribution has that standard deviation.
+    """
+    if not 0 <= std < math.inf:
+        raise ConfigError(f"init_std={std} must be at least 0 and finite")
+    torch.nn.init.normal_(weight, std=std)
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of an autograd function whose gradients have no gradient of their own.
+
+    torch's `once_differentiable` alone says so only where the second pass reaches it, and some do not: the term is
+    then missing from the result.
+    Raises: ConfigError in a backward pass with create_graph=True.
+    """
+    once = once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        # autograd runs a backward with gradients enabled when it is to be differentiated again, and only then
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise ConfigError(
+                "create_graph=True: the layers have no second derivatives (gradient penalties, Hessian products); "
+                "take finite differences of first gradients, in float64 and with backend='loop'"
+            )
+        return once(ctx, *grads)
+
+    return checked
 
 
 def total_loss(losses: tuple[LossTerm, ...]) -> Tensor:

@@ -39,6 +39,15 @@ class PeakFlops:
     fp8: float = 0.0
     fp4: float = 0.0
 
+    def at_power(self, share: float) -> "PeakFlops":
+        """The peak a device sustains when it is held to that share of the power it is designed for.
+
+        Power of switching goes as voltage squared times frequency, and voltage with frequency, so frequency as the cube
+        root of power. Source: Rabaey, Chandrakasan and Nikolic 2003, Digital Integrated Circuits, section 5.5.
+        """
+        clock = share ** (1 / 3)
+        return PeakFlops(**{field.name: clock * getattr(self, field.name) for field in fields(self)})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -86,6 +95,7 @@ class Cluster:
     usd_per_device_hour: float = 0.0  # rent; 0 where unknown
     device_watt: float = 0.0  # of the device alone; 0 where unknown
     host_watt: float = 0.0  # of the rest of the node, per device; 0 where unknown
+    alltoall_share: float = 1.0  # of intra.bytes_per_s that an all-to-all reaches on switches; gathers reach all
     network_usd_per_device: float = 0.0  # network cost per endpoint; 0 where unknown
     sources: tuple[str, ...] = ()  # where the numbers are from
 
@@ -93,6 +103,7 @@ class Cluster:
         _require(self.devices_per_node >= 1, "cluster.devices_per_node", self.devices_per_node, "at least 1")
         _require(self.oversubscription >= 1, "cluster.oversubscription", self.oversubscription, "at least 1")
         _require(self.nodes_per_leaf >= 0, "cluster.nodes_per_leaf", self.nodes_per_leaf, "at least 0")
+        _require(0 < self.alltoall_share <= 1, "cluster.alltoall_share", self.alltoall_share, "above 0 and up to 1")
         size = prod(self.torus)
         if self.torus and size != self.devices_per_node:
             raise ConfigError(
@@ -109,12 +120,12 @@ class Cluster:
     def alltoall_intra(self, ranks: int = 0) -> Link:
         """The link inside a node for an all-to-all of `ranks` neighbours, 0 for the whole node.
 
-        On a switch pieces travel once; on a torus a quarter of the ring in every dimension. Each byte takes L/4 hops in
-        the longest dimension L, over the two links a device has in it, so a device sends at most 8 w / L, w one way of
-        one link. A part of a torus is taken as a cube that wraps.
+        On switches pieces travel once, at the cluster's share of the link; on a torus a quarter of the ring in every
+        dimension. Each byte takes L/4 hops in the longest dimension L, over the two links a device has in it, so a
+        device sends at most 8 w / L, w one way of one link. A part of a torus is taken as a cube that wraps.
         """
         if not self.torus:
-            return self.intra
+            return replace(self.intra, bytes_per_s=self.alltoall_share * self.intra.bytes_per_s)
         dimensions = len(self.torus)
         longest = min(max(self.torus), ceil((ranks or self.devices_per_node) ** (1 / dimensions) - 1e-9))
         if ranks in (0, self.devices_per_node):

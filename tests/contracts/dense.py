@@ -22,6 +22,8 @@ from turnout.routers import DeepSeekV3, GShardTop2, Hash, Switch, TopK
 from turnout.tensors import Admission, Assignment, RouterOutput
 
 KNOWN_ROUTERS = (TopK, Switch, GShardTop2, DeepSeekV3, Hash)
+KNOWN_POLICIES = (Dropless, FixedCapacity)  # of the second, the order by position
+KNOWN_LOSSES = (LoadBalance, RouterZ)  # the first of routers with as many choices for every token
 KNOWN_KINDS = ("relu", "gelu", "swiglu", "swiglu_clamped")
 Leaves = Mapping[str, Tensor]
 
@@ -102,7 +104,7 @@ def kept(case: Case, inputs: Inputs, layer: MoE, routing: RouterOutput) -> Tenso
         sent_N = ~assignment.declined_N
     if isinstance(policy, Dropless):
         return sent_N
-    if not isinstance(policy, FixedCapacity) or policy.priority != "position" or assignment.top_k is None:
+    if not isinstance(policy, KNOWN_POLICIES) or policy.priority != "position" or assignment.top_k is None:
         generator = torch.Generator().manual_seed(case.seed)
         own = own_selection(layer, inputs, case.seed, generator)
         keep_N = policy.admit(own, training=case.training, generator=generator).keep_N
@@ -258,7 +260,7 @@ def _loss(loss: Loss, case: Case, routing: RouterOutput, keep_N: Tensor) -> Tens
     length = case.shape[-1] if len(case.shape) > 1 else max(case.num_tokens, 1)
     if isinstance(loss, RouterZ):
         return reference.z_loss(routing.logits_RE)
-    if not isinstance(loss, LoadBalance) or routing.assignment.top_k is None:
+    if not isinstance(loss, KNOWN_LOSSES) or routing.assignment.top_k is None:
         admission = Admission(keep_N=keep_N, capacity=None, dropped_E={})
         return loss.term(routing, admission, sequence_length=length).value
     expert_RK = routing.assignment.as_topk()[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tests.contracts.cases import Case, simple_case
+from tests.contracts.dense import KNOWN_LOSSES, KNOWN_POLICIES, KNOWN_ROUTERS
 from tests.contracts.test_layer_equals_oracle import TOLERANCE, check
 from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
 from turnout.errors import ConfigError
@@ -19,6 +20,17 @@ from turnout.experts import FFNExperts
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 NUM_EXPERTS = 12
+ASKED = "row asked"
+# the file of tests/contracts that judges a row the dense oracle has no formula for
+JUDGES = {
+    **dict.fromkeys(("cosine", "device_limited", "noisy_topk", "top_p"), "test_token_choice.py"),
+    **dict.fromkeys(("base", "expert_choice", "quantile", "remoe", "sinkhorn"), "test_balanced_routers.py"),
+    **dict.fromkeys(("forced", "hierarchical"), "test_other_routers.py"),
+    **dict.fromkeys(("locmoe", "locmoe_plus", "locality"), "test_locmoe.py"),
+    **dict.fromkeys(("affinity", "tutel"), "test_capacity.py"),
+    **dict.fromkeys(("communication_balance", "device_balance", "entropy"), "test_losses.py"),
+    **dict.fromkeys(("importance", "load_cv"), "test_losses.py"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +90,14 @@ def support(router: str, capacity: str, backend: str) -> Support:
     )
 
 
+def judge(name: str, row: type, known: tuple[type, ...]) -> str:
+    """Who says what this row should give: the oracle, or the row itself and the tests that judge it elsewhere."""
+    return "oracle" if issubclass(row, known) else f"{ASKED}; {JUDGES[name]}"
+
+
 def page(found: list[Support]) -> str:
     """The table as Markdown."""
-    capacities, backends = CapacityPolicy.TABLE.names(), ExpertBackend.TABLE.names()
+    backends = ExpertBackend.TABLE.names()
     lines = [
         "# What goes with what",
         "",
@@ -89,17 +106,28 @@ def page(found: list[Support]) -> str:
         "with every loss the router can feed, and compares output, losses and all gradients with the dense oracle. A",
         "cell is the worst relative error over the policies; a pair that cannot be is refused when the layer is built.",
         "",
-        "| router | " + " | ".join(f"{b} ({_short(_dtype(b))})" for b in backends) + " | losses refused |",
-        "|---|" + "---|" * (len(backends) + 1),
+        f"Where the oracle has no formula of its own for a row, the row itself is asked (`{ASKED}`): the figure then",
+        "says that dispatch, experts, combination and the gradients around the row are right, and not that the row is;",
+        "the tests named, in `tests/contracts`, judge the row by its paper, alone.",
+        "",
+        "| router | routing by | " + " | ".join(f"{b} ({_short(_dtype(b))})" for b in backends) + " | losses refused |",
+        "|---|" + "---|" * (len(backends) + 2),
     ]
-    for router in RouterConfig.TABLE.names():
+    for router, row in RouterConfig.TABLE.items():
         own = [s for s in found if s.router == router]
         cells = [f"{max(s.error for s in own if s.backend == b):.0e}" for b in backends]
         refused = ", ".join(own[0].refused) if own[0].losses else "all"
-        lines.append(f"| {router} | {' | '.join(cells)} | {refused or 'none'} |")
+        lines.append(f"| {router} | {judge(router, row, KNOWN_ROUTERS)} | {' | '.join(cells)} | {refused or 'none'} |")
     reasons = {name: why for s in found if s.losses for name, why in s.refused.items()}
     reasons |= {f"all with {s.router}": s.refused["load_balance"] for s in found if not s.losses}
-    lines += ["", f"Capacity policies: {', '.join(capacities)}. Losses: {', '.join(Loss.TABLE.names())}.", ""]
+    lines += ["", "| capacity policy or loss | judged by |", "|---|---|"]
+    lines += [f"| {name} | {judge(name, row, KNOWN_POLICIES)} |" for name, row in CapacityPolicy.TABLE.items()]
+    lines += [f"| {name} | {judge(name, row, KNOWN_LOSSES)} |" for name, row in Loss.TABLE.items()]
+    lines += [
+        "",
+        "Routers whose tokens differ in their number of choices: there `fixed` and `load_balance` are asked, too.",
+        "",
+    ]
     lines += [f"- `{name}`: {why}" for name, why in sorted(reasons.items())]
     return "\n".join(lines) + "\n"
 

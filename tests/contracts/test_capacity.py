@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.contracts.cases import error
 from tests.contracts.test_dispatch import any_assignment, assignments, chance, kept
 from turnout import MoE
 from turnout.contracts import CapacityPolicy
@@ -295,3 +296,30 @@ def one_choice_each(expert_N: Tensor, num_experts: int) -> Assignment:
         num_experts=num_experts,
         top_k=1,
     )
+
+
+@pytest.mark.parametrize("backend", ["padded_bmm", "loop"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        FixedCapacity(factor=1e308),
+        FixedCapacity(factor=1e308, group_size=4),
+        FixedCapacity(minimum=10**12),
+        FixedCapacity(minimum=2**62, group_size=4),
+        TutelCapacity(factor=1e308),
+        TutelCapacity(alignment=10**12),
+        AffinityThreshold(threshold=1.0, factor=1e308),
+        AffinityThreshold(minimum=10**12),
+    ],
+    ids=str,
+)
+def test_room_beyond_any_batch_drops_nothing_and_takes_no_memory(policy: CapacityPolicy, backend: str) -> None:
+    torch.manual_seed(0)
+    plain = MoE(8, 4, 3, router=TopK(k=2), backend=backend)
+    roomy = MoE(8, 4, 3, router=TopK(k=2), capacity=policy, backend=backend)
+    roomy.load_state_dict(plain.state_dict())
+    x_TD = torch.randn(11, 8, dtype=torch.float64)
+    out = roomy.double()(x_TD)
+    assert not out.stats.dropped_capacity_E.any()
+    assert not out.stats.dropped_policy_E.any()
+    assert error(out.y, plain.double()(x_TD).y) < 1e-14

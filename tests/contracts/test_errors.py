@@ -3,7 +3,9 @@
 import ast
 import traceback
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 from unittest.mock import patch
 
 import pytest
@@ -12,12 +14,16 @@ from torch import nn
 
 import turnout
 from turnout import MoE
+from turnout.config import Settings
 from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
 from turnout.dispatch import AffinityThreshold, Dropless, FixedCapacity, TutelCapacity
 from turnout.errors import ConfigError, ShapeError, TurnoutError
 from turnout.experts import FFNExperts, ModuleExperts, available_backends, choose_backend
 from turnout.experts.activations import Activation
 from turnout.layers import MoEConfig
+from turnout.layers.attention import AttentionConfig, AttentionKind
+from turnout.layers.mla import MLAConfig
+from turnout.layers.mlp import MLP
 from turnout.losses import (
     CommunicationBalance,
     DeviceBalance,
@@ -52,7 +58,7 @@ from turnout.routers import (
     TopP,
     recording_of,
 )
-from turnout.tensors import Assignment
+from turnout.tensors import Assignment, RouterOutput
 
 SOURCE = Path(turnout.__file__).parent
 CPU = torch.device("cpu")
@@ -63,6 +69,9 @@ def exact_without_scipy() -> object:
     with patch("importlib.util.find_spec", return_value=None):
         return BASE(solver="exact").build(4, 2)
 
+
+# for what a type checker refuses as well
+untyped_moe: Any = MoE
 
 Cause = Callable[[], object]
 CASES: list[tuple[Cause, type[TurnoutError], str]] = [
@@ -96,6 +105,10 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: Hash(scale=0.0), ConfigError, r"router\.scale=0\.0 must be above 0"),
     (lambda: Hash(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
     (lambda: Hash().build(4, 3)(torch.zeros(2, 4)), ShapeError, r"hash router chooses by token id: .* with token_ids"),
+    (lambda: hash_ids(torch.tensor([0.0, 1.0])), ShapeError, r"token_ids has torch\.float32; ids are whole numbers"),
+    (lambda: hash_ids(torch.tensor([True, False])), ShapeError, r"token_ids has torch\.bool; ids are whole numbers"),
+    (lambda: hash_ids(torch.tensor([0, 5])), ShapeError, r"token_ids go from 0 to 5; .*table has 0 to 4: raise router"),
+    (lambda: hash_ids(torch.tensor([0, -1])), ShapeError, r"token_ids go from -1 to 0; the hash router's table has 0"),
     (lambda: TopK(gate_noise=-1.0), ConfigError, r"router\.gate_noise=-1\.0 must be a number of at least 0"),
     (lambda: TopK(gate_noise=INF), ConfigError, r"router\.gate_noise=inf must be a number of at least 0"),
     (lambda: GShardTop2(threshold=0.5), ConfigError, r"threshold=0\.5 must be in \[0, 0\.5\).*second_expert='none'"),
@@ -130,11 +143,11 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (
         lambda: ExpertChoice(in_decoder="never"),
         ConfigError,
-        r"router\.in_decoder='never' must be one of: refuse, allow",
+        r"ExpertChoice\.in_decoder='never' must be one of: refuse, allow",
     ),
     (lambda: ExpertChoice().check_decoder(), ConfigError, r"expert choice lets .* later tokens: .*in_decoder='allow'"),
     (lambda: ExpertChoice(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
-    (lambda: BASE(solver="greedy"), ConfigError, r"router\.solver='greedy' must be one of: auction, exact"),
+    (lambda: BASE(solver="greedy"), ConfigError, r"BASE\.solver='greedy' must be one of: auction, exact"),
     (lambda: BASE(precision=0.0), ConfigError, r"router\.precision=0\.0 must be from 1e-6 up to 1"),
     (
         exact_without_scipy,
@@ -144,7 +157,7 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: Sinkhorn(k=0), ConfigError, r"router\.k=0 must be at least 1"),
     (lambda: Sinkhorn(tolerance=NAN), ConfigError, r"router\.tolerance=nan must be above 0"),
     (lambda: Sinkhorn(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
-    (lambda: LocMoE(floor="best"), ConfigError, r"router\.floor='best' must be one of: first_step, none"),
+    (lambda: LocMoE(floor="best"), ConfigError, r"LocMoE\.floor='best' must be one of: first_step, none"),
     (lambda: Quantile(memory=1.0), ConfigError, r"router\.memory=1\.0 must be at least 0 and below 1"),
     (lambda: Quantile(rounds=0), ConfigError, r"router\.rounds=0 must be at least 1"),
     (lambda: Quantile(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
@@ -171,6 +184,11 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
         lambda: Hierarchical(groups=4, inner=TopK(k=3)).build(4, 8),
         ConfigError,
         r"the inner router chooses among 2: router\.k=3",
+    ),
+    (
+        lambda: Hierarchical(inner=Quantile()).build(4, 8),
+        ConfigError,
+        r"router\.inner: the router Quantile learns from .* \(its calls' prices\), which no router within",
     ),
     (
         lambda: Replay(TopK().build(4, 3), any_assignment()),
@@ -209,6 +227,89 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: any_assignment().as_topk(), ShapeError, r"as_topk\(\) needs a router that gives every token exactly K"),
     # layer
     (lambda: MoE(4, 8, 0), ConfigError, r"moe\.num_experts=0 must be from 1 to 65536"),
+    (
+        lambda: untyped_moe(4, 8, 2, router="topk"),
+        ConfigError,
+        r"MoEConfig\.router='topk' must be a router: .* mean 'TopK\(\)'",
+    ),
+    (
+        lambda: untyped_moe(4, 8, 2, router=TopK),
+        ConfigError,
+        r"router=<class .*TopK'> must be a router: .*mean 'TopK\(\)'\?",
+    ),
+    (
+        lambda: untyped_moe(4, 8, 2, capacity=1.25),
+        ConfigError,
+        r"capacity=1\.25 must be a capacity policy: .*FixedCapacity",
+    ),
+    (
+        lambda: untyped_moe(4, 8, 2, losses=LoadBalance()),
+        ConfigError,
+        r"losses=LoadBalance\(.*must be a tuple, each item a loss",
+    ),
+    (
+        lambda: untyped_moe(4, 8, 2, losses=(LoadBalance,)),
+        ConfigError,
+        r"losses\[0\]=<class .*mean 'LoadBalance\(\)'\?",
+    ),
+    (lambda: MoE(0, 8, 2), ConfigError, r"dim=0 must be from 1 to"),
+    (lambda: MoE(-1, 8, 2), ConfigError, r"dim=-1 must be from 1 to"),
+    (
+        lambda: untyped_moe(4, 8, 2, expert=nn.Linear(4, 4)),
+        ConfigError,
+        r"expert=Linear\(.* must be a kind, .*lambda: nn\.Linear",
+    ),
+    (
+        lambda: untyped_moe(4, 8, 2, expert=lambda: 1),
+        ConfigError,
+        r"function given as expert made 1; each expert must be a torch",
+    ),
+    (
+        lambda: MoE(4, 8, 2, expert=lambda: nn.Linear(4, 5))(torch.zeros(3, 4)),
+        ShapeError,
+        r"expert Linear made shape \(\d, 5\) of rows of shape \(\d, 4\); legal: the same",
+    ),
+    (
+        lambda: MoE(4, 8, 2, expert=lambda: Returning((1, 2)))(torch.zeros(3, 4)),
+        ShapeError,
+        r"expert Returning made tuple of rows of shape",
+    ),
+    (
+        lambda: MoE(4, 8, 2, router=nn.Linear(4, 2)),
+        ConfigError,
+        r"router=Linear is not called as a Router is, with \(x_TD",
+    ),
+    (
+        lambda: MoE(4, 8, 2, router=TopK().build(4, 3)),
+        ConfigError,
+        r"router=TopKRouter was built for dim=4, num_experts=3; the layer has dim=4, num_experts=2",
+    ),
+    (
+        lambda: MoE(4, 8, 2, router=Returning(torch.zeros(3, 2)))(torch.zeros(3, 4)),
+        ConfigError,
+        r"router=Returning returned Tensor; a Router returns a RouterOutput",
+    ),
+    (
+        lambda: MoE(4, 8, 3, router=Returning(routed()))(torch.zeros(3, 4)),
+        ConfigError,
+        r"gave an assignment of num_tokens=3, num_experts=2; this call has num_tokens=3, num_experts=3",
+    ),
+    (
+        lambda: MoE(4, 8, 2, router=Returning(routed(expert=2)))(torch.zeros(3, 4)),
+        ConfigError,
+        r"router=Returning gave expert_N from 2 to 2; legal: 0 to 1",
+    ),
+    (
+        lambda: MoE(4, 8, 2, router=Returning(routed(expert=-1)))(torch.zeros(3, 4)),
+        ConfigError,
+        r"router=Returning gave expert_N from -1 to -1; legal: 0 to 1",
+    ),
+    (lambda: TopK(init_std=-1.0).build(4, 3), ConfigError, r"init_std=-1\.0 must be at least 0 and finite"),
+    (lambda: Switch(init_std=NAN).build(4, 3), ConfigError, r"init_std=nan must be at least 0 and finite"),
+    (lambda: FFNExperts(4, 4, 2, init_std=-1.0), ConfigError, r"init_std=-1\.0 must be at least 0 and finite"),
+    (lambda: MLP(4, 4, init_std=NAN), ConfigError, r"init_std=nan must be at least 0 and finite"),
+    (lambda: AttentionConfig().build(4, layer=0, init_std=INF, norm_eps=1e-6), ConfigError, r"init_std=inf must be"),
+    (lambda: MLAConfig().build(4, layer=0, init_std=-0.1, norm_eps=1e-6), ConfigError, r"init_std=-0\.1 must be"),
     (lambda: MoE(4, 0, 2), ConfigError, r"moe\.hidden=0 must be from 1 to"),
     (lambda: MoE(4, 8, 2, shared_hidden=-1), ConfigError, r"moe\.shared_hidden=-1 must be from 0 to"),
     (lambda: MoEConfig(num_experts=2, router=TopK(k=3)), ConfigError, r"takes 3 experts a token; num_experts=2"),
@@ -225,6 +326,17 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
         ShapeError,
         r"token_ids has shape \(2,\)",
     ),
+    (
+        lambda: MoE(4, 8, 2)(torch.zeros(3, 4).long()),
+        ShapeError,
+        r"x has torch\.int64; .* floating point: pass x\.float",
+    ),
+    (
+        lambda: MoE(4, 8, 2)(torch.zeros(2, 4), token_ids=torch.zeros(2)),
+        ShapeError,
+        r"token_ids has torch\.float32; ids are whole",
+    ),
+    (lambda: differentiated_twice("loop"), ConfigError, r"create_graph=True: .* no second derivatives .* finite diff"),
     (lambda: MoE(4, 8, 2)(torch.zeros(3, 4), mask=torch.ones(3)), ShapeError, r"mask .* torch\.float32; .*torch\.bool"),
     # capacity
     (lambda: FixedCapacity(factor=0.0), ConfigError, r"capacity\.factor=0\.0 must be a number above 0; .* policy none"),
@@ -313,6 +425,33 @@ def modules() -> ModuleExperts:
     return ModuleExperts(lambda: nn.Linear(4, 4), 2)
 
 
+class Returning(nn.Module):
+    """Returns the same value whatever it is called with: an expert or a router that keeps no contract."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, *_: object) -> object:
+        return self.value
+
+
+def routed(expert: int = 0) -> RouterOutput:
+    """What a router of two experts gives for three tokens of width 4, all to this expert."""
+    routing = TopK(k=1, renormalize=False).build(4, 2)(torch.zeros(3, 4))
+    return replace(routing, assignment=replace(routing.assignment, expert_N=torch.full((3,), expert)))
+
+
+def hash_ids(ids: torch.Tensor) -> object:
+    return Hash(vocab_size=5).build(4, 3)(torch.zeros(2, 4), ids)
+
+
+def differentiated_twice(backend: str) -> object:
+    layer = MoE(4, 8, 2, expert="gelu", backend=backend)
+    x = torch.randn(5, 4)
+    return torch.autograd.functional.hvp(lambda x: layer(x).y.square().sum(), x, torch.ones_like(x))
+
+
 def any_assignment() -> Assignment:
     index_N = torch.zeros(1, dtype=torch.int64)
     return Assignment(
@@ -351,6 +490,34 @@ def test_an_unknown_row_lists_the_rows_and_the_nearest(table: type) -> None:
     known = table.TABLE.names()  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=rf"unknown .* '{known[0]}x'; available: {', '.join(known)}; did you mean"):
         table.TABLE[known[0] + "x"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("backend", ExpertBackend.TABLE.names())
+def test_a_second_derivative_is_an_error_and_never_a_part_of_one(backend: str) -> None:
+    with pytest.raises(ConfigError, match="create_graph=True"):
+        differentiated_twice(backend)
+
+
+TABLES: tuple[Any, ...] = (RouterConfig, CapacityPolicy, Loss, AttentionKind)
+SETTINGS: list[Any] = [row for base in TABLES for _, row in base.TABLE.items()] + [MoEConfig]
+WORDS = [
+    (row, field.name, get_args(hint))
+    for row in SETTINGS
+    for field in fields(row)
+    if get_origin(hint := get_type_hints(row)[field.name]) is Literal
+]
+
+
+@pytest.mark.parametrize(("row", "name", "legal"), WORDS, ids=[f"{row.__name__}.{name}" for row, name, _ in WORDS])
+def test_a_misspelt_word_is_an_error_from_python_too(row: Any, name: str, legal: tuple[str, ...]) -> None:
+    text = rf"{row.__name__}\.{name}='{legal[0]}x' must be one of: {', '.join(legal)}; did you mean '{legal[0]}'\?"
+    with pytest.raises(ConfigError, match=text):
+        row(**{name: legal[0] + "x"})
+
+
+def test_every_row_is_checked_as_it_is_made() -> None:
+    assert len(WORDS) > 12
+    assert all(issubclass(row, Settings) for row in SETTINGS)
 
 
 def test_every_refusal_names_a_backend_that_does_not_refuse() -> None:

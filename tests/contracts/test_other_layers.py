@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tests.contracts.cases import error
 from turnout import MoE, reference
 from turnout.contracts import Router
-from turnout.errors import ConfigError, ShapeError
+from turnout.errors import ConfigError, RequestError, ShapeError
+from turnout.layers.attention import AttentionConfig
+from turnout.layers.kv_cache import KVCache
 from turnout.layers.latent import Latent
 from turnout.layers.mixture_of_depths import MixtureOfDepths, most_of
 from turnout.layers.soft_moe import SoftMoE
@@ -355,3 +357,14 @@ class GivenAssignment(nn.Module):
 
     def forward(self, *_: object) -> RouterOutput:
         return self.routing
+
+
+def test_smeared_keys_refuse_padding_after_a_past_as_plain_ones_do() -> None:
+    for smear_keys in (False, True):
+        config = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=4, smear_keys=smear_keys)
+        attention = config.build(8, layer=0, init_std=0.02, norm_eps=1e-6)
+        cache = KVCache(1, max_length=8)
+        attention(torch.randn(1, 4, 8), None, cache=cache)
+        cache.length = 4
+        with pytest.raises(RequestError, match="a padding mask together with a filled key-value cache"):
+            attention(torch.randn(1, 3, 8), None, mask_BS=torch.ones(1, 3).bool(), cache=cache)

@@ -19,7 +19,11 @@ from turnout.routers import DeepSeekV3, GShardTop2, Hash, Switch, TopK
 from turnout.routers.forced import Forced, spread_by_share, zipf_shares
 from turnout.routers.hash import HashRouter, emptiest_experts
 from turnout.routers.hierarchical import Hierarchical, HierarchicalRouter
+from turnout.routers.locmoe import LocMoE
+from turnout.routers.locmoe_plus import LocMoEPlus
 from turnout.routers.noisy_topk import NoisyTopK
+from turnout.routers.quantile import Quantile
+from turnout.routers.remoe import ReMoE
 from turnout.routers.replay import Replay, recording_of
 from turnout.tensors import Assignment, MoEStats, RouterOutput
 
@@ -101,6 +105,18 @@ def test_two_layers_part_the_ids_differently() -> None:
     first, second = (pairs[often_V][:, often_V] for pairs in together)
     # an eighth of the pairs, by chance
     assert float((first & second).sum() - 50) < 0.3 * float(first.sum() - 50)
+
+
+@pytest.mark.parametrize("vocab_size", [0, 300])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_an_id_goes_to_the_same_experts_whatever_its_dtype(dtype: torch.dtype, vocab_size: int) -> None:
+    torch.manual_seed(0)
+    layer = MoE(4, 8, 16, router=Hash(k=2, vocab_size=vocab_size), losses=())
+    ids_T = torch.arange(250)
+    x_TD = torch.randn(250, 4)
+    wanted, got = (layer(x_TD, token_ids=ids) for ids in (ids_T, ids_T.to(dtype)))
+    assert torch.equal(got.assignment.expert_N, wanted.assignment.expert_N)
+    assert torch.equal(got.y, wanted.y)
 
 
 def test_a_table_comes_back_from_a_checkpoint_also_into_a_model_from_the_meta_device() -> None:
@@ -405,7 +421,10 @@ def test_a_choice_is_declined_if_the_group_or_the_expert_is() -> None:
 
 def test_a_tree_may_hold_routers_by_token_id_and_of_varying_numbers() -> None:
     x_TD, ids_T = tokens(29, dim=32), torch.randint(0, 50, (29,))
-    for name, row in RouterConfig.TABLE.items():
+    # alone these learn from what a whole layer did
+    fitting = [(name, row) for name, row in RouterConfig.TABLE.items() if not row().needs_whole_layer]
+    assert len(RouterConfig.TABLE) - len(fitting) == 3
+    for name, row in fitting:
         for outer in (Hash(), TopK(k=2)):
             router = built(Hierarchical(groups=3, outer=outer, inner=row()), 3 * 16, dim=32)
             routing = router(x_TD, ids_T, None, torch.Generator().manual_seed(0))
@@ -418,6 +437,19 @@ def test_a_tree_may_hold_routers_by_token_id_and_of_varying_numbers() -> None:
             if a.top_k is not None:
                 assert len(a.token_N) == 29 * a.top_k, name
             assert all(term.value.isfinite() for term in routing.losses), name
+
+
+@pytest.mark.parametrize(
+    "part",
+    [Quantile(), ReMoE(), LocMoE(), LocMoEPlus(switch_kept=0.1, before_switch="hybrid"), Hierarchical(inner=ReMoE())],
+    ids=str,
+)
+def test_a_router_that_learns_from_its_whole_layer_is_refused_at_both_levels_of_a_tree(part: RouterConfig) -> None:
+    for tree in (Hierarchical(outer=part), Hierarchical(inner=part)):
+        with pytest.raises(ConfigError, match=r"learns from what a step did with all tokens of its layer \("):
+            tree.build(32, 8 if tree.inner is part else 4)
+    for quiet in (LocMoE(floor="none"), LocMoEPlus()):
+        Hierarchical(inner=quiet).build(32, 8)
 
 
 def test_the_smooth_load_is_the_groups_load_times_the_experts_share_of_it() -> None:

@@ -169,3 +169,15 @@ def test_bfloat16_gradients_are_near_those_of_the_oracle(backend: str) -> None:
             assert found is not None
             assert grad is not None
             assert error(found, grad) < 0.03, name
+
+
+@pytest.mark.parametrize("latent_dim", [0, 4])
+def test_a_bfloat16_layer_takes_float32_tokens_with_a_shared_expert_as_without(latent_dim: int) -> None:
+    torch.manual_seed(0)
+    layer = MoE(8, 16, 4, shared_hidden=16, bias=True, latent_dim=latent_dim).to(torch.bfloat16)
+    wide = MoE(8, 16, 4, shared_hidden=16, bias=True, latent_dim=latent_dim)
+    wide.load_state_dict(layer.state_dict())
+    x_TD = torch.randn(9, 8)
+    assert layer(x_TD).y.dtype == torch.float32
+    # the weights are the same numbers, and follow the tokens' dtype
+    assert torch.equal(layer(x_TD).y, wide(x_TD).y)

@@ -1,13 +1,17 @@
 """Processes that run once, however many workers the tests are spread over."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.launch import launch
 from tests.distributed.ranks import run_cases, spawn
 from tests.distributed.runs import prepare_text
+from turnout.train.recipes import load_recipe
+from turnout.verify.parallel import verify_parallel
 
 PATIENCE_S = 240.0
 
@@ -38,11 +42,15 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 
 @pytest.fixture(scope="session")
 def four_ranks(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
-    """The folder of the one spawn that all tests share: outcomes of every case, and a run of the training loop."""
+    """The folder of the one start that all tests share: outcomes of every case, a run, a layout's check of itself."""
 
     def make(folder: Path) -> None:
         prepare_text(folder)
         spawn(run_cases, 4, folder)
+        launch(folder)
+        recipe = load_recipe("smoke", ["strategy.ep=2", "strategy.alltoall=rank_dedup"])
+        rows = [vars(row) | {"holds": row.holds} for row in verify_parallel(recipe, 2)]
+        (folder / "self-check.json").write_text(json.dumps(rows), encoding="utf-8")
 
     return once("four-ranks", make)
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.distributed.agreements import agreements
 from tests.distributed.cases import PROGRAMS as PROGRAM_NAMES
 from tests.distributed.cases import (
     LayerCase,
@@ -46,7 +47,7 @@ from turnout.train.device import autocast_for
 from turnout.train.step import train_step
 
 TIMEOUT_S = 120.0
-RANDOM_PASSES = 40
+RANDOM_PASSES, MANY_PASSES = 12, 500
 STALLED = (0, 2)
 MAX_NORM = 0.5  # small enough that every step is clipped
 Outcome = dict[str, Any]
@@ -98,7 +99,9 @@ def run_cases(world: World, folder: Path) -> None:
             outcomes["disagreement"] = {"said": disagreement(world)}
         _groups.cache_clear()
     if world.rank < 2:
-        outcomes["alone"] = {"said": left_alone(World(rank=world.rank, size=2, local_size=2), outcomes, folder)}
+        pair = World(rank=world.rank, size=2, local_size=2)
+        outcomes["agreements"] = agreements(pair, folder, lambda layer, case: distributed(layer, case, pair))
+        outcomes["alone"] = {"said": left_alone(pair, outcomes, folder)}
     torch.save(outcomes, folder / f"rank-{world.rank}.pt")
 
 
@@ -136,6 +139,11 @@ def run_layer(case: LayerCase, world: World) -> Outcome:
         "backward": parallel.ledger.sent(name, "backward"),
         "host_copies": parallel.ledger.host_copies(name),
     }
+
+
+def run_many(world: World, folder: Path) -> None:
+    """So many random passes that only those who ask for them wait."""
+    torch.save(run_random(world, MANY_PASSES), folder / f"rank-{world.rank}.pt")
 
 
 def run_random(world: World, steps: int) -> Outcome:

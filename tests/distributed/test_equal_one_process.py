@@ -26,7 +26,7 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
-from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, summary
+from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_many, spawn, summary
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
 from turnout.comm import expert_mesh
 from turnout.dispatch import plan_dispatch
@@ -126,7 +126,7 @@ def destinations(case: LayerCase, rank: int) -> list[list[int]]:
     routing = layer.router(inputs.x_TD, None, inputs.mask_T)
     admission = case.capacity.admit(routing.assignment)
     if case.is_padded:
-        return [[to] for to in at for _ in range(widest(case, rank))]
+        return [[to] for to in at] * widest(case, rank)
     plan = plan_dispatch(routing.assignment, admission)
     tokens: list[list[int]] = [[] for _ in range(case.tokens[rank])]
     for token, chosen in zip(
@@ -141,8 +141,10 @@ def widest(case: LayerCase, rank: int) -> int:
     layer, first = build(case), rank // case.ep * case.ep
     inputs = [inputs_of(case, other) for other in range(first, first + case.ep)]
     routings = [layer.router(each.x_TD, None, each.mask_T) for each in inputs]
-    capacities = [case.capacity.admit(routing.assignment).capacity for routing in routings]
-    return max(capacity for capacity in capacities if capacity is not None)
+    assignments = [routing.assignment for routing in routings]
+    # a rank asks for no more rows than it has assignments
+    asked = [min(case.capacity.admit(each).capacity or 0, len(each.token_N)) for each in assignments]
+    return max(asked)
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
@@ -174,6 +176,13 @@ def test_training_steps_equal_one_process(case: TrainCase, outcomes: Outcomes) -
 def test_random_passes_with_idle_ranks_never_hang_and_equal_one_process(outcomes: Outcomes) -> None:
     for outcome in outcomes:
         assert max(outcome["random"].values()) <= tolerance(torch.float64)
+
+
+@pytest.mark.exhaustive
+def test_five_hundred_random_passes_never_hang_and_equal_one_process(tmp_path: Path) -> None:
+    spawn(run_many, 4, tmp_path)
+    for rank in range(4):
+        assert max(torch.load(tmp_path / f"rank-{rank}.pt").values()) <= tolerance(torch.float64)
 
 
 def test_a_weight_that_is_not_the_same_everywhere_is_named(outcomes: Outcomes) -> None:

@@ -1,8 +1,6 @@
 """A run on many ranks is the run of one: the same text, the same losses; and its checkpoints load at any layout."""
 
 import json
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.cases import worst
-from tests.distributed.runs import PARTS, RUN, STEPS, recipe_of, trained, write_text
+from tests.distributed.runs import PARTS, RUN, STEPS, recipe_of, trained
 from turnout.comm import World
 from turnout.config import dump_toml, from_dict
 from turnout.errors import ConfigError
@@ -65,23 +63,12 @@ def test_the_strategy_of_a_recipe_survives_toml(tmp_path: Path) -> None:
     assert from_dict(Recipe, tomllib.loads(dump_toml(recipe))) == recipe
 
 
-@pytest.mark.slow
-def test_turnout_train_needs_nothing_but_the_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TURNOUT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    write_text(tmp_path / "text")
-    settings = ["strategy.ep=2", "loop.steps=4", "loop.eval_every=2", "loop.seq_len=16", "loop.eval_tokens=64"]
-    sizes = ["model.vocab_size=300", "data.vocab_size=300", "data.val_fraction=0.2"]
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "turnout", "train", "smoke", "--data", str(tmp_path / "text"), "--out", str(run), "--json"]
-    command += [word for each in [*settings, *sizes] for word in ("--set", each)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.strip().splitlines()[-1])
+def test_turnout_train_needs_nothing_but_the_strategy(four_ranks: Path) -> None:
+    run, said = four_ranks / "launched", (four_ranks / "launched.err").read_text()
+    summary = json.loads((four_ranks / "launched.out").read_text().strip().splitlines()[-1])
     assert summary["steps"] == 4
     assert summary["val_loss"] is not None
-    assert "experts over 2 ranks by flat" in done.stderr
+    assert "experts over 2 ranks by flat" in said
     assert (run / "report.html").is_file()
     model = load_trained(run).model
     moe = model.config.moe
@@ -89,15 +76,15 @@ def test_turnout_train_needs_nothing_but_the_strategy(tmp_path: Path, monkeypatc
     assert all(layer.experts.num_experts == moe.num_experts for _, layer in model.moe_blocks())
 
 
-@pytest.mark.slow
-def test_a_layout_checks_itself_against_one_process() -> None:
-    recipe = load_recipe("smoke", ["strategy.ep=2", "strategy.alltoall=rank_dedup"])
-    rows = verify_parallel(recipe, 2)
+def test_a_layout_checks_itself_against_one_process(four_ranks: Path) -> None:
+    rows = json.loads((four_ranks / "self-check.json").read_text())
     assert {"logits", "loss", "statistics of blocks.1", "gradient of blocks.0.ffn.experts.up_EDG"} <= {
-        row.name for row in rows
+        row["name"] for row in rows
     }
-    assert all(row.holds for row in rows)
-    assert max(row.error for row in rows) > 0, "experts add up in another order: exactly equal would be no comparison"
+    assert all(row["holds"] for row in rows)
+    assert max(row["error"] for row in rows) > 0, (
+        "experts add up in another order: exactly equal would be no comparison"
+    )
 
 
 def test_what_is_not_equal_is_not_passed() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -368,6 +369,28 @@ def test_bad_use_of_the_router_case_is_one_clear_error(case: str, turnout) -> No
     assert result.code == 2, result
     assert re.search(pattern, " ".join(result.err.split())), result.err
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("verb", [(), ("bench",), ("data",), ("plan",)])
+def test_the_help_of_what_only_holds_verbs_has_an_example_that_can_be_typed(verb: tuple[str, ...], turnout) -> None:
+    shown = turnout(*verb, "--help")
+    assert shown.code == 0
+    found = re.search(r"Example: turnout ([a-z -]+\b)", shown.out)
+    assert found, shown.out
+    words = found.group(1).split()
+    assert tuple(words[: len(verb)]) == verb
+    # the command it names is there
+    command = [*words[: len(verb)], words[len(verb)]]
+    assert turnout(*command, "--help").code == 0
+
+
+def test_no_result_names_a_folder_of_the_machine_it_was_measured_on() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    texts = {
+        path.name: path.read_text(encoding="utf-8") for path in results.rglob("*") if path.suffix in (".json", ".md")
+    }
+    assert texts
+    assert [name for name, text in texts.items() if re.search(r"[\"\s](/tmp|/home|/work|/root)/", text)] == []
 
 
 def test_a_child_that_fails_says_why() -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from turnout.cli.compare import _print
 from turnout.config import describe, dump_toml, from_dict, to_dict
 from turnout.data.prepare import Dataset
 from turnout.layers import MoE
+from turnout.losses import LoadBalance
 from turnout.models import Decoder
-from turnout.train import doctor
+from turnout.observe.metrics import read_metrics
+from turnout.train import checkpoint, doctor
+from turnout.train.compare import Curve
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
+from turnout.train.recipes import load_recipe
 from turnout.train.signals import StopRequest
 
 
@@ -135,6 +142,37 @@ def test_compare_gives_rows_verdicts_and_a_plot(
     assert (out / "comparison.json").exists()
 
 
+@pytest.mark.parametrize(("margin", "words"), [(0.19, "0.1900 nats better"), (-0.19, "0.1900 nats worse")])
+def test_a_comparison_says_better_or_worse_on_which_budget_and_from_when(margin: float, words: str) -> None:
+    def curve(name: str, loss: float) -> Curve:
+        return Curve(
+            recipe=name,
+            seed=0,
+            seconds=(60.0, 120.0),
+            tokens=(1, 2),
+            val_loss=(5.0, loss),
+            tokens_per_s=1.0,
+            params_total=1,
+            params_active=1,
+            train_flops_per_token=1,
+            complete=True,
+            cpu_share=None,
+            dropped_share=0.0,
+            declined_share=0.0,
+            max_violation=0.0,
+            router_entropy=0.0,
+            routing=None,
+        )
+
+    screen = Console(file=io.StringIO(), width=300)
+    _print(screen, [curve("moe", 3.0 - margin), curve("dense", 3.0)], Path("plot"), "dense", "number of steps")
+    said = screen.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert f"moe against dense: {words}" in said
+    assert ("ahead for good from minute 2.0 of this run" in said) is (margin > 0)
+    assert "same number of steps" in said
+    assert "wall clock" not in said
+
+
 BAD_USES: dict[str, tuple[list[str], int, str]] = {
     "unknown recipe": (["train", "tinny"], 2, r"unknown recipe 'tinny'; built in: .*did you mean 'tiny'"),
     "no recipe": (["train"], 2, r"give a recipe"),
@@ -243,8 +281,6 @@ def test_an_existing_run_is_never_overwritten(turnout, recipe_file: Path, traine
 
 
 def test_a_damaged_checkpoint_is_refused_before_use(turnout, trained_run: Path, tmp_path: Path) -> None:
-    import shutil
-
     run = tmp_path / "damaged"
     shutil.copytree(trained_run, run)
     for path in run.glob("checkpoints/step-*/model.safetensors"):
@@ -265,6 +301,13 @@ def test_train_help_documents_every_field_of_a_recipe(turnout) -> None:
     paths = {re.sub(r"\.\d+", "[]", path) for path in _leaves(to_dict(written)) if not path.endswith(".name")}
     assert {"model.moe.router.k", "model.moe.losses[].coefficient", "model.moe.capacity.factor"} <= paths
     assert [path for path in sorted(paths) if path not in result.out] == []
+    # what --set cannot reach stands apart, with the way to set it
+    fields, items = result.out.split("Items of a list, set with the whole of it: ")
+    assert "[]" not in fields.partition("Fields of a recipe")[2]
+    example = items.partition('--set "')[2].partition('"')[0]
+    moe = load_recipe("smoke", [example]).model.moe
+    assert moe is not None
+    assert moe.losses == (LoadBalance(coefficient=0.02),)
     assert [doc.path for doc in describe(Recipe) if not doc.text.strip(": ")] == []
 
 
@@ -310,8 +353,9 @@ def test_doctor_and_bench_refuse_a_backend_whose_last_gradient_is_nan(turnout, m
 def test_sigterm_ends_the_command_with_143_and_it_resumes(recipe_file: Path, tmp_path: Path) -> None:
     environment = os.environ | {"TURNOUT_CACHE": str(tmp_path / "cache")}
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "turnout", "train", str(recipe_file), "--steps", "100000", "--out", str(run)]
-    child = subprocess.Popen([*command, "--threads", "1"], env=environment, stdout=subprocess.PIPE, text=True)
+    turnout = [sys.executable, "-m", "turnout", "train", "--threads", "1"]
+    command = [*turnout, str(recipe_file), "--steps", "400", "--set", "loop.eval_every=0", "--out", str(run)]
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     for line in child.stdout:
         if "step 1 " in line:
@@ -320,7 +364,51 @@ def test_sigterm_ends_the_command_with_143_and_it_resumes(recipe_file: Path, tmp
     rest = child.stdout.read()
     assert child.wait(timeout=60) == 143
     assert "stopped and saved" in rest
-    assert (run / "checkpoints" / "latest").exists()
+    stopped_at = checkpoint.load(run).step
+    assert 1 <= stopped_at < 400
+    resume = [*turnout, "--resume", str(run), "--json"]
+    again = subprocess.run(resume, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout.splitlines()[-1])["steps"] == 400 == checkpoint.load(run).step
+    assert [line["step"] for line in read_metrics(run).steps] == list(range(1, 401))
+
+
+def test_a_run_goes_on_when_its_reader_is_gone(recipe_file: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"TURNOUT_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "turnout", "train", str(recipe_file), "--out", str(tmp_path / "run")]
+    child = subprocess.Popen(
+        [*command, "--threads", "1"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    child.stdout.close()
+    assert child.stderr is not None
+    assert (child.stderr.read(), child.wait(timeout=120)) == (b"", 0)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 12
+
+
+def test_a_resumed_run_takes_the_settings_that_may_change(turnout, trained_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    resume = ("train", "--resume", str(run))
+    result = turnout(*resume, "--set", "optimizer.lr=1e-5", "--steps", "14", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out.splitlines()[-1])["steps"] == 14
+    assert "resumed with optimizer.lr=1e-05 (before: 0.002)" in result.err
+    assert read_metrics(run).steps[-1]["lr"] < 1e-5
+    refused = turnout(*resume, "--set", "seed=3")
+    assert refused.code == 2
+    assert "seed=3 cannot take the place of 0, with which the run began" in " ".join(refused.err.split())
+    elsewhere = turnout(*resume, "--out", str(tmp_path / "b"))
+    assert elsewhere.code == 2
+    assert "goes on in that folder; leave out --out" in " ".join(elsewhere.err.split())
+
+
+@pytest.mark.parametrize(("compiled", "backend"), [("false", "grouped_mm"), ("true", "padded_bmm")])
+def test_the_banner_names_the_backend_that_will_run(compiled: str, backend: str, turnout, recipe_file: Path) -> None:
+    dry = ("--dry-run", "--json", "--set", "loop.precision=float32", "--set", "loop.device=cpu")
+    result = turnout("train", str(recipe_file), *dry, "--set", f"loop.compile={compiled}")
+    assert result.code == 0, result.err
+    assert json.loads(result.out.splitlines()[-1])["experts"]["backend"] == backend
 
 
 def test_a_step_that_is_left_out_is_told_at_once(

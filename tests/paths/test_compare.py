@@ -1,4 +1,4 @@
-"""A comparison is read off curves: margins, time to the other's loss, break-even."""
+"""A comparison is read off curves: margins, time to the other's loss, from when on ahead."""
 
 import math
 import os
@@ -61,7 +61,7 @@ def test_time_to_a_loss_is_interpolated_between_evaluations() -> None:
     assert seconds_to(falling, 6.0) == pytest.approx(10.0)
 
 
-def test_break_even_is_where_the_lead_is_kept_to_the_end() -> None:
+def test_ahead_for_good_is_where_the_lead_is_kept_to_the_end() -> None:
     dense = curve("dense", [5.0, 4.0, 3.5, 3.2])
     assert ahead_from(curve("moe", [5.5, 3.9, 3.6, 3.0]), dense) == 40.0
     assert ahead_from(curve("moe", [5.5, 3.9, 3.4, 3.0]), dense) == 20.0
@@ -79,7 +79,7 @@ def test_a_verdict_takes_the_mean_margin_and_the_worst_seed() -> None:
     assert verdict.margin == pytest.approx(0.3)
     assert verdict.margins == pytest.approx((0.4, 0.2))
     assert verdict.time_ratio == pytest.approx((10 + 10 * (5.0 - 3.3) / 1.9) / 20)
-    assert verdict.break_even_s == 20.0
+    assert verdict.ahead_from_s == 20.0
 
 
 def test_one_seed_that_never_reaches_the_loss_means_not_reached() -> None:
@@ -91,7 +91,7 @@ def test_one_seed_that_never_reaches_the_loss_means_not_reached() -> None:
     ]
     (verdict,) = verdicts(curves)
     assert verdict.time_ratio is None
-    assert verdict.break_even_s is None
+    assert verdict.ahead_from_s is None
 
 
 def test_a_seed_cut_short_is_shown_and_not_judged() -> None:

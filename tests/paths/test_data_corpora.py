@@ -1,6 +1,7 @@
 """Corpora: names and paths, your own files, and fetching with no network in sight."""
 
 import gzip
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -13,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnout.data import CORPORA, Corpus, Document, open_corpus, survey
-from turnout.data.corpora import Austen, DebianPackageDescriptions, Gcide, KingJames, LinuxDoc, MobyDick, WordNet
+from turnout.data.corpora import (
+    Austen,
+    DebianPackageDescriptions,
+    Gcide,
+    KingJames,
+    LinuxDoc,
+    MobyDick,
+    WordNet,
+    corpus_names,
+)
 from turnout.data.corpora.contract import FetchedCorpus
 from turnout.data.sources import DebianDescriptions, DebianPackages, NpmPackage, Source, run_command
 from turnout.errors import ConfigError, DataError
@@ -53,6 +63,16 @@ def test_a_python_without_source_says_so(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_unknown_name_lists_the_names_and_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown corpus 'sotv'.*austen.*wordnet.*did you mean 'sotu'"):
         open_corpus("sotv")
+
+
+@pytest.mark.parametrize("asked", ["txt", "text", "no/text"])
+def test_no_name_is_offered_that_is_then_refused(asked: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        open_corpus(asked)
+    listed = re.split(r"available: |by name: ", str(refused.value))[1].split("; ")[0]
+    assert "did you mean" not in str(refused.value)
+    assert "text" not in listed.split(", ")
+    assert [open_corpus(name).name for name in listed.split(", ")] == corpus_names()
 
 
 @pytest.mark.parametrize("path", ["no/such/folder", "missing.txt"])
@@ -198,6 +218,24 @@ def test_a_corpus_is_fetched_once_and_its_packages_are_thrown_away(tmp_path: Pat
     assert corpus.fingerprint(tmp_path) == first
     assert len(calls) == 1
     assert not calls[0].exists()
+
+
+def test_a_corpus_cut_short_or_changed_in_the_cache_is_not_taken_for_the_one_that_was_fetched(tmp_path: Path) -> None:
+    corpus = fake_corpus(FakeSource(calls=[]))
+    first = corpus.fingerprint(tmp_path)
+    file = corpus.location(tmp_path)
+    whole = file.read_bytes()
+    for damaged in (b"".join(whole.splitlines(keepends=True)[:2]), whole.replace(b"text of b", b"text of x")):
+        file.write_bytes(damaged)
+        for look in (corpus.fingerprint, lambda cache: survey(corpus, cache)):
+            with pytest.raises(
+                DataError, match=rf"fake\.jsonl is not the text that was fetched \({len(damaged)} bytes"
+            ):
+                look(tmp_path)
+    # the way out that the message names
+    file.unlink()
+    assert corpus.fingerprint(tmp_path) == first
+    assert file.read_bytes() == whole
 
 
 def test_a_fetch_that_fails_leaves_nothing_and_can_be_tried_again(tmp_path: Path) -> None:

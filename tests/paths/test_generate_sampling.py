@@ -70,6 +70,15 @@ def test_a_tiny_temperature_does_not_overflow() -> None:
     assert probabilities(torch.tensor([1e30, 0.0, -1e30]), temperature=1e-6).tolist() == [1, 0, 0]
 
 
+@given(logits_V=logits, dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
+def test_what_is_too_small_to_divide_by_or_to_reach_leaves_the_best(logits_V: Tensor, dtype: torch.dtype) -> None:
+    given_V = logits_V.to(dtype)
+    for cut in ({"temperature": 1e-50}, {"temperature": 5e-324}, {"top_p": 1e-50}, {"top_p": 5e-324}):
+        share_V = probabilities(given_V, **cut)
+        assert share_V.sum().item() == pytest.approx(1)
+        assert given_V[share_V > 0].min() == given_V.max()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_logits_without_a_finite_best_are_refused(value: float) -> None:
     with pytest.raises(NonFiniteError, match=rf"largest of the model's logits is {value}"):

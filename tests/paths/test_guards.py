@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from turnout.errors import ConfigError
-from turnout.train.guards import SpikeRule, clip_and_check, is_spike, nonfinite_report
+from turnout.observe.spikes import SpikeRule, is_spike
+from turnout.train.guards import clip_and_check, nonfinite_report
 
 SHAPES = {
     "embedding.weight": (50, 8),

@@ -2,14 +2,18 @@
 
 import math
 import re
+import tomllib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from turnout.config import describe
 from turnout.observe.advice import Finding, advise
-from turnout.observe.routing import Routing
-from turnout.observe.run_summary import LayerLoad, RunSummary, Spike, find_spikes
+from turnout.observe.routing import Routing, routing_of
+from turnout.observe.run_summary import LayerLoad, RunSummary
+from turnout.observe.spikes import Spike, SpikeRule, find_spikes, is_spike
+from turnout.train.recipe import Recipe
 
 
 def healthy(**changes: object) -> RunSummary:
@@ -58,7 +62,12 @@ CASES = {
     ),
     "validation rises": (
         healthy(evals=((250, 2.6), (500, 2.4), (750, 2.5), (1000, 2.7))),
-        ("warn", "validation loss is rising", r"Best 2\.400 at step 500, now 2\.700 .*\(13 % higher\)", "step 500"),
+        (
+            "warn",
+            "validation loss is rising",
+            r"Best 2\.400 at step 500, now 2\.700 .*\(13 % higher\)",
+            "run of about 500 steps",
+        ),
     ),
     "no evaluation": (
         healthy(evals=()),
@@ -66,7 +75,12 @@ CASES = {
     ),
     "a dead expert": (
         healthy(layers=(layer("a", (1.1, *[1.0] * 9, 0.0005)), layer("b"))),
-        ("warn", "1 of 15 experts is dead", r"Over steps 901 to 1,000 .* a: expert 10\. Their", "load-balance"),
+        (
+            "warn",
+            "1 of 15 experts is dead",
+            r"Over steps 901 to 1,000 .* a: expert 10\. Their",
+            "loss load_balance 3 to 10 times",
+        ),
     ),
     "many dead experts": (
         healthy(layers=(layer("a", (2.0, 2.0, 0.0, 0.0)),)),
@@ -74,7 +88,7 @@ CASES = {
     ),
     "collapse warns": (
         healthy(layers=(layer("a", (3.0, 0.9, 0.05, 0.05)),)),
-        ("warn", "Routing has collapsed in 1 layer", r"load of a has \d\d % of .* experts, not 4", "load-balance"),
+        ("warn", "Routing has collapsed in 1 layer", r"load of a has \d\d % of .* experts, not 4", "loss load_balance"),
     ),
     "collapse": (
         healthy(layers=(layer("a", ONE_HOT), layer("b", ONE_HOT), layer("c"))),
@@ -82,11 +96,11 @@ CASES = {
     ),
     "skew warns": (
         healthy(layers=(layer("a", (4.0, *[4 / 7] * 7)),)),
-        ("warn", "One expert carries 4.0 times", r"expert 0 of a\. .* up to 4\.0 times", "scope global"),
+        ("warn", "One expert carries 4.0 times", r"expert 0 of a\. .* up to 4\.0 times", 'scope = "global"'),
     ),
     "skew": (
         healthy(layers=(layer("a", (*[2 / 7] * 7, 6.0)),)),
-        ("error", "One expert carries 6.0 times", "expert 7 of a", "copy of the hot expert"),
+        ("error", "One expert carries 6.0 times", "expert 7 of a", "loss load_balance 3 to 10 times"),
     ),
     "drops warn": (
         healthy(layers=(layer("a", dropped_share=0.05), layer("b", dropped_share=0.01))),
@@ -114,7 +128,12 @@ CASES = {
     ),
     "undecided": (
         healthy(router_entropy=0.995),
-        ("note", "hardly chooses", r"99\.5 % of the greatest entropy", "Lower the coefficients"),
+        (
+            "note",
+            "hardly chooses",
+            r"99\.5 % of the greatest entropy",
+            "Lower the coefficient of the loss load_balance",
+        ),
     ),
 }
 
@@ -133,7 +152,65 @@ def test_a_router_that_does_not_learn_is_never_told_to() -> None:
     for summary, _ in CASES.values():
         for finding in advise(replace(summary, routing=FIXED, last_step=1000)):
             words = f"{finding.title} {finding.try_}"
-            assert not re.search(r"load-balance|router noise|z-loss|hardly chooses|balancing bias", words), words
+            assert not re.search(r"load_balance|router noise|z-loss|hardly chooses|balances by itself", words, re.I), (
+                words
+            )
+
+
+BIASED = Routing(
+    balance_losses=(), own_balance="bias of the router x 0.001 a step", settings=(("bias_step", "change"),)
+)
+
+
+@pytest.mark.parametrize(
+    ("routing", "advised", "never"),
+    [
+        (Routing(balance_losses=("load_cv",)), "coefficient of the loss load_cv 3 to 10 times", "load_balance"),
+        (
+            BIASED,
+            r"by itself \(bias of the router x 0\.001 a step\): change a setting of it \(bias_step\)",
+            "coefficient",
+        ),
+        (Routing(balance_losses=()), "add the loss load_balance to model.moe.losses", "coefficient"),
+    ],
+)
+def test_advice_on_balance_names_what_balances_this_run(routing: Routing, advised: str, never: str) -> None:
+    for name in ("many dead experts", "collapse", "skew", "drops", "undecided"):
+        (finding,) = advise(replace(CASES[name][0], routing=routing))[:1]
+        assert name == "undecided" or re.search(advised, finding.try_), finding
+        assert never not in finding.try_, finding
+
+
+def test_no_advice_names_what_there_is_not() -> None:
+    fields = {doc.path for doc in describe(Recipe)}
+    for routing in (Routing(), BIASED, FIXED, Routing(balance_losses=())):
+        for summary, _ in CASES.values():
+            for finding in advise(replace(summary, routing=routing)):
+                words = f"{finding.text} {finding.try_}"
+                assert not re.search(r"dropout|nearest to step|layer unchanged|second rank|Resume from", words), words
+                assert set(re.findall(r"(?:optimizer|loop)\.\w+", words)) <= fields, words
+
+
+@pytest.mark.parametrize(
+    ("router", "losses", "found"),
+    [
+        ("name = 'topk'", "", ("", ("load_balance",))),
+        (
+            "name = 'topk'",
+            "losses = [{name = 'importance', coefficient = 0.1}, {name = 'router_z'}]",
+            ("", ("importance",)),
+        ),
+        ("name = 'topk'", "losses = [{name = 'load_balance', coefficient = 0.0}]", ("", ())),
+        ("name = 'deepseek_v3', bias_step = 0.01", "losses = []", ("bias of the router x 0.01 a step", ())),
+        ("name = 'topk'", "losses = 3", ("", ("load_balance",))),
+        ("name = 'topk'", "losses = [{}, 4, {name = 'unheard_of'}, {name = []}]", ("", ())),
+    ],
+)
+def test_what_balances_a_run_is_read_from_its_recipe(
+    router: str, losses: str, found: tuple[str, tuple[str, ...]]
+) -> None:
+    routing = routing_of(tomllib.loads(f"[model.moe]\nrouter = {{{router}}}\n{losses}"))
+    assert (routing.own_balance, routing.balance_losses) == found
 
 
 def test_a_healthy_run_gets_one_good_word_with_its_numbers() -> None:
@@ -187,13 +264,27 @@ def test_spikes_are_found_once_per_burst_and_noise_is_not_one() -> None:
     rng = np.random.default_rng(0)
     loss = 2 + 3 * np.exp(-np.arange(2000) / 300) + rng.normal(0, 0.05, 2000)
     steps = np.arange(2000) * 10.0
-    assert find_spikes(steps, loss) == ()
+    assert find_spikes(steps.tolist(), loss.tolist()) == ()
     loss[1000:1003] += 2
     loss[50] = math.nan
-    (spike,) = find_spikes(steps, loss)
+    (spike,) = find_spikes(steps.tolist(), loss.tolist())
     assert spike.step == 10_000
     assert spike.loss == pytest.approx(4.1, abs=0.3)
-    assert find_spikes(np.zeros(0), np.zeros(0)) == ()
+    assert find_spikes([], []) == ()
+
+
+def test_the_report_finds_the_spikes_that_a_training_tells_of() -> None:
+    rng = np.random.default_rng(1)
+    loss = (3 + rng.normal(0, 0.01, 600)).tolist()
+    # too early to tell, one alone, two neighbours, one that is small beside the loss, one too large to square
+    for step, value in {20: 9.0, 200: 4.0, 300: 9.0, 301: 9.1, 400: 3.1, 500: 1e200}.items():
+        loss[step] = value
+    told, history = [], []
+    for step, value in enumerate(loss):
+        spiked, history = is_spike(SpikeRule(), history, value)
+        told += [step] if spiked else []
+    assert told == [200, 300, 301, 400, 500]
+    assert [spike.step for spike in find_spikes(range(600), loss)] == [200, 300, 400, 500]
 
 
 def plain(text: str) -> str:

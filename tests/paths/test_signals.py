@@ -13,7 +13,7 @@ def raise_signal(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_signal_raises_the_flag_and_nothing_else(number: signal.Signals) -> None:
     with StopRequest() as stop:
         assert stop.is_active
@@ -22,6 +22,16 @@ def test_a_stop_signal_raises_the_flag_and_nothing_else(number: signal.Signals) 
         assert stop.requested
         assert stop.received is number
         assert not stop.save_requested()
+
+
+def test_a_process_that_was_told_to_outlive_its_terminal_does() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_repeated_sigterm_is_patient_and_the_first_signal_is_kept() -> None:
@@ -50,7 +60,7 @@ def test_sigusr1_asks_for_one_save_and_no_end() -> None:
 
 
 def test_the_handlers_found_are_put_back_also_after_an_error() -> None:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     with pytest.raises(ValueError, match="inside"), StopRequest():
         raise ValueError("inside")

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from turnout.config import dump_toml, to_dict
 from turnout.data.prepare import Dataset
+from turnout.errors import ConfigError
 from turnout.models import Decoder
 from turnout.routers import DeepSeekV3, GShardTop2, Hash
 from turnout.routers.hash import HashRouter
 from turnout.train import checkpoint, state
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
+from turnout.train.recipes import load_recipe, recipe_of
+from turnout.train.resume import changed_settings
 from turnout.train.signals import StopRequest
 
 CLOCK = {"seconds", "tokens_per_s"}
@@ -40,7 +46,7 @@ def train_with_a_stop(recipe: Recipe, dataset: Dataset, run: Path, at_step: int)
         outcome = first.train(
             stop, on_step=lambda p: os.kill(os.getpid(), signal.SIGTERM) if p.step == at_step else None
         )
-        first.recorder.close()
+        first.close()
     assert outcome == "stopped"
     # what the process did in between must not matter
     torch.manual_seed(999)
@@ -149,10 +155,126 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_without_duplicate_records
     trainer = Trainer(small_recipe, small_dataset, tmp_path / "run")
     with pytest.raises(Killed):
         trainer.train(StopRequest(), on_step=die)
-    trainer.recorder.flush()
+    trainer.close()
     resumed = Trainer(small_recipe, small_dataset, tmp_path / "run", resume=True)
     assert resumed.counters.step == 5
     resumed.train(StopRequest())
     resumed.finish()
     train_to_end(small_recipe, small_dataset, tmp_path / "whole")
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def stopped_at_five(recipe: Recipe, dataset: Dataset, run: Path) -> None:
+    trainer = Trainer(recipe, dataset, run)
+    trainer.train(StopRequest(), pause_at=5 / recipe.loop.steps)
+    trainer.save()
+    trainer.close()
+
+
+@pytest.mark.parametrize("weight_decay", [0.05, 0.0])
+def test_a_resumed_run_learns_at_the_rate_and_decay_of_its_recipe_now(
+    weight_decay: float, small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    stopped_at_five(small_recipe, small_dataset, run)
+    slower = replace(small_recipe.optimizer, lr=1e-5, weight_decay=weight_decay)
+    edited = replace(small_recipe, optimizer=slower, loop=replace(small_recipe.loop, steps=9))
+    (run / "recipe.toml").write_text(dump_toml(edited), encoding="utf-8")
+    resumed = Trainer(recipe_of(run), small_dataset, run, resume=True)
+    resumed.train(StopRequest())
+    resumed.finish()
+    assert resumed.counters.step == 9
+    groups = resumed.optimizer.param_groups
+    assert max(group["weight_decay"] for group in groups) == weight_decay
+    recorded = {line["step"]: line["lr"] for line in lines(run) if line["kind"] == "step"}
+    assert recorded[9] == groups[0]["lr"] <= 1e-5
+    assert recorded[5] > 1e-4
+    said = [line["text"] for line in lines(run) if line["kind"] == "event"]
+    assert "resumed with optimizer.lr=1e-05 (before: 0.002)" in said
+    assert "resumed with loop.steps=9 (before: 12)" in said
+
+
+def test_what_a_run_resumed_with_is_in_its_folder(small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopped_at_five(small_recipe, small_dataset, run)
+    slower = load_recipe(str(run / "recipe.toml"), ["optimizer.lr=1e-5"])
+    Trainer(slower, small_dataset, run, resume=True).close()
+    assert recipe_of(run) == slower
+
+
+FIXED: dict[str, tuple[str, str]] = {
+    "model.dim": ("32", "16"),
+    "model.moe.router.k": ("3", "2"),
+    "data.val_fraction": ("0.1", "0.2"),
+    "seed": ("7", "0"),
+    "loop.batch_size": ("4", "2"),
+    "loop.eval_tokens": ("128", "64"),
+}
+
+
+@pytest.mark.parametrize("field", FIXED)
+def test_what_a_run_is_cannot_change_in_its_middle(
+    field: str, small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path
+) -> None:
+    run, (new, old) = tmp_path / "run", FIXED[field]
+    stopped_at_five(small_recipe, small_dataset, run)
+    other = load_recipe(str(run / "recipe.toml"), [f"{field}={new}"])
+    with pytest.raises(ConfigError, match=rf"^{field}={new} cannot take the place of {old}, with"):
+        Trainer(other, small_dataset, run, resume=True)
+    assert recipe_of(run) == small_recipe
+
+
+def test_a_setting_younger_than_the_checkpoint_had_its_default(small_recipe: Recipe) -> None:
+    saved = to_dict(small_recipe)
+    del saved["loop"]["accumulate"], saved["model"]["norm"]
+    assert changed_settings(saved, small_recipe) == ()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer(small_recipe, small_dataset, run)
+    trainer.train(StopRequest(), pause_at=0.2)
+    trainer.close()
+    with pytest.raises(ConfigError, match=r"already holds a run .* --resume"):
+        Trainer(small_recipe, small_dataset, run)
+    again = Trainer(small_recipe, small_dataset, run, resume=True)
+    assert "ended before its first checkpoint: it starts again" in again.notes[0]
+    again.train(StopRequest())
+    again.finish()
+    train_to_end(small_recipe, small_dataset, tmp_path / "whole")
+    assert lines(run) == lines(tmp_path / "whole")
+
+
+def test_a_folder_with_only_a_recipe_is_not_written_over(
+    small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path
+) -> None:
+    mine = tmp_path / "recipe.toml"
+    mine.write_text("# my own\n" + dump_toml(small_recipe), encoding="utf-8")
+    before = mine.read_bytes()
+    with pytest.raises(ConfigError, match=r"already holds a run or its recipe \(recipe\.toml\)"):
+        Trainer(small_recipe, small_dataset, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+    assert mine.read_bytes() == before
+
+
+def test_a_run_has_one_writer(small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopped_at_five(small_recipe, small_dataset, run)
+    first = Trainer(small_recipe, small_dataset, run, resume=True)
+    with pytest.raises(ConfigError, match=rf"is being written by another process, {os.getpid()}; wait"):
+        Trainer(small_recipe, small_dataset, run, resume=True)
+    first.close()
+    holder = "from pathlib import Path; from turnout.train.run_lock import RunLock; import sys, time\n"
+    holder += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", holder, str(run)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(ConfigError, match=rf"is being written by another process, {child.pid}; wait"):
+            Trainer(small_recipe, small_dataset, run, resume=True)
+    finally:
+        child.kill()
+        child.wait()
+    Trainer(small_recipe, small_dataset, run, resume=True).close()

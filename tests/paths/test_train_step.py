@@ -8,7 +8,8 @@ import torch
 
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Batch, Sampler
-from turnout.models import Decoder
+from turnout.layers import MoE
+from turnout.models import Decoder, presets
 from turnout.train.device import autocast_for
 from turnout.train.estimate import memory_here, seconds_per_step
 from turnout.train.optimizer import build_optimizer
@@ -68,3 +69,23 @@ def test_measuring_a_step_leaves_the_random_state_alone(small_recipe: Recipe) ->
     assert seconds_per_step(small_recipe, CPU) > 0
     assert torch.equal(torch.get_rng_state(), before)
     assert memory_here(CPU) > 1 << 28
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
+def test_the_compiled_layer_of_tiny_gives_what_the_layer_gives(dtype: torch.dtype) -> None:
+    moe = presets.tiny().moe
+    assert moe is not None
+    torch.manual_seed(0)
+    plain = MoE.from_config(32, replace(moe, num_experts=4, hidden=16, shared_hidden=16)).to(dtype)
+    compiled = deepcopy(plain)
+    x_TD, ids_T = torch.randn(24, 32, dtype=dtype), torch.randint(32, (24,))
+    answers = []
+    for layer in (plain, torch.compile(compiled, backend="eager")):
+        y_TD = layer(x_TD, token_ids=ids_T).y
+        y_TD.square().sum().backward()
+        answers.append(y_TD.detach())
+    torch.testing.assert_close(answers[1], answers[0])
+    for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None, name
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,5 +1,6 @@
 """A signal in any phase ends in a checkpoint; NaN is named and not learned from; a full disk does not end a run."""
 
+import math
 import os
 import re
 import signal
@@ -171,6 +172,18 @@ def test_a_full_disk_ends_the_run_where_the_policy_says_so(
     trainer = Trainer(with_loop(save_failure="stop"), small_dataset, tmp_path / "run")
     with pytest.raises(CheckpointError, match="No space left"):
         trainer.train(StopRequest())
+
+
+def test_a_validation_loss_that_is_nan_is_told_and_the_run_is_saved(
+    small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: math.nan)
+    trainer = Trainer(small_recipe, small_dataset, tmp_path / "run")
+    assert trainer.train(StopRequest()) == "done"
+    summary = trainer.finish()
+    assert (trainer.unsaved, summary["val_loss"]) == (None, None)
+    assert checkpoint.load(tmp_path / "run").step == 12
+    assert "the validation loss is nan" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(

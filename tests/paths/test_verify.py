@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from turnout import presets
-from turnout.cli.main import app
+from turnout.cli.main import app_of
 from turnout.errors import ConfigError
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
@@ -449,7 +451,7 @@ def plain_network(dim: int, hidden: int) -> nn.Module:
 
 
 def test_the_verb_prints_the_failures_and_exits_with_1() -> None:
-    done = CliRunner().invoke(app, ["verify", "tests.paths.test_verify:forgetful", "--json"])
+    done = CliRunner().invoke(app_of(), ["verify", "tests.paths.test_verify:forgetful", "--json"])
     assert done.exit_code == 1
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     failed = {check["id"] for check in answer["checks"] if check["outcome"] == "fail"}
@@ -475,6 +477,30 @@ def forgetful(dim: int, hidden: int, num_experts: int, k: int) -> _Broken:
 def test_a_wrong_target_names_what_there_is(target: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         subject(target)
+
+
+@pytest.mark.parametrize("body", ["1 / 0", "raise SystemExit(3)"])
+def test_a_module_that_raises_when_it_is_imported_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    (tmp_path / "broken_layers.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot import 'broken_layers' of 'broken_layers:build': (Zero|SystemExit)"):
+        subject("broken_layers:build")
+
+
+def test_the_verb_finds_a_module_in_the_folder_one_stands_in(
+    turnout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # sys.path as the console script has it: without the current folder
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "layers_of_mine.py").write_text(
+        "from torch import nn\n\n\ndef build(dim):\n    return nn.Linear(dim, dim)\n"
+    )
+    result = turnout("verify", "layers_of_mine:build", "--only", "O6")
+    assert result.code == 0, result.err
+    assert "1 passed" in result.out
 
 
 def test_an_unknown_check_is_named() -> None:

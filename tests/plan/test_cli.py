@@ -15,6 +15,7 @@ import pytest
 from turnout.cli.main import main
 from turnout.plan.shapes import SHAPES
 from turnout.plan.sources import SOURCES
+from turnout.plan.validate import Validation
 
 LAYOUT = ("mixtral-8x7b", "--nodes", "4", "--batch", "256", "--layout", "tp=2,pp=4,ep=4")
 ROW = {
@@ -138,8 +139,10 @@ def test_the_claim_is_reproduced_on_the_command_line(turnout: Turnout) -> None:
     assert rows["tokens shared over tp, all-to-all alone"] == pytest.approx(0.13, abs=0.005)
 
 
-def test_search_gives_layouts_that_fit_best_first(turnout: Turnout) -> None:
-    answer = turnout(*ANSWERS["search"][0], "--json").last
+def test_search_gives_layouts_that_fit_best_first(turnout: Turnout, tmp_path: Path) -> None:
+    file = tmp_path / "table.csv"
+    answer = turnout(*ANSWERS["search"][0], "--csv", str(file), "--json").last
+    assert len(file.read_text().splitlines()) == 1 + len(answer["best"])
     assert {"layout", "step_s", "mfu", "memory_gib", "usd_per_step"} <= answer["best"][0].keys()
     assert [row["step_s"] for row in answer["best"]] == sorted(row["step_s"] for row in answer["best"])
     assert all(row["memory_gib"] < 80e9 / 2**30 for row in answer["best"])
@@ -189,12 +192,12 @@ def test_without_a_layout_the_searchs_pick_is_taken_and_said(verb: str, turnout:
     assert result.last["layout"].startswith("tp=1,pp=1")
 
 
-@pytest.mark.parametrize("verb", ["volume", "memory", "explain", "search"])
+@pytest.mark.parametrize("verb", ["volume", "memory", "explain"])
 def test_csv_has_a_line_for_every_row(verb: str, turnout: Turnout, tmp_path: Path) -> None:
     file = tmp_path / "table.csv"
     result = turnout(*ANSWERS[verb][0], "--csv", str(file), "--json")
     assert result.code == 0, result.err
-    key = {"volume": "collectives", "memory": "stages", "explain": "rows", "search": "best"}[verb]
+    key = {"volume": "collectives", "memory": "stages", "explain": "rows"}[verb]
     assert len(file.read_text().splitlines()) == 1 + len(result.last[key])
 
 
@@ -262,12 +265,13 @@ def test_validate_judges_a_file_and_names_what_it_refuses(turnout: Turnout, tmp_
     )
 
 
-@pytest.mark.slow
-def test_validate_prints_the_protocol_within_a_minute(turnout: Turnout) -> None:
+def test_validate_prints_the_protocol(
+    turnout: Turnout, judged: tuple[Validation, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turnout.plan.validate.validate", lambda document: judged[0])
     result = turnout("validate", "--json")
     assert result.code == 0, result.err
     assert {"suites", "memory", "oom", "refusals", "seconds"} <= result.last.keys()
-    assert result.last["seconds"] < 60
     for words in ("const. MFU", "Calculon 12.9% on 103", "SimuMax 5.6% on 43", "F1", "rows refused"):
         assert words in result.err
 
@@ -378,17 +382,24 @@ def test_every_named_model_has_a_source() -> None:
     assert set(SOURCES) == set(SHAPES.names())
 
 
-@pytest.mark.parametrize("verb", ["volume", "memory", "time", "explain", "models"])
-def test_a_verb_reaches_neither_torch_nor_numpy(verb: str) -> None:
+def test_verbs_reach_neither_torch_nor_numpy() -> None:
+    asked = [ANSWERS[verb][0] for verb in ("volume", "memory", "time", "explain", "models", "clusters")]
     code = f"""
 import sys
-sys.argv = {["turnout", "plan", *ANSWERS[verb][0], "--json"]!r}
 from turnout.cli.main import main
-main()
-assert not {{"torch", "numpy", "matplotlib"}} & set(sys.modules)
+for args in {asked!r}:
+    sys.argv = ["turnout", "plan", *args, "--json"]
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, args
+    loaded = {{"torch", "numpy", "matplotlib"}} & set(sys.modules)
+    assert not loaded, (args, loaded)
+print("all")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("all\n")
 
 
 def test_import_and_a_query_take_less_than_a_third_of_a_second(tmp_path: Path) -> None:

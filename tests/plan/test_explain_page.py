@@ -4,6 +4,7 @@ import base64
 import hashlib
 import importlib
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -13,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from turnout.clusters import CLUSTERS
 from turnout.errors import ConfigError
@@ -59,13 +58,13 @@ def in_javascript(scenes: list[dict[str, Any]]) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def dials(at: Scene) -> st.SearchStrategy[Dial]:
+def dial_at_random(at: Scene, draw: random.Random) -> Dial:
     sizes = [tp for tp in (1, 2, 4, 8) if tp <= at.cluster.devices_per_node]
-    return st.builds(
-        Dial, top_k=st.integers(1, 16), num_experts=st.sampled_from([2, 4, 12, 16, 64, 160, 256]),
-        experts_per_node=st.sampled_from([1, 2, 3, 8, 32, 256]), tp=st.sampled_from(sizes), shared=st.booleans(),
-        capacity_factor=st.sampled_from([1.0, 1.25, 2.0]), moe_every=st.integers(1, 4),
-        batch_tokens=st.sampled_from([1e6, 60e6]), nic_bytes_per_s=st.just(48.5e9), gathers=st.booleans(),
+    return Dial(
+        top_k=draw.randint(1, 16), num_experts=draw.choice([2, 4, 12, 16, 64, 160, 256]),
+        experts_per_node=draw.choice([1, 2, 3, 8, 32, 256]), tp=draw.choice(sizes), shared=draw.random() < 0.5,
+        capacity_factor=draw.choice([1.0, 1.25, 2.0]), moe_every=draw.randint(1, 4),
+        batch_tokens=draw.choice([1e6, 60e6]), nic_bytes_per_s=48.5e9, gathers=draw.random() < 0.5,
     )  # fmt: skip
 
 
@@ -75,11 +74,11 @@ SCENES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=12)
-@given(data=st.data())
-def test_the_formulas_of_the_page_are_the_planners(data: st.DataObject) -> None:
+def test_the_formulas_of_the_page_are_the_planners() -> None:
     """Bytes with and without experts, of every tier, at settings drawn at random, for five models and machines."""
-    drawn = [[data.draw(dials(at)) for _ in range(8)] for at in SCENES]
+    draw = random.Random(0)
+    # one engine answers all: each start of it takes longer than its answers
+    drawn = [[dial_at_random(at, draw) for _ in range(40)] for at in SCENES]
     asked = [
         {"facts": at.facts(), "checks": [{"dial": asdict(dial)} for dial in chosen]}
         for at, chosen in zip(SCENES, drawn, strict=True)

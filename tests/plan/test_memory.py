@@ -84,6 +84,10 @@ def test_recomputation_and_zero_only_save(layout: dict[str, object]) -> None:
 def test_expert_buffers_grow_with_skew_and_shrink_with_expert_tensor_ranks() -> None:
     even = job("mixtral-8x7b", dp=8, ep=8)
     assert memory(replace(even, skew=2.0)).moe_bytes > 1.9 * memory(even).moe_bytes
+    # replicated tokens are on all ranks that share an expert: each keeps as many rows, and a part of what is inside
+    whole, cut = (memory(job("mixtral-8x7b", dp=8, tp=4, ep=8, etp=etp)).moe_bytes for etp in (1, 4))
+    inside = 4096 * 2 * 2 * 3 * SHAPES["mixtral-8x7b"].expert_hidden * 32
+    assert whole - cut == pytest.approx(inside * 3 / 4)
     assert memory(job("llama3-8b")).moe_bytes == 0
 
 

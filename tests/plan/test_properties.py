@@ -25,7 +25,7 @@ from turnout.plan.volume import to_json, volume
 from turnout.topology import Mesh
 
 QUERY = Query(model="mixtral-8x7b", nodes=4, global_batch=256)
-LEGAL = Legal(job=base_job(QUERY), devices_per_node=8, space=Space())
+LEGAL = Legal(job=base_job(QUERY), devices_per_node=8, space=Space(micro_batch=(1, 2, 4), virtual_stages=(2,)))
 
 
 @lru_cache(maxsize=1)
@@ -38,7 +38,7 @@ JOBS = st.deferred(lambda: st.integers(0, len(layouts()) - 1).map(layouts().job_
 MESHES = st.sampled_from([Mesh(nodes=1, local=4), Mesh(nodes=4), Mesh(nodes=2, local=3), Mesh(nodes=3, local=2)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(job=JOBS, times=st.floats(1.0, 16.0), tier=st.sampled_from(["intra", "inter"]))
 def test_more_bandwidth_never_slows_a_plan(job: Job, times: float, tier: str) -> None:
     cluster = CLUSTERS["dgx-h100"]
@@ -49,7 +49,7 @@ def test_more_bandwidth_never_slows_a_plan(job: Job, times: float, tier: str) ->
 
 @pytest.mark.parametrize("tier", ["intra", "inter"])
 def test_more_bandwidth_never_slows_the_pick(tier: str) -> None:
-    space = Space(micro_batch=(1, 2), cp=(1,), zero=(1, 3), etp=(1,))
+    space = Space(micro_batch=(1, 2), cp=(1,), zero=(1, 3), etp=(1,), virtual_stages=(2,), recompute=("none", "full"))
     steps = []
     for times in (1, 2, 8):
         link = getattr(CLUSTERS["dgx-h100"], tier)
@@ -59,7 +59,7 @@ def test_more_bandwidth_never_slows_the_pick(tier: str) -> None:
     assert steps == sorted(steps, reverse=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(job=JOBS)
 def test_merging_copies_never_adds_bytes_between_nodes(job: Job) -> None:
     flat, merged = (
@@ -74,7 +74,7 @@ def test_merging_copies_never_adds_bytes_between_nodes(job: Job) -> None:
     assert merged <= flat * (1 + 1e-3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(job=JOBS)
 def test_the_sum_over_links_is_the_total(job: Job) -> None:
     parts = volume(step_of(job, 8))

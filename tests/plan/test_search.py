@@ -52,13 +52,17 @@ QUERIES = {
 }  # fmt: skip
 
 
+# every path through the formulas, and few of the numbers that only multiply the layouts of each
+FEW = Space(micro_batch=(1, 2), virtual_stages=(2,))
+
+
 def legal_of(query: Query, space: Space | None = None) -> Legal:
     return Legal(job=base_job(query), devices_per_node=query.machine.devices_per_node, space=space or Space())
 
 
 @lru_cache(maxsize=len(QUERIES))
 def listed(name: str) -> Layouts:
-    legal = legal_of(QUERIES[name])
+    legal = legal_of(QUERIES[name], FEW)
     layouts = list_layouts(legal)
     return with_exchanges(layouts, *exchange_choices(layouts, legal))
 
@@ -78,7 +82,7 @@ def checked(strategy: Strategy, query: Query) -> Strategy:
 
 @pytest.mark.parametrize("name", QUERIES)
 def test_arrays_say_what_the_scalar_planner_says(name: str) -> None:
-    query, few = QUERIES[name], sample(listed(name), 120)
+    query, few = QUERIES[name], sample(listed(name), 25)
     jobs = [few.job_of(row) for row in range(len(few))]
     seconds = [step_time(job, query.machine).step_s for job in jobs]
     assert step_of_each(few, query.machine, fitted()).tolist() == pytest.approx(seconds, rel=1e-9)
@@ -87,7 +91,7 @@ def test_arrays_say_what_the_scalar_planner_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", QUERIES)
 def test_every_listed_layout_is_legal_and_listed_once(name: str) -> None:
-    query, layouts = QUERIES[name], sample(listed(name), 400)
+    query, layouts = QUERIES[name], sample(listed(name), 100)
     strategies = [layouts.strategy(row) for row in range(len(layouts))]
     assert all(checked(replace(each, dp=0), query) == each for each in strategies)
     assert len(set(strategies)) == len(strategies)
@@ -116,7 +120,7 @@ def brute_force(query: Query, space: Space) -> list[Strategy]:
 
 
 def test_the_best_is_the_least_of_all_that_brute_force_finds() -> None:
-    small = replace(SMALL, schedule=("1f1b", "zero_bubble"))
+    small = replace(SMALL, schedule=("1f1b", "zero_bubble"), zero=(1,))
     query = Query(model="mixtral-8x7b", nodes=2, global_batch=64)
     result, steps = search(query, space=small), []
     for strategy in brute_force(query, small):

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from turnout.clusters import CLUSTERS
 from turnout.errors import ConfigError
 from turnout.plan.collectives import all_gather, all_reduce, collective, group
+from turnout.plan.compute import block_time, layer_time
+from turnout.plan.engine import Engine
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.job import Job
 from turnout.plan.memory import memory
@@ -160,7 +162,7 @@ def test_deepseek_v3_fits_its_own_machine_and_not_without_its_savings() -> None:
     ("program", "limit", "gb"), [("node_dedup", 4, 271.1), ("node_dedup", 0, 358.8), ("flat", 0, 542.0)]
 )
 def test_deepseek_v3_keeps_its_card_busy_for_5_or_11_seconds(program: str, limit: int, gb: float) -> None:
-    """specs/planner.md, worked example: 5.4 s on a 50 GB/s card, without merging 10.8 s."""
+    """At most 4 nodes a token (arXiv:2412.19437), 3.5 of them others: 5.4 s on a 50 GB/s card, not merged 10.8 s."""
     strategy = replace(V3.strategy, alltoall=program)
     asked = replace(V3, shape=SHAPES["deepseek-v3"], strategy=strategy)
     (part,) = [each for each in volume(step_of(asked, 8, node_limit=limit)) if each.axis == "ep"]
@@ -186,6 +188,34 @@ def test_light_recomputation_costs_less_time_than_full_and_less_memory_than_none
     assert kept[0] > kept[1] > kept[2]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_ranks_that_share_an_expert_share_its_arithmetic(shared: bool) -> None:
+    engine = Engine(device=CLUSTERS["dgx-h100"].device, parameters=replace(fitted(), gemm_passes=0.0))
+    seconds = []
+    for tp in (1, 4):
+        asked = job("mixtral-8x7b", dp=8, tp=tp, ep=8, etp=tp, shard_tokens=shared and tp > 1)
+        router_s = engine.product_s(asked.routed_tokens, 8, asked.shape.dim, "bf16")
+        seconds.append(tp * (block_time(asked, 0, engine).experts_s - router_s))
+    assert seconds[1] == pytest.approx(seconds[0])
+
+
+def test_products_of_experts_reach_their_share_of_the_rate_of_one() -> None:
+    engine = Engine(device=CLUSTERS["dgx-h100"].device, parameters=replace(fitted(), gemm_passes=0.0))
+    one, grouped = (engine.product_s(4096, 4096, 4096, "bf16", grouped=each) for each in (False, True))
+    assert one == pytest.approx(fitted().grouped * grouped)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_alone_takes_less_than_its_block_and_twice_as_long_backward(layer: int) -> None:
+    engine = Engine(device=CLUSTERS["dgx-h100"].device, parameters=fitted())
+    asked = job("deepseek-v3" if layer else "llama3-8b", dp=8, ep=8 if layer else 1)
+    layer = 4 * layer  # the first blocks of the one are dense
+    forward_s, backward_s = layer_time(asked, layer, engine)
+    block = block_time(asked, layer, engine)
+    assert block.experts_s < forward_s < block.forward_s
+    assert 1.5 * forward_s < backward_s < 2 * forward_s < block.backward_s
+
+
 # --- collectives over ranks that share parameters ---
 
 
@@ -193,16 +223,35 @@ def test_a_gather_is_a_ring_and_a_sum_may_be_a_tree() -> None:
     cluster, mesh = CLUSTERS["dgx-h100"], group(256, 1, 8)
     gathered = wire_of(collective("parameter all-gather", "dp", mesh, all_gather(mesh, 1e9)), cluster)
     summed = wire_of(collective("gradient all-reduce", "dp", mesh, all_reduce(mesh, 1e9)), cluster)
-    assert gathered.intra_latency_s > 10 * summed.intra_latency_s
+    # every step of the ring waits for a hop between nodes, a tree for one on each of its levels and the chains in nodes
+    assert gathered.inter_latency_s == pytest.approx(255 * cluster.inter.latency_s)
+    chained = 2 * 7 * cluster.intra.latency_s
+    assert summed.inter_latency_s == pytest.approx(2 * 5 * cluster.inter.latency_s + chained)
 
 
-def test_what_is_scattered_tensor_by_tensor_goes_round_the_ring_for_each() -> None:
-    asked = replace(job("llama3-8b", dp=256, zero=1, batch=256), framework=FRAMEWORKS["nanotron"])
+def test_units_of_fsdp_go_round_the_ring_one_by_one() -> None:
+    asked = replace(job("llama3-8b", dp=256, zero=3, batch=256), framework=FRAMEWORKS["torchtitan"])
     cluster = CLUSTERS["dgx-h100"]
     far = replace(cluster, intra=replace(cluster.intra, latency_s=1e-3))
-    # six tensors of each of 32 blocks, scattered and gathered, over the 255 hops of which 7 in 8 stay in a node
-    hops = 2 * 6 * 32 * 255 * 7 / 8
+    # 32 blocks, gathered twice and scattered, over the 255 hops of which 7 in 8 stay in a node
+    hops = 3 * 32 * 255 * 7 / 8
     assert step_time(asked, far).dp_s - step_time(asked, cluster).dp_s > 0.9 * hops * 1e-3
+
+
+def test_zero_sums_whole_gradients_after_the_last_backward_pass_where_a_framework_does() -> None:
+    plain, sharded = (job("llama3-8b", dp=64, zero=zero, batch=64) for zero in (0, 1))
+    ours, theirs = FRAMEWORKS["megatron-core"], FRAMEWORKS["nanotron"]
+    names = {each.name for each in volume(step_of(replace(sharded, framework=theirs), 8))}
+    assert names == {"dense gradient all-reduce", "dense parameter all-gather"}
+    usual = volume(step_of(replace(sharded, framework=ours), 8))
+    assert "dense gradient reduce-scatter" in {each.name for each in usual}
+    cluster = CLUSTERS["dgx-h100"]
+    exposed = {f.name: [step_time(replace(each, framework=f), cluster).dp_s for each in (plain, sharded)]
+               for f in (ours, theirs)}  # fmt: skip
+    # without ZeRO the sum runs behind the backward pass; with it neither sum nor gather does
+    bytes_s = (2 * 4 + 2) * sharded.shape.total_params * 63 / 64 / 8 / cluster.inter.bytes_per_s
+    assert exposed["nanotron"][1] > 0.95 * bytes_s > 3 * exposed["nanotron"][0]
+    assert exposed["nanotron"][1] > 3 * exposed["megatron-core"][1]
 
 
 def test_model_flops_count_what_the_flags_say() -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turnout.clusters import CLUSTERS
 from turnout.errors import ConfigError
 from turnout.topology import Cluster, Device, Link, Mesh, PeakFlops, mesh_of
 
@@ -104,6 +105,20 @@ def test_impossible_clusters_are_refused(change: dict[str, object], text: str) -
 def test_impossible_links_are_refused(fields: dict[str, float], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Link(**fields)
+
+
+def test_a_device_held_to_less_than_its_power_is_slower_by_the_cube_root() -> None:
+    assert DEVICE.peak_flops_per_s.at_power(1 / 8).bf16 == pytest.approx(5e11)
+    held, free = CLUSTERS["h100-hbm2e"], CLUSTERS["dgx-h100"]
+    assert held.device_watt / free.device_watt == pytest.approx(5 / 7)
+    assert held.device.flops_per_s("fp8") == pytest.approx(free.device.flops_per_s("fp8") * (5 / 7) ** (1 / 3))
+
+
+def test_an_all_to_all_on_switches_reaches_its_share_of_the_link() -> None:
+    cluster = replace(CLUSTER, alltoall_share=0.9)
+    assert cluster.alltoall_intra(4).bytes_per_s == pytest.approx(0.9e11)
+    with pytest.raises(ConfigError, match=r"cluster.alltoall_share=1.5 must be above 0 and up to 1"):
+        replace(CLUSTER, alltoall_share=1.5)
 
 
 def test_a_precision_the_device_lacks_is_refused_with_those_it_has() -> None:

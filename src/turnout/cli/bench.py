@@ -7,7 +7,11 @@ import typer
 from turnout.cli import options
 from turnout.cli.console import console, print_json, table
 
-bench = typer.Typer(help="Gated benchmarks against named peers: ratios from one run.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Gated benchmarks against named peers: ratios from one run.",
+    no_args_is_help=True,
+    epilog="Example: turnout bench train-step --rounds 5",
+)
 
 Rounds = Annotated[int, typer.Option(help="Timed rounds.", min=1)]
 Warmup = Annotated[int, typer.Option(help="Rounds before them, which are not counted.", min=0)]

@@ -7,11 +7,12 @@ from rich.console import Console
 from rich.text import Text
 
 from turnout.cli import options
-from turnout.cli.console import console, print_json, write_pieces
+from turnout.cli.console import console, print_error, print_json, write_pieces
+from turnout.errors import RequestError
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(epilog="Example: turnout chat runs/tiny-1 --temperature 0.7")(chat)
+    app.command(epilog="Example: turnout chat runs/tiny-1 --temperature 0.9")(chat)
 
 
 def chat(
@@ -47,7 +48,13 @@ def chat(
         screen.print(f"note: {note}")
     turns = []
     while prompt := _ask(screen):
-        generation = continue_text(trained.model, trained.tokenizer, prompt, config)
+        try:
+            generation = continue_text(trained.model, trained.tokenizer, prompt, config)
+        except RequestError as error:
+            # one prompt too long is no reason to lose the conversation
+            print_error(str(error))
+            turns.append({"prompt": prompt, "text": "", "tokens": 0, "error": str(error)})
+            continue
         text = write_pieces(sys.stderr if as_json else sys.stdout, generation)
         turns.append({"prompt": prompt, "text": text, "tokens": generation.num_tokens})
     if as_json:

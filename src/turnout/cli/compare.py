@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from turnout.cli import options
-from turnout.cli.console import console, print_json, table
+from turnout.cli.console import patient_console, print_json, table
 
 
 def add_to(app: typer.Typer) -> None:
@@ -29,7 +29,7 @@ def compare(
     threads: options.Threads = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Train recipes in turns on one machine; table and plot by wall clock and by tokens, break-even included."""
+    """Train recipes in turns on one machine; table and plot by wall clock and by tokens."""
     from turnout.cli.process import own_process
     from turnout.cli.training import choose_run
     from turnout.data.prepare import default_cache, prepare
@@ -48,7 +48,7 @@ def compare(
     check_comparable(chosen)
     baseline = chosen[-1].name
     folder = choose_run("compare", out, None)
-    screen = console(as_json=as_json)
+    screen = patient_console(as_json=as_json)
     screen.print(
         f"  {own_process(threads)}; {_budget(minutes, steps)} each, seeds {first_seed}..{first_seed + seeds - 1}"
     )
@@ -71,7 +71,7 @@ def compare(
             print_json({"rows": [], "verdicts": [], "out": str(folder)})
         raise typer.Exit(128 + int(stop.received or 0))
     path = write_comparison(curves, folder, baseline)
-    _print(screen, curves, path, baseline)
+    _print(screen, curves, path, baseline, "number of steps" if steps else "wall clock")
     if as_json:
         judged = [asdict(v) for v in verdicts(curves, baseline)]
         print_json({"rows": _rows(curves), "verdicts": judged, "baseline": baseline, "out": str(path)})
@@ -97,7 +97,7 @@ def _with_routers(recipes: list[Any], routers: str) -> list[Any]:
     ]
 
 
-def _print(screen: Any, curves: list[Any], path: Path, baseline: str) -> None:
+def _print(screen: Any, curves: list[Any], path: Path, baseline: str, budget: str) -> None:
     from turnout.train.compare import verdicts
 
     columns = {"recipe": "left", "seed": "right", "minutes": "right", "tokens": "right", "tokens/s": "right"}
@@ -118,17 +118,20 @@ def _print(screen: Any, curves: list[Any], path: Path, baseline: str) -> None:
         ]
         for c in curves
     ]
-    title = "Same text, same wall clock; CPU: time it got of what its threads asked for; MFLOP of training a token"
+    title = f"Same text, same {budget}; CPU: time it got of what its threads asked for; MFLOP of training a token"
     screen.print(table(title if all(c.complete for c in curves) else f"{title}; cut: stopped early", columns, cells))
     _print_routing(screen, curves)
     if not any(c.recipe == baseline for c in curves):
         screen.print(f"no verdict: the baseline {baseline} ended before its first evaluation")
     for v in verdicts(curves, baseline):
         reached = "does not reach its final loss" if v.time_ratio is None else f"needs {v.time_ratio:.2f} of its time"
-        even = (
-            "never stays ahead" if v.break_even_s is None else f"stays ahead from minute {v.break_even_s / 60:.1f} on"
+        ahead = (
+            "never ahead for good in this run"
+            if v.ahead_from_s is None
+            else f"ahead for good from minute {v.ahead_from_s / 60:.1f} of this run"
         )
-        screen.print(f"{v.recipe} against {v.baseline}: {v.margin:+.4f} nats better, {reached}, {even}")
+        better = "worse" if v.margin < 0 else "better"
+        screen.print(f"{v.recipe} against {v.baseline}: {abs(v.margin):.4f} nats {better}, {reached}, {ahead}")
     screen.print(f"wrote {path}")
 
 

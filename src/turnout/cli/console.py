@@ -1,21 +1,62 @@
 """What a person sees goes to stderr under --json, so that stdout ends in one JSON object."""
 
 import json
-from collections.abc import Iterable
-from typing import Any, TextIO
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    # imported when something is printed
+    from rich.console import Console
+    from rich.table import Table
 
 
-def console(*, as_json: bool, quiet: bool = False) -> Console:
+def console(*, as_json: bool, quiet: bool = False) -> "Console":
     """Where a verb prints for people. Text is shown as it is: a path may hold what rich reads as markup or an emoji."""
+    from rich.console import Console
+
     return Console(stderr=as_json, markup=False, emoji=False, highlight=False, quiet=quiet)
+
+
+def patient_console(*, as_json: bool, quiet: bool = False) -> "Console":
+    """The same for work that must not be lost with its reader (head, a closed terminal): it goes on unseen."""
+    screen = console(as_json=as_json, quiet=quiet)
+    screen.file = cast(TextIO, _Patient(screen.file))
+    return screen
+
+
+class _Patient:
+    """A stream that nobody has to read."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._unread():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unread():
+            self._stream.flush()
+
+    @contextmanager
+    def _unread(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            # what is still in the stream goes where nothing fails, now and when the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def print_error(text: str) -> None:
     """One line on stderr."""
+    from rich.text import Text
+
     console(as_json=True).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 
@@ -35,8 +76,10 @@ def write_pieces(out: TextIO, pieces: Iterable[str]) -> str:
     return "".join(written)
 
 
-def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> Table:
+def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> "Table":
     """A table with (heading -> justification) columns."""
+    from rich.table import Table
+
     built = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for heading, justify in columns.items():
         built.add_column(heading, justify=justify)  # pyright: ignore[reportArgumentType]

@@ -7,7 +7,9 @@ import typer
 from turnout.cli import options
 from turnout.cli.console import console, print_json, table
 
-data = typer.Typer(help="Corpora: licence, size, how each is obtained.", no_args_is_help=True)
+data = typer.Typer(
+    help="Corpora: licence, size, how each is obtained.", no_args_is_help=True, epilog="Example: turnout data list"
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -17,11 +19,11 @@ def add_to(app: typer.Typer) -> None:
 @data.command("list", epilog="Example: turnout data list")
 def list_corpora(as_json: options.Json = False) -> None:
     """Every corpus by name."""
-    from turnout.data.corpora import CORPORA
+    from turnout.data.corpora import CORPORA, corpus_names
 
     rows = []
-    named = ((name, corpus) for name, corpus in CORPORA.items() if name != "text")
-    for name, corpus in named:
+    for name in corpus_names():
+        corpus = CORPORA[name]
         problem = corpus().problem()
         rows.append(
             {

@@ -11,7 +11,7 @@ from turnout.cli.console import console, print_json, write_pieces
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(epilog='Example: turnout generate runs/tiny-1 --prompt "def read_file(path):" --temperature 0.7')(
+    app.command(epilog='Example: turnout generate runs/tiny-1 --prompt "def read_file(path):" --temperature 0.9')(
         generate
     )
 

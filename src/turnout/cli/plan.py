@@ -17,6 +17,7 @@ from turnout.cli import (
 plan = typer.Typer(
     help="What a model with experts does to network, memory, time and bill, on machines you need not have.",
     no_args_is_help=True,
+    epilog="Example: turnout plan time tiny --nodes 1 --layout ep=8",
 )
 for verb in (
     plan_search, plan_time, plan_memory, plan_volume, plan_inference, plan_explain, plan_validate, plan_predict,

@@ -8,7 +8,9 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from turnout.cli import options
-from turnout.cli.console import console, print_json, table
+from turnout.cli.console import patient_console, print_json, table
+
+_LIST = "--set \"model.moe.losses=[{name = 'load_balance', coefficient = 0.02}]\""
 
 if TYPE_CHECKING:
     # at run time the command imports it: --help must not wait for torch
@@ -24,8 +26,10 @@ class _CommandWithFields(TyperCommand):
         from turnout.train.recipe import Recipe
 
         rows = [[doc.path, doc.kind, doc.default, doc.text] for doc in describe(Recipe)]
-        columns = {"field (--set field=value)": "left", "type": "left", "default": "left", "meaning": "left"}
-        Console().print(table("Fields of a recipe", columns, rows))
+        columns = {"type": "left", "default": "left", "meaning": "left"}
+        settable, items = [row for row in rows if "[]" not in row[0]], [row for row in rows if "[]" in row[0]]
+        Console().print(table("Fields of a recipe", {"field (--set field=value)": "left"} | columns, settable))
+        Console().print(table(f"Items of a list, set with the whole of it: {_LIST}", {"item": "left"} | columns, items))
 
 
 def add_to(app: typer.Typer) -> None:
@@ -42,6 +46,8 @@ turnout train tiny --dry-run
 
 turnout train --resume runs/novels
 
+turnout train --resume runs/novels --set optimizer.lr=1e-3
+
 torchrun --nproc-per-node 4 -m turnout train tiny --set strategy.ep=4
 """
 
@@ -54,8 +60,7 @@ def train(
     data: options.Data = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/NAME-N.")] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option("--resume", help="Go on with this run, bit for bit; --set strategy.X=Y lays it out anew."),
+        Path | None, typer.Option("--resume", help="Go on with this run, bit for bit; --set as far as it may change.")
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Short for --set loop.steps=0 --set loop.minutes=M.")] = None,
     steps: Annotated[int | None, typer.Option(help="Short for --set loop.steps=N; not with --minutes.")] = None,
@@ -86,7 +91,7 @@ def train(
         training = Training(
             recipe=chosen,
             run=world.first(choose_run(chosen.name, out, resume)),
-            screen=console(as_json=as_json, quiet=not world.is_first),
+            screen=patient_console(as_json=as_json, quiet=not world.is_first),
             process=process,
             world=world,
         )

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from turnout.comm import Watch, World
-from turnout.config import from_dict, override, to_dict
+from turnout.config import to_dict
 from turnout.data.prepare import Dataset, default_cache, is_prepared, prepare
 from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
@@ -24,6 +25,7 @@ from turnout.train.loop import Progress as StepProgress
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe, check_ranks
 from turnout.train.recipes import load_recipe, recipe_of
+from turnout.train.resume import changed_settings
 from turnout.train.signals import StopRequest
 
 
@@ -61,7 +63,7 @@ class Training:
         Raises: ConfigError or DataError, as the run would, if the text or the tokenizer cannot be used.
         """
         ready = is_prepared(self.recipe.data, default_cache())
-        self._line("text", "prepared" if ready else "found; it is read and encoded when the run starts")
+        self._line("text", "prepared" if ready else "not prepared yet: fetched, read and encoded when the run starts")
         time = estimate_time(self.recipe, pick_device(self.recipe.loop.device))
         self._line("time", time.reason, alarming=not time.fits)
         return {"data_prepared": ready, **vars(time)}
@@ -79,8 +81,7 @@ class Training:
 
         Raises: ConfigError, before anything is read or made, if the model does not fit in memory.
         """
-        require_fits(self.recipe, pick_device(self.recipe.loop.device), self.world)
-        require_sinks(self.recipe.loop.sinks)
+        self.world.together(self._require_room)
         with StopRequest() as stop:
             dataset = self._dataset()
             for note in dataset.notes:
@@ -92,10 +93,10 @@ class Training:
             with watch, _Display(self.screen) as display:
                 outcome = trainer.train(stop, on_step=display.show)
             if outcome == "stopped":
-                trainer.recorder.close()
+                trainer.close()
                 self._require_saved(trainer)
                 self.screen.print(f"stopped and saved; go on with: turnout train --resume {self.run}")
-                return {**trainer.summary(), "stopped_by": int(stop.received or 0)}
+                return {**trainer.summary(), "stopped_by": trainer.stopped_by}
             summary = trainer.finish()
             self._require_saved(trainer)
         if not self.world.is_first:
@@ -104,13 +105,17 @@ class Training:
         self.screen.print(_last_words(summary, report), soft_wrap=True)
         return summary
 
+    def _require_room(self) -> None:
+        require_fits(self.recipe, pick_device(self.recipe.loop.device), self.world)
+        require_sinks(self.recipe.loop.sinks)
+
     def _dataset(self) -> Dataset:
         """The text; one rank of a node reads and encodes it, the others find it done."""
-        if self.world.rank % self.world.local_size == 0:
-            dataset = prepare(self.recipe.data, default_cache(), say=self._say)
-            self.world.barrier()
-            return dataset
-        self.world.barrier()
+        goes_first = self.world.rank % self.world.local_size == 0
+        early = self.world.together(lambda: self._prepared() if goes_first else None)
+        return self.world.together(lambda: early or self._prepared())
+
+    def _prepared(self) -> Dataset:
         return prepare(self.recipe.data, default_cache(), say=self._say)
 
     def _say(self, line: str) -> None:
@@ -154,8 +159,9 @@ class _Display:
 
 
 def _say_at_once(text: str) -> None:
-    """From any rank: who waits is not always the one whose screen is shown."""
-    print(text, file=sys.stderr, flush=True)
+    """From any rank: who waits is not always the one whose screen is shown, and nobody has to read it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _words(progress: StepProgress) -> str:
@@ -169,9 +175,10 @@ def _words(progress: StepProgress) -> str:
 
 
 def _last_words(summary: dict[str, Any], report: Path) -> str:
+    val_loss = "not finite" if summary["val_loss"] is None else f"{summary['val_loss']:.4f}"
     return (
         f"  trained {summary['steps']} steps, {summary['tokens']:,} tokens in {summary['seconds'] / 60:.1f} minutes "
-        f"({summary['tokens_per_s']:,.0f} tokens/s); validation loss {summary['val_loss']:.4f}\n"
+        f"({summary['tokens_per_s']:,.0f} tokens/s); validation loss {val_loss}\n"
         f"  run     {summary['run']}\n  report  {report}\n  talk    turnout chat {summary['run']}"
     )
 
@@ -179,23 +186,28 @@ def _last_words(summary: dict[str, Any], report: Path) -> str:
 def recipe_for(name: str | None, resume: Path | None, overrides: Sequence[str]) -> Recipe:
     """The recipe by name or file, or the one of the run to resume.
 
-    Raises: ConfigError if neither or both are given, or a resumed run is to change.
+    Raises: ConfigError if neither or both are given, or a resumed run is to change in what it keeps to its end.
     """
     if resume is None:
         if name is None:
             raise ConfigError("give a recipe: a built-in name such as tiny, or a TOML file; or --resume RUN")
         return load_recipe(name, overrides)
-    if name is not None or any(not change.strip().startswith("strategy.") for change in overrides):
-        raise ConfigError(
-            f"--resume {resume} goes on with the run's own recipe; leave out the recipe, --data, --minutes, --steps "
-            "and every --set but those of strategy, or start a new run"
-        )
-    recipe = recipe_of(resume)
-    return from_dict(Recipe, override(to_dict(recipe), overrides)) if overrides else recipe
+    if name is not None:
+        raise ConfigError(f"--resume {resume} goes on with the run's own recipe; leave out {name}, or start a new run")
+    own = recipe_of(resume)
+    recipe = load_recipe(str(resume / "recipe.toml"), overrides)
+    # the run's checkpoint is asked again; here nothing has been read yet
+    changed_settings(to_dict(own), recipe)
+    return recipe
 
 
 def choose_run(name: str, out: Path | None, resume: Path | None) -> Path:
-    """The folder given, or the first free runs/NAME-N."""
+    """The folder given, or the first free runs/NAME-N.
+
+    Raises: ConfigError if a run is to be resumed in another folder.
+    """
+    if resume is not None and out is not None:
+        raise ConfigError(f"--resume {resume} goes on in that folder; leave out --out {out}, or resume a copy of it")
     if resume is not None:
         return resume
     if out is not None:

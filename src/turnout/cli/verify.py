@@ -1,5 +1,7 @@
 """`turnout verify`: the conformance suite on a layer of ours or another's, and the self-check of a layout."""
 
+import os
+import sys
 from collections import Counter
 from typing import Annotated
 
@@ -75,6 +77,8 @@ def _verify_layer(target: str, only: str, screen: Console, *, as_json: bool) -> 
     from turnout.verify import verify as run_checks
     from turnout.verify.targets import subject
 
+    # as `python -m turnout` has it: a module of the folder one stands in can be named
+    sys.path.insert(0, os.getcwd())
     chosen = subject(target)
     versions = ", ".join(f"{name} {version}" for name, version in chosen.versions.items())
     screen.print(f"  {chosen.name}  ({versions})")

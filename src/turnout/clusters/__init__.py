@@ -2,6 +2,7 @@
 
 from turnout.clusters.a800 import A800
 from turnout.clusters.ascend_910b import ASCEND_910B
+from turnout.clusters.aws_p5 import AWS_P5
 from turnout.clusters.dgx2_v100 import DGX2_V100
 from turnout.clusters.dgx_a100 import DGX_A100, DGX_A100_40
 from turnout.clusters.dgx_b200 import DGX_B200
@@ -21,6 +22,7 @@ from turnout.clusters.user import cluster_from, load_cluster
 __all__ = [
     "A800",
     "ASCEND_910B",
+    "AWS_P5",
     "CLUSTERS",
     "DGX2_V100",
     "DGX_A100",

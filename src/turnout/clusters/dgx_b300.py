@@ -8,7 +8,7 @@ from turnout.clusters.table import CLUSTERS, CX7_BYTES_PER_S, GB, TFLOPS, infini
 DEVICE_B300 = replace(
     DEVICE,
     name="B300-288GB",
-    # NVIDIA DGX B300 data sheet by 8: fp4 14 P dense, the other precisions those of B200
+    # fp4 14 P dense, of low certainty: pages of NVIDIA and its partners have 13 to 14; the others are those of B200
     peak_flops_per_s=replace(DEVICE.peak_flops_per_s, fp4=14_000 * TFLOPS),
     memory_bytes=288 * GB,  # HGX B300 data sheet: 2.3 TB a node
 )

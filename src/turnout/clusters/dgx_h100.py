@@ -26,7 +26,8 @@ DEVICE = Device(
 DEVICE_HBM2E = replace(
     DEVICE,
     name="H100-96GB-HBM2e",
-    memory_bytes=96 * GB,  # torchtitan's performance page: H100 with 96 GB HBM2e
+    peak_flops_per_s=DEVICE.peak_flops_per_s.at_power(500 / 700),  # held to 500 W of the data sheet's 700
+    memory_bytes=96 * GB,  # torchtitan's benchmarks: H100 with 96 GB HBM2e
     memory_bytes_per_s=2.4 * TB,  # the same
 )
 
@@ -38,12 +39,14 @@ DGX_H100 = CLUSTERS.register("dgx-h100")(
         # 450 GB/s each way (H100 data sheet: 900 both ways), 371 usable (SimAI)
         intra=Link(bytes_per_s=371 * GB, latency_s=NVLINK_LATENCY_S),
         inter=infiniband(CX7_BYTES_PER_S),  # 8 ConnectX-7 at 400 Gb/s, DGX H100 data sheet
+        alltoall_share=0.9,  # 335 GB/s of bus bandwidth among 4 H100, 500 MB: an issue of github.com/NVIDIA/nccl
         device_watt=700.0,  # H100 data sheet
         host_watt=575.0,  # 10.2 kW a DGX H100 (its data sheet) less 8 devices, by 8
         network_usd_per_device=TWO_LAYER_USD,
         sources=(
             "NVIDIA H100 and DGX H100 data sheets",
             "SimAI constants, NSDI 2025 (usable bandwidth)",
+            "https://github.com/NVIDIA/nccl, issues (all-to-all inside a node)",
             "arXiv:2505.09343 (network cost, latency)",
         ),
     )
@@ -53,7 +56,10 @@ H100_HBM2E = CLUSTERS.register("h100-hbm2e")(
         DGX_H100,
         name="h100-hbm2e",
         device=DEVICE_HBM2E,
-        device_watt=500.0,  # torchtitan's performance page: power limited to 500 W
-        sources=(*DGX_H100.sources, "https://github.com/pytorch/torchtitan, docs/performance.md (memory, power)"),
+        device_watt=500.0,  # torchtitan's benchmarks: "the default 500W power limit"
+        sources=(
+            *DGX_H100.sources,
+            "https://github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md (memory, power)",
+        ),
     )
 )

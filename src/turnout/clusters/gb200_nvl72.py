@@ -6,9 +6,8 @@ from turnout.clusters.dgx_b200 import DEVICE, NVLINK5
 from turnout.clusters.table import CLUSTERS, CX7_BYTES_PER_S, GB, TFLOPS, TWO_LAYER_USD, infiniband
 from turnout.topology import Cluster, PeakFlops
 
-PEAK = PeakFlops(  # NVIDIA GB200 NVL72 data sheet by 72, dense
-    fp32=1225 * TFLOPS, fp16=2450 * TFLOPS, bf16=2450 * TFLOPS, fp8=4900 * TFLOPS, fp4=9800 * TFLOPS
-)
+# dense, of medium certainty: the NVIDIA GB200 NVL72 data sheet by 72 has 2,500 in bf16 and 5,000 in fp8
+PEAK = PeakFlops(fp32=1225 * TFLOPS, fp16=2450 * TFLOPS, bf16=2450 * TFLOPS, fp8=4900 * TFLOPS, fp4=9800 * TFLOPS)
 
 GB200_NVL72 = CLUSTERS.register("gb200-nvl72")(
     Cluster(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from turnout.comm.ledger import Ledger, Phase
 from turnout.errors import TransportError
+from turnout.tensors import first_order
 
 Splits = tuple[tuple[int, ...], tuple[int, ...]]  # entries for each peer, entries from each peer
 
@@ -124,7 +124,7 @@ class _SendRows(torch.autograd.Function):
         return all_to_all([(rows_ND, route.rows)], route, "forward")[0]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         back = ctx.route.turned()
         return all_to_all([(grads[0], back.rows)], back, "backward")[0], None
@@ -143,7 +143,7 @@ class _SendLabelled(torch.autograd.Function):
         return rows, weight, row
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         back = ctx.route.turned()
         parts = [(grads[0], back.rows), (grads[1], back.labels)]

@@ -1,7 +1,7 @@
 """The processes of a job: who this one is, and what all of them agree on between steps."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from turnout.errors import ConfigError
+from turnout.errors import ConfigError, TurnoutError
 
 T = TypeVar("T")
 
@@ -43,6 +43,24 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives on this rank. Every rank calls it.
+
+        Raises: on every rank what it raised on the first that failed, if that is an error of ours or of a file: a rank
+        that left alone would keep the others waiting.
+        """
+        if self.size == 1:
+            return work()
+        value = failure = None
+        try:
+            value = work()
+        except (TurnoutError, OSError) as error:
+            failure = error
+        found = next((error for error in self.all(failure) if error is not None), None)
+        if found is not None:
+            raise found from failure
+        return value  # pyright: ignore[reportReturnType]
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """Of each number the largest over ranks."""

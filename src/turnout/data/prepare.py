@@ -40,6 +40,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.corpus:
             raise ConfigError("data.corpus is empty; give the name of a corpus or a path")
+        for name in ("corpus", "tokenizer"):
+            _require_utf8(name, getattr(self, name))
         if not self.tokenizer:
             raise ConfigError('data.tokenizer is empty; give "bpe" or the path of a tokenizer.json')
         if not MIN_VOCAB_SIZE <= self.vocab_size <= 2**24:
@@ -68,6 +70,16 @@ class _Record:
     notes: list[str]
 
 
+def _require_utf8(name: str, path: str) -> None:
+    # a byte of a path that is not UTF-8 arrives as half of a surrogate pair, and a recipe is a UTF-8 file
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"data.{name}={path!a} is not UTF-8 at character {error.start}; rename it, or give a link with such a name"
+        ) from error
+
+
 def default_cache() -> Path:
     """$TURNOUT_CACHE, or ~/.cache/turnout."""
     return Path(os.environ.get("TURNOUT_CACHE") or "~/.cache/turnout").expanduser()
@@ -90,11 +102,16 @@ def prepare(config: DataConfig, cache: Path, say: Callable[[str], None] = lambda
 
 
 def is_prepared(config: DataConfig, cache: Path) -> bool:
-    """Whether `prepare` would find its work done; looks at the text and the tokenizer, and writes nothing.
+    """Whether `prepare` would find its work done; looks at text and tokenizer, fetches nothing and writes nothing.
 
-    Raises: ConfigError for an unknown corpus or path; DataError if the text or the tokenizer cannot be read.
+    Raises: ConfigError for an unknown corpus or path; DataError if the text or the tokenizer cannot be read, or the
+    text is not here and cannot be fetched.
     """
     corpus, given = _sources(config)
+    if not corpus.is_here(cache):
+        if problem := corpus.problem():
+            raise DataError(f"cannot fetch corpus {corpus.name!r}: {problem}")
+        return False
     try:
         return _is_complete(_folder(config, corpus, given, cache))
     except OSError as error:

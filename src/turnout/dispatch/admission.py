@@ -9,6 +9,9 @@ from torch import Tensor
 from turnout.errors import ConfigError
 from turnout.tensors import Admission, Assignment
 
+# beyond any batch, and small enough that no product of it with choices or alignment is beyond 64 bits
+MOST_ROWS = 1 << 40
+
 
 def admission(
     assignment: Assignment,
@@ -36,7 +39,7 @@ def admission(
 def rows_of_factor(factor: float, num_assignments: int, num_experts: int) -> int:
     """ceil(factor * assignments / experts), the rows of one expert."""
     # a product such as 1.1 * 10 must not be lifted to the next integer by its last bits
-    return math.ceil(factor * num_assignments / num_experts * (1 - 4 * sys.float_info.epsilon))
+    return math.ceil(min(factor * num_assignments / num_experts * (1 - 4 * sys.float_info.epsilon), MOST_ROWS))
 
 
 def least_rows(assignment: Assignment) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from turnout.contracts import CapacityPolicy
-from turnout.dispatch.admission import admission, factor_of_call, least_rows, rows_needed
+from turnout.dispatch.admission import MOST_ROWS, admission, factor_of_call, least_rows, rows_needed
 from turnout.dispatch.queue import Priority, arrival_order, queue_position
 from turnout.errors import ConfigError
 from turnout.tensors import Admission, Assignment
@@ -71,5 +71,5 @@ def _limit(assignment: Assignment, factor: float) -> int:
         num_tokens = int((assignment.choice_N == 0).sum())
     else:
         num_tokens = num_assignments // assignment.top_k
-    rows_per_choice = int(factor * -(-num_tokens // assignment.num_experts))
+    rows_per_choice = int(min(factor * -(-num_tokens // assignment.num_experts), MOST_ROWS))
     return -(-num_assignments * rows_per_choice // max(num_tokens, 1))

@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from turnout.registry import Table
+from turnout.tensors import first_order
 
 
 class Activation(ABC):
@@ -66,7 +66,7 @@ class _FusedSwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (up_MG,) = ctx.saved_tensors
         gate, up = up_MG.chunk(2, dim=-1)

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from turnout.contracts import ExpertBackend, Refusal
 from turnout.experts.weights import FFNExperts
-from turnout.tensors import Ragged, Rows
+from turnout.tensors import Ragged, Rows, first_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,7 +34,7 @@ class _GroupedMM(torch.autograd.Function):
         return _rows_by_matrix(x_MD, weight_EDG, end_E)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_MD, weight_EDG, end_E = ctx.saved_tensors
         (grad_MG,) = grads

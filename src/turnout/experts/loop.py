@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, Refusal
+from turnout.errors import ShapeError
 from turnout.experts.weights import FFNExperts
 from turnout.tensors import Ragged, Rows
 
@@ -41,7 +42,14 @@ def _ffn(experts: FFNExperts, parts: tuple[Tensor, ...]) -> list[Tensor]:
 
 def _modules(experts: nn.ModuleList, parts: tuple[Tensor, ...]) -> list[Tensor]:
     # an idle expert also runs, on no rows, so that its gradients are zeros and never None
-    return [expert(x_MD) for expert, x_MD in zip(experts, parts, strict=True)]
+    outputs = [expert(x_MD) for expert, x_MD in zip(experts, parts, strict=True)]
+    for expert, x_MD, y_MD in zip(experts, parts, outputs, strict=True):
+        if not isinstance(y_MD, Tensor) or y_MD.shape != x_MD.shape:
+            got = f"shape {tuple(y_MD.shape)}" if isinstance(y_MD, Tensor) else type(y_MD).__name__
+            raise ShapeError(
+                f"expert {type(expert).__name__} made {got} of rows of shape {tuple(x_MD.shape)}; legal: the same"
+            )
+    return outputs
 
 
 def _linear(x_MD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

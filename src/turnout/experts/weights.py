@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from turnout.errors import ConfigError
 from turnout.experts.activations import Activation
+from turnout.tensors import fill_normal
 
 
 class FFNExperts(nn.Module):
@@ -41,8 +43,8 @@ class FFNExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.up_EDG, std=self.init_std)
-        nn.init.normal_(self.down_EFD, std=self.init_std)
+        fill_normal(self.up_EDG, self.init_std)
+        fill_normal(self.down_EFD, self.init_std)
         for bias in (self.up_bias_EG, self.down_bias_ED):
             if bias is not None:
                 nn.init.zeros_(bias)
@@ -62,5 +64,11 @@ class ModuleExperts(nn.ModuleList):
     """E modules of a user's own, each mapping (rows, D) to (rows, D); computed by the loop backend."""
 
     def __init__(self, factory: Callable[[], nn.Module], num_experts: int) -> None:
-        super().__init__(factory() for _ in range(num_experts))
+        modules = [factory() for _ in range(num_experts)]
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise ConfigError(
+                    f"the function given as expert made {module!r}; each expert must be a torch.nn.Module"
+                )
+        super().__init__(modules)
         self.num_experts = num_experts

@@ -10,7 +10,8 @@ def probabilities(logits_V: Tensor, *, temperature: float = 1.0, top_k: int = 0,
     """Probability of each token: softmax(logits / temperature), cut to the top_k best, then to the top_p nucleus.
 
     top_k: tokens that stay, 0 for all; top_p: the fewest best tokens that together have at least this probability
-    stay. What stays is renormalised. Temperature 0 puts everything on the best token, the first of equals.
+    stay. What stays is renormalised. Temperature 0, or one too small to divide by, puts everything on the best token,
+    the first of equals.
     Shapes: logits_V (V,); returns (V,) in at least float32, sum 1.
     Raises: NonFiniteError if there is no best logit to speak of.
     Source: top-p: Holtzman et al. 2019, arXiv:1904.09751, section 3.1.
@@ -19,13 +20,14 @@ def probabilities(logits_V: Tensor, *, temperature: float = 1.0, top_k: int = 0,
     best = logits_V.max()
     if not torch.isfinite(best):
         raise NonFiniteError(f"the largest of the model's logits is {best.item()}: its weights or activations overflow")
-    if temperature == 0:
+    least = torch.finfo(logits_V.dtype).tiny
+    if temperature < least:
         return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
     # the best logit at 0: a small temperature cannot overflow
     share_V = ((logits_V - best) / temperature).softmax(dim=0)
     if 0 < top_k < len(share_V):
         share_V = _only(share_V, share_V.topk(top_k).indices)
-    return share_V if top_p == 1 else _only(share_V, _nucleus(share_V, top_p))
+    return share_V if top_p == 1 else _only(share_V, _nucleus(share_V, max(top_p, least)))
 
 
 def draw(share_V: Tensor, generator: torch.Generator) -> int:

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from turnout.config import Settings
 from turnout.errors import ConfigError
 from turnout.layers.attend import attend
 from turnout.layers.kv_cache import KVCache
 from turnout.layers.norm import RMSNorm
 from turnout.layers.rope import Yarn, rope_tables, rotate
 from turnout.registry import Table
+from turnout.tensors import fill_normal
 
 
-class AttentionKind(ABC):
+class AttentionKind(Settings, ABC):
     """A row of the attention table: settings without the model's width; `build` adds it."""
 
     TABLE: ClassVar[Table[type["AttentionKind"]]] = Table("attention kind")
@@ -74,8 +76,6 @@ class AttentionConfig(AttentionKind):
             )
         if self.head_dim % 2:
             raise ConfigError(f"attention.head_dim={self.head_dim} must be even for rotary positions")
-        if self.qk_norm not in _NORM_HEADS:
-            raise ConfigError(f"attention.qk_norm={self.qk_norm!r} must be one of: {', '.join(_NORM_HEADS)}")
 
     def build(self, dim: int, *, layer: int, init_std: float, norm_eps: float) -> nn.Module:
         return Attention(dim, self, window=self.window_of(layer), init_std=init_std, norm_eps=norm_eps)
@@ -126,8 +126,8 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.qkv, std=self.init_std)
-        nn.init.normal_(self.out, std=self.init_std)
+        fill_normal(self.qkv, self.init_std)
+        fill_normal(self.out, self.init_std)
         for offset in (self.qkv_bias, self.out_bias, self.smear_H, self.sink_H):
             if offset is not None:
                 nn.init.zeros_(offset)
@@ -153,7 +153,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if self.smear_H is not None:
-            k = smear(k, self.smear_H, mask_BS)
+            # padding after a past is refused by attend
+            k = smear(k, self.smear_H, None if past else mask_BS)
         y = attend(q, k, v, scale=self.scale, past=past, window=self.window, mask_BS=mask_BS, sink_H=self.sink_H)
         return F.linear(y.transpose(1, 2).reshape(batch, length, heads * width), self.out, self.out_bias)
 

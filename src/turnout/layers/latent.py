@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from turnout.tensors import fill_normal
+
 
 class Latent(nn.Module):
     """The two projections around the routed experts, shared by all of them: x -> down x, y -> up y; no biases.
@@ -19,8 +21,8 @@ class Latent(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.down_ZD, std=self.init_std)
-        nn.init.normal_(self.up_DZ, std=self.init_std)
+        fill_normal(self.down_ZD, self.init_std)
+        fill_normal(self.up_DZ, self.init_std)
 
     def down(self, x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
         """Shapes: x_TD (T, D); mask_T (T,), False = padding; returns (T, Z)."""

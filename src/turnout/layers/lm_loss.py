@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from turnout.tensors import first_order
 
 IGNORE = -100
 CHUNK_BYTES = 32 << 20  # logits held at a time: large enough for the matrix products to be at full speed
@@ -52,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return -chosen_T1.squeeze(1).masked_fill(~counted_T, 0.0).sum() / count
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_h, grad_w_DV, counted_T, count = ctx.saved_tensors
         scale = grads[0] / count

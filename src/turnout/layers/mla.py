@@ -13,6 +13,7 @@ from turnout.layers.attention import AttentionKind, require_at_least, require_th
 from turnout.layers.kv_cache import KVCache
 from turnout.layers.norm import RMSNorm
 from turnout.layers.rope import Yarn, rope_tables, rotate
+from turnout.tensors import fill_normal
 
 
 @AttentionKind.TABLE.register("mla")
@@ -82,7 +83,7 @@ class MLA(nn.Module):
     def reset_parameters(self) -> None:
         for weight in (self.q_down, self.q_up, self.kv_down, self.kv_up, self.out):
             if weight is not None:
-                nn.init.normal_(weight, std=self.init_std)
+                fill_normal(weight, self.init_std)
 
     def forward(
         self,

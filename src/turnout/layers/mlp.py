@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turnout.experts.activations import Activation
+from turnout.tensors import fill_normal
 
 
 class MLP(nn.Module):
@@ -24,12 +25,15 @@ class MLP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.up_GD, std=self.init_std)
-        nn.init.normal_(self.down_DF, std=self.init_std)
+        fill_normal(self.up_GD, self.init_std)
+        fill_normal(self.down_DF, self.init_std)
         for bias in (self.up_bias_G, self.down_bias_D):
             if bias is not None:
                 nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., D); returns (..., D)."""
-        return F.linear(self.activation(F.linear(x, self.up_GD, self.up_bias_G)), self.down_DF, self.down_bias_D)
+        # weights follow the rows, as the experts' do
+        up_bias, down_bias = (None if b is None else b.to(x.dtype) for b in (self.up_bias_G, self.down_bias_D))
+        up = F.linear(x, self.up_GD.to(x.dtype), up_bias)
+        return F.linear(self.activation(up), self.down_DF.to(x.dtype), down_bias)

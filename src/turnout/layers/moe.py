@@ -8,18 +8,20 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from turnout.config import Settings
 from turnout.contracts import CapacityPolicy, Dispatcher, ExpertBackend, GivenRouter, Loss, RouterConfig
-from turnout.dispatch import Dropless, LocalDispatcher, plan_dispatch
+from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts import FFNExperts, ModuleExperts, choose_backend
 from turnout.experts.activations import Activation
+from turnout.layers.expert_pass import pass_experts
 from turnout.layers.latent import Latent
 from turnout.layers.mlp import MLP
 from turnout.layers.stats import collect_stats
 from turnout.losses import LoadBalance
 from turnout.registry import nearest
 from turnout.routers import TopK
-from turnout.tensors import MoEOutput, MoEStats
+from turnout.tensors import MoEOutput, MoEStats, as_token_ids
 
 # far beyond any layer, and small enough that no product of sizes is beyond 64 bits
 RANGES = {
@@ -31,7 +33,7 @@ RANGES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(Settings):
     """Settings of the MoE layers of a model; widths of the model itself are not in here."""
 
     num_experts: int = 8  # routed experts in a layer
@@ -71,11 +73,14 @@ class MoE(nn.Module):
     The way of a token:
     1. the router turns T tokens into N triples (token, expert, weight); padding never reaches it;
     2. the capacity policy says which of them are sent;
-    3. the plan orders those by expert, and the dispatcher brings their rows to the experts, here or on other ranks;
+    3. `pass_experts` orders those by expert, and the dispatcher brings their rows to them, here or on other ranks;
     4. the backend computes each expert of this process on its rows;
     5. the dispatcher adds each token's rows, weighted; a token without rows gets exactly zero.
 
     With a `latent_dim` steps 3 to 5 work in that width: x is projected down before them and y up after them.
+
+    A first layer, whose x needs no gradient, learns nothing under torch's checkpoint(use_reentrant=True), like any
+    module there: use use_reentrant=False. Second derivatives (create_graph=True) are an error.
     """
 
     def __init__(
@@ -100,6 +105,13 @@ class MoE(nn.Module):
         Raises: ConfigError naming the setting and the legal values.
         """
         super().__init__()
+        if not 1 <= dim <= RANGES["hidden"][1]:
+            raise ConfigError(f"dim={dim} must be from 1 to {RANGES['hidden'][1]}")
+        if not isinstance(expert, str) and (isinstance(expert, nn.Module) or not callable(expert)):
+            raise ConfigError(
+                f"expert={expert!r} must be a kind, one of {', '.join(Activation.TABLE.names())}, or a function that "
+                "makes a new module for each expert: lambda: nn.Linear(dim, dim)"
+            )
         if isinstance(router, nn.Module):
             # nothing says how many experts it gives a token: at most all of them
             router = GivenRouter(module=router, most_choices=num_experts)
@@ -179,17 +191,22 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, self.dim)
         # a user's router need not know of top_k
         asked = {} if top_k is None else {"top_k": top_k}
-        routing = self.router(x_TD, _flat(token_ids), _flat(mask), generator, **asked)
+        routing = self.router(x_TD, _flat(as_token_ids(token_ids)), _flat(mask), generator, **asked)
+        if isinstance(self.config.router, GivenRouter):
+            self.config.router.check_output(routing, num_tokens=len(x_TD), num_experts=self.config.num_experts)
         admission = self.config.capacity.admit(
             routing.assignment, training=self.training, generator=generator, factor=capacity_factor
         )
-        plan = plan_dispatch(routing.assignment, admission)
         backend = choose_backend(self.experts, self.config.backend, dtype=_row_dtype(x), device=x.device)
         narrow = x_TD if self.latent is None else self.latent.down(x_TD, _flat(mask))
-        sent = self.dispatcher.dispatch(
-            narrow.to(_row_dtype(x)), routing.assignment, plan, layout=backend.layout, capacity=admission.capacity
+        y = pass_experts(
+            self.experts,
+            backend,
+            narrow.to(_row_dtype(x)),
+            routing.assignment,
+            admission,
+            dispatcher=self.dispatcher,
         )
-        y = sent.combine(backend.run(self.experts, sent.rows))
         y_TD = y if self.latent is None else self.latent.up(y)
         if self.shared is not None:
             y_TD = _add_shared(y_TD, x_TD, self.shared, None if mask is None else routing.token_R)
@@ -208,6 +225,8 @@ class MoE(nn.Module):
     def _check(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
         if x.shape[-1] != self.dim:
             raise ShapeError(f"x has width {x.shape[-1]}; the layer was built for dim={self.dim}")
+        if not x.is_floating_point():
+            raise ShapeError(f"x has {x.dtype}; the layer computes in floating point: pass x.float()")
         for name, value in (("mask", mask), ("token_ids", token_ids)):
             if value is not None and value.shape != x.shape[:-1]:
                 raise ShapeError(

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from turnout.registry import Table
+from turnout.tensors import first_order
 
 NORMS: Table[Callable[..., nn.Module]] = Table("norm")
 
@@ -66,7 +66,7 @@ class _FusedRMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight_D)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight_D, scale = ctx.saved_tensors
         grad = grads[0] * scale

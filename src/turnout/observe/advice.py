@@ -10,10 +10,12 @@ from typing import Literal
 
 from turnout.observe.remedies import remedies, setting_names
 from turnout.observe.run_summary import RunSummary
+from turnout.observe.spikes import SpikeRule
 
 Severity = Literal["error", "warn", "note", "good"]
 
 _ORDER: tuple[Severity, ...] = ("error", "warn", "note", "good")
+_SPIKE = SpikeRule()
 _NAMED = 3  # layers, steps or experts named in one sentence
 
 
@@ -66,7 +68,7 @@ def _spiking(summary: RunSummary) -> Iterable[Finding]:
             severity="warn",
             title=f"The loss jumped {_count(len(spikes), 'time')}",
             text=f"The largest jump, at step {worst.step:,}, went from about {worst.usual:.3f} to {worst.loss:.3f} "
-            "(more than 6 sigma over the 128 steps before).",
+            f"(more than {_SPIKE.sigmas:g} sigma over the {_SPIKE.window} steps before).",
             try_=remedies(summary.routing).spikes,
         )
 
@@ -83,8 +85,8 @@ def _overfitting(summary: RunSummary) -> Iterable[Finding]:
             title="The validation loss is rising",
             text=f"Best {best:.3f} at step {best_step:,}, now {last:.3f} at step {last_step:,} "
             f"({_percent(last / best - 1)} higher).",
-            try_=f"Use the checkpoint nearest to step {best_step:,}. To train on: more data, more weight decay or "
-            "dropout, fewer or smaller experts.",
+            try_=f"A new run of about {best_step:,} steps ends near its best; loop.keep_last keeps more checkpoints to "
+            "go back to. To train for longer: more data, more weight decay, fewer or smaller experts.",
         )
 
 
@@ -156,7 +158,7 @@ def _dropping(summary: RunSummary) -> Iterable[Finding]:
             severity="error" if share > 0.1 else "warn",
             title=f"{_percent(share)} of assignments are dropped",
             text=f"{_capital(_window(summary))} {worst.name} drops most, {_percent(worst.dropped_share)}, for want of "
-            "room at their experts. A token whose choices are all dropped passes the layer unchanged.",
+            "room at their experts. A token whose choices are all dropped gets nothing from routed experts.",
             try_=remedies(summary.routing).drops,
         )
 
@@ -168,7 +170,7 @@ def _declining(summary: RunSummary) -> Iterable[Finding]:
             severity="note",
             title=f"The router leaves out {_percent(summary.declined_share)} of its choices",
             text="It does so by design, and not for want of room: these are not counted as dropped. A token whose "
-            "choices are all left out passes the layer unchanged.",
+            "choices are all left out gets nothing from routed experts.",
             try_=f"If that is more than you want, change a setting of the router: {names}." if names else "",
         )
 
@@ -180,7 +182,7 @@ def _undecided(summary: RunSummary) -> Iterable[Finding]:
             title="The router hardly chooses",
             text=f"Its probabilities have {_percent(summary.router_entropy)} of the greatest entropy: nearly the same "
             "for every expert, so experts have little reason to differ.",
-            try_="Lower the coefficients of the load-balance loss and the z-loss, or train for longer.",
+            try_=remedies(summary.routing).undecided,
         )
 
 

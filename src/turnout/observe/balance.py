@@ -16,11 +16,15 @@ DEAD_LOAD = 0.001  # an expert below 0.1 % of its fair share is dead
 
 @dataclass(frozen=True, kw_only=True)
 class Balance:
-    """Balance of one step. A plain name is the mean over micro-batches and layers; `_worst` the worst of them."""
+    """Balance of one step. A plain name is the mean over layers; `_worst` the worst of them.
+
+    The training loop adds up a step's micro-batches before it records: these are then counted together. Of statistics
+    given to the recorder one by one, mean and worst are over micro-batches and layers, where not said otherwise.
+    """
 
     max_violation: float  # max(u) - 1; 0 is even
     max_violation_worst: float
-    max_violation_global: float  # all micro-batches counted together, mean over layers
+    max_violation_global: float  # all micro-batches counted together: of a training, the same as max_violation
     cv: float  # standard deviation of u; 0 is even
     cv_worst: float
     entropy: float  # of the load, over ln E; 1 is even

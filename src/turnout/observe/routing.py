@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import turnout.routers  # noqa: F401  (fills the table)
+import turnout.losses
+import turnout.routers  # noqa: F401  (both fill their tables)
 from turnout.config import describe, from_dict
-from turnout.contracts import RouterConfig
+from turnout.contracts import Loss, RouterConfig
 from turnout.errors import ConfigError
 
 
@@ -17,6 +18,11 @@ class Routing:
     learns: bool = True
     rule: str = ""  # how it chooses, one sentence
     settings: tuple[tuple[str, str], ...] = ()  # (name, meaning) of each
+    own_balance: str = ""  # how it balances load by itself, in a few words
+    balance_losses: tuple[str, ...] = ("load_balance",)  # names of the losses that balance it
+
+
+_BALANCING = [name for name, loss in Loss.TABLE.items() if loss.balances]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +35,32 @@ def routing_of(recipe: Mapping[str, Any]) -> Routing:
 
     Raises: ConfigError if this release has no such router or setting.
     """
-    router = recipe
-    for key in ("model", "moe", "router"):
-        if not isinstance(router, Mapping) or key not in router:
+    moe = recipe
+    for key in ("model", "moe"):
+        if not isinstance(moe, Mapping) or key not in moe:
             return Routing()
-        router = router[key]
+        moe = moe[key]
+    if not isinstance(moe, Mapping) or "router" not in moe:
+        return Routing()
     try:
-        chosen = from_dict(_Chosen, {"router": router}).router
+        chosen = from_dict(_Chosen, {"router": moe["router"]}).router
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"model.moe.router: {error}") from error
-    return Routing(learns=chosen.scores_have_gradient, rule=_rule(type(chosen)), settings=_settings(type(chosen)))
+    return Routing(
+        learns=chosen.scores_have_gradient,
+        rule=_rule(type(chosen)),
+        settings=_settings(type(chosen)),
+        own_balance=chosen.own_balance,
+        balance_losses=_balance_losses(moe.get("losses")),
+    )
+
+
+def _balance_losses(losses: Any) -> tuple[str, ...]:
+    """Names of those that balance, at a coefficient above 0; of a recipe that says nothing of losses, its default."""
+    if not isinstance(losses, list):
+        return Routing().balance_losses
+    named = [loss for loss in losses if isinstance(loss, Mapping) and loss.get("coefficient", 1)]
+    return tuple(str(loss["name"]) for loss in named if loss.get("name") in _BALANCING)
 
 
 def _rule(row: type[RouterConfig]) -> str:

@@ -10,11 +10,10 @@ from turnout.observe.balance import DEAD_LOAD
 from turnout.observe.metrics import Metrics
 from turnout.observe.routing import Routing
 from turnout.observe.run_folder import RunRecord, column, number
+from turnout.observe.spikes import Spike, find_spikes
 from turnout.observe.thin import frame_load, smooth
 from turnout.observe.trace import Trace
 
-SPIKE_SIGMA = 6  # standard deviations over the mean of the SPIKE_WINDOW steps before
-SPIKE_WINDOW = 128
 _LEAST_FAIR_COUNT = 20  # with fewer assignments per expert an empty expert can be chance
 
 
@@ -57,15 +56,6 @@ class LayerLoad:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spike:
-    """A step whose loss left the range of the steps before it."""
-
-    step: int
-    loss: float
-    usual: float  # mean of the steps before
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """What `advise` reads. NaN: not measured."""
 
@@ -97,7 +87,7 @@ def summarize(record: RunRecord) -> RunSummary:
         last_step=int(steps[-1]) if len(steps) else 0,
         loss_first=_median(loss[: max(1, len(loss) // 50)]),
         loss_last=float(smoothed[-1]) if len(steps) else math.nan,
-        spikes=find_spikes(steps, loss),
+        spikes=find_spikes(steps.tolist(), loss.tolist()),
         nonfinite=_nonfinite(record.metrics),
         evals=tuple((step, value) for step, value in evals if math.isfinite(value)),
         layers=layers,
@@ -131,27 +121,6 @@ def last_window(trace: Trace) -> tuple[tuple[LayerLoad, ...], tuple[int, int]]:
                 )
             )
     return tuple(layers), (int(trace.steps[begin]), int(trace.steps[-1]))
-
-
-def find_spikes(steps: NDArray[np.float64], loss: NDArray[np.float64]) -> tuple[Spike, ...]:
-    """Where the loss is 6 sigma and 5 % above the mean of the (up to) 128 steps before; the first of each burst."""
-    finite = np.isfinite(loss)
-    steps, loss = steps[finite], loss[finite]
-    row = np.arange(len(loss))
-    begin = np.maximum(0, row - SPIKE_WINDOW)
-    count = np.maximum(1, row - begin)
-    # a loss near the largest float has no finite square, and is compared with nothing
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean, square = (_sums_before(x, begin, row) / count for x in (loss, loss**2))
-        sigma = np.sqrt(np.maximum(square - mean**2, 0))
-        is_spike = (row >= 16) & (loss > mean + SPIKE_SIGMA * sigma) & (loss > 1.05 * mean)
-    first = is_spike & ~np.roll(is_spike, 1)
-    return tuple(Spike(step=int(steps[i]), loss=float(loss[i]), usual=float(mean[i])) for i in np.flatnonzero(first))
-
-
-def _sums_before(values: NDArray[np.float64], begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.float64]:
-    running = np.concatenate([[0.0], np.cumsum(values)])
-    return running[end] - running[begin]
 
 
 def _nonfinite(metrics: Metrics) -> tuple[int, ...]:

@@ -159,20 +159,18 @@ def _light_routed_bytes(job: Job, layer: int) -> float:
     """Rows of the busiest expert rank as received, and the inputs of their gated activation."""
     shape, strategy = job.shape, job.strategy
     element, width = KEPT_BYTES[strategy.kept_precision], shape.latent_dim or shape.dim
-    rows = job.routed_tokens * shape.top_k * job.skew
-    inner = (2 if shape.gated else 1) * shape.expert_hidden
+    rows, inner = job.expert_rows, (2 if shape.gated else 1) * shape.expert_hidden / strategy.etp
     copies = strategy.activation_bytes * job.framework.permuted_copies * width
     router = 8 * shape.experts_of(layer) * job.routed_tokens
-    return rows * strategy.etp * (element * width + copies) + rows * element * inner + router
+    return rows * (element * width + copies + element * inner) + router
 
 
 def _routed_bytes(job: Job, layer: int) -> float:
     """Rows of the busiest expert rank: as received, between the matrices, and as kept for the weighted sum."""
     shape, strategy = job.shape, job.strategy
     a, width = strategy.activation_bytes, shape.latent_dim or shape.dim
-    # every rank of an expert's tensor group has all of the group's rows, and 1/etp of their width
-    rows = job.routed_tokens * shape.top_k * job.skew
+    # every rank of an expert's tensor group has all of the group's rows, and 1/etp of what lies between its matrices
     copies = 1 + job.framework.permuted_copies
-    inner = _inner_widths(job) * shape.expert_hidden
+    inner = _inner_widths(job) * shape.expert_hidden / strategy.etp
     router = 8 * shape.experts_of(layer) * job.routed_tokens
-    return rows * strategy.etp * a * copies * width + rows * a * inner + router
+    return job.expert_rows * a * (copies * width + inner) + router

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from turnout.alltoall import Traffic
-from turnout.topology import Cluster, Mesh
+from turnout.topology import Cluster, Link, Mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,14 @@ class Collective:
     def total_bytes(self) -> float:
         return self.intra_bytes + self.inter_bytes
 
+    def intra_link(self, cluster: Cluster) -> Link:
+        """The link inside the node as this collective finds it."""
+        exchanges = self.axis == "ep" or self.name == "cp all-to-all"
+        return cluster.alltoall_intra(self.mesh.local) if exchanges else cluster.intra
+
     def tiers_s(self, cluster: Cluster) -> tuple[float, float]:
         """Seconds of a step on the link inside the node and on the one between nodes, each as if alone."""
-        intra = cluster.alltoall_intra(self.mesh.local) if "all-to-all" in self.name else cluster.intra
-        inter = cluster.inter_over(self.mesh.nodes)
+        intra, inter = self.intra_link(cluster), cluster.inter_over(self.mesh.nodes)
         return intra.time_s(self.intra_bytes, self.intra_messages), inter.time_s(self.inter_bytes, self.inter_messages)
 
     def to_json(self) -> dict[str, Any]:

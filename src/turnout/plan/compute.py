@@ -1,16 +1,10 @@
-"""Seconds that the arithmetic of one block takes on one device: products, attention, element-wise work, optimizer.
-
-Roofline with few efficiencies: a product costs its operations at a share of the peak plus its operands' way through
-memory; everything else costs its bytes. specs/planner.md, "Efficiency curve"; Williams et al. 2009 (roofline).
-"""
+"""Seconds that the arithmetic of one block takes on one device: products, attention, element-wise work, optimizer."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
+from turnout.plan.engine import Engine
 from turnout.plan.job import Job
-from turnout.plan.parameters import Parameters
-from turnout.strategy import ELEMENT_BYTES
-from turnout.topology import Device
+from turnout.plan.moved_bytes import accumulated_bytes, elementwise_bytes, ffn_bytes, light_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,49 +19,17 @@ class BlockTime:
     weights_s: float = 0.0  # of the backward pass, gradients of weights
 
 
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """A device with the fitted efficiencies applied."""
-
-    device: Device
-    parameters: Parameters
-
-    def product_s(self, m: float, n: float, k: float, precision: str) -> float:
-        """Seconds of an (m, k) by (k, n) product."""
-        moved = ELEMENT_BYTES[precision] * (m * k + k * n) + 2 * m * n
-        return 2 * m * n * k / self._rate(precision) + self.parameters.gemm_passes * self.bytes_s(moved)
-
-    def bytes_s(self, moved_bytes: float) -> float:
-        """Seconds to read or write so much device memory."""
-        return moved_bytes / (self.device.memory_bytes_per_s * self.parameters.memory)
-
-    def _rate(self, precision: str) -> float:
-        """FLOP/s that a large product reaches."""
-        if precision not in self._rates:
-            generation = self.device.generation
-            rate = self.device.flops_per_s(precision) * self.parameters.gemm(generation)
-            self._rates[precision] = rate * (self.parameters.low(generation) if ELEMENT_BYTES[precision] < 2 else 1.0)
-        return self._rates[precision]
-
-    @cached_property
-    def _rates(self) -> dict[str, float]:
-        return {}
-
-    def attention_s(self, flops: float) -> float:
-        """Seconds of a fused attention kernel."""
-        precision = "bf16" if self.device.peak_flops_per_s.bf16 else "fp16"
-        return flops / (self.device.flops_per_s(precision) * self.parameters.attention)
-
-
 def products_of(job: Job, layer: int) -> list[tuple[float, float, float]]:
     """(m, n, k) of the dense products of block `layer` for one micro-batch on one rank, forward."""
+    return [*_attention_products(job), *_ffn_products(job, layer)]
+
+
+def _ffn_products(job: Job, layer: int) -> list[tuple[float, float, float]]:
+    """Of a dense FFN, or of what every token meets beside the routed experts."""
     shape, tp, tokens = job.shape, job.strategy.tp, job.rank_tokens
-    products = _attention_products(job)
     hidden = shape.shared_hidden if shape.experts_of(layer) else shape.ffn_hidden
-    if hidden:
-        up = (2 if shape.gated else 1) * hidden
-        products += [(tokens, up / tp, shape.dim), (tokens, shape.dim, hidden / tp)]
-    return products
+    up = (2 if shape.gated else 1) * hidden
+    return [(tokens, up / tp, shape.dim), (tokens, shape.dim, hidden / tp)] if hidden else []
 
 
 def _attention_products(job: Job) -> list[tuple[float, float, float]]:
@@ -87,28 +49,27 @@ def block_time(job: Job, layer: int, engine: Engine) -> BlockTime:
     dense = sum(engine.product_s(*product, precision) for product in products_of(job, layer))
     experts = _experts_s(job, layer, engine)
     scores_forward, scores_backward = _scores_s(job, layer, engine)
-    moved = _elementwise_bytes(job, layer)
-    elementwise = engine.bytes_s(moved)
-    accumulate = engine.bytes_s(_accumulated_bytes(job, layer))
+    elementwise = engine.bytes_s(elementwise_bytes(job, layer))
+    accumulate = engine.bytes_s(accumulated_bytes(job, layer))
     return BlockTime(
         forward_s=dense + experts + scores_forward + elementwise,
         backward_s=2 * (dense + experts) + scores_backward + 1.5 * elementwise + accumulate,
         experts_s=experts,
         scores_s=scores_forward,
-        light_s=engine.bytes_s(_light_bytes(job, layer)) + _up_projections_s(job, engine),
+        light_s=engine.bytes_s(light_bytes(job, layer)) + _up_projections_s(job, engine),
         weights_s=dense + experts + accumulate,
     )
 
 
-def _light_bytes(job: Job, layer: int) -> float:
-    """Bytes that norms and gated activations move, forward: what light recomputation repeats beside products."""
-    shape, strategy = job.shape, job.strategy
-    sequence = strategy.tp if strategy.sequence_parallel else 1
-    ffn = shape.shared_hidden if shape.experts_of(layer) else shape.ffn_hidden
-    moved = 2 * job.rank_tokens * (2 * 2 * shape.dim / sequence + _inner_moves(job) * ffn / strategy.tp)
-    if shape.experts_of(layer):
-        moved += 2 * job.routed_tokens * shape.top_k * job.skew * _inner_moves(job) * shape.expert_hidden
-    return moved
+def layer_time(job: Job, layer: int, engine: Engine) -> tuple[float, float]:
+    """(forward, backward) device seconds of the FFN or the experts of block `layer` by themselves.
+
+    Without attention, norms and residuals; gradients are written, not added to others.
+    """
+    dense = sum(engine.product_s(*product, job.strategy.precision) for product in _ffn_products(job, layer))
+    products = dense + _experts_s(job, layer, engine)
+    elementwise = engine.bytes_s(ffn_bytes(job, layer))
+    return products + elementwise, 2 * products + 1.5 * elementwise
 
 
 def _up_projections_s(job: Job, engine: Engine) -> float:
@@ -129,10 +90,10 @@ def _experts_s(job: Job, layer: int, engine: Engine) -> float:
         return 0.0
     width, hidden = shape.latent_dim or shape.dim, shape.expert_hidden / strategy.etp
     local = num_experts / strategy.ep
-    rows = job.routed_tokens * shape.top_k * strategy.etp * job.skew / local
+    rows = job.expert_rows / local
     up = (2 if shape.gated else 1) * hidden
-    one = engine.product_s(rows, up, width, strategy.precision)
-    one += engine.product_s(rows, width, hidden, strategy.precision)
+    one = engine.product_s(rows, up, width, strategy.precision, grouped=True)
+    one += engine.product_s(rows, width, hidden, strategy.precision, grouped=True)
     return local * one + engine.product_s(job.routed_tokens, num_experts, shape.dim, _plain(strategy.precision))
 
 
@@ -151,41 +112,6 @@ def _scores_s(job: Job, layer: int, engine: Engine) -> tuple[float, float]:
     # softmax reads and writes scores, dropout reads and writes them and a mask
     elementwise = engine.bytes_s(batches * length * length * (4 + (5 if job.framework.dropout else 0)))
     return products + elementwise, 2 * products + 1.5 * elementwise
-
-
-def _elementwise_bytes(job: Job, layer: int) -> float:
-    """Bytes that norms, residuals, activations, rotations, casts and the permutation of rows move, forward."""
-    shape, strategy, tokens = job.shape, job.strategy, job.rank_tokens
-    sequence = strategy.tp if strategy.sequence_parallel else 1
-    # per token: two norms (read, write) and two residual additions (read two, write one) of width dim
-    residual = (2 * 2 + 2 * 3) * shape.dim / sequence
-    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim / strategy.tp
-    ffn = shape.shared_hidden if shape.experts_of(layer) else shape.ffn_hidden
-    moved = 2 * tokens * (residual + 2 * heads + _inner_moves(job) * ffn / strategy.tp)
-    if shape.experts_of(layer):
-        rows = job.routed_tokens * shape.top_k * job.skew
-        width = shape.latent_dim or shape.dim
-        # rows are gathered at the sender and added up there: each reads and writes
-        moved += 2 * rows * (2 * 2 * width + _inner_moves(job) * shape.expert_hidden)
-        if ELEMENT_BYTES[strategy.precision] < 2:
-            moved += rows * (width + shape.expert_hidden) * (2 + 2 * ELEMENT_BYTES[strategy.precision])
-    if ELEMENT_BYTES[strategy.precision] < 2:
-        # each operand is read in two bytes and written twice, as is and transposed
-        inputs = 2 * shape.dim + (shape.num_heads * shape.head_dim + ffn) / strategy.tp
-        moved += tokens * inputs * (2 + 2 * ELEMENT_BYTES[strategy.precision])
-    return moved
-
-
-def _inner_moves(job: Job) -> int:
-    """Widths read and written between an FFN's matrices."""
-    return 3 if job.shape.gated else 2
-
-
-def _accumulated_bytes(job: Job, layer: int) -> float:
-    """Gradients of a block added to their fp32 accumulators: one read and one write a micro-batch."""
-    dense = job.shape.block_params(layer) / job.strategy.tp
-    routed = job.shape.routed_params(layer) / (job.strategy.ep * job.strategy.etp)
-    return 2 * job.framework.gradient_bytes * (dense + routed)
 
 
 def head_time(job: Job, engine: Engine) -> BlockTime:

@@ -54,30 +54,35 @@ def expert_data_mesh(strategy: Strategy, devices_per_node: int) -> Mesh:
     return Mesh(nodes=peers.nodes * apart.nodes, local=peers.local * apart.local)
 
 
-def reductions(strategy: Strategy, mesh: Mesh, params: float) -> Iterator[Reduction]:
+def reductions(strategy: Strategy, mesh: Mesh, params: float, *, sums: bool = False) -> Iterator[Reduction]:
     """Gradients of `params` summed over copies; under ZeRO scattered to shards, and parameters gathered from them.
 
+    `sums`: under ZeRO-1 they are summed on every rank all the same.
     A rank that keeps a shard of the gradients alone (ZeRO-2) has to give away the rest after every micro-batch.
     Raises: ConfigError if a ZeRO shard does not fit the ranks of the mesh.
     """
     gradient = params * ELEMENT_BYTES[strategy.grad_precision]
     weights = params * strategy.activation_bytes
-    if strategy.zero == 0:
+    whole = strategy.zero == 0 or (sums and strategy.zero == 1)
+    if whole:
         yield Reduction(name="gradient all-reduce", mesh=mesh, traffic=all_reduce(mesh, gradient))
+    if strategy.zero == 0:
         return
     shard, copies = _sharded(strategy, mesh)
     scattered, gathered = all_gather(shard, gradient), all_gather(shard, weights)
-    yield Reduction(name="gradient reduce-scatter", mesh=shard, traffic=scattered, each_pass=strategy.zero >= 2)
+    if not whole:
+        yield Reduction(name="gradient reduce-scatter", mesh=shard, traffic=scattered, each_pass=strategy.zero >= 2)
     # ZeRO-3 gathers for the forward pass and again for the backward pass
-    whole = strategy.zero == 3
+    again = strategy.zero == 3
     yield Reduction(
-        name="parameter all-gather", mesh=shard, traffic=gathered, calls=2 if whole else 1, each_pass=whole
+        name="parameter all-gather", mesh=shard, traffic=gathered, calls=2 if again else 1, each_pass=again
     )  # fmt: skip
-    yield Reduction(name="shard all-reduce", mesh=copies, traffic=all_reduce(copies, gradient / shard.size))
+    if not whole:
+        yield Reduction(name="shard all-reduce", mesh=copies, traffic=all_reduce(copies, gradient / shard.size))
 
 
 def _reduced(step: Step, axis: str, part: str, mesh: Mesh, params: float) -> Iterator[Collective]:
-    for each in reductions(step.strategy, mesh, params):
+    for each in reductions(step.strategy, mesh, params, sums=step.zero_sums):
         times = step.micro_batches if each.each_pass and step.reshards else 1.0
         yield collective(f"{part} {each.name}", axis, each.mesh, each.traffic, each.calls * times)
 

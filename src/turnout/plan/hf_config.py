@@ -40,7 +40,7 @@ def read_config(path: str | Path) -> ModelShape:
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     try:
-        data = json.loads(file.read_text())
+        data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}; give a config.json or the folder it is in") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -15,7 +15,7 @@ from turnout.strategy import Strategy
 DEEPSPEED = "DeepSpeed-MoE, Rajbhandari et al. 2022, arXiv:2201.05596"
 SGLANG = "SGLang team 2025, lmsys.org/blog/2025-05-05-large-scale-ep"
 DEEPSEEK = "DeepSeek 2025, open-infra-index, day 6 (inference system overview)"
-LIMITS = "DeepSeek-AI 2025, arXiv:2505.09343, section 2.3"
+LIMITS = "DeepSeek-AI 2025, arXiv:2505.09343, section 2.3.2"
 
 
 @dataclass(frozen=True, kw_only=True)

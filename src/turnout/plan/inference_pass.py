@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from turnout.plan.collectives import Collective
-from turnout.plan.compute import Engine, block_time, products_of
+from turnout.plan.compute import block_time, products_of
+from turnout.plan.engine import Engine
 from turnout.plan.expert_volume import exchange, expert_tensor_volume
 from turnout.plan.inference_experts import touched_at_busiest
 from turnout.plan.inference_load import Load, cache_bytes_per_token, cached_flops_per_pair, plain
@@ -160,8 +161,8 @@ class ForwardPass:
         precision, local = strategy.precision, experts / strategy.ep
         rows, tokens = self.routed()
         read = touched_at_busiest(experts, shape.top_k, tokens, strategy.ep)
-        flops_s = self.bare.product_s(rows, inner, width, precision)
-        flops_s += self.bare.product_s(rows, width, hidden, precision)
+        flops_s = self.bare.product_s(rows, inner, width, precision, grouped=True)
+        flops_s += self.bare.product_s(rows, width, hidden, precision, grouped=True)
         weights = ELEMENT_BYTES[precision] * width * (inner + hidden)
         moved = 2 * width + inner + hidden
         fetched = serving.offload.missed(

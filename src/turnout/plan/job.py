@@ -42,5 +42,14 @@ class Job:
         return self.rank_tokens / (self.strategy.tp if self.strategy.tokens_sharded else 1)
 
     @property
+    def expert_rows(self) -> float:
+        """Rows of one micro-batch that the busiest expert rank works on in a sparse layer, at 1/etp of an expert.
+
+        Ranks that share an expert gather each other's rows; rows of replicated tokens are on all of them already.
+        """
+        gathered = self.strategy.etp if self.strategy.tokens_sharded else 1
+        return self.routed_tokens * self.shape.top_k * self.skew * gathered
+
+    @property
     def world(self) -> int:
         return self.strategy.world()

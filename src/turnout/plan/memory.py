@@ -12,7 +12,7 @@ from turnout.plan.pipeline import Stage, layers_in_flight, rank_kinds, stages
 from turnout.plan.terms import Numbers, One, Terms, either, larger, reads
 
 GIB = 2**30
-# of the CUDA context and the communication library's buffers, outside any allocator; specs/planner.md: 1-3 GB
+# of the CUDA context and the communication library's buffers, outside any allocator; assumed: no source splits it off
 CONTEXT_BYTES = 1.5 * GIB
 # of the matrix library, two streams of 32 MiB each on Hopper: PyTorch's default CUBLAS_WORKSPACE_CONFIG
 WORKSPACE_BYTES = 2 * 32 * 2**20
@@ -194,7 +194,7 @@ def _parameter_bytes(job: Job, ranks: int) -> ParameterBytes:
     if strategy.zero >= 1:
         optimizer = (optimizer + framework.zero_shard_bytes) / ranks
     gradients = gradients / (ranks if strategy.zero >= 2 else 1)
-    gradients += framework.data_parallel_bytes if ranks > 1 else 0
+    gradients += framework.data_parallel_bytes if ranks > 1 and strategy.zero == 0 else 0
     weights /= ranks if strategy.zero >= 3 else 1
     return ParameterBytes(
         weight_bytes=weights, gradient_bytes=gradients, optimizer_bytes=optimizer,

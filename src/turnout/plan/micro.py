@@ -7,7 +7,8 @@ from typing import Any
 from turnout.alltoall import PROGRAMS, UniformRouting, round_trip, traffic_of
 from turnout.errors import ConfigError
 from turnout.plan.collectives import all_to_all, collective, group
-from turnout.plan.compute import Engine, block_time
+from turnout.plan.compute import layer_time
+from turnout.plan.engine import Engine
 from turnout.plan.expert_volume import FP8_SCALE_BYTES, row_size
 from turnout.plan.job import Job
 from turnout.plan.model import ModelShape
@@ -42,13 +43,18 @@ def micro_case(row: dict[str, Any], cluster: Cluster, precision: Precision) -> M
 
 
 def _layer_ms(row: dict[str, Any], cluster: Cluster, parameters: Parameters, precision: Precision) -> float:
-    """Milliseconds of the forward or backward pass of one MoE layer without attention and norms."""
+    """Milliseconds of the forward or backward pass of one MoE layer without attention and norms.
+
+    Megatron-LM's moe_perf builds its layers with the library's defaults: an expert has two matrices, and the shared
+    expert that its list of cases names is not built (tests/functional_tests/test_cases/common/moe_perf).
+    """
     dims, layout = _dims(row), row.get("layout") or {}
     ep, etp = int(layout.get("ep") or 1), int(layout.get("etp") or 1)
+    plain = "moe_perf" in str(row.get("source"))
     shape = ModelShape(
         num_layers=1, dim=int(dims["hidden"]), vocab_size=1, num_heads=1, num_kv_heads=1, head_dim=1,
         num_experts=int(dims["experts"]), top_k=int(dims["top_k"]), expert_hidden=int(dims["expert_ffn"]),
-        shared_hidden=int(dims.get("shared_ffn") or 0),
+        shared_hidden=0 if plain else int(dims.get("shared_ffn") or 0), gated=not plain,
     )  # fmt: skip
     dedup = str(row.get("dispatcher")).lower() in ("deepep", "hybridep")
     strategy = Strategy(
@@ -57,7 +63,7 @@ def _layer_ms(row: dict[str, Any], cluster: Cluster, parameters: Parameters, pre
     )  # fmt: skip
     job = Job(shape=shape, strategy=strategy, seq_len=int(row["seq"]), global_batch=int(row["gpus"]))
     engine = Engine(device=cluster.device, parameters=parameters)
-    block = block_time(job, 0, engine)
+    forward_s, backward_s = layer_time(job, 0, engine)
     mesh = group(ep, etp, cluster.devices_per_node)
     routing = UniformRouting(
         mesh=mesh, num_tokens=job.routed_tokens, top_k=shape.top_k, num_experts=shape.num_experts
@@ -65,8 +71,7 @@ def _layer_ms(row: dict[str, Any], cluster: Cluster, parameters: Parameters, pre
     moves = round_trip(PROGRAMS[strategy.alltoall], mesh)
     exchange = collective("ep", "ep", mesh, traffic_of(moves, routing, row_size(strategy, shape.dim)))
     wire = collective_s(exchange, cluster)
-    seconds = block.forward_s if row["quantity"] == "forward_ms" else block.backward_s
-    return 1e3 * (seconds + wire)
+    return 1e3 * (wire + (forward_s if row["quantity"] == "forward_ms" else backward_s))
 
 
 def _dims(row: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def _logical_gb_per_s(row: dict[str, Any], cluster: Cluster) -> float:
         raise ConfigError(f"gpus={ranks!r} must be at least 2 for an exchange of rows")
     mesh = group(ranks, 1, cluster.devices_per_node)
     if mesh.nodes == 1:
-        return cluster.intra.bytes_per_s * ranks / (ranks - 1) / 1e9
+        return cluster.alltoall_intra(ranks).bytes_per_s * ranks / (ranks - 1) / 1e9
     return cluster.inter.bytes_per_s * mesh.nodes / (mesh.nodes - 1) / 1e9
 
 

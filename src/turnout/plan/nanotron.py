@@ -14,6 +14,8 @@ def nanotron_cases(*, nodes: int = 0, failed: bool = False) -> list[dict[str, An
     Pipelines that ran before nanotron's own repair of its pipeline engine are an older release (`primary` is false):
     they wait 1.2 s for each micro-batch, whatever the model, the layout and the network. Bandwidths inside a node are
     the run's own: on some nodes NVLink was not in use.
+    `keeps_gathered`: what was run first, without pipelines, kept the gathered inputs of products; what came after did
+    not. The file does not say so; their memory does, by a fifth of it.
     """
     # the file's own order: of all runs, failed ones included, the place is the number in a row's name
     every = zip(nanotron_rows(failed=True), nanotron_runs(), strict=True)

@@ -20,8 +20,8 @@ class Parameters:
     gemm_hopper: float
     gemm_blackwell: float
     gemm_passes: float  # times that the operands and result of a product cross memory, not overlapped with it
-    low_precision: float  # share of its own peak an fp8 or fp4 product reaches, over that of a bf16 one
-    low_blackwell: float  # the same on Blackwell, whose bf16 products are held back by power, not by their kernels
+    grouped: float  # rate of the products of a rank's experts in one kernel, over that of one large product
+    low_blackwell: float  # share of its own peak an fp8 or fp4 product reaches on Blackwell, over that of a bf16 one
     attention: float  # share of the bf16 matrix peak that a fused attention kernel reaches
     memory: float  # share of the memory bandwidth that element-wise kernels and the optimizer reach
     layer_call_s: float  # host time to launch one block forward and backward; the device waits for it when it is faster
@@ -41,12 +41,15 @@ class Parameters:
         return shares[name]
 
     def low(self, generation: str) -> float:
-        """Share of its own peak that an fp8 or fp4 product reaches, over that of a bf16 one, on a generation."""
-        return self.low_blackwell if generation == "blackwell" else self.low_precision
+        """Share of its own peak that an fp8 or fp4 product reaches, over that of a bf16 one, on a generation.
+
+        Others than Blackwell, whose bf16 products are held back by power, reach the same share in both.
+        """
+        return self.low_blackwell if generation == "blackwell" else 1.0
 
     def framework_scale(self, framework: str) -> float:
         """Step time of a framework over that of the others; 1 where no calibration row tells them apart."""
-        return self.scale_nanotron if framework == "nanotron" else 1.0
+        return self.scale_nanotron if framework.startswith("nanotron") else 1.0
 
 
 @lru_cache(maxsize=1)

@@ -199,7 +199,7 @@ def _hidden(of: Terms[Run], work: _Work) -> dict[str, Numbers]:
     both_ways = strategy.schedule == "dualpipe"
     exchange = smaller(wire["ep"], work.compute_s)
     return {
-        "tp": parameters.hidden_tp * wire["tp"] if framework.overlap_tp else 0.0,
+        "tp": smaller(parameters.hidden_tp * wire["tp"], work.compute_s) if framework.overlap_tp else 0.0,
         "cp": smaller(wire["cp"], behind_scores),
         "ep": exchange if both_ways else either(of(chunks) > 1, parameters.hidden_ep * wire["ep"], 0.0),
         "pp": wire["pp"] if both_ways or (strategy.virtual_stages > 1 and framework.overlap_pp) else 0.0,

@@ -7,15 +7,17 @@ from math import isfinite
 
 from turnout.errors import TurnoutError
 from turnout.plan.job import Job
-from turnout.plan.memory import GIB, memory, memory_by_stage
+from turnout.plan.memory import memory, memory_by_stage
 from turnout.plan.micro import micro_case
 from turnout.plan.parameters import Parameters, fitted
 from turnout.plan.rows import Refused, Row, cluster_of, job_of, precision_of
 from turnout.plan.time import StepTime, step_time
+from turnout.plan.waterfall import peak_flops_per_s
 from turnout.topology import Cluster
 
 STEP_QUANTITIES = ("step_time", "tokens_per_s", "achieved_tflops", "model_tflops", "mfu", "hfu")
 MEMORY_QUANTITIES = ("memory", "peak_mem", "peak_alloc")
+_SIZES = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "B": 1, "bytes": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ def _answer(row: Row, models: dict[str, Row], parameters: Parameters) -> float:
     if part is not None:
         return part.answer(parameters)
     if quantity.startswith(MEMORY_QUANTITIES):
-        return _memory_gib(row, job_of(row, models))
+        return _memory_bytes(row, job_of(row, models)) / _size(str(row.get("unit") or "GiB"))
     if not quantity.startswith(STEP_QUANTITIES):
         known = ", ".join((*STEP_QUANTITIES, *MEMORY_QUANTITIES))
         raise Refused(f"quantity {quantity!r} is not modelled; modelled: {known}, parts of a step")
@@ -82,7 +84,7 @@ def answer_of_step(row: Row, job: Job, step: StepTime, cluster: Cluster) -> floa
     if quantity.startswith(("achieved_tflops", "model_tflops")):
         return tflops
     peak = re.search(r"of ([\d.]+)", unit)
-    share = tflops / (float(peak[1]) if peak else cluster.device.peak_flops_per_s.bf16 / 1e12)
+    share = tflops / (float(peak[1]) if peak else peak_flops_per_s(cluster) / 1e12)
     return 100 * share if "%" in unit else share
 
 
@@ -100,13 +102,20 @@ def flops_per_token(row: Row, job: Job) -> float:
     return 3 * forward
 
 
-def _memory_gib(row: Row, job: Job) -> float:
+def _size(unit: str) -> int:
+    """Bytes of a unit of memory."""
+    if unit not in _SIZES:
+        raise Refused(f"unit {unit!r} is none of memory; known: {', '.join(_SIZES)}")
+    return _SIZES[unit]
+
+
+def _memory_bytes(row: Row, job: Job) -> float:
     quantity = str(row["quantity"])
     if "weights_optimizer" in quantity:
-        return memory_by_stage(job)[0].model_bytes / GIB
+        return memory_by_stage(job)[0].model_bytes
     if "activations" not in quantity:
-        return memory(job).allocated_bytes / GIB
+        return memory(job).allocated_bytes
     sequence = "sp" in quantity.split("_")
     recompute = "selective" if "selective" in quantity else "none"
     strategy = replace(job.strategy, sequence_parallel=sequence, recompute=recompute)
-    return memory_by_stage(replace(job, strategy=strategy))[0].activations_bytes / GIB
+    return memory_by_stage(replace(job, strategy=strategy))[0].activations_bytes

@@ -1,7 +1,7 @@
 """What a row in the schema of published_cases.json describes: machine, model, code, layout, batch."""
 
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from turnout.clusters import CLUSTERS
@@ -18,16 +18,19 @@ Row = dict[str, Any]
 # words of a row's `gpu`, the first that is found deciding
 _MACHINES = (
     ("GB300", "gb300-nvl72"), ("GB200", "gb200-nvl72"), ("B300", "dgx-b300"), ("B200", "dgx-b200"),
-    ("H100-96", "h100-hbm2e"), ("H200", "dgx-h200"), ("H100", "dgx-h100"), ("H800", "h800"), ("A800", "a800"),
-    ("A100-40", "dgx-a100-40"), ("A100", "dgx-a100"), ("V100", "dgx2-v100"), ("TPUv4", "tpu-v4"), ("TPUv5p", "tpu-v5p"),
-    ("MI300", "mi300x"), ("910B", "ascend-910b"),
+    ("H100-96", "h100-hbm2e"), ("H100-EFA", "aws-p5"), ("H200", "dgx-h200"), ("H100", "dgx-h100"), ("H800", "h800"),
+    ("A800", "a800"), ("A100-40", "dgx-a100-40"), ("A100", "dgx-a100"), ("V100", "dgx2-v100"), ("TPUv4", "tpu-v4"),
+    ("TPUv5p", "tpu-v5p"), ("MI300", "mi300x"), ("910B", "ascend-910b"),
 )  # fmt: skip
 _PRECISIONS: tuple[tuple[str, Precision], ...] = (
     ("fp4", "fp4"), ("fp8", "fp8"), ("float8", "fp8"), ("fp16", "fp16"), ("fp32", "fp32"),
 )  # fmt: skip
-_DESIGN_WATT = {"hopper": 700.0}  # of an SXM module: NVIDIA H100 data sheet
 # an all-reduce inside a node below this share of what the link carries did not run on it
 NVLINK_IN_USE = 0.5
+# of the buffer that runs measured their bandwidths with; not published: 1 GiB taken
+TESTED_BYTES = 2**30
+# year and month since which torchtitan compiles its loss: https://github.com/pytorch/torchtitan/pull/1033
+_COMPILED_LOSS = 202504
 # flash attention (arXiv:2205.14135) is of May 2022; what was published before it kept scores in memory
 _FLASH_ATTENTION = 2206
 
@@ -66,35 +69,32 @@ def cluster_of(row: Row) -> Cluster:
     gpu = str(row.get("gpu"))
     for words, name in _MACHINES:
         if words in gpu and "core" not in gpu:
-            return _power_capped(gpu, _measured_fabric(row, CLUSTERS[name]))
+            return _measured_fabric(row, CLUSTERS[name])
     raise Refused(f"gpu={gpu!r} has no cluster description; known: {', '.join(CLUSTERS.names())}")
 
 
-def _power_capped(gpu: str, cluster: Cluster) -> Cluster:
-    """The cluster with the peak its devices sustain when they are held to the watts that a row's `gpu` names.
-
-    Power of switching goes as voltage squared times frequency, and voltage with frequency, so frequency as the cube
-    root of power: Rabaey, Chandrakasan and Nikolic 2003, Digital Integrated Circuits, section 5.5.
-    """
-    said, design = re.search(r"\b(\d{3,4}) ?W\b", gpu), _DESIGN_WATT.get(cluster.device.generation, 0.0)
-    if said is None or float(said[1]) >= design:
-        return cluster
-    clock, peaks = (float(said[1]) / design) ** (1 / 3), cluster.device.peak_flops_per_s
-    slower = replace(peaks, **{field.name: clock * getattr(peaks, field.name) for field in fields(peaks)})
-    return replace(cluster, device=replace(cluster.device, peak_flops_per_s=slower))
-
-
 def _measured_fabric(row: Row, cluster: Cluster) -> Cluster:
-    """The cluster with the bandwidths that a row's own all-reduces measured, where it says so."""
+    """The cluster with what a row's own collectives measured, where it says so."""
     inside = _number(row, "all_reduce_intra_gb_per_s", 0.0) * 1e9
     if 0 < inside < NVLINK_IN_USE * cluster.intra.bytes_per_s:
         cluster = replace(cluster, intra=replace(cluster.intra, bytes_per_s=inside))
-    measured = _number(row, "all_reduce_gb_per_s", 0.0)
-    if not measured or count(row, "gpus") <= cluster.devices_per_node:
+    gathered, summed = (_number(row, f"all_{name}_gb_per_s", 0.0) * 1e9 for name in ("gather", "reduce"))
+    if not (gathered or summed) or count(row, "gpus") <= cluster.devices_per_node:
         return cluster
+    if gathered:
+        # most hops of a ring are inside nodes, and where its steps are slow they are slow on both
+        hop = _hop_s(row, cluster, gathered)
+        intra, inter = (replace(each, latency_s=max(each.latency_s, hop)) for each in (cluster.intra, cluster.inter))
+        return replace(cluster, intra=intra, inter=inter)
     # bus bandwidth counts a node's cards together
-    card = min(cluster.inter.bytes_per_s, measured * 1e9 / cluster.devices_per_node)
+    card = min(cluster.inter.bytes_per_s, summed / cluster.devices_per_node)
     return replace(cluster, inter=replace(cluster.inter, bytes_per_s=card))
+
+
+def _hop_s(row: Row, cluster: Cluster, gathered: float) -> float:
+    """Seconds of a step of a ring over nodes: what a run's own all-gather took beyond its bytes, step by step."""
+    node_bytes_per_s = cluster.inter.bytes_per_s * cluster.devices_per_node
+    return TESTED_BYTES / count(row, "gpus") * (1 / gathered - 1 / node_bytes_per_s)
 
 
 def shape_of(row: Row, models: dict[str, Row]) -> ModelShape:
@@ -154,15 +154,23 @@ def _noted(shape: ModelShape, record: Row) -> ModelShape:
 def framework_of(row: Row) -> Framework:
     """The code a row ran under, from its suite, system and source."""
     words = " ".join(str(row.get(key) or "") for key in ("suite", "system", "source", "id")).lower()
-    for name, framework in (("nanotron", "nanotron"), ("torchtitan", "torchtitan")):
-        if name in words:
-            return FRAMEWORKS[framework]
+    if "nanotron" in words:
+        return FRAMEWORKS["nanotron-2024" if row.get("keeps_gathered") else "nanotron"]
+    if "torchtitan" in words:
+        return FRAMEWORKS[_torchtitan(row)]
     published = re.search(r"arxiv[: ](\d{4})\.", words)
     if row.get("precision") == "fp16" or (published and int(published[1]) < _FLASH_ATTENTION):
         return FRAMEWORKS["megatron-2021"]
     if row.get("system") == "Megatron-LM" and row.get("suite") == "megascale":
         return FRAMEWORKS["megatron-2022"]
     return FRAMEWORKS["nemo" if "nemo" in words or "bridge" in words else "megatron-core"]
+
+
+def _torchtitan(row: Row) -> str:
+    """Which torchtitan a row ran under, by the date in the name of its source; without one, today's."""
+    dated = re.search(r"(20[12]\d)-?([01]\d)", str(row.get("source")))
+    before = dated is not None and int(dated[1] + dated[2]) < _COMPILED_LOSS
+    return "torchtitan-2024" if before or "eager" in str(row.get("precision")) else "torchtitan"
 
 
 def precision_of(row: Row) -> Precision:
@@ -183,6 +191,8 @@ def job_of(row: Row, models: dict[str, Row]) -> Job:
         raise Refused("layout is not complete: tp is not given")
     if shape.num_experts and "ep" not in layout:
         raise Refused("layout is not complete: ep is not given for a model with experts")
+    if row.get("async_tp"):
+        framework = replace(framework, overlap_tp=True)
     strategy = _strategy(row, layout, shape, framework)
     strategy = strategy.check(gpus, num_experts=shape.num_experts, num_layers=shape.all_layers)
     job = Job(
@@ -210,7 +220,7 @@ def _strategy(row: Row, layout: Row, shape: ModelShape, framework: Framework) ->
         zero = 3 if fsdp > 1 else (1 if framework.overlap_dp else 0)
     etp = count(layout, "etp", tp if row.get("method") == "MCore" else 1) if shape.num_experts else 1
     micro_batch = count(row, "mbs", 1)
-    if framework is FRAMEWORKS["torchtitan"] and pp > 1:
+    if framework.name.startswith("torchtitan") and pp > 1:
         # its batch a rank is cut into as many micro-batches as there are stages
         micro_batch = max(1, micro_batch // (pp * virtual))
     return Strategy(
@@ -219,17 +229,21 @@ def _strategy(row: Row, layout: Row, shape: ModelShape, framework: Framework) ->
         zero=zero, recompute=_recompute(row) or "none", micro_batch=micro_batch, precision=precision_of(row),
         overlap=2 if "overlap on" in str(row.get("dispatcher")) else 1,
         scatter_gather=framework.scatter_gather and pp > 1,
-        alltoall=_alltoall(row, shape) if shape.num_experts else "flat",
+        alltoall=_alltoall(row, shape, count(layout, "ep", 1) * etp) if shape.num_experts else "flat",
         grad_precision=framework.wire_precision,
     )  # fmt: skip
 
 
-def _alltoall(row: Row, shape: ModelShape) -> str:
-    """The all-to-all program: what the row says; else what routing limited to nodes is made for, or a flat one."""
+def _alltoall(row: Row, shape: ModelShape, ranks: int) -> str:
+    """The all-to-all program: what the row says; else what routing limited to nodes is made for, or a flat one.
+
+    `ranks` that share the experts of a layer; on one node there is nothing to merge.
+    """
     dispatcher = str(row.get("dispatcher") or "").lower()
     if "deepep" in dispatcher or "hybridep" in dispatcher:
         return "node_dedup"
-    return "node_dedup" if not dispatcher and shape.expert_groups else "flat"
+    spread = ranks > cluster_of(row).devices_per_node
+    return "node_dedup" if not dispatcher and shape.expert_groups and spread else "flat"
 
 
 def _recompute(row: Row) -> Literal["", "none", "selective", "full"]:

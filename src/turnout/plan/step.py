@@ -22,6 +22,7 @@ class Step:
     node_limit: int = 0  # nodes a token may reach; 0: all
     expert_loads: tuple[float, ...] = ()  # assignments each expert got, from a trace; empty: all the same
     reshards: bool = True  # under ZeRO-3 parameters are gathered again for every micro-batch
+    zero_sums: bool = False  # under ZeRO-1 whole gradients are summed on every rank
     stage: Stage | None = None  # of which pipeline stage; none: the mean over stages
 
 
@@ -45,6 +46,7 @@ def step_of(
         node_limit=node_limit,
         expert_loads=expert_loads,
         reshards=job.framework.reshards,
+        zero_sums=job.framework.zero_sums,
         stage=stage,
     )
 

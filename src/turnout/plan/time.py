@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from turnout.plan.compute import optimizer_s
-from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.job import Job
 from turnout.plan.memory import stage_params
 from turnout.plan.parameters import Parameters, fitted
@@ -14,6 +13,9 @@ from turnout.plan.wire import Run, collective_s, node_limit, tied_s
 from turnout.topology import Cluster
 
 __all__ = ["StepTime", "collective_s", "node_limit", "slowest_step", "step_time"]
+
+# of a micro-batch: gradients of inputs and of weights take twice the forward pass
+BACKWARD = 2 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,19 @@ def routed_update_s(run: Run) -> float:
 # --- the step ---
 
 
+@reads("zero")
+def reduces_late(run: Run) -> bool:
+    """Whether gradients are summed after the last backward pass alone."""
+    framework = run.job.framework
+    return not framework.overlap_dp or (framework.zero_sums and run.job.strategy.zero == 1)
+
+
+@reads("zero")
+def gathers_parameters(run: Run) -> bool:
+    """Whether an optimizer that is sharded has parameters gathered for the next pass."""
+    return run.job.strategy.zero > 0
+
+
 def _rank_pass(of: Terms[Run], stage: Stage, mirror: Stage | None) -> Pass:
     one = stage_pass(of, stage)
     return one if mirror is None else mean_pass(one, stage_pass(of, mirror))
@@ -97,7 +112,7 @@ def _rank_pass(of: Terms[Run], stage: Stage, mirror: Stage | None) -> Pass:
 def _step(of: Terms[Run], stage: Stage, mirror: Stage | None, micro: Pass, all_stages_s: Numbers) -> StepTime:
     """All micro-batches of a rank, the schedule's idle time, gradients, optimizer."""
     run, strategy = of.subject, of.subject.job.strategy
-    m, scale = of(micro_batches), run.parameters.framework_scale(FRAMEWORKS.name_of(run.job.framework))
+    m, scale = of(micro_batches), run.parameters.framework_scale(run.job.framework.name)
     others = all_stages_s - micro.total_s
     # more is deferred to the end than a pass can hold: nothing is left of the bubble
     idle = larger(0.0, idle_passes(strategy, micro.backward_s / micro.total_s, micro.weights_s / micro.total_s))
@@ -119,9 +134,7 @@ def _step(of: Terms[Run], stage: Stage, mirror: Stage | None, micro: Pass, all_s
 def _ends_s(of: Terms[Run], blocks: int, micro: Pass) -> tuple[Numbers, Numbers]:
     """(exposed, hidden) seconds of what is sent once a step: gradients, ZeRO's parameters, tied embeddings."""
     job, tied, total = of.subject.job, of(tied_s), micro.reduced_s
-    if not job.framework.overlap_dp:
-        return tied + total, 0.0
-    # behind the last backward and the first forward pass, but for one block's share at the end
-    window = micro.total_s / job.strategy.virtual_stages
-    exposed = larger(total / max(1, blocks), total - window)
+    # sums behind the last backward pass, gathers behind the first forward one, but for one block's share at the end
+    window = either(of(gathers_parameters), 1.0, BACKWARD) * micro.total_s / job.strategy.virtual_stages
+    exposed = either(of(reduces_late), total, larger(total / max(1, blocks), total - window))
     return tied + exposed, total - exposed

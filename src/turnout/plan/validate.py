@@ -1,4 +1,4 @@
-"""The planner's error on published measurements: the protocol of specs/planner.md as values.
+"""The planner's error on published measurements, as values.
 
 By suite: rows, refusals and why, MAPE, median, 90th percentile, maximum, bias, skill against one constant MFU fitted on
 calibration rows, rank correlation and regret inside groups of layouts of one job; memory, and out-of-memory as a
@@ -21,6 +21,7 @@ from turnout.plan.predict import STEP_QUANTITIES, answer_of_step, predict_row
 from turnout.plan.rows import Row, cluster_of, job_of
 from turnout.plan.time import StepTime
 from turnout.plan.validate_memory import MemoryAccuracy, OutOfMemory, memory_errors, out_of_memory
+from turnout.plan.waterfall import peak_flops_per_s
 from turnout.topology import Cluster
 
 # Calculon (https://github.com/calculon-ai/calculon) at its stock settings: mean error, and rows it ran
@@ -187,9 +188,8 @@ def constant_mfu(parameters: Parameters) -> float:
 
 def constant_step(job: Job, cluster: Cluster, mfu: float) -> StepTime:
     """A step at a constant share of the bf16 peak (fp16 where there is none), all pairs of a sequence counted."""
-    peaks = cluster.device.peak_flops_per_s
     flops = 3 * job.shape.forward_flops_per_token(job.seq_len, causal=False) * job.global_batch * job.seq_len
-    seconds = flops / (job.world * (peaks.bf16 or peaks.fp16) * mfu)
+    seconds = flops / (job.world * peak_flops_per_s(cluster) * mfu)
     nothing = dict.fromkeys(
         ("tp_s", "cp_s", "ep_s", "pp_s", "dp_s", "tax_s", "launch_s", "bubble_s", "optimizer_s"), 0.0
     )

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import Any
 
 from turnout.errors import ConfigError
+from turnout.plan.expert_volume import expert_mesh
 from turnout.plan.job import Job
 from turnout.plan.query import Query
 from turnout.plan.time import node_limit, step_time
@@ -70,8 +70,7 @@ def _limited(job: Job, limit: int, cluster: Cluster) -> Job:
 
 
 def _expert_nodes(strategy: Strategy, cluster: Cluster) -> int:
-    stride = strategy.etp if strategy.folded else strategy.tp
-    return ceil(strategy.ep * stride / cluster.devices_per_node)
+    return expert_mesh(strategy, cluster.devices_per_node).nodes
 
 
 # --- the changes ---

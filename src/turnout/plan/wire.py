@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from turnout.plan.collectives import Collective, collective
-from turnout.plan.compute import Engine
 from turnout.plan.data_volume import dense_mesh, expert_data_mesh, reductions
-from turnout.plan.expert_volume import exchange, expert_tensor_volume
+from turnout.plan.engine import Engine
+from turnout.plan.expert_volume import exchange, expert_mesh, expert_tensor_volume
 from turnout.plan.job import Job
 from turnout.plan.parameters import Parameters
 from turnout.plan.pipeline import Stage
 from turnout.plan.step import Step
 from turnout.plan.terms import Numbers, larger, reads
 from turnout.plan.volume import context_volume, embedding_volume, pipeline_volume, tensor_volume
-from turnout.topology import Cluster, Mesh
+from turnout.topology import Cluster, Link, Mesh
 
 # host and device seconds before a collective's first byte: SimuMax 1.2, measured on 8 B200 (22 to 26 us)
 # https://github.com/MooreThreads/SimuMax
 COLLECTIVE_LAUNCH_S = 22e-6
-# axes whose sums run over trees where that takes fewer hops than a ring; gathers and scatters are rings in NCCL
-TREES = ("tp", "etp", "dp", "edp")
+# axes whose gathers and scatters are rings in NCCL, and whose sums are trees where those take fewer hops
+RINGS = ("tp", "etp", "dp", "edp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class Run:
             micro_batches=1,
             node_limit=node_limit(self.job, self.cluster),
             reshards=self.job.framework.reshards,
+            zero_sums=self.job.framework.zero_sums,
             stage=stage,
         )
 
@@ -78,22 +79,43 @@ def wire_of(part: Collective, cluster: Cluster) -> Wire:
     """All calls of a collective on a cluster's links; nothing if it sends nothing."""
     if part.total_bytes <= 0:
         return Wire()
-    intra_messages, inter_messages = part.intra_messages, part.inter_messages
-    # a ring sum passes everybody twice, a gather or a scatter once
-    if part.axis in TREES and part.messages > 1.5 * (part.mesh.size - 1) * part.calls:
-        # a tree needs fewer hops than a ring, for the same bytes: Sanders et al. 2009 (two trees), NCCL 2.4
-        most = 2 * math.ceil(math.log2(max(2, part.mesh.size))) * part.calls
-        share = min(1.0, most / max(part.messages, 1e-9))
-        intra_messages, inter_messages = intra_messages * share, inter_messages * share
-    intra = cluster.alltoall_intra(part.mesh.local) if part.axis == "ep" else cluster.intra
-    inter = cluster.inter_over(part.mesh.nodes)
+    intra, inter = part.intra_link(cluster), cluster.inter_over(part.mesh.nodes)
+    # XLA sums along a torus first and between pods then
+    flat = part.axis in RINGS and not cluster.torus
+    intra_latency_s, inter_latency_s = (_flat_s if flat else _sent_s)(part, intra, inter)
     return Wire(
         launch_s=part.calls * COLLECTIVE_LAUNCH_S,
-        intra_latency_s=intra.time_s(0.0, intra_messages),
+        intra_latency_s=intra_latency_s,
         intra_bytes_s=intra.time_s(part.intra_bytes, 0.0),
-        inter_latency_s=inter.time_s(0.0, inter_messages),
+        inter_latency_s=inter_latency_s,
         inter_bytes_s=inter.time_s(part.inter_bytes, 0.0),
     )
+
+
+def _sent_s(part: Collective, intra: Link, inter: Link) -> tuple[float, float]:
+    """Seconds of the messages of all calls on either tier, one after the other."""
+    return intra.time_s(0.0, part.intra_messages), inter.time_s(0.0, part.inter_messages)
+
+
+def _flat_s(part: Collective, intra: Link, inter: Link) -> tuple[float, float]:
+    """Seconds of messages that wait for each other, in rings and trees over all ranks whatever node they are on."""
+    mesh, calls = part.mesh, part.calls
+    if mesh.nodes == 1:
+        fewest = 2 * math.ceil(math.log2(mesh.size)) * calls if _is_sum(part) else part.messages
+        return intra.time_s(0.0, min(part.messages, fewest)), 0.0
+    # a ring moves on in step, and in every step one hop leaves the node
+    ring = intra.time_s(0.0, part.messages), inter.time_s(0.0, part.messages)
+    if not _is_sum(part):
+        return ring
+    # a tree of nodes, each a chain, needs fewer hops for the same bytes: Sanders et al. 2009 (two trees), NCCL 2.4
+    tree = intra.time_s(0.0, 2 * (mesh.local - 1) * calls)
+    tree += inter.time_s(0.0, 2 * math.ceil(math.log2(mesh.nodes)) * calls)
+    return min(ring, (tree, tree), key=max)
+
+
+def _is_sum(part: Collective) -> bool:
+    """A ring sum passes everybody twice, a gather or a scatter once."""
+    return part.messages > 1.5 * (part.mesh.size - 1) * part.calls
 
 
 def collective_s(part: Collective, cluster: Cluster) -> float:
@@ -103,8 +125,7 @@ def collective_s(part: Collective, cluster: Cluster) -> float:
 
 def node_limit(job: Job, cluster: Cluster) -> int:
     """Nodes a token may reach, where the model's router is limited to groups of experts; 0: all."""
-    shape, strategy = job.shape, job.strategy
-    nodes = math.ceil(strategy.ep * strategy.etp / cluster.devices_per_node)
+    shape, nodes = job.shape, expert_mesh(job.strategy, cluster.devices_per_node).nodes
     if not shape.expert_groups or nodes == 1:
         return 0
     return math.ceil(shape.top_groups * nodes / shape.expert_groups)
@@ -198,12 +219,14 @@ def routed_reduced(run: Run, slot: str) -> Reduced:
 
 def _reduced(run: Run, mesh: Mesh, axis: str, params: float, slot: str) -> Reduced:
     strategy, framework = run.job.strategy, run.job.framework
-    parts = [each for each in reductions(strategy, mesh, params) if each.name.startswith(slot)]
+    every = reductions(strategy, mesh, params, sums=framework.zero_sums)
+    parts = [each for each in every if each.name.startswith(slot)]
     if not parts:
         return Reduced(wire=Wire())
     (part,) = parts
     wire = wire_of(collective(part.name, axis, part.mesh, part.traffic, part.calls), run.cluster)
-    buckets = params / framework.bucket_params
+    late = framework.zero_sums and strategy.zero == 1
+    buckets = 0.0 if late else params / framework.bucket_params
     if part.each_pass and framework.reshards:
         return Reduced(wire=wire, buckets=buckets, each_pass=1.0)
     if strategy.zero == 3 and (framework.reshards or strategy.pp == 1):

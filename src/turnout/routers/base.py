@@ -34,8 +34,6 @@ class BASE(RouterConfig):
     init_gain: float = 0.1  # length of the experts' initial weights, which are orthogonal
 
     def __post_init__(self) -> None:
-        if self.solver not in ("auction", "exact"):
-            raise ConfigError(f"router.solver={self.solver!r} must be one of: auction, exact")
         if not 1e-6 <= self.precision < 1:
             raise ConfigError(f"router.precision={self.precision} must be from 1e-6 up to 1")
 

@@ -30,8 +30,6 @@ class ExpertChoice(RouterConfig):
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ConfigError(f"router.k={self.k} must be at least 1")
-        if self.in_decoder not in ("refuse", "allow"):
-            raise ConfigError(f"router.in_decoder={self.in_decoder!r} must be one of: refuse, allow")
 
     @property
     def choices(self) -> int:

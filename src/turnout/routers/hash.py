@@ -85,7 +85,7 @@ class HashRouter(Router):
             self.expert_VK.copy_(self._hashed(id_V))
 
     def route(self, tokens: RouterInput) -> RouterOutput:
-        """Raises: ShapeError without token ids."""
+        """Raises: ShapeError without token ids, or with one that the table does not have."""
         if tokens.token_ids_R is None:
             raise ShapeError("the hash router chooses by token id: call the layer with token_ids, one for each token")
         expert_RK = self._experts(tokens.token_ids_R)
@@ -137,7 +137,10 @@ class HashRouter(Router):
         expert_VK[seen_V.to(expert_VK.device)] = table_VK.to(expert_VK.device)
 
     def _experts(self, token_ids_R: Tensor) -> Tensor:
-        return self._hashed(token_ids_R) if self.expert_VK is None else self.expert_VK[token_ids_R]
+        if self.expert_VK is None:
+            return self._hashed(token_ids_R)
+        _require_below(self.config.vocab_size, token_ids_R)
+        return self.expert_VK[token_ids_R]
 
     def _hashed(self, token_ids_R: Tensor) -> Tensor:
         """Double hashing: from a first expert on by a stride that shares no factor with E, so all k differ."""
@@ -150,6 +153,17 @@ class HashRouter(Router):
         stride_R = strides[_universal(id_R, self.coefficients[1], len(coprime))]
         step_K = torch.arange(self.config.k, device=id_R.device)
         return (start_R.unsqueeze(1) + stride_R.unsqueeze(1) * step_K) % self.num_experts
+
+
+def _require_below(vocab_size: int, token_ids_R: Tensor) -> None:
+    if token_ids_R.is_cuda or torch.compiler.is_compiling():
+        # nothing waits for the device, which ends the program at its next step
+        torch._assert_async(((token_ids_R >= 0) & (token_ids_R < vocab_size)).all(), "hash router: id beyond its table")
+    elif len(token_ids_R) and not 0 <= int(token_ids_R.min()) <= int(token_ids_R.max()) < vocab_size:
+        raise ShapeError(
+            f"token_ids go from {int(token_ids_R.min())} to {int(token_ids_R.max())}; the hash router's table has "
+            f"0 to {vocab_size - 1}: raise router.vocab_size, or set it to 0 for a function of any id"
+        )
 
 
 def _universal(id_R: Tensor, coefficients: Tensor, size: int) -> Tensor:

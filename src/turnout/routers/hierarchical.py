@@ -59,6 +59,13 @@ class Hierarchical(RouterConfig):
         self.inner.check_decoder()
 
     def build(self, dim: int, num_experts: int) -> Router:
+        for level, part in (("outer", self.outer), ("inner", self.inner)):
+            if part.needs_whole_layer:
+                raise ConfigError(
+                    f"router.{level}: the router {type(part).__name__} learns from what a step did with all tokens of "
+                    f"its layer ({part.needs_whole_layer}), which no router within a tree is told; "
+                    "use it alone, or one such as topk or deepseek_v3 here"
+                )
         if num_experts % self.groups or num_experts == self.groups:
             legal = [n for n in range(2, num_experts // 2 + 1) if num_experts % n == 0]
             raise ConfigError(

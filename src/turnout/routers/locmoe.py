@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from turnout.contracts import Router, RouterConfig
-from turnout.errors import ConfigError
 from turnout.routers.affinity_theory import min_capacity
 from turnout.routers.grap import block_means, check_blocks, grap_affinity
 from turnout.routers.pieces import from_topk, select_topk
@@ -33,13 +32,13 @@ class LocMoE(RouterConfig):
     relu: bool = False  # logits are ReLU(mean), as printed; false: the mean
     floor: Literal["first_step", "none"] = "first_step"  # theorem 1's capacity, measured on that step; none: no floor
 
-    def __post_init__(self) -> None:
-        if self.floor not in ("first_step", "none"):
-            raise ConfigError(f"router.floor={self.floor!r} must be one of: first_step, none")
-
     @property
     def choices(self) -> int:
         return 1
+
+    @property
+    def needs_whole_layer(self) -> str:
+        return "" if self.floor == "none" else "its tokens' affinities, with floor='none' none of it"
 
     def build(self, dim: int, num_experts: int) -> Router:
         check_blocks(dim, num_experts)

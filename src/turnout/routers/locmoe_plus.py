@@ -77,6 +77,10 @@ class LocMoEPlus(RouterConfig):
     def choices(self) -> int:
         return self.k
 
+    @property
+    def needs_whole_layer(self) -> str:
+        return "the number of its tokens, with switch_kept=0 none of it" if self.switch_kept else ""
+
     def build(self, dim: int, num_experts: int) -> Router:
         check_choices(self.k, num_experts)
         if self.gate == "grap":
@@ -147,7 +151,7 @@ class LocMoEPlusRouter(Router):
         settings, (num_routed, num_experts) = self.config, affinity_RE.shape
         # a product such as 1.1 * 10 must not be lifted to the next integer by its last bits
         most = settings.factor * (num_routed * settings.k) / num_experts * (1 - 4 * sys.float_info.epsilon)
-        capacity = max(settings.minimum, math.ceil(most))
+        capacity = max(settings.minimum, math.ceil(min(most, num_routed)))
         if settings.floor == "none" or num_routed == 0:
             return settings.minimum, capacity
         best_R = affinity_RE.amax(dim=1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turnout.errors import ConfigError
-from turnout.tensors import Assignment, RouterInput
+from turnout.tensors import Assignment, RouterInput, fill_normal
 
 # above this many choices one stable sort costs less than the passes
 MOST_ARGMAX_PASSES = 8
@@ -24,7 +24,7 @@ class LinearScore(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight_ED, std=self.init_std)
+        fill_normal(self.weight_ED, self.init_std)
         if self.bias_E is not None:
             nn.init.zeros_(self.bias_E)
 

@@ -48,6 +48,10 @@ class Quantile(RouterConfig):
     def own_balance(self) -> str:
         return "prices by quantile in training"
 
+    @property
+    def needs_whole_layer(self) -> str:
+        return "its calls' prices"
+
     def build(self, dim: int, num_experts: int) -> Router:
         check_choices(self.k, num_experts)
         return QuantileRouter(dim, num_experts, self)

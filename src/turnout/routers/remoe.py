@@ -51,6 +51,10 @@ class ReMoE(RouterConfig):
     def own_balance(self) -> str:
         return "L1 of the gates weighed by load" if self.balanced else ""
 
+    @property
+    def needs_whole_layer(self) -> str:
+        return "the number of its tokens"
+
     def build(self, dim: int, num_experts: int) -> Router:
         check_choices(self.k, num_experts)
         return ReMoERouter(dim, num_experts, self)

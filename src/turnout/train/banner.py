@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from turnout.comm import World
+from turnout.contracts import ExpertBackend
 from turnout.experts import available_backends, choose_backend
 from turnout.layers import MoE
 from turnout.models.size import sizes
@@ -105,13 +106,19 @@ def _kernel(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Fact:
         return Fact(name="experts", value=None, text="none")
     with torch.device("meta"):
         experts = MoE.from_config(recipe.model.dim, moe).experts
-    chosen = choose_backend(experts, moe.backend, dtype=dtype, device=device)
+
+    def ask() -> tuple[ExpertBackend, dict[str, str]]:
+        chosen = choose_backend(experts, moe.backend, dtype=dtype, device=device)
+        return chosen, available_backends(experts, dtype=dtype, device=device)
+
+    # a backend may refuse to be compiled, which it knows only while it is
+    chosen, reasons = torch.compile(ask, backend="eager")() if recipe.loop.compile else ask()
     name = chosen.TABLE.name_of(chosen)
-    reasons = available_backends(experts, dtype=dtype, device=device)
     refused = "; ".join(f"{n}: {why}" for n, why in reasons.items() if why)
+    compiled = "compiled, " if recipe.loop.compile else ""
     why = "asked for" if moe.backend != "auto" else "first choice of auto that takes these experts"
     return Fact(
         name="experts",
         value={"backend": name, "refused": {n: w for n, w in reasons.items() if w}},
-        text=f"{moe.num_experts} of {moe.hidden} by {name} ({why}{'; ' + refused if refused else ''})",
+        text=f"{moe.num_experts} of {moe.hidden} by {name} ({compiled}{why}{'; ' + refused if refused else ''})",
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from turnout.errors import CheckpointError, ConfigError
 from turnout.train.checkpoint_folder import (
     FOLDER,
+    LATEST,
     newest_first,
     point_latest,
     prune,
@@ -115,6 +116,12 @@ def load(
         except CheckpointError as error:
             notes.append(f"passed over {candidate.name}: {error}")
     raise CheckpointError(f"no checkpoint of {run_or_checkpoint} can be loaded: {'; '.join(notes) or 'it has none'}")
+
+
+def exists(run: Path) -> bool:
+    """Whether the run ever finished a save, sound or not."""
+    folder = run / FOLDER
+    return folder.is_dir() and ((folder / LATEST).exists() or bool(newest_first(folder)))
 
 
 def verify(checkpoint: Path, names: Collection[str] | None = None) -> Manifest:

@@ -37,11 +37,13 @@ def optimizer_state(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]]) -
     return FlatState(tensors=tensors, meta=meta)
 
 
-def set_optimizer_state(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]], state: FlatState) -> None:
+def set_optimizer_state(
+    optimizer: Optimizer, named: Iterable[tuple[str, Tensor]], state: FlatState, *, own_settings: bool = False
+) -> None:
     """Restore what `optimizer_state` gave, bit for bit, whatever the order of parameters and groups here.
 
     torch's load_state_dict would cast moments to the parameter's dtype and go by position. The settings foreach,
-    fused, capturable and differentiable stay as they are here.
+    fused, capturable and differentiable stay as they are here; with `own_settings` all do, rates and decay too.
     Raises: CheckpointError if the kind, the parameter names or shapes, or the settings do not fit; the optimizer
     is then unchanged.
     """
@@ -55,7 +57,7 @@ def set_optimizer_state(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]
         )
     shapes = {name: str(shape) for name, shape in state.meta["shapes"].items()}
     check_same({name: str(list(p.shape)) for p, name, _ in members}, shapes, "optimizer")
-    settings = _group_settings(optimizer, name_of, state)
+    settings = [{} for _ in optimizer.param_groups] if own_settings else _group_settings(optimizer, name_of, state)
     values = _by_parameter(state)
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)

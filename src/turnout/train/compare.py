@@ -53,7 +53,9 @@ class Verdict:
     margin: float  # baseline's final loss minus this one's, nats, mean over seeds; above 0: better
     margins: tuple[float, ...]  # seed by seed
     time_ratio: float | None  # share of the baseline's time to reach its final loss, worst seed; None: not reached
-    break_even_s: float | None  # from this training second on it stays ahead, worst seed; None: it does not
+    # from this training second of these runs on it stays ahead, worst seed; None: it does not. No budget: a run of that
+    # length would have had another schedule
+    ahead_from_s: float | None
 
 
 def compare(
@@ -146,14 +148,14 @@ def _verdict(name: str, pairs: Sequence[tuple[Curve, Curve]]) -> Verdict:
     margins = tuple(base.val_loss[-1] - mine.val_loss[-1] for mine, base in pairs)
     reached = [(seconds_to(mine, base.val_loss[-1]), base.seconds[-1]) for mine, base in pairs]
     ratios = [None if s is None else s / total for s, total in reached]
-    evens = [ahead_from(mine, base) for mine, base in pairs]
+    leads = [ahead_from(mine, base) for mine, base in pairs]
     return Verdict(
         recipe=name,
         baseline=pairs[0][1].recipe,
         margin=statistics.fmean(margins),
         margins=margins,
         time_ratio=_worst(ratios),
-        break_even_s=_worst(evens),
+        ahead_from_s=_worst(leads),
     )
 
 
@@ -178,7 +180,7 @@ def _take_turns(trainers: Sequence[Trainer], stop: StopRequest, say: Callable[[s
             contestant.evaluate(stop)
         if stop.requested:
             break
-        scores = ", ".join(f"{c.trainer.recipe.name} {c.trainer.counters.val_loss:.4f}" for c in running)
+        scores = ", ".join(f"{c.trainer.recipe.name} {c.points[-1][2]:.4f}" for c in running)
         minutes = trainers[0].counters.seconds / 60
         say(f"{minutes:5.1f} min  seed {trainers[0].recipe.seed}  {scores}")
     for contestant in running:
@@ -216,7 +218,7 @@ class _Contestant:
             return
         # whose turn it was has saved; the others have not
         self.trainer.save()
-        self.trainer.recorder.close()
+        self.trainer.close()
 
     @property
     def cpu_share(self) -> float | None:

@@ -1,4 +1,4 @@
-"""NaN, infinity and loss spikes: found in the step they appear in, and named by layer, tensor and expert."""
+"""NaN and infinity: found in the step they appear in, and named by layer, tensor and expert."""
 
 import math
 import re
@@ -9,8 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-
-from turnout.errors import ConfigError
 
 NonFinitePolicy = Literal["stop", "skip"]
 
@@ -72,41 +70,6 @@ def clip_and_check(
     if finite and norm > max_norm:
         clip_grads_with_norm_(with_grad, max_norm, torch.tensor(norm, dtype=torch.float64))
     return GradReport(norm=norm, finite=finite)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpikeRule:
-    """When a loss counts as a spike: more than `sigmas` standard deviations above the mean of the last steps."""
-
-    sigmas: float = 6.0  # standard deviations above the mean
-    window: int = 128  # steps the mean and deviation are taken over
-    warmup: int = 32  # steps seen before the rule speaks
-
-    def __post_init__(self) -> None:
-        if not (self.sigmas > 0 and 2 <= self.warmup <= self.window):
-            raise ConfigError(
-                f"spike rule sigmas={self.sigmas} must be above 0, and 2 <= warmup={self.warmup} <= "
-                f"window={self.window}"
-            )
-
-
-def is_spike(rule: SpikeRule, history: list[float], loss: float) -> tuple[bool, list[float]]:
-    """Whether `loss` is a spike after `history`, and the history with it: a plain list, for a checkpoint's meta.
-
-    A spike enters the history only up to the limit it broke, so that it does not hide the next one, yet a lasting
-    change of level is accepted in time. A loss that is not finite is a spike and does not enter.
-    """
-    if not math.isfinite(loss):
-        return True, history
-    limit = _limit(rule, history) if len(history) >= rule.warmup else math.inf
-    return loss > limit, [*history, min(loss, limit)][-rule.window :]
-
-
-def _limit(rule: SpikeRule, history: list[float]) -> float:
-    mean = math.fsum(history) / len(history)
-    sigma = math.sqrt(math.fsum((loss - mean) ** 2 for loss in history) / len(history))
-    # A loss that stood still has no deviation of its own; a thousandth of it is no spike's measure.
-    return mean + rule.sigmas * max(sigma, 1e-3 * abs(mean))
 
 
 def _can_be_nonfinite(tensor: Tensor) -> bool:

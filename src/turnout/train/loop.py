@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from turnout.comm import World
-from turnout.config import dump_toml
+from turnout.config import dump_toml, to_dict
 from turnout.contracts import Router
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Sampler, count_windows
@@ -24,14 +24,19 @@ from turnout.models import Decoder
 from turnout.models.size import sizes
 from turnout.observe.recorder import Recorder
 from turnout.observe.silent import SilentRecorder
+from turnout.observe.spikes import SpikeRule, is_spike
 from turnout.observe.token_view import token_choices
 from turnout.parallel import apply, check_replicas
 from turnout.train import checkpoint
+from turnout.train.agreement import claim, last_checkpoint, require_alike
+from turnout.train.checkpoint import Checkpoint
 from turnout.train.device import autocast_for, compute_dtype, pick_device
+from turnout.train.durable import replace_text
 from turnout.train.evaluate import mean_loss
-from turnout.train.guards import SpikeRule, is_spike
 from turnout.train.optimizer import build_optimizer, lr_factor, set_lr
 from turnout.train.recipe import Recipe, sequences_per_rank
+from turnout.train.recipes import recipe_of
+from turnout.train.resume import changed_settings
 from turnout.train.signals import StopRequest
 from turnout.train.state import RunState
 from turnout.train.step import StepResult, train_step
@@ -74,10 +79,15 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, dataset: Dataset, run: Path, *, resume: bool = False, world: World | None = None
     ) -> None:
-        """Raises: ConfigError if the folder holds another run; DataError if the data does not fit; CheckpointError."""
+        """Every rank of a job makes one.
+
+        Raises: ConfigError if the folder holds another run, or a writer, or the resumed one cannot change so;
+        DataError if the data does not fit; CheckpointError.
+        """
         dataset.tokenizer.require_fits(recipe.model.vocab_size)
         self.recipe, self.dataset, self.run = recipe, dataset, run
         self.world = World() if world is None else world
+        require_alike(recipe, dataset, self.world)
         loop = recipe.loop
         self._rank_batch = sequences_per_rank(recipe, self.world.size)
         self.device = pick_device(loop.device)
@@ -106,16 +116,20 @@ class Trainer:
         self.autocast = autocast_for(self.device, compute_dtype(self.device, loop.precision))
         self.counters = Counters()
         self.notes: tuple[str, ...] = ()  # what a person should know of a resume
+        self.stopped_by = 0  # number of the signal that ended it, whichever rank got it
         self.unsaved: str | None = None  # why the last checkpoint could not be written
         self.line: dict[str, Any] = {}  # record of the last step
         self._news: list[str] = []
-        if resume:
-            self._resume()
-        else:
-            self._show_text_to_routers()
-        check_replicas(self.model, self.parallel)
-        self.recorder = self._open_recorder(resume=resume)
         self._loss = torch.compile(self.model.loss) if loop.compile else self.model.loss
+        self._lock = claim(run, self.world, resume=resume)
+        try:
+            self.recorder, changes = self._begin(resume=resume)
+        except BaseException:
+            # whoever handles it may hold on to this half of a trainer, but not to the run
+            self._release()
+            raise
+        for change in changes:
+            self._tell(f"resumed with {change}")
 
     @property
     def done(self) -> float:
@@ -137,10 +151,10 @@ class Trainer:
         Raises: NonFiniteError by policy, after saving what is still good.
         """
         while True:
-            asked_to_stop, asked_to_save = self._agree(stop)
-            if asked_to_save or asked_to_stop:
+            self.stopped_by, asked_to_save = self._agree(stop)
+            if asked_to_save or self.stopped_by:
                 self.save()
-            if asked_to_stop:
+            if self.stopped_by:
                 return "stopped"
             if self.done >= 1:
                 return "done"
@@ -174,7 +188,10 @@ class Trainer:
         """Evaluate now and write it down; None, and nothing is written, when a stop request cut it short."""
         value, c = self.evaluate(stop), self.counters
         if value is not None:
-            c.val_loss, c.evaluated_at = value, c.step
+            # a checkpoint holds no NaN, and a run that evaluates to it must be saved all the same
+            c.val_loss, c.evaluated_at = (value if math.isfinite(value) else None), c.step
+            if c.val_loss is None:
+                self._tell(f"the validation loss is {value}")
             self.recorder.eval(c.step, seconds=c.seconds, tokens=c.tokens, val_loss=value)
         return value
 
@@ -213,11 +230,16 @@ class Trainer:
             self.save()
         if self.recorder.header.layers:
             self._write_token_view()
-        self.recorder.close()
         summary = self.summary()
         if self.world.is_first:
             (self.run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        self.close()
         return summary
+
+    def close(self) -> None:
+        """End the record and let others write the run; closing twice does nothing."""
+        self.recorder.close()
+        self._release()
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the run so far."""
@@ -243,8 +265,7 @@ class Trainer:
         # evaluation sends too, and is no part of a step
         self.parallel.ledger.clear()
         started = time.perf_counter()
-        factor = lr_factor(self.done, recipe.schedule)
-        set_lr(self.optimizer, factor)
+        lr = set_lr(self.optimizer, lr_factor(self.done, recipe.schedule))
         batches = [self.sampler.next_batch().to(self.device) for _ in range(recipe.loop.accumulate)]
         result = train_step(
             self.model,
@@ -265,7 +286,7 @@ class Trainer:
             loss=result.loss,
             total_loss=result.total_loss,
             aux=result.aux,
-            lr=factor * recipe.optimizer.lr,
+            lr=lr,
             grad_norm=result.grad_norm,
             tokens_per_s=num_tokens / elapsed,
             stats=result.stats,
@@ -302,19 +323,23 @@ class Trainer:
         if loop.nonfinite == "skip" and weights_are_good and c.skipped_in_a_row <= loop.max_skipped:
             return
         saved = self.save() if weights_are_good else None
-        self.recorder.close()
+        self.close()
         raise NonFiniteError(
             f"step {c.step}: {result.problem}. The update was not made"
             f"{f' and {saved} holds the weights before it' if saved else ''}. "
-            "Lower optimizer.lr, or set loop.nonfinite=skip to leave such steps out"
+            f"Go on more slowly with --resume {self.run} --set optimizer.lr=..., or leave such steps out with "
+            "--set loop.nonfinite=skip"
         )
 
-    def _agree(self, stop: StopRequest) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, and to save; all then have the clock of the slowest."""
-        asked = [float(stop.requested), float(stop.save_requested())]
+    def _agree(self, stop: StopRequest) -> tuple[int, bool]:
+        """The signal that asked any rank to stop, 0 for none; and whether one was asked to save.
+
+        All then have the clock of the slowest.
+        """
+        asked = [float(stop.received or 0), float(stop.save_requested())]
         with self.parallel.ledger.inside("agreement on going on", step=self.counters.step + 1):
-            stop_, save, self.counters.seconds = self.world.largest([*asked, self.counters.seconds])
-        return bool(stop_), bool(save)
+            signal, save, self.counters.seconds = self.world.largest([*asked, self.counters.seconds])
+        return int(signal), bool(save)
 
     def _tell(self, text: str) -> None:
         """An event for the record, and for whoever watches."""
@@ -350,18 +375,36 @@ class Trainer:
             if isinstance(layer.router, Router):
                 layer.router.before_training(token_counts_V)
 
-    def _open_recorder(self, *, resume: bool) -> Recorder | SilentRecorder:
+    def _begin(self, *, resume: bool) -> tuple[Recorder | SilentRecorder, tuple[str, ...]]:
+        """The open record, and which settings changed since the checkpoint that was taken up, if there was one."""
+        begins = self.world.first(not (resume and checkpoint.exists(self.run)))
+        changes: tuple[str, ...] = ()
+        if begins:
+            self._show_text_to_routers()
+            self.notes += (f"{self.run} ended before its first checkpoint: it starts again",) if resume else ()
+        else:
+            changes = self._resume()
+        check_replicas(self.model, self.parallel)
+        return self._open_recorder(resume=resume, begins=begins), changes
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _open_recorder(self, *, resume: bool, begins: bool) -> Recorder | SilentRecorder:
         layers = self.model.moe_blocks()
         names, counts = [name for name, _ in layers], [layer.config.num_experts for _, layer in layers]
         if not self.world.is_first:
             return SilentRecorder(names, counts)
         sinks = self.recipe.loop.sinks
+        # before the record: a folder that has one can be resumed, whenever its run was killed
+        if not resume or recipe_of(self.run) != self.recipe:
+            replace_text(self.run / "recipe.toml", dump_toml(self.recipe))
+        if begins:
+            self.dataset.tokenizer.save(self.run / "tokenizer.json")
         if resume:
             return Recorder.resume(self.run, self.counters.step, names, counts, sinks=sinks)
-        recorder = Recorder(self.run, names, counts, sinks=sinks)
-        (self.run / "recipe.toml").write_text(dump_toml(self.recipe), encoding="utf-8")
-        self.dataset.tokenizer.save(self.run / "tokenizer.json")
-        return recorder
+        return Recorder(self.run, names, counts, sinks=sinks)
 
     def _state(self) -> RunState:
         return RunState(
@@ -370,10 +413,18 @@ class Trainer:
             sampler=self.sampler,
             counters=asdict(self.counters),
             parallel=self.parallel,
+            recipe=to_dict(self.recipe),
         )
 
-    def _resume(self) -> None:
-        loaded = checkpoint.load(self.run, self.device)
+    def _resume(self) -> tuple[str, ...]:
+        """Take up the last checkpoint; returns which settings changed since."""
+        loaded = last_checkpoint(self.run, self.world, self.device)
+        return self.world.together(lambda: self._restore(loaded))
+
+    def _restore(self, loaded: Checkpoint) -> tuple[str, ...]:
+        # a checkpoint from before recipes were kept in it has none
+        changes = changed_settings(loaded.meta.get("recipe", to_dict(self.recipe)), self.recipe)
         counters, notes = self._state().restore(loaded)
         self.counters = Counters(**counters)
         self.notes += loaded.notes + notes
+        return changes

@@ -52,7 +52,8 @@ def lr_factor(progress: float, config: ScheduleConfig) -> float:
     return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def set_lr(optimizer: optim.Optimizer, factor: float) -> None:
-    """Give every group `factor` of its peak."""
+def set_lr(optimizer: optim.Optimizer, factor: float) -> float:
+    """Give every group `factor` of its peak; returns the first group's rate, that of the embedding: optimizer.lr's."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+    return optimizer.param_groups[0]["lr"]

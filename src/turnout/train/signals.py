@@ -5,12 +5,13 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_STOP = (signal.SIGTERM, signal.SIGINT)
+_HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is gone; not on Windows
+_STOP = (signal.SIGTERM, signal.SIGINT, *((_HANGUP,) if _HANGUP is not None else ()))
 _SAVE = getattr(signal, "SIGUSR1", None)  # not on Windows
 
 
 class StopRequest:
-    """Context in which SIGTERM and SIGINT ask the run to save and end, and SIGUSR1 to save and go on.
+    """Context in which SIGTERM, SIGINT and SIGHUP ask the run to save and end, and SIGUSR1 to save and go on.
 
     The handlers only set flags: the loop reads `requested` at each step boundary, inside evaluation and while it
     waits for data (with a timeout: Python resumes an interrupted wait). A second SIGINT raises KeyboardInterrupt
@@ -46,8 +47,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
+            # who ignores SIGHUP was started by nohup, to outlive its terminal
             for number in _STOP:
-                self._previous[number] = signal.signal(number, self._on_stop)
+                if number != _HANGUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._on_stop)
             if _SAVE is not None:
                 self._previous[_SAVE] = signal.signal(_SAVE, self._on_save)
         return self

@@ -28,6 +28,7 @@ class RunState:
     sampler: Sampler
     counters: Mapping[str, Any]
     parallel: Parallel
+    recipe: Mapping[str, Any]  # as data: what the settings were
 
     def capture(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         """(files, meta) for `checkpoint.save`: weights and router state, moments, random generators, data position.
@@ -48,12 +49,14 @@ class RunState:
             "rng": rng.meta,
             "sampler": self.sampler.state_dict(),
             "counters": dict(self.counters),
+            "recipe": dict(self.recipe),
         }
         return files, meta
 
     def restore(self, loaded: Checkpoint) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Put everything back, bit for bit; returns the counters, and notes on what cannot be restored here.
 
+        The optimizer's settings stay those it was built with: they are the recipe's, which may have changed.
         Raises: CheckpointError before anything is changed if the checkpoint is of another model or other data.
         """
         shards = self.parallel.shards
@@ -61,7 +64,7 @@ class RunState:
         check_fits(self.model.state_dict(), model)
         self.sampler.load_state_dict(loaded.meta["sampler"])
         moments = FlatState(tensors=shards.mine(loaded.files["optimizer"]), meta=self._own_shapes(loaded))
-        set_optimizer_state(self.optimizer, self.model.named_parameters(), moments)
+        set_optimizer_state(self.optimizer, self.model.named_parameters(), moments, own_settings=True)
         self.model.load_state_dict(model)
         rng, notes = rng_state_of(FlatState(tensors=loaded.files["rng"], meta=loaded.meta["rng"]), self.parallel.world)
         return loaded.meta["counters"], notes + (() if rng is None else set_rng_state(rng))

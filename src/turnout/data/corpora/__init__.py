@@ -39,8 +39,14 @@ __all__ = [
     "Stdlib",
     "Text",
     "WordNet",
+    "corpus_names",
     "open_corpus",
 ]
+
+
+def corpus_names() -> list[str]:
+    """What can be asked for by name; your own text is asked for by its path."""
+    return [name for name in CORPORA.names() if name != "text"]
 
 
 def open_corpus(name_or_path: str, *, text_field: str = "text", invalid_utf8: InvalidUtf8 = "error") -> Corpus:
@@ -49,17 +55,17 @@ def open_corpus(name_or_path: str, *, text_field: str = "text", invalid_utf8: In
     A name goes before a file of the same name: write ./sotu for the file.
     Raises: ConfigError if there is neither.
     """
-    if name_or_path in CORPORA and name_or_path != "text":
+    if name_or_path in corpus_names():
         return CORPORA[name_or_path]()
     if _looks_like_path(name_or_path):
         text = Text(path=name_or_path, text_field=text_field, invalid_utf8=invalid_utf8)
         problem = text.problem()
         if problem is None:
             return text
-        raise ConfigError(f"corpus {problem}; corpora by name: {', '.join(CORPORA.names())}")
+        raise ConfigError(f"corpus {problem}; corpora by name: {', '.join(corpus_names())}")
     raise ConfigError(
-        f"unknown corpus {name_or_path!r}, and no such file or folder; available: {', '.join(CORPORA.names())}"
-        f"{nearest(name_or_path, CORPORA.names())}"
+        f"unknown corpus {name_or_path!r}, and no such file or folder; available: {', '.join(corpus_names())}"
+        f"{nearest(name_or_path, corpus_names())}; or give the path of your own text"
     )
 
 

@@ -18,7 +18,10 @@ from turnout.registry import Table
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text that was written as one; nothing may be learnt across its end."""
+    """One text that was written as one; in the shards an end-of-text token stands behind it.
+
+    A training window may reach past that end, and attention with it: only the token says that another text began.
+    """
 
     name: str  # the same on every machine and after every fetch: train and validation are told apart by it
     text: str  # "" for one that was left out because it is not UTF-8
@@ -49,6 +52,10 @@ class Corpus(ABC):
     def problem(self) -> str | None:
         """Why it cannot be had here, with what mends it; None if it can."""
 
+    def is_here(self, cache: Path) -> bool:
+        """Whether the text can be read without fetching anything."""
+        return True
+
     @abstractmethod
     def location(self, cache: Path) -> Path:
         """The file or folder in which its text lies, or will lie once fetched."""
@@ -57,7 +64,7 @@ class Corpus(ABC):
     def fingerprint(self, cache: Path) -> str:
         """Hexadecimal digest that changes when the text does; fetches the text if it is not here yet.
 
-        Raises: DataError if it cannot be had.
+        Raises: DataError if it cannot be had, or is not what was fetched.
         """
 
     @abstractmethod
@@ -87,13 +94,26 @@ class FetchedCorpus(Corpus, ABC):
     def location(self, cache: Path) -> Path:
         return cache / "corpora" / f"{self.name}.jsonl"
 
+    def is_here(self, cache: Path) -> bool:
+        # the receipt is written last, so a fetch that was cut short is a fetch that never was
+        return self._receipt(cache).exists() and self.location(cache).exists()
+
     def fingerprint(self, cache: Path) -> str:
         self._obtain(cache)
-        receipt = self._receipt(cache)
+        receipt, location = self._receipt(cache), self.location(cache)
         try:
-            return json.loads(receipt.read_text("utf-8"))["sha256"]
+            fetched = json.loads(receipt.read_text("utf-8"))["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{receipt} is damaged ({error}); delete it to fetch {self.name!r} again") from error
+        # read every time: a text that was cut or changed must not pass for the one that was fetched
+        with location.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != fetched:
+            raise DataError(
+                f"{location} is not the text that was fetched ({location.stat().st_size} bytes with sha256 "
+                f"{found[:16]}, the receipt says {fetched[:16]}); delete it to fetch {self.name!r} again"
+            )
+        return found
 
     def documents(self, cache: Path) -> Iterator[Document]:
         self._obtain(cache)
@@ -104,8 +124,7 @@ class FetchedCorpus(Corpus, ABC):
         return self.location(cache).with_suffix(".json")
 
     def _obtain(self, cache: Path) -> None:
-        # the receipt is written last, so a fetch that was cut short is a fetch that never was
-        if self._receipt(cache).exists() and self.location(cache).exists():
+        if self.is_here(cache):
             return
         problem = self.problem()
         if problem is not None:

@@ -188,7 +188,7 @@ function balance() {
   if (!series.max_violation && !series.cv) return;
   page.append(
     el("h2", {}, learns ? "Balance and router health" : "Balance"),
-    el("p", { class: "about" }, "Counted in each micro-batch, as its experts saw it." + (learns ? "" : " Margin and entropy of the router's scores are left out: they are fixed.")),
+    el("p", { class: "about" }, "Counted over the whole step, all its micro-batches together." + (learns ? "" : " Margin and entropy of the router's scores are left out: they are fixed.")),
     key(["mean of layers", "var(--blue)"], ["worst layer", "var(--faint)", "worst"]));
   const pair = (name, colour) => [line("mean of layers", series[name], colour), line("worst layer", series[`${name}_worst`], "var(--faint)", "worst")];
   const declines = Boolean(series.declined_share) && series.declined_share.mean.some((share) => share > 0);

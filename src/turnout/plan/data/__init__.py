@@ -43,12 +43,14 @@ def _as_row(index: int, run: dict[str, str]) -> dict[str, Any]:
         "dims": {
             "layers": layers, "hidden": hidden, "ffn": 8192, "heads": 32, "vocab": 131_072, "gated": True, "tied": True,
         },
-        "gpus": int(run["gpus"]), "gpu": "H100-SXM80", "precision": "bf16", "layout": layout, "mbs": int(run["mbs"]),
+        "gpus": int(run["gpus"]), "gpu": "H100-EFA", "precision": "bf16", "layout": layout, "mbs": int(run["mbs"]),
         "gbs": batch, "seq": int(run["seq"]), "quantity": "tokens_per_s_per_gpu", "unit": "tok/s/GPU",
         "value": float(run["tok_s_gpu"] or 0), "split": "calibration", "primary": True, "recompute": "none",
         "source": "huggingface nanotron ultrascale-playbook", "status": run["status"], "oom": run["oom"] == "True",
         "alloc_gib": float(run["mem_alloc_gb"] or 0), "peak_mem_gib": float(run["mem_reserved_gb"] or 0),
+        "all_gather_gb_per_s": float(run["ag_gbs"] or 0),
         "all_reduce_gb_per_s": float(run["ar_gbs"] or 0), "nodes": int(run["nodes"]),
+        "keeps_gathered": layout["pp"] == 1 and run["after_pp_fix"] != "True",
     }  # fmt: skip
 
 

@@ -20,13 +20,14 @@ def from_factory(target: str) -> Subject:
 
     It returns a Layer of its own adapter, or any nn.Module from (B, S, D) to (B, S, D), or to a tuple whose first
     element that is; a module whose forward takes `mask` is given one (bool, False = padding).
-    Raises: ConfigError if the module or the name does not exist, or is not callable.
+    Raises: ConfigError if the module does not exist or raises, or the name does not exist or is not callable.
     """
     module_name, _, name = target.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"cannot import {module_name!r} of {target!r}: {error}") from error
+    except (Exception, SystemExit) as error:  # a module runs when it is imported, and can raise anything
+        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"cannot import {module_name!r} of {target!r}: {what}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         raise ConfigError(f"{module_name!r} has no function {name!r}; write package.module:factory")

@@ -1,0 +1,194 @@
+"""How long an EM iteration takes, beside the same mathematics written as a loop over experts and gates.
+
+Usage: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.hme_speed [--large] [--out FILE]. CPU seconds of
+one core; the sides take turns, least and median are shown. `--large`: iterations on 10^6 x 50 with 64 experts read from
+a memory map, and the memory they take. Ends in one line of JSON.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from sklearn.linear_model import LinearRegression, LogisticRegression
+
+from turnout.hme.em import EMConfig, fit_em, ridge_of
+from turnout.hme.gaussian import Gaussian
+from turnout.hme.glim import WHOLE
+from turnout.hme.mixture import Mixture, new_mixture
+from turnout.hme.sweep import Rows
+from turnout.hme.tree import Floats, Tree
+
+RIDGE = 1e-3
+MORE = 5  # iterations whose time is taken together
+
+
+def loop_iteration(mixture: Mixture, rows: Rows) -> Mixture:
+    """One EM iteration as the paper writes it: node by node, each expert and each gate by itself."""
+    posterior_NL, share = _loop_e_step(mixture, rows)
+    x_NP, y_NO, tree = rows.x_NP, rows.y_NT, mixture.tree
+    ridge_P = ridge_of(RIDGE, x_NP.shape[1])
+    weight_LPO, covariance_LOO = np.empty_like(mixture.experts.weight_LPO), mixture.experts.covariance_LOO.copy()
+    for leaf in range(tree.num_leaves):
+        weight_LPO[leaf], variance = _loop_expert(x_NP, y_NO, posterior_NL[:, leaf], ridge_P)
+        covariance_LOO[leaf] = variance * np.eye(y_NO.shape[1])
+    gate_GPO, below = mixture.gate_GPO.copy(), {~leaf: posterior_NL[:, leaf] for leaf in range(tree.num_leaves)}
+    for g in reversed(range(tree.num_gates)):
+        first_N, second_N = (below[int(child)] for child in tree.child_GB[g])
+        below[g] = first_N + second_N
+        gate_GPO[g, :, 0] = _loop_gate(x_NP, first_N, below[g], share[g], gate_GPO[g, :, 0], ridge_P)
+    experts = replace(mixture.experts, weight_LPO=weight_LPO, covariance_LOO=covariance_LOO)
+    return replace(mixture, gate_GPO=gate_GPO, experts=experts)
+
+
+def library_iteration(mixture: Mixture, rows: Rows) -> None:
+    """The same M-steps by scikit-learn's estimators, gates to their maximum: what one writes without thinking."""
+    posterior_NL, _ = _loop_e_step(mixture, rows)
+    x_ND, tree = rows.x_NP[:, :-1], mixture.tree
+    for leaf in range(tree.num_leaves):
+        LinearRegression().fit(x_ND, rows.y_NT, posterior_NL[:, leaf])
+    twice_ND, side_N = np.vstack([x_ND, x_ND]), np.repeat([1, 0], len(x_ND))
+    for g in range(tree.num_gates):
+        mass_NB = posterior_NL @ tree.under_GBL[g].T
+        LogisticRegression(C=1 / RIDGE, solver="newton-cholesky").fit(twice_ND, side_N, mass_NB.T.ravel())
+
+
+def _loop_e_step(mixture: Mixture, rows: Rows) -> tuple[Floats, list[Floats]]:
+    x_NP, y_NO, tree = rows.x_NP, rows.y_NT, mixture.tree
+    share = [1 / (1 + np.exp(-x_NP @ mixture.gate_GPO[g, :, 0])) for g in range(tree.num_gates)]
+    log_prior = {0: np.zeros(len(x_NP))}
+    for g in range(tree.num_gates):
+        first, second = (int(child) for child in tree.child_GB[g])
+        log_prior[first] = log_prior[g] + np.log(share[g])
+        log_prior[second] = log_prior[g] + np.log(1 - share[g])
+    joint_NL = np.empty((len(x_NP), tree.num_leaves))
+    for leaf in range(tree.num_leaves):
+        error_NO = y_NO - x_NP @ mixture.experts.weight_LPO[leaf]
+        variance = mixture.experts.covariance_LOO[leaf, 0, 0]
+        density_N = -0.5 * (error_NO**2).sum(axis=1) / variance - 0.5 * y_NO.shape[1] * np.log(2 * np.pi * variance)
+        joint_NL[:, leaf] = log_prior[~leaf] + density_N
+    likely_NL = np.exp(joint_NL - joint_NL.max(axis=1, keepdims=True))
+    return likely_NL / likely_NL.sum(axis=1, keepdims=True), share
+
+
+def _loop_expert(x_NP: Floats, y_NO: Floats, h_N: Floats, ridge_P: Floats) -> tuple[Floats, float]:
+    """Weighted least squares, and the variance that is left, with the priors of `Gaussian`."""
+    weighted_NP, prior = h_N[:, None] * x_NP, Gaussian(targets=y_NO.shape[1])
+    weight_PO = np.linalg.solve(weighted_NP.T @ x_NP + np.diag(ridge_P), weighted_NP.T @ y_NO)
+    square = (h_N[:, None] * (y_NO - x_NP @ weight_PO) ** 2).sum() + (ridge_P[:, None] * weight_PO**2).sum()
+    rows = h_N.sum() + prior.noise_rows
+    return weight_PO, (square / y_NO.shape[1] + prior.noise_rows * prior.noise_floor) / rows
+
+
+def _loop_gate(x_NP: Floats, first_N: Floats, both_N: Floats, share_N: Floats, gate_P: Floats, ridge_P: Floats):
+    """One Newton step for a gate of two branches, as long as is safe."""
+    curved_NP = (both_N * share_N * (1 - share_N))[:, None] * x_NP
+    slope_P = x_NP.T @ (first_N - both_N * share_N) - ridge_P * gate_P
+    step_P = np.linalg.solve(curved_NP.T @ x_NP + np.diag(ridge_P), slope_P)
+    move = np.abs(x_NP @ step_P).max()
+    return gate_P + step_P * (1.0 if move <= WHOLE else np.log1p(move) / move)
+
+
+def problem(num_rows: int, inputs: int, depth: int, outputs: int, seed: int = 0) -> tuple[Mixture, Rows]:
+    """A smooth function with a fold at random planes, and a mixture to fit to it."""
+    random = np.random.default_rng(seed)
+    x_NP, y_NO = np.empty((num_rows, inputs + 1)), np.empty((num_rows, outputs))
+    _draw(x_NP, y_NO, random)
+    return _mixture(Rows(x_NP=x_NP, y_NT=y_NO, weight_N=np.ones(num_rows)), depth, random)
+
+
+def on_disk(folder: Path, num_rows: int, inputs: int, depth: int) -> tuple[Mixture, Rows]:
+    """`problem` with one output, as memory maps of two files; no more than 10,000 rows are ever held."""
+    random = np.random.default_rng(0)
+    make = np.lib.format.open_memmap
+    x_NP = make(folder / "x.npy", mode="w+", dtype=np.float64, shape=(num_rows, inputs + 1))
+    y_NO = make(folder / "y.npy", mode="w+", dtype=np.float64, shape=(num_rows, 1))
+    _draw(x_NP, y_NO, random)
+    return _mixture(Rows(x_NP=x_NP, y_NT=y_NO, weight_N=np.ones(num_rows)), depth, random)
+
+
+def _draw(x_NP: Floats, y_NO: Floats, random: np.random.Generator) -> None:
+    fold_PO, slope_PO = random.normal(size=(2, x_NP.shape[1], y_NO.shape[1]))
+    for start in range(0, len(x_NP), 10_000):
+        x, y = x_NP[start : start + 10_000], y_NO[start : start + 10_000]
+        x[:, :-1], x[:, -1] = random.normal(size=(len(x), x.shape[1] - 1)), 1
+        y[:] = np.abs(x @ fold_PO) + x @ slope_PO + 0.1 * random.normal(size=y.shape)
+
+
+def _mixture(rows: Rows, depth: int, random: np.random.Generator) -> tuple[Mixture, Rows]:
+    family = Gaussian(targets=rows.y_NT.shape[1])
+    tree, size = Tree.complete(depth, 2), rows.x_NP.shape[1]
+    return new_mixture(tree, family, rows.y_NT.T, rows.weight_N, size, random), rows
+
+
+def cpu_s(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def small(turns: int = 20) -> dict[str, float]:
+    """15,000 x 12, 16 experts, 4 outputs."""
+    mixture, rows = problem(15_000, 12, 4, 4)
+    mixture = fit_em(mixture, rows, EMConfig(max_iter=4, tol=0)).mixture
+    ours = lambda n: fit_em(mixture, rows, EMConfig(max_iter=n, tol=0))  # noqa: E731
+    iteration, loop, library = [], [], []
+    for turn in range(turns):
+        one = cpu_s(lambda: ours(1))
+        # a fit of n iterations makes n + 1 passes: the difference is whole iterations
+        iteration.append((cpu_s(lambda: ours(1 + MORE)) - one) / MORE)
+        loop.append(cpu_s(lambda: loop_iteration(mixture, rows)))
+        if turn % 5 == 0:
+            library.append(cpu_s(lambda: library_iteration(mixture, rows)))
+    return {
+        "iteration_s_min": min(iteration), "iteration_s_median": float(np.median(iteration)),
+        "loop_s_min": min(loop), "loop_s_median": float(np.median(loop)),
+        "library_loop_s_median": float(np.median(library)),
+        "times_faster_than_loop": float(np.median(np.array(loop) / np.array(iteration))),
+        "times_faster_than_library_loop": float(np.median(library) / np.median(iteration)),
+    }  # fmt: skip
+
+
+def large(iterations: int = 2) -> dict[str, float | list[float]]:
+    """10^6 x 50, 64 experts, one output, from disk: time, and all memory that numpy asked for."""
+    with tempfile.TemporaryDirectory() as folder:
+        mixture, rows = on_disk(Path(folder), 1_000_000, 50, 6)
+        tracemalloc.start()
+        wall = time.perf_counter()
+        fits = []
+        seconds = cpu_s(lambda: fits.append(fit_em(mixture, rows, EMConfig(max_iter=iterations, tol=0))))
+        wall = time.perf_counter() - wall
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return {
+            "large_passes": fits[0].passes, "large_cpu_s_a_pass": seconds / fits[0].passes,
+            "large_wall_s_a_pass": wall / fits[0].passes, "large_peak_mib": peak / 2**20,
+            "large_data_mib": rows.x_NP.nbytes / 2**20, "large_loglik_a_row": [v / 1e6 for v in fits[0].loglik_path],
+            "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--only-large", action="store_true")
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    found = {} if options.only_large else small(options.turns)
+    found |= large() if options.large or options.only_large else {}
+    for name, figure in found.items():
+        print(f"{name:32} {figure if isinstance(figure, list) else f'{figure:.4f}'}")
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

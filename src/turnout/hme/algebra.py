@@ -1,0 +1,79 @@
+"""Linear algebra on batches of small symmetric matrices."""
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turnout.hme.tree import Floats, Ints
+
+# pivots of a Cholesky factor closer than this are rounding: the matrix is taken as singular
+RANK_TOLERANCE = 1e-7
+
+
+@lru_cache(maxsize=64)
+def pairs(size: int) -> tuple[Ints, Ints]:
+    """The pairs p <= q of `size` numbers, as two arrays."""
+    return np.triu_indices(size)
+
+
+def pair_products(x_PN: Floats) -> Floats:
+    """x_p x_q for all p <= q: with it a weighted sum of x x^T for any number of weights is one matrix product.
+
+    Shapes: x_PN (P, N); returns (P (P + 1) / 2, N).
+    """
+    size, num_rows = x_PN.shape
+    product_QN = np.empty((size * (size + 1) // 2, num_rows))
+    start = 0
+    for p in range(size):
+        np.multiply(x_PN[p], x_PN[p:], out=product_QN[start : start + size - p])
+        start += size - p
+    return product_QN
+
+
+def unpack(packed_MQ: Floats, size: int) -> Floats:
+    """Symmetric matrices from their pairs p <= q: (..., size (size + 1) / 2) to (..., size, size)."""
+    p_Q, q_Q = pairs(size)
+    full = np.empty((*packed_MQ.shape[:-1], size, size))
+    full[..., p_Q, q_Q] = packed_MQ
+    full[..., q_Q, p_Q] = packed_MQ
+    return full
+
+
+def solve_symmetric(a_MPP: Floats, b_MPO: Floats) -> Floats:
+    """The solutions of a x = b for positive semi-definite a; where a is singular, the one of least length.
+
+    Cholesky says which matrices are regular; the others go by their eigenvalues, so that no input gives NaN.
+    Shapes: a_MPP (M, P, P), b_MPO (M, P, O); returns (M, P, O).
+    """
+    if not a_MPP.size or not b_MPO.size:
+        return np.zeros_like(b_MPO)
+    # with a unit diagonal the pivots of all columns are in one unit, whatever the scale of the inputs
+    diagonal_MP = np.diagonal(a_MPP, axis1=1, axis2=2)
+    scale_MP = 1 / np.sqrt(np.where(diagonal_MP > 0, diagonal_MP, 1.0))
+    unit_MPP = a_MPP * scale_MP[:, :, None] * scale_MP[:, None, :]
+    right_MPO = b_MPO * scale_MP[:, :, None]
+    is_regular_M = _is_regular(unit_MPP)
+    solved_MPO = np.empty_like(b_MPO)
+    if is_regular_M.all():
+        solved_MPO = np.linalg.solve(unit_MPP, right_MPO)
+    else:
+        solved_MPO[is_regular_M] = np.linalg.solve(unit_MPP[is_regular_M], right_MPO[is_regular_M])
+        solved_MPO[~is_regular_M] = _least_length(unit_MPP[~is_regular_M], right_MPO[~is_regular_M])
+    return solved_MPO * scale_MP[:, :, None]
+
+
+def _is_regular(unit_MPP: Floats) -> NDArray[np.bool_]:
+    try:
+        pivots_MP = np.diagonal(np.linalg.cholesky(unit_MPP), axis1=1, axis2=2)
+    except np.linalg.LinAlgError:
+        # one singular matrix fails the whole batch
+        return np.linalg.eigvalsh(unit_MPP)[:, 0] > RANK_TOLERANCE**2 * unit_MPP.shape[1]
+    return pivots_MP.min(axis=1) > RANK_TOLERANCE
+
+
+def _least_length(a_MPP: Floats, b_MPO: Floats) -> Floats:
+    value_MP, vector_MPP = np.linalg.eigh(a_MPP)
+    is_kept_MP = value_MP > RANK_TOLERANCE**2 * a_MPP.shape[1] * np.maximum(value_MP[:, -1:], 1e-300)
+    inverse_MP = np.where(is_kept_MP, 1 / np.where(is_kept_MP, value_MP, 1.0), 0.0)
+    return vector_MPP @ (inverse_MP[:, :, None] * (vector_MPP.swapaxes(1, 2) @ b_MPO))

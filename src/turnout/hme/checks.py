@@ -1,0 +1,62 @@
+"""What is asked of data before anything is fitted: clear errors, and a standard scale."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from turnout.hme.tree import Floats
+
+PART_ROWS = 65_536  # rows whose squares are held at once
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scale:
+    """The mean and deviation of columns; a constant column has deviation 1, so that it becomes zero."""
+
+    mean_D: Floats
+    deviation_D: Floats
+
+    @classmethod
+    def of(cls, x_ND: Floats, weight_N: Floats) -> "Scale":
+        """Weighted moments; columns that vary less than rounding are constant."""
+        total = weight_N.sum()
+        mean_D = weight_N @ x_ND / total
+        square_D = np.zeros_like(mean_D)
+        for start in range(0, len(x_ND), PART_ROWS):
+            part = slice(start, start + PART_ROWS)
+            square_D += weight_N[part] @ (x_ND[part] - mean_D) ** 2
+        deviation_D = np.sqrt(square_D / total)
+        noise_D = 1e-13 * np.maximum(x_ND.max(axis=0), -x_ND.min(axis=0))
+        return cls(mean_D=mean_D, deviation_D=np.where(deviation_D > noise_D, deviation_D, 1.0))
+
+    def standard(self, x_ND: Floats) -> Floats:
+        return (x_ND - self.mean_D) / self.deviation_D
+
+    def with_constant(self, x_ND: Floats) -> Floats:
+        """Standardized columns and a last one of ones, in the one copy that a fit makes of its rows."""
+        x_NP = np.empty((len(x_ND), x_ND.shape[1] + 1))
+        np.subtract(x_ND, self.mean_D, out=x_NP[:, :-1])
+        x_NP[:, :-1] /= self.deviation_D
+        x_NP[:, -1] = 1.0
+        return x_NP
+
+
+def check_positive(name: str, value: float, least: float = 0.0) -> None:
+    """Raises: ValueError unless `value` is a finite number of at least `least`."""
+    if not (isinstance(value, int | float | np.number) and np.isfinite(value) and value >= least):
+        raise ValueError(f"{name}={value!r} must be a finite number of at least {least:g}")
+
+
+def check_choice(name: str, value: object, legal: tuple[str, ...]) -> None:
+    """Raises: ValueError naming the legal values."""
+    if value not in legal:
+        raise ValueError(f"{name}={value!r} must be one of: {', '.join(legal)}")
+
+
+def check_experts(num_rows: int, num_experts: int) -> None:
+    """Raises: ValueError when there are fewer rows than experts."""
+    if num_rows < num_experts:
+        raise ValueError(
+            f"{num_rows} rows (n_samples={num_rows}) cannot fit {num_experts} experts; "
+            "give at least one row for each, or lower depth or branching"
+        )

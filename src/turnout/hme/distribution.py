@@ -1,0 +1,61 @@
+"""What a mixture predicts for a row: a whole distribution, with mean, variance, quantiles."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtr, ndtri, pdtr, pdtrik
+
+from turnout.hme.tree import Floats
+
+HALVINGS = 60  # of an interval that holds a quantile: to rounding
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictive:
+    """Mixtures of L normal (or Poisson) densities for N rows and O outputs, in the units of y."""
+
+    weight_NL: Floats
+    mean_NLO: Floats
+    variance_NLO: Floats
+    is_poisson: bool
+
+    @property
+    def mean(self) -> Floats:
+        """Shapes: returns (N, O)."""
+        return np.einsum("nl,nlo->no", self.weight_NL, self.mean_NLO)
+
+    @property
+    def variance(self) -> Floats:
+        """The experts' mean variance and the variance of their means; returns (N, O)."""
+        between_NLO = (self.mean_NLO - self.mean[:, None]) ** 2
+        return np.einsum("nl,nlo->no", self.weight_NL, self.variance_NLO + between_NLO)
+
+    def cdf(self, y_NO: Floats) -> Floats:
+        """Probability of at most `y_NO`, each output by itself; returns (N, O)."""
+        if self.is_poisson:
+            below_NLO = np.where(y_NO[:, None] < 0, 0.0, pdtr(np.maximum(np.floor(y_NO[:, None]), 0), self.mean_NLO))
+        else:
+            below_NLO = ndtr((y_NO[:, None] - self.mean_NLO) / np.sqrt(self.variance_NLO))
+        return np.einsum("nl,nlo->no", self.weight_NL, below_NLO)
+
+    def quantile(self, level: float) -> Floats:
+        """The value that `level` of the distribution lies below; returns (N, O).
+
+        Raises: ValueError unless level is between 0 and 1, both excluded.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level={level!r} must be between 0 and 1, both excluded")
+        # a mixture's quantile lies among those of its parts
+        part_NLO = self._part_quantiles(level)
+        low_NO, high_NO = part_NLO.min(axis=1), part_NLO.max(axis=1)
+        for _ in range(HALVINGS):
+            middle_NO = 0.5 * (low_NO + high_NO)
+            is_above_NO = self.cdf(middle_NO) >= level
+            low_NO, high_NO = np.where(is_above_NO, low_NO, middle_NO), np.where(is_above_NO, middle_NO, high_NO)
+        return np.round(high_NO) if self.is_poisson else high_NO
+
+    def _part_quantiles(self, level: float) -> Floats:
+        if self.is_poisson:
+            around_NLO = np.ceil(np.nan_to_num(pdtrik(level, self.mean_NLO)))
+            return np.concatenate([around_NLO - 1.5, around_NLO + 1.0], axis=1)
+        return self.mean_NLO + ndtri(level) * np.sqrt(self.variance_NLO)

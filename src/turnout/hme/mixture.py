@@ -1,0 +1,98 @@
+"""A hierarchical mixture of experts: its parameters, its densities and posteriors."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from turnout.hme.families import Experts, Family, Judgement, ridge_log_prior
+from turnout.hme.shares import Shares, predictors, softmax_with_last_zero
+from turnout.hme.tree import Floats, Tree
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mixture:
+    """A tree, the predictors of its gates and its experts. The last branch of a gate has the predictor zero.
+
+    Source: Jordan & Jacobs 1994, "Hierarchical mixtures of experts and the EM algorithm", eq. 1-8.
+    """
+
+    tree: Tree
+    family: Family
+    gate_GPO: Floats  # O: all branches but the last
+    experts: Experts
+
+    def shares(self, x_PN: Floats) -> Shares:
+        """Probability of each branch at its gate; zero, and -inf in logarithm, for a closed branch."""
+        predictor_GON = predictors(x_PN, self.gate_GPO)
+        if not self.tree.open_GB.all():
+            predictor_GON[~self.tree.open_GB[:, :-1]] = -np.inf
+        return softmax_with_last_zero(predictor_GON)
+
+    def log_priors(self, log_share_GBN: Floats) -> Floats:
+        """Log probability of each leaf before y is seen, (L, N): the sum along its path."""
+        is_open_E = self.tree.open_GB.ravel()
+        flat_EN = log_share_GBN.reshape(len(is_open_E), log_share_GBN.shape[2])
+        return self.tree.path_EL[is_open_E].T @ (flat_EN if is_open_E.all() else flat_EN[is_open_E])
+
+    def priors(self, x_PN: Floats) -> Floats:
+        """Probability of each leaf before y is seen, (L, N)."""
+        return np.exp(self.log_priors(self.shares(x_PN).log_MBN))
+
+    def posterior(self, x_PN: Floats, y_TN: Floats) -> "Posterior":
+        """The E-step: how probable each leaf is given the targets.
+
+        Source: Jordan & Jacobs 1994, eq. 9-11, in logarithms until the likeliest leaf is known.
+        """
+        shares = self.shares(x_PN)
+        judged = self.family.judge(x_PN, y_TN, self.experts)
+        leaf_LN = self.log_priors(shares.log_MBN)
+        leaf_LN += judged.log_density_LN
+        top_N = leaf_LN.max(axis=0)
+        leaf_LN -= top_N
+        np.exp(leaf_LN, out=leaf_LN)
+        sum_N = leaf_LN.sum(axis=0)
+        leaf_LN /= sum_N
+        return Posterior(leaf_LN=leaf_LN, loglik_N=np.log(sum_N) + top_N, shares=shares, judged=judged)
+
+    def mean(self, x_PN: Floats) -> Floats:
+        """Expected targets, (T, N)."""
+        return np.einsum("ln,ltn->tn", self.priors(x_PN), self.family.mean(x_PN, self.experts))
+
+    def log_prior(self, ridge_P: Floats) -> float:
+        """What ridge and noise prior add to the log-likelihood to make the objective of EM."""
+        return ridge_log_prior(self.gate_GPO, ridge_P) + self.family.log_prior(self.experts, ridge_P)
+
+    @property
+    def num_parameters(self) -> int:
+        """Free parameters, for information criteria."""
+        free_branches = int(self.tree.open_GB.sum()) - self.tree.num_gates
+        noise = self.family.noise_parameters * self.tree.num_leaves
+        return free_branches * self.gate_GPO.shape[1] + self.experts.weight_LPO.size + noise
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Posterior:
+    """The E-step of a block of rows."""
+
+    leaf_LN: Floats  # columns sum to 1
+    loglik_N: Floats
+    shares: Shares
+    judged: Judgement
+
+
+def new_mixture(
+    tree: Tree, family: Family, y_TN: Floats, weight_N: Floats, size: int, random: np.random.Generator
+) -> Mixture:
+    """Gates in random directions of a standard input space, experts that all say the same.
+
+    A predictor has deviation about 1.5 over standardized inputs: partitions soft enough to move.
+    """
+    free = tree.branching - 1
+    gate_GPO = random.normal(size=(tree.num_gates, size, free)) * (1.5 / np.sqrt(size))
+    gate_GPO[:, -1] = random.normal(size=(tree.num_gates, free)) * 0.5
+    return Mixture(
+        tree=tree,
+        family=family,
+        gate_GPO=np.where(tree.open_GB[:, None, :-1], gate_GPO, 0.0),
+        experts=family.start(y_TN, weight_N, tree.num_leaves, size),
+    )

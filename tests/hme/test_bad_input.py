@@ -1,0 +1,111 @@
+"""Ugly data: a clear error or a sane fit, and never a parameter that is no number."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+
+from turnout.hme import HMEClassifier, HMERegressor
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(60, 3))
+Y = X[:, 0] + RANDOM.normal(size=60)
+SETTINGS = [{"noise": noise} for noise in ("unit", "scalar", "diagonal", "full")]
+SETTINGS += [{"solver": solver, "max_iter": 5} for solver in ("least_squares", "gradient", "online")]
+SETTINGS += [{"ridge": 0.0}, {"newton_steps": 20}, {"depth": 1, "branching": 4, "ridge": 0.0}]
+
+
+def _finite(fitted: Any) -> bool:
+    mixture = fitted.mixture_
+    arrays = (mixture.gate_GPO, mixture.experts.weight_LPO, mixture.experts.covariance_LOO, fitted.loglik_path_)
+    return all(np.isfinite(array).all() for array in arrays)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "x_ND", "y_N"),
+    [
+        ("a constant column", np.column_stack([X, np.full(60, 7.0)]), Y),
+        ("only constant columns", np.ones((60, 2)), Y),
+        ("a column twice", np.column_stack([X, X[:, 0]]), Y),
+        ("all rows alike", np.ones((60, 3)), np.ones(60)),
+        ("a constant target", X, np.full(60, 3.0)),
+        ("rows thirty times", np.repeat(X[:5], 12, axis=0), np.repeat(Y[:5], 12)),
+        ("an exact fit", X, X @ (1, 2, 3)),
+        ("huge and tiny units", X * (1e12, 1e-12, 1), Y * 1e9),
+        ("an outlier", X, np.where(np.arange(60) == 3, 1e8, Y)),
+        ("as many rows as experts", X[:4], Y[:4]),
+    ],
+)
+def test_ugly_rows_give_a_finite_fit(settings: dict[str, Any], name: str, x_ND: np.ndarray, y_N: np.ndarray) -> None:
+    fitted = HMERegressor(**settings, random_state=0).fit(x_ND, y_N)
+    assert _finite(fitted), name
+    assert np.isfinite(fitted.predict(x_ND)).all(), name
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.0])
+@pytest.mark.parametrize("steps", [1, 20])
+def test_separable_classes_give_a_finite_fit(ridge: float, steps: int) -> None:
+    y_N = X[:, 0] > 0
+    fitted = HMEClassifier(ridge=ridge, newton_steps=steps, random_state=0).fit(X, y_N)
+    assert _finite(fitted)
+    assert fitted.score(X, y_N) == 1
+    assert np.isfinite(fitted.predict_proba(X)).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "x_ND", "y_N", "message"),
+    [
+        ({}, np.where(X > 2, np.nan, X), Y, "contains NaN"),
+        ({}, X, np.where(Y > 2, np.inf, Y), "NaN or infinity; leave out"),
+        ({}, X[:3], Y[:3], r"3 rows \(n_samples=3\) cannot fit 4 experts; give at least one row for each"),
+        ({"depth": -1}, X, Y, "depth must be at least 0"),
+        ({"depth": 40}, X, Y, "at most 65536 experts"),
+        ({"branching": 1}, X, Y, "branching at least 2"),
+        ({"noise": "huge"}, X, Y, "must be one of: unit, scalar, diagonal, full"),
+        ({"solver": "magic"}, X, Y, "must be one of: em, least_squares, gradient, online"),
+        ({"error": "magic"}, X, Y, "unknown error function 'magic'; available"),
+        ({"ridge": -1.0}, X, Y, "ridge=-1.0 must be a finite number of at least 0"),
+        ({"family": "poisson"}, X, Y, "needs one column of counts, none below 0"),
+        ({"missing": "guess"}, X, Y, "must be one of: refuse, mean"),
+        ({"max_experts": 8, "solver": "online"}, X, Y, "growth and pruning need solver='em'"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_by_name(
+    settings: dict[str, Any], x_ND: np.ndarray, y_N: np.ndarray, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        HMERegressor(**settings).fit(x_ND, y_N)
+
+
+def test_one_class_is_refused_and_so_are_weights_of_zero() -> None:
+    with pytest.raises(ValueError, match="1 class"):
+        HMEClassifier().fit(X, np.zeros(60))
+    with pytest.raises(ValueError, match="at least one non-zero number"):
+        HMERegressor().fit(X, Y, np.zeros(60))
+
+
+def test_missing_inputs_are_taken_as_the_mean_when_asked() -> None:
+    holes_ND = np.where(RANDOM.random(X.shape) < 0.2, np.nan, X)
+    holes_ND = np.column_stack([holes_ND, np.full(60, np.nan)])
+    fitted = HMERegressor(1, missing="mean", random_state=0).fit(holes_ND, Y)
+    assert _finite(fitted)
+    filled_ND = np.where(np.isnan(holes_ND), np.append(np.nanmean(holes_ND[:, :3], axis=0), 0), holes_ND)
+    np.testing.assert_allclose(fitted.predict(holes_ND), fitted.predict(filled_ND))
+
+
+def test_an_error_that_does_not_fit_the_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match="they need Gaussian experts"):
+        HMEClassifier(solver="gradient", error="competition").fit(X, X[:, 0] > 0)
+
+
+@pytest.mark.parametrize("error", ["mixture", "competition", "cooperation"])
+def test_each_error_of_1991_lowers_what_it_measures(error: str) -> None:
+    x_ND = np.random.default_rng(1).normal(size=(400, 2))
+    y_N = np.abs(x_ND[:, 0])
+    fitted = HMERegressor(1, 2, solver="gradient", error=error, max_iter=20, random_state=0).fit(x_ND, y_N)
+    assert fitted.objective_path_[-1] > fitted.objective_path_[0]
+    assert fitted.score(x_ND, y_N) > 0.5
+    assert _finite(fitted)

@@ -1,0 +1,142 @@
+"""`turnout fit-hme`: from a CSV file to a fit, a page and one line of JSON."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+
+from turnout.cli.main import main
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return json.loads(self.out.splitlines()[-1])
+
+    @property
+    def message(self) -> str:
+        return " ".join(self.err.split())
+
+
+FitHme = Callable[..., Result]
+
+
+@pytest.fixture
+def fit_hme(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> FitHme:
+    """Runs `turnout fit-hme` in this process."""
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["turnout", "fit-hme", *args])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    lines = ["width,height,colour,size,kind"]
+    for a, b in random.normal(size=(300, 2)):
+        colour = "red" if random.random() < 0.5 else "<b>blue</b>"
+        size = abs(a) + 0.2 * b + (colour == "red") + 0.05 * random.normal()
+        lines.append(f"{a:.4f},{b:.4f},{colour},{size:.4f},{'big' if size > 1.2 else '<i>small</i>'}")
+    path = tmp_path / "things.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def _stands_alone(page: str) -> bool:
+    return "<script" not in page and not re.search(r"https?://", page) and "<b>blue" not in page and "<i>" not in page
+
+
+def test_a_fit_ends_in_one_line_of_json_and_a_page_that_needs_nothing(
+    fit_hme: FitHme, table: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "out.html"
+    done = fit_hme(str(table), "--target", "size", "--depth", "2", "--report", str(page), "--json")
+    assert done.code == 0, done.err
+    assert {"log_likelihood", "relative_error", "iterations", "seconds"} <= set(done.last)
+    # `kind` is a column of words made from the target
+    assert done.last["relative_error"] < 0.2
+    text = page.read_text()
+    assert text.count('<circle class="dot"') == 75  # a quarter of the rows was kept aside
+    assert text.count('<circle class="leaf"') == 4
+    assert _stands_alone(text)
+
+
+def test_words_as_a_target_are_classes_and_are_counted_right_and_wrong(
+    fit_hme: FitHme, table: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "out.html"
+    done = fit_hme(str(table), "--target", "kind", "--report", str(page), "--json")
+    assert done.code == 0, done.err
+    assert done.last["task"] == "classification"
+    text = page.read_text()
+    counts = [int(count) for count in re.findall(r"<td[^>]*>(\d+)</td>", text)]
+    assert sum(counts) == 75
+    right = sum(int(count) for count in re.findall(r'<td class="right">(\d+)</td>', text))
+    assert 1 - right / 75 == pytest.approx(done.last["relative_error"])
+    assert _stands_alone(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--target", "sise"], 2, "no column of .*did you mean 'size'"),
+        (["--target", "size", "--solver", "magic"], 1, "must be one of: em, least_squares"),
+        (["--target", "size", "--test-share", "1.5"], 2, "--test-share 1.5 must be at least 0 and below 1"),
+        (["--target", "kind", "--task", "counts"], 1, "needs numbers in column 'kind'"),
+    ],
+)
+def test_bad_use_is_one_line(fit_hme: FitHme, table: Path, arguments: list[str], code: int, message: str) -> None:
+    done = fit_hme(str(table), *arguments)
+    assert done.code == code
+    assert re.search(message, done.message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no rows below its first line"),
+        ("a,y\n", "no rows below its first line"),
+        ("a,y\n1,2\n1\n", "line 3 has 1 cells"),
+        ("a,a,y\n1,2,3\n", "names a column twice"),
+        ("a,y\n1,\n2,3\n", "line 2: the target 'y' is missing"),
+        ("y\n1\n2\n", "no column beside the target"),
+        ("a,y\n1,2\n,3\n4,5\n6,7\n8,9\n1,3\n", "line 3: column 'a' is missing; use --missing mean"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused_by_line(fit_hme: FitHme, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(text)
+    done = fit_hme(str(path), "--target", "y", "--depth", "1")
+    assert done.code == 1
+    assert message in done.message
+
+
+def test_neither_turnout_nor_the_estimators_import_what_they_do_not_need() -> None:
+    check = "import turnout, turnout.hme, sys; assert 'sklearn' not in sys.modules and 'torch' not in sys.modules; "
+    check += "from turnout.hme import HMERegressor; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)

@@ -1,0 +1,60 @@
+"""Trees of any shape: paths, splits, pruning."""
+
+import numpy as np
+import pytest
+
+from tests.hme.problems import random_problem, stirred
+
+pytest.importorskip("sklearn")
+
+from turnout.errors import ConfigError
+from turnout.hme.growth import split, without
+from turnout.hme.tree import Tree
+
+
+@pytest.mark.parametrize("branching", [2, 3, 4])
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_a_complete_tree_has_every_leaf_once_under_every_level(depth: int, branching: int) -> None:
+    tree = Tree.complete(depth, branching)
+    assert tree.num_leaves == branching**depth
+    np.testing.assert_array_equal(tree.under_GBL.sum(axis=(0, 1)), depth)
+    if depth:
+        np.testing.assert_array_equal(tree.under_GBL[0].sum(axis=0), 1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_split_leaf_says_what_it_said(seed: int) -> None:
+    """Both halves are copies: the density of every row is the same, whatever the new gate asks."""
+    mixture, rows = random_problem(seed)
+    mixture = stirred(mixture, seed)
+    leaf = seed % mixture.tree.num_leaves
+    larger = split(mixture, leaf, np.random.default_rng(seed))
+    assert larger.tree.num_leaves == mixture.tree.num_leaves + mixture.tree.branching - 1
+    got, want = (m.posterior(rows.x_NP.T, rows.y_NT.T).loglik_N for m in (larger, mixture))
+    np.testing.assert_allclose(got, want, rtol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(18))
+def test_without_a_leaf_the_others_keep_their_proportions(seed: int) -> None:
+    mixture, rows = random_problem(seed)
+    mixture = stirred(mixture, seed)
+    if mixture.tree.num_leaves == 1:
+        with pytest.raises(ConfigError, match="last expert"):
+            without(mixture, 0)
+        return
+    leaf = seed % mixture.tree.num_leaves
+    before_LN, after_LN = mixture.priors(rows.x_NP.T), without(mixture, leaf).priors(rows.x_NP.T)
+    np.testing.assert_allclose(after_LN.sum(axis=0), 1, rtol=1e-12)
+    # siblings of the leaf share what it had; all other leaves have what they had
+    gate = int(np.nonzero((mixture.tree.child_GB == ~leaf).any(axis=1))[0][0])
+    beside_L = np.delete(mixture.tree.under_GBL[gate].any(axis=0), leaf)
+    kept_LN = np.delete(before_LN, leaf, axis=0)
+    np.testing.assert_allclose(after_LN[~beside_L], kept_LN[~beside_L], rtol=1e-9)
+    want_LN = kept_LN[beside_L] * (kept_LN[beside_L].sum(axis=0) + before_LN[leaf]) / kept_LN[beside_L].sum(axis=0)
+    np.testing.assert_allclose(after_LN[beside_L], want_LN, rtol=1e-9)
+
+
+def test_trees_too_large_or_too_small_are_refused() -> None:
+    for depth, branching in ((-1, 2), (2, 1), (17, 2)):
+        with pytest.raises(ConfigError, match="branching \\*\\* depth at most 65536"):
+            Tree.complete(depth, branching)
