@@ -32,7 +32,7 @@ def collect_stats(routing: RouterOutput, admission: Admission) -> MoEStats:
 
 
 def _spread(scores_RE: Tensor) -> Tensor:
-    """At most 1,024 tokens at equal distances, which are odd: each position of a sequence of 2^n tokens has its turn."""
+    """At most 1,024 tokens at an equal, odd distance: in sequences of 2^n tokens every position has its turn."""
     step = -(-len(scores_RE) // MEASURED_TOKENS)
     return scores_RE[:: max(step, 1) | 1]
 
