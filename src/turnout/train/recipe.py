@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from turnout.config import Settings
 from turnout.data.prepare import DataConfig
 from turnout.errors import ConfigError
 from turnout.models import ModelConfig
@@ -22,7 +23,7 @@ PROBE = '''def mean(values):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW, with learning rates of their own for experts and routers."""
 
     lr: float = 2e-3  # peak learning rate
@@ -52,7 +53,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings):
     """Linear warm-up, then a cosine down to a share of the peak."""
 
     warmup: float = 0.03  # share of the run in which the learning rate rises
@@ -65,7 +66,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(Settings):
     """How long, how often, how careful."""
 
     steps: int = 0  # optimizer steps of the run; 0: as many as fit in `minutes`
@@ -106,7 +107,7 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Settings):
     """All of a run: the same recipe, seed and data give the same weights."""
 
     name: str = "custom"  # name of the recipe, for reports
