@@ -17,6 +17,7 @@ from tests.contracts.cases import takers
 from turnout import MoE
 from turnout.config import Settings
 from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
+from turnout.data.prepare import DataConfig
 from turnout.dispatch import AffinityThreshold, Dropless, FixedCapacity, TutelCapacity
 from turnout.errors import ConfigError, ShapeError, TurnoutError
 from turnout.experts import FFNExperts, ModuleExperts, available_backends, choose_backend
@@ -37,6 +38,7 @@ from turnout.losses import (
     load_balance_loss,
     locality_loss,
 )
+from turnout.models import ModelConfig
 from turnout.routers import (
     BASE,
     Cosine,
@@ -60,6 +62,7 @@ from turnout.routers import (
     recording_of,
 )
 from turnout.tensors import Assignment, RouterOutput
+from turnout.train.recipe import LoopConfig, OptimizerConfig, Recipe, ScheduleConfig
 
 SOURCE = Path(turnout.__file__).parent
 CPU = torch.device("cpu")
@@ -500,7 +503,8 @@ def test_a_second_derivative_is_an_error_and_never_a_part_of_one(backend: str) -
 
 
 TABLES: tuple[Any, ...] = (RouterConfig, CapacityPolicy, Loss, AttentionKind)
-SETTINGS: list[Any] = [row for base in TABLES for _, row in base.TABLE.items()] + [MoEConfig]
+SETTINGS: list[Any] = [row for base in TABLES for _, row in base.TABLE.items()]
+SETTINGS += [MoEConfig, ModelConfig, DataConfig, OptimizerConfig, ScheduleConfig, LoopConfig, Recipe]
 WORDS = [
     (row, field.name, get_args(hint))
     for row in SETTINGS

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.contracts.cases import takers
 from turnout import MoE
 from turnout.contracts import ExpertBackend
+from turnout.dispatch import LocalDispatcher
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts import FFNExperts, available_backends
 from turnout.kernels import KINDS, Kernel, build, proof, trusted_kernel
@@ -22,6 +23,7 @@ from turnout.layers.expert_pass import pass_experts
 from turnout.tensors import Admission, Assignment
 
 CPU = torch.device("cpu")
+HERE = LocalDispatcher()
 with_kernel = pytest.mark.skipif("fused_cpu" not in takers(torch.float32), reason="no C++ compiler here")
 
 
@@ -64,7 +66,9 @@ def run(backend: str, experts: FFNExperts, x_TD: Tensor, assignment: Assignment,
     """Output and gradients of x, the assignment's weights and all parameters."""
     admission = Admission(keep_N=keep_N, capacity=None, dropped_E={})
     x_TD = x_TD.detach().requires_grad_()
-    y_TD = pass_experts(experts, ExpertBackend.TABLE[backend], x_TD, assignment, admission)
+    y_TD = pass_experts(
+        experts, ExpertBackend.TABLE[backend], x_TD, assignment, admission, dispatcher=LocalDispatcher()
+    )
     y_grad_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     leaves = [x_TD, assignment.weight_N, *experts.parameters()]
     return [y_TD, *torch.autograd.grad(y_TD, leaves, y_grad_TD.to(y_TD.dtype))]
@@ -88,7 +92,9 @@ def assert_equals_the_loop(
         got = run("fused_cpu", experts, x_TD, assignment, keep_N)
         with torch.no_grad():
             admission = Admission(keep_N=keep_N, capacity=None, dropped_E={})
-            inferred = pass_experts(experts, ExpertBackend.TABLE["fused_cpu"], x_TD, assignment, admission)
+            inferred = pass_experts(
+                experts, ExpertBackend.TABLE["fused_cpu"], x_TD, assignment, admission, dispatcher=LocalDispatcher()
+            )
     wide = FFNExperts(
         experts.dim, experts.hidden, experts.num_experts, kind=experts.kind, bias=experts.up_bias_EG is not None
     ).double()
@@ -233,10 +239,12 @@ def test_only_what_is_wanted_is_computed() -> None:
     x_TD = torch.randn(40, 20, requires_grad=True)
     admission = Admission(keep_N=None, capacity=None, dropped_E={})
     backend = ExpertBackend.TABLE["fused_cpu"]
-    pass_experts(experts, backend, x_TD, assignment, admission).sum().backward()
+    pass_experts(experts, backend, x_TD, assignment, admission, dispatcher=HERE).sum().backward()
     assert x_TD.grad is not None
     assert all(parameter.grad is None for parameter in experts.parameters())
-    frozen_x = pass_experts(experts.requires_grad_(True), backend, x_TD.detach(), assignment, admission)
+    frozen_x = pass_experts(
+        experts.requires_grad_(True), backend, x_TD.detach(), assignment, admission, dispatcher=LocalDispatcher()
+    )
     frozen_x.sum().backward()
     assert experts.up_EDG.grad is not None
     assert assignment.weight_N.grad is not None
@@ -364,7 +372,9 @@ def test_torch_compile_takes_the_pass_as_one_node(bias: bool) -> None:
             num_experts=5,
         )
         admission = Admission(keep_N=None, capacity=None, dropped_E={})
-        return pass_experts(experts, ExpertBackend.TABLE["fused_cpu"], x_TD, own, admission)
+        return pass_experts(
+            experts, ExpertBackend.TABLE["fused_cpu"], x_TD, own, admission, dispatcher=LocalDispatcher()
+        )
 
     results = []
     for function in (graph, torch.compile(graph, backend="aot_eager", fullgraph=True)):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from turnout.bench.routers import Shape
 from turnout.contracts import ExpertBackend
-from turnout.dispatch import Dropless
+from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.experts.activations import Activation
@@ -93,7 +93,7 @@ class _Routed(nn.Module):
             top_k=k,
         )
         admission: Admission = Dropless().admit(assignment)
-        return pass_experts(self.experts, self.backend, x_TD, assignment, admission)
+        return pass_experts(self.experts, self.backend, x_TD, assignment, admission, dispatcher=LocalDispatcher())
 
 
 class _Output(nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
-from turnout.config import from_dict
+from turnout.config import Settings, from_dict
 from turnout.data.atomic import write_atomic
 from turnout.data.corpora import Corpus, Document, open_corpus
 from turnout.data.excerpt import spread_excerpt
@@ -26,7 +26,7 @@ _ENCODE_CHARS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """Which text, in which tokens."""
 
     corpus: str = "stdlib"  # name of a corpus, or path of your own file, folder or glob

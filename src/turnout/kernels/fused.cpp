@@ -60,11 +60,6 @@ int turnout_best(const float* scores, int64_t rows, int64_t experts, int64_t k, 
   return guarded([&] { turnout::Scores(scores, rows, experts, int(threads), parallel).best(int(k), picks); });
 }
 
-int turnout_summarize(const float* scores, int64_t rows, int64_t experts, float* sums, int64_t threads,
-                      turnout::Parallel parallel) {
-  return guarded([&] { turnout::Scores(scores, rows, experts, int(threads), parallel).summarize(sums); });
-}
-
 int turnout_tile_columns() { return turnout::TILE_COLUMNS; }
 
 void turnout_poison() { turnout::Workspace::poison(); }

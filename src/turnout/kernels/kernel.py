@@ -63,9 +63,8 @@ class Kernel:
         self._forward, self._backward = library.turnout_forward, library.turnout_backward
         for function in (self._forward, self._backward):
             function.argtypes, function.restype = [pointer], ctypes.c_int
-        self._best, self._summarize = library.turnout_best, library.turnout_summarize
+        self._best = library.turnout_best
         self._best.argtypes = [pointer, number, number, number, pointer, number, pointer]
-        self._summarize.argtypes = [pointer, number, number, pointer, number, pointer]
         self.poison = library.turnout_poison
         self._tile_columns = library.turnout_tile_columns()
         self._pool = _torch_pool()
@@ -132,15 +131,6 @@ class Kernel:
         threads, pool = torch.get_num_threads(), self._pool
         _check(self._best(scores_RE.data_ptr(), num_rows, num_experts, k, expert_RK.data_ptr(), threads, pool))
         return expert_RK
-
-    def summarize(self, scores_RE: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over rows of the entropy in nats, and of the best score minus the second, 0 for a tie."""
-        scores_RE = scores_RE.detach().contiguous()
-        num_rows, num_experts = scores_RE.shape
-        sums = torch.empty(2, dtype=torch.float32)
-        threads, pool = torch.get_num_threads(), self._pool
-        _check(self._summarize(scores_RE.data_ptr(), num_rows, num_experts, sums.data_ptr(), threads, pool))
-        return sums[0], sums[1]
 
     def saved_size(self, weights: Weights, num_rows: int) -> int:
         """Numbers that are kept for the backward pass of so many rows."""

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from turnout.config import Settings
-from turnout.contracts import CapacityPolicy, ExpertBackend, GivenRouter, Loss, RouterConfig
-from turnout.dispatch import Dropless
+from turnout.contracts import CapacityPolicy, Dispatcher, ExpertBackend, GivenRouter, Loss, RouterConfig
+from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts import FFNExperts, ModuleExperts, choose_backend
 from turnout.experts.activations import Activation
@@ -73,9 +73,10 @@ class MoE(nn.Module):
     The way of a token:
     1. the router turns T tokens into N triples (token, expert, weight); padding never reaches it;
     2. the capacity policy says which of them are sent;
-    3. `pass_experts` orders those by expert and gathers their rows;
-    4. the backend computes each expert on its rows;
-    5. each token's rows are added, weighted; a token without rows gets exactly zero (a fused backend does 3 to 5).
+    3. `pass_experts` orders those by expert, and the dispatcher brings their rows to them, here or on other ranks;
+    4. the backend computes each expert of this process on its rows;
+    5. the dispatcher adds each token's rows, weighted; a token without rows gets exactly zero
+    (on one rank a fused backend does 3 to 5 in one pass).
 
     With a `latent_dim` steps 3 to 5 work in that width: x is projected down before them and y up after them.
 
@@ -139,6 +140,7 @@ class MoE(nn.Module):
         shared = MLP(dim, shared_hidden, kind=config.expert, bias=bias, init_std=init_std) if shared_hidden else None
         self.shared = shared
         self.latent = Latent(dim, latent_dim, init_std=init_std) if latent_dim else None
+        self.dispatcher: Dispatcher = LocalDispatcher()
 
     @classmethod
     def from_config(cls, dim: int, config: MoEConfig) -> "MoE":
@@ -157,6 +159,15 @@ class MoE(nn.Module):
             backend=config.backend,
             init_std=config.init_std,
         )
+
+    def share_experts(self, dispatcher: Dispatcher, mine: range) -> None:
+        """From here on this process computes the experts `mine`, and `dispatcher` reaches those of the others.
+
+        Their weights are slices of the same logical (E, ...) tensors, under the same names.
+        """
+        assert isinstance(self.experts, FFNExperts)
+        self.experts.keep(mine)
+        self.dispatcher = dispatcher
 
     def forward(
         self,
@@ -189,7 +200,14 @@ class MoE(nn.Module):
         )
         backend = choose_backend(self.experts, self.config.backend, dtype=_row_dtype(x), device=x.device)
         narrow = x_TD if self.latent is None else self.latent.down(x_TD, _flat(mask))
-        y = pass_experts(self.experts, backend, narrow.to(_row_dtype(x)), routing.assignment, admission)
+        y = pass_experts(
+            self.experts,
+            backend,
+            narrow.to(_row_dtype(x)),
+            routing.assignment,
+            admission,
+            dispatcher=self.dispatcher,
+        )
         y_TD = y if self.latent is None else self.latent.up(y)
         if self.shared is not None:
             y_TD = _add_shared(y_TD, x_TD, self.shared, None if mask is None else routing.token_R)
