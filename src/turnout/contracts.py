@@ -282,10 +282,11 @@ class ExpertBackend(ABC):
 
     TABLE: ClassVar[Table["ExpertBackend"]] = Table("expert backend")
     layout: ClassVar[Literal["ragged", "padded"]]
+    trains: ClassVar[bool] = True  # has a backward pass
 
     @abstractmethod
     def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
-        """None when this backend can run these experts on such rows, forward and backward."""
+        """None when this backend can run these experts on such rows, forward and, if it `trains`, backward."""
 
     @abstractmethod
     def run(self, experts: nn.Module, rows: Rows) -> Rows:

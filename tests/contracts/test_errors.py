@@ -19,8 +19,15 @@ from turnout.config import Settings
 from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
 from turnout.data.prepare import DataConfig
 from turnout.dispatch import AffinityThreshold, Dropless, FixedCapacity, TutelCapacity
-from turnout.errors import ConfigError, ShapeError, TurnoutError
-from turnout.experts import FFNExperts, ModuleExperts, available_backends, choose_backend
+from turnout.errors import ConfigError, NonFiniteError, ShapeError, TurnoutError
+from turnout.experts import (
+    FFNExperts,
+    ModuleExperts,
+    QuantizedFFNExperts,
+    available_backends,
+    choose_backend,
+    quantize_experts,
+)
 from turnout.experts.activations import Activation
 from turnout.layers import MoEConfig
 from turnout.layers.attention import AttentionConfig, AttentionKind
@@ -310,6 +317,19 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     ),
     (lambda: TopK(init_std=-1.0).build(4, 3), ConfigError, r"init_std=-1\.0 must be at least 0 and finite"),
     (lambda: Switch(init_std=NAN).build(4, 3), ConfigError, r"init_std=nan must be at least 0 and finite"),
+    (lambda: QuantizedFFNExperts(4, 4, 2, activation_bits=4), ConfigError, r"activation_bits=4 must be 16 or 8"),
+    (
+        lambda: quantize_experts(nn.Linear(4, 4)),
+        ConfigError,
+        r"Linear has no feed-forward experts to quantise; give it",
+    ),
+    (quantize_nan, NonFiniteError, r"experts\.down_EFD has NaN or infinite values; 8 bits have no code"),
+    (train_quantized, ConfigError, r"quantised experts are for inference alone: call the layer under torch"),
+    (
+        lambda: quantize_experts(MoE(4, 4, 2)).half()(torch.zeros(3, 4)),
+        ConfigError,
+        r"cast to float16, .* after \.half",
+    ),
     (lambda: FFNExperts(4, 4, 2, init_std=-1.0), ConfigError, r"init_std=-1\.0 must be at least 0 and finite"),
     (lambda: MLP(4, 4, init_std=NAN), ConfigError, r"init_std=nan must be at least 0 and finite"),
     (lambda: AttentionConfig().build(4, layer=0, init_std=INF, norm_eps=1e-6), ConfigError, r"init_std=inf must be"),
@@ -450,6 +470,16 @@ def hash_ids(ids: torch.Tensor) -> object:
     return Hash(vocab_size=5).build(4, 3)(torch.zeros(2, 4), ids)
 
 
+def quantize_nan() -> object:
+    layer = MoE(4, 4, 2)
+    layer.experts.down_EFD.data[1, 2, 3] = NAN  # type: ignore[union-attr, index]
+    return quantize_experts(layer)
+
+
+def train_quantized() -> object:
+    return quantize_experts(MoE(4, 4, 2))(torch.zeros(3, 4, requires_grad=True))
+
+
 def differentiated_twice(backend: str) -> object:
     layer = MoE(4, 8, 2, expert="gelu", backend=backend)
     x = torch.randn(5, 4)
@@ -526,7 +556,7 @@ def test_every_row_is_checked_as_it_is_made() -> None:
 
 
 def test_every_refusal_names_a_backend_that_does_not_refuse() -> None:
-    for experts in (FFNExperts(4, 4, 2), modules()):
+    for experts in (FFNExperts(4, 4, 2), QuantizedFFNExperts(4, 4, 2), modules()):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             for device in (CPU, torch.device("cuda")):
                 answers = available_backends(experts, dtype=dtype, device=device)

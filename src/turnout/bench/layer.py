@@ -2,7 +2,8 @@
 
 Ratios are to a dense network of the same active FLOPs, and to the products alone. Rows of `turnout-BACKEND` and
 `transformers-IMPLEMENTATION` include each one's router, without auxiliary losses; with a `skew` the experts of every
-token are given instead, one expert at that many times the mean load.
+token are given instead, one expert at that many times the mean load. `turnout-int8` has weights of 8 bits and
+activations of 16, `turnout-int8-a8` both of 8; neither has a backward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from turnout.bench.routers import SHAPES as ROUTED_SHAPES
 from turnout.bench.routers import Shape
 from turnout.bench.run import check_gate, ratio_keys, result, row
 from turnout.errors import ConfigError
-from turnout.experts import FFNExperts, available_backends
+from turnout.experts import PRECISIONS, FFNExperts, QuantizedFFNExperts, available_backends
 
 Mode = Literal["forward", "train"]
 MODES: tuple[Mode, ...] = ("forward", "train")
@@ -50,15 +51,13 @@ def run(
     does not compute what the oracle computes.
     """
     _check(shapes, modes, dtype)
-    names = {shape: _peers(SHAPES[shape], DTYPES[dtype], peers) for shape in shapes}
+    cases = [(shape, mode) for shape in shapes for mode in modes if mode == "forward" or not shape.startswith("d")]
+    names = {(shape, mode): _peers(SHAPES[shape], mode, DTYPES[dtype], peers) for shape, mode in cases}
     check_gate()
     rows: list[dict[str, Any]] = []
-    for shape in shapes:
-        for mode in modes:
-            if mode == "train" and shape.startswith("d"):
-                continue
-            settings = {"shape": shape, "mode": mode, "dtype": dtype, "skew": skew}
-            rows += _rows(names[shape], settings, rounds=rounds, warmup=warmup, memory=memory)
+    for shape, mode in cases:
+        settings = {"shape": shape, "mode": mode, "dtype": dtype, "skew": skew}
+        rows += _rows(names[shape, mode], settings, rounds=rounds, warmup=warmup, memory=memory)
     return result(rows, "transformers")
 
 
@@ -137,11 +136,15 @@ def _check(shapes: Sequence[str], modes: Sequence[str], dtype: str) -> None:
                 raise ConfigError(f"unknown {kind} {name!r}; available: {', '.join(legal)}")
 
 
-def _peers(shape: Shape, dtype: torch.dtype, asked: Sequence[str]) -> list[str]:
-    """Those asked for, or all that fit: gathering every token's own weights, as batched_mm does, is for few tokens."""
+def _peers(shape: Shape, mode: str, dtype: torch.dtype, asked: Sequence[str]) -> list[str]:
+    """Those asked for, or all that fit: gathering every token's own weights, as batched_mm does, is for few tokens.
+
+    Raises: ConfigError if one of those asked for is unknown, or cannot run here or in this mode.
+    """
     experts = FFNExperts(1, 1, 1, kind=shape.expert)
     experts.to(dtype)
     refused = available_backends(experts, dtype=dtype, device=torch.device("cpu"))
+    refused |= dict.fromkeys(PRECISIONS, "it has no backward pass" if mode == "train" else _int8_refusal(dtype))
     ours = [f"{OURS}{name}" for name, reason in refused.items() if not reason]
     theirs = [f"{THEIRS}{name}" for name in IMPLEMENTATIONS if name != "batched_mm" or shape.tokens <= 16]
     legal = [*ours, *theirs, DENSE, LIMIT]
@@ -150,3 +153,7 @@ def _peers(shape: Shape, dtype: torch.dtype, asked: Sequence[str]) -> list[str]:
             why = refused.get(name.removeprefix(OURS), "")
             raise ConfigError(f"unknown peer {name!r}{': ' + why if why else ''}; available: {', '.join(legal)}")
     return list(asked) or legal
+
+
+def _int8_refusal(dtype: torch.dtype) -> str:
+    return available_backends(QuantizedFFNExperts(1, 1, 1), dtype=dtype, device=torch.device("cpu"))["fused_int8"]

@@ -11,7 +11,7 @@ from turnout.bench.routers import Shape
 from turnout.contracts import ExpertBackend
 from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.errors import ConfigError
-from turnout.experts import FFNExperts
+from turnout.experts import PRECISIONS, FFNExperts, quantize_experts
 from turnout.experts.activations import Activation
 from turnout.layers import MoE
 from turnout.layers.expert_pass import pass_experts
@@ -107,7 +107,13 @@ class _Output(nn.Module):
         return self.layer(x_TD).y
 
 
-def _ours(shape: Shape, backend: str, choices_TK: Tensor | None) -> nn.Module:
+def _ours(shape: Shape, name: str, choices_TK: Tensor | None) -> nn.Module:
+    backend = "fused_int8" if name in PRECISIONS else name
+    layer = _layer(shape, backend, choices_TK)
+    return quantize_experts(layer, activation_bits=PRECISIONS[name]) if name in PRECISIONS else layer
+
+
+def _layer(shape: Shape, backend: str, choices_TK: Tensor | None) -> nn.Module:
     if choices_TK is not None:
         return _Routed(shape, backend, choices_TK)
     router = TopK(k=shape.k, renormalize=shape.k > 1)

@@ -23,6 +23,7 @@ def chat(
     top_p: options.TopPOption = 0.95,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    quantize: options.Quantize = "",
     threads: options.Threads = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -41,7 +42,7 @@ def chat(
         stop=tuple(stop or ()),
     )
     own_process(threads)
-    trained = load_trained(run)
+    trained = load_trained(run, quantize=quantize)
     screen = console(as_json=as_json)
     screen.print(f"{trained.recipe.name} at step {trained.step}; an empty line or Ctrl-D ends", style="dim")
     for note in trained.notes:

@@ -25,6 +25,7 @@ def generate(
     top_p: options.TopPOption = 0.95,
     seed: options.Seed = 0,
     stop: options.Stop = None,
+    quantize: options.Quantize = "",
     threads: options.Threads = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -43,7 +44,7 @@ def generate(
         stop=tuple(stop or ()),
     )
     own_process(threads)
-    trained = load_trained(run)
+    trained = load_trained(run, quantize=quantize)
     screen = console(as_json=as_json)
     for note in trained.notes:
         screen.print(f"note: {note}")

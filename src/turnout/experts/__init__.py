@@ -2,20 +2,26 @@
 
 from turnout.experts.choose import available_backends, choose_backend
 from turnout.experts.fused_cpu import FusedCPU
+from turnout.experts.fused_int8 import FusedInt8
 from turnout.experts.grouped_mm import GroupedMM
 from turnout.experts.loop import Loop
 from turnout.experts.padded_bmm import PaddedBMM
+from turnout.experts.quantized import PRECISIONS, QuantizedFFNExperts, quantize_experts
 from turnout.experts.threaded_mm import ThreadedMM
 from turnout.experts.weights import FFNExperts, ModuleExperts
 
 __all__ = [
+    "PRECISIONS",
     "FFNExperts",
     "FusedCPU",
+    "FusedInt8",
     "GroupedMM",
     "Loop",
     "ModuleExperts",
     "PaddedBMM",
+    "QuantizedFFNExperts",
     "ThreadedMM",
     "available_backends",
     "choose_backend",
+    "quantize_experts",
 ]

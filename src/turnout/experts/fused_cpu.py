@@ -74,18 +74,7 @@ class FusedCPU(FusedBackend):
     def run(self, experts: nn.Module, rows: Rows) -> Rows:
         """As if each row were a token of its own."""
         assert isinstance(rows, Ragged)
-        num_rows, num_experts = len(rows.x_MD), len(rows.counts_L)
-        row_M = torch.arange(num_rows)
-        assignment = Assignment(
-            token_N=row_M,
-            expert_N=torch.arange(num_experts).repeat_interleave(rows.counts_L, output_size=num_rows),
-            weight_N=torch.ones(num_rows),
-            choice_N=torch.zeros_like(row_M),
-            num_tokens=num_rows,
-            num_experts=num_experts,
-        )
-        admission = Admission(keep_N=None, capacity=None, dropped_E={})
-        return Ragged(x_MD=self.run_tokens(experts, rows.x_MD, assignment, admission), counts_L=rows.counts_L)
+        return rows_as_tokens(self, experts, rows)
 
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         assert isinstance(experts, FFNExperts)
@@ -105,6 +94,22 @@ class FusedCPU(FusedBackend):
         assert isinstance(kernel, Kernel)
         routing = kernel.sort(assignment, admission.keep_N)
         return _Fused.apply(*inputs, experts.kind, routing, kernel, keep).to(x_TD.dtype)
+
+
+def rows_as_tokens(backend: FusedBackend, experts: nn.Module, rows: Ragged) -> Ragged:
+    """What a fused backend makes of rows that are tokens of their own."""
+    num_rows, num_experts = len(rows.x_MD), len(rows.counts_L)
+    row_M = torch.arange(num_rows)
+    assignment = Assignment(
+        token_N=row_M,
+        expert_N=torch.arange(num_experts).repeat_interleave(rows.counts_L, output_size=num_rows),
+        weight_N=torch.ones(num_rows),
+        choice_N=torch.zeros_like(row_M),
+        num_tokens=num_rows,
+        num_experts=num_experts,
+    )
+    admission = Admission(keep_N=None, capacity=None, dropped_E={})
+    return Ragged(x_MD=backend.run_tokens(experts, rows.x_MD, assignment, admission), counts_L=rows.counts_L)
 
 
 def _reason(experts: FFNExperts, dtype: torch.dtype, device: torch.device) -> str:

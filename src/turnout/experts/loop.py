@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, Refusal
 from turnout.errors import ShapeError
+from turnout.experts.quantized import QuantizedFFNExperts
 from turnout.experts.weights import FFNExperts
 from turnout.tensors import Ragged, Rows
 
@@ -22,6 +23,8 @@ class Loop(ExpertBackend):
         parts = rows.x_MD.split(rows.counts_L.tolist())
         if isinstance(experts, FFNExperts):
             outputs = _ffn(experts, parts)
+        elif isinstance(experts, QuantizedFFNExperts):
+            outputs = _quantized(experts, parts)
         else:
             assert isinstance(experts, nn.ModuleList)
             outputs = _modules(experts, parts)
@@ -37,6 +40,20 @@ def _ffn(experts: FFNExperts, parts: tuple[Tensor, ...]) -> list[Tensor]:
     for x_MD, up, down, up_bias, down_bias in zip(parts, ups, downs, up_biases, down_biases, strict=True):
         h_MF = experts.activation(_linear(x_MD, up, up_bias))
         outputs.append(_linear(h_MF, down, down_bias))
+    return outputs
+
+
+def _quantized(experts: QuantizedFFNExperts, parts: tuple[Tensor, ...]) -> list[Tensor]:
+    """The weights of one expert at a time are widened; rows stay what they are, whatever activation_bits is."""
+    experts.check_inference(*parts)
+    up_biases, down_biases = (_unbind(bias, len(parts)) for bias in (experts.up_bias_EG, experts.down_bias_ED))
+    outputs = []
+    for e, x_MD in enumerate(parts):
+        if not len(x_MD):
+            outputs.append(x_MD)
+            continue
+        up_DG, down_FD = experts.weights_of(e)
+        outputs.append(_linear(experts.activation(_linear(x_MD, up_DG, up_biases[e])), down_FD, down_biases[e]))
     return outputs
 
 

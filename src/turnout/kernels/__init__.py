@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from turnout.kernels.build import compiled
-from turnout.kernels.kernel import KINDS, Gradients, Kernel, Routing, Weights
+from turnout.kernels.kernel import KINDS, Gradients, Int8Weights, Kernel, Routing, Weights
 from turnout.kernels.proof import prove
 
-__all__ = ["KINDS", "Gradients", "Kernel", "Routing", "Weights", "kernel_for", "trusted_kernel"]
+__all__ = ["KINDS", "Gradients", "Int8Weights", "Kernel", "Routing", "Weights", "kernel_for", "trusted_kernel"]
 
 
 @functools.cache

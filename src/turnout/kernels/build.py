@@ -63,6 +63,11 @@ def cpu_flags() -> str:
     return "\n".join(line.partition(":")[2].strip() for line in lines if line.startswith(wanted))
 
 
+def has_vnni() -> bool:
+    """Whether the processor multiplies and adds four bytes at once."""
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(cpu_flags().split())
+
+
 def _compiler() -> str | None:
     names = (os.environ.get("CXX"), "g++", "c++", "clang++")
     return next((found for name in names if name and (found := shutil.which(name))), None)

@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "decode.h"
 #include "forward.h"
+#include "int8_forward.h"
 #include "routes.h"
 #include "scores.h"
 
@@ -53,6 +54,10 @@ int turnout_backward(const Job* job) {
     else
       turnout::Backward<float>(*job).run();
   });
+}
+
+int turnout_int8(const turnout::Int8Job* job, int64_t digits) {
+  return guarded([&] { digits == 1 ? turnout::Int8Forward<1>(*job).run() : turnout::Int8Forward<2>(*job).run(); });
 }
 
 int turnout_best(const float* scores, int64_t rows, int64_t experts, int64_t k, int64_t* picks, int64_t threads,

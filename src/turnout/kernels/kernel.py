@@ -33,6 +33,20 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int8Weights:
+    """Of all experts, as int8_codes.py lays them out; those of the first product have an axis of parts after E."""
+
+    up_codes: Tensor
+    up_scales: Tensor
+    down_codes: Tensor
+    down_scales: Tensor
+    up_bias_EG: Tensor | None
+    down_bias_ED: Tensor | None
+    hidden: int
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Routing:
     """Assignments in the order of the experts, as routes.h lays them out."""
 
@@ -63,6 +77,8 @@ class Kernel:
         self._forward, self._backward = library.turnout_forward, library.turnout_backward
         for function in (self._forward, self._backward):
             function.argtypes, function.restype = [pointer], ctypes.c_int
+        self._int8 = library.turnout_int8
+        self._int8.argtypes, self._int8.restype = [pointer, number], ctypes.c_int
         self._best = library.turnout_best
         self._best.argtypes = [pointer, number, number, number, pointer, number, pointer]
         self.poison = library.turnout_poison
@@ -122,6 +138,21 @@ class Kernel:
             fresh[1].zero_()
         self._run(self._backward, x_TD, weight_N, weights, routing, (saved, None, y_grad_TD, *fresh))
         return Gradients(*fresh)
+
+    def infer_int8(
+        self, x_TD: Tensor, weight_N: Tensor, weights: Int8Weights, routing: Routing, *, digits: int
+    ) -> Tensor:
+        """y_TD of weights of 8 bits; activations have 7 bits and a sign in one digit, 14 and a sign in two."""
+        y_TD = torch.empty_like(x_TD)
+        num_experts = len(weights.up_codes)
+        sizes = (routing.num_tokens, x_TD.shape[1], weights.hidden, num_experts, routing.num_assignments)
+        own = (weights.up_codes, weights.down_codes, weights.up_bias_EG, weights.down_bias_ED)
+        tensors = (routing.routes, x_TD, weight_N, *own, None, y_TD)
+        job = array("q", (*sizes, KINDS[weights.kind], 0, torch.get_num_threads(), self._pool, *map(_at, tensors)))
+        job.extend([0] * (NUM_FIELDS - len(job)))
+        job.extend(map(_at, (weights.up_scales, weights.down_scales)))
+        _check(self._int8(job.buffer_info()[0], digits))
+        return y_TD
 
     def best(self, scores_RE: Tensor, k: int) -> Tensor:
         """Experts of the k highest scores, best first, of equals the lower index; float32 in, (R, k) int64 out."""

@@ -67,8 +67,14 @@ class RowSums {
       computed = group;
     }
     if (!waves_.empty()) add_up_after(schedule, int(waves_.size()) - 1, computed, added);
-    if (direct_ && out_)
-      for (int chunk = 0; chunk < chunks_; chunk++) schedule.add({CLEAR, chunk});
+    plan_clears(schedule);
+  }
+
+  // The tasks that add up alone, where a single wave has all rows and group `computed` writes them.
+  void plan_sums(Schedule& schedule, int computed) const {
+    std::vector<int> added;
+    if (!waves_.empty()) add_up_after(schedule, 0, computed, added);
+    plan_clears(schedule);
   }
 
   // The rows of one wave, of one part of the tokens.
@@ -108,6 +114,11 @@ class RowSums {
   };
 
   long first_token(int chunk) const { return tokens_ * chunk / chunks_; }
+
+  void plan_clears(Schedule& schedule) const {
+    if (!direct_ || !out_) return;
+    for (int chunk = 0; chunk < chunks_; chunk++) schedule.add({CLEAR, chunk});
+  }
 
   void add_up_after(Schedule& schedule, int wave, int computed, std::vector<int>& added) const {
     added.push_back(schedule.group());

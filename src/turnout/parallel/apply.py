@@ -104,8 +104,8 @@ def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strat
         strategy.check(world.size, num_experts=layer.config.num_experts)
         if resolved.ep > 1 and not isinstance(layer.experts, FFNExperts):
             raise ConfigError(
-                f"strategy.ep={resolved.ep}: the experts of {name or 'the layer'} are modules of your own, which only "
-                "this process can hold; nearest legal: 1, or an expert kind by name"
+                f"strategy.ep={resolved.ep}: the experts of {name or 'the layer'} are modules of your own, or "
+                "quantised, which only this process can hold; nearest legal: 1, or an expert kind by name"
             )
         if isinstance(layer.experts, FFNExperts) and layer.experts.num_experts != layer.config.num_experts:
             raise ConfigError(f"{name or 'the layer'} is laid out already: apply a strategy once, to the whole model")

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turnout.data.tokenizer import Tokenizer
+from turnout.errors import ConfigError
+from turnout.experts import PRECISIONS, quantize_experts
 from turnout.models import Decoder
+from turnout.registry import nearest
 from turnout.train import checkpoint
 from turnout.train.checkpoint_fit import check_fits
 from turnout.train.recipe import Recipe
@@ -22,15 +25,21 @@ class Trained:
     notes: tuple[str, ...]
 
 
-def load_trained(run: Path) -> Trained:
-    """The latest good checkpoint of a run.
+def load_trained(run: Path, *, quantize: str = "") -> Trained:
+    """The latest good checkpoint of a run; `quantize`: int8 or int8-a8, how its experts are rounded for inference.
 
-    Raises: ConfigError if the folder is no run; CheckpointError if it has no sound checkpoint.
+    Raises: ConfigError if the folder is no run, or its model cannot be quantised so; CheckpointError if it has no sound
+    checkpoint.
     """
+    if quantize and quantize not in PRECISIONS:
+        legal = list(PRECISIONS)
+        raise ConfigError(f"unknown --quantize {quantize!r}; available: {', '.join(legal)}{nearest(quantize, legal)}")
     recipe = recipe_of(run)
     loaded = checkpoint.load(run, names={"model"})
     model = Decoder(recipe.model)
     check_fits(model.state_dict(), loaded.files["model"])
     model.load_state_dict(loaded.files["model"])
+    if quantize:
+        quantize_experts(model, activation_bits=PRECISIONS[quantize])
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     return Trained(model=model.eval(), tokenizer=tokenizer, recipe=recipe, step=loaded.step, notes=loaded.notes)

@@ -1,0 +1,89 @@
+"""Experts of 8 bits in one compiled pass on the CPU, for inference."""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from turnout.contracts import ExpertBackend, FusedBackend, Refusal
+from turnout.experts.fused_cpu import rows_as_tokens
+from turnout.experts.quantized import QuantizedFFNExperts
+from turnout.kernels import KINDS, Int8Weights, Kernel, trusted_kernel
+from turnout.kernels.int8_proof import prove_int8
+from turnout.tensors import Admission, Assignment, Ragged, Rows
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class FusedInt8(FusedBackend):
+    """Whole-number products of codes, four at once where the processor has VNNI; scales and activations in float32."""
+
+    layout = "ragged"
+    trains = False
+
+    def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
+        if not isinstance(experts, QuantizedFFNExperts):
+            return Refusal(
+                reason="fused_int8 computes experts after quantize_experts(model); others need backend='loop'"
+            )
+        reason = _reason(experts, dtype, device)
+        return Refusal(reason=f"{reason}; use backend='loop'") if reason else None
+
+    def run(self, experts: nn.Module, rows: Rows) -> Rows:
+        """As if each row were a token of its own."""
+        assert isinstance(rows, Ragged)
+        return rows_as_tokens(self, experts, rows)
+
+    def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
+        """Raises: ConfigError if a gradient is to come back through the experts."""
+        assert isinstance(experts, QuantizedFFNExperts)
+        experts.check_inference(x_TD, assignment.weight_N)
+        kernel = trusted_int8()
+        assert isinstance(kernel, Kernel)
+        y_TD = kernel.infer_int8(
+            x_TD.detach().float().contiguous(),
+            assignment.weight_N.detach().float().contiguous(),
+            _weights(experts),
+            kernel.sort(assignment, admission.keep_N),
+            digits=experts.digits,
+        )
+        return y_TD.to(x_TD.dtype)
+
+
+@functools.cache
+def trusted_int8() -> Kernel | str:
+    """The kernel, once its pass of 8 bits is proven too, or why there is none; half a second in each process."""
+    kernel = trusted_kernel()
+    return kernel if isinstance(kernel, str) else prove_int8(kernel) or kernel
+
+
+def _weights(experts: QuantizedFFNExperts) -> Int8Weights:
+    biases = (experts.up_bias_EG, experts.down_bias_ED)
+    up_bias_EG, down_bias_ED = (None if bias is None else bias.float().contiguous() for bias in biases)
+    return Int8Weights(
+        up_codes=experts.up_codes.contiguous(),
+        # .float() of a whole model widened them, which changed nothing
+        up_scales=experts.up_scales.bfloat16().contiguous(),
+        down_codes=experts.down_codes.contiguous(),
+        down_scales=experts.down_scales.bfloat16().contiguous(),
+        up_bias_EG=up_bias_EG,
+        down_bias_ED=down_bias_ED,
+        hidden=experts.hidden,
+        kind=experts.kind,
+    )
+
+
+def _reason(experts: QuantizedFFNExperts, dtype: torch.dtype, device: torch.device) -> str:
+    if device.type != "cpu":
+        return f"fused_int8 computes on the CPU, not on {device.type}"
+    if experts.kind not in KINDS:
+        return f"fused_int8 has no activation {experts.kind!r}, only {', '.join(KINDS)}"
+    if dtype not in DTYPES:
+        return f"fused_int8 computes tokens in float32 and bfloat16, not {dtype}"
+    if torch.compiler.is_compiling():
+        return "torch.compile does not know fused_int8"
+    kernel = trusted_int8()
+    return kernel if isinstance(kernel, str) else ""
+
+
+ExpertBackend.TABLE.register("fused_int8")(FusedInt8())

@@ -1,0 +1,150 @@
+"""Experts with weights of 8 bits, for inference: a quarter of the memory, and of what decoding reads of it."""
+
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from turnout.errors import ConfigError, NonFiniteError
+from turnout.experts.activations import Activation
+from turnout.experts.weights import FFNExperts
+from turnout.kernels.int8_codes import GROUP, PANEL, QUAD, decode, encode
+
+PRECISIONS = {"int8": 16, "int8-a8": 8}  # of weights of 8 bits -> bits of the activations
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class QuantizedFFNExperts(nn.Module):
+    """E feed-forward networks whose weights are codes of 8 bits, a scale for each 64 inner columns of each column.
+
+    Codes and scales have the experts as their first axis and lie in the kernel's order, the same on every machine
+    (`turnout.kernels.int8_codes`), so a checkpoint holds what is computed with. Nothing in here learns.
+
+    `activation_bits` is what the rows between the products are rounded to: 16 (14 and a sign, at scales of their own
+    for each row and 64 columns, so that outliers cost nothing: the error is that of the weights), or 8, which is
+    faster and less exact.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        kind: str = "swiglu",
+        bias: bool = False,
+        activation_bits: int = 16,
+    ) -> None:
+        """Room for the codes, to be loaded; `quantize_experts` makes them from weights.
+
+        Raises: ConfigError if `activation_bits` is neither 16 nor 8.
+        """
+        super().__init__()
+        if activation_bits not in PRECISIONS.values():
+            raise ConfigError(f"activation_bits={activation_bits} must be 16 or 8")
+        self.activation = Activation.TABLE[kind]
+        self.dim, self.hidden, self.num_experts, self.kind = dim, hidden, num_experts, kind
+        self.activation_bits = activation_bits
+        parts = 2 if self.activation.gated else 1
+        up = (num_experts, parts, _up(hidden, GROUP) // PANEL, _up(dim, GROUP) // GROUP)
+        down = (num_experts, _up(dim, PANEL) // PANEL, _up(hidden, GROUP) // GROUP)
+        for name, sizes in (("up", up), ("down", down)):
+            codes = torch.zeros(*sizes, GROUP // QUAD, PANEL, QUAD, dtype=torch.uint8)
+            self.register_buffer(f"{name}_codes", codes)
+            self.register_buffer(f"{name}_scales", torch.zeros(*sizes, 2, PANEL, dtype=torch.bfloat16))
+        self.up_codes: Tensor
+        self.up_scales: Tensor
+        self.down_codes: Tensor
+        self.down_scales: Tensor
+        self.up_bias_EG: Tensor | None
+        self.down_bias_ED: Tensor | None
+        self.register_buffer("up_bias_EG", torch.zeros(num_experts, parts * hidden) if bias else None)
+        self.register_buffer("down_bias_ED", torch.zeros(num_experts, dim) if bias else None)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, experts: FFNExperts, *, activation_bits: int = 16) -> "QuantizedFFNExperts":
+        """The experts with their weights rounded.
+
+        Raises: NonFiniteError if a weight is NaN or infinite.
+        """
+        made = cls(
+            experts.dim,
+            experts.hidden,
+            experts.num_experts,
+            kind=experts.kind,
+            bias=experts.up_bias_EG is not None,
+            activation_bits=activation_bits,
+        )
+        for name, weight in experts.named_parameters(recurse=False):
+            if not weight.isfinite().all():
+                raise NonFiniteError(f"experts.{name} has NaN or infinite values; 8 bits have no code for them")
+        for e in range(experts.num_experts):
+            parts = experts.up_EDG[e].split(made.hidden, dim=1)
+            padded = torch.stack([F.pad(part, (0, -made.hidden % GROUP)) for part in parts])
+            made.up_codes[e], made.up_scales[e] = encode(padded)
+            (made.down_codes[e],), (made.down_scales[e],) = encode(experts.down_EFD[e : e + 1])
+        if made.up_bias_EG is not None and made.down_bias_ED is not None:
+            assert experts.up_bias_EG is not None
+            assert experts.down_bias_ED is not None
+            made.up_bias_EG.copy_(experts.up_bias_EG)
+            made.down_bias_ED.copy_(experts.down_bias_ED)
+        return made.to(experts.up_EDG.device).train(experts.training)
+
+    @property
+    def digits(self) -> int:
+        """Bytes of an activation."""
+        return self.activation_bits // 8
+
+    def weights_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """up_DG and down_FD of one expert as the codes have them, in float32."""
+        parts = decode(self.up_codes[expert], self.up_scales[expert], inner=self.dim, outer=self.hidden)
+        one = slice(expert, expert + 1)
+        (down_FD,) = decode(self.down_codes[one], self.down_scales[one], inner=self.hidden, outer=self.dim)
+        return torch.cat(parts.unbind(), dim=1), down_FD
+
+    def check_inference(self, *tensors: Tensor) -> None:
+        """Raises: ConfigError if a gradient is to come back through the experts, or their scales were cast away."""
+        if self.up_scales.dtype == torch.float16:
+            raise ConfigError(
+                "the experts' scales were cast to float16, which has no room for them; quantise after .half()"
+            )
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise ConfigError(
+                "quantised experts are for inference alone: call the layer under torch.no_grad(), or train the model "
+                "it was quantised from"
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_experts} of dim={self.dim}, hidden={self.hidden}, kind={self.kind!r}, "
+            f"activation_bits={self.activation_bits}"
+        )
+
+    def forward(self, *_: Tensor) -> Tensor:
+        raise NotImplementedError("experts are computed by a backend: turnout.experts.choose_backend(experts, ...)")
+
+
+def quantize_experts(model: Model, *, activation_bits: int = 16) -> Model:
+    """The model with the weights of all its feed-forward experts in 8 bits, changed in place; for inference.
+
+    Raises: ConfigError if it has no such experts; NonFiniteError if a weight is NaN or infinite.
+    """
+    found = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, FFNExperts)
+    ]
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no feed-forward experts to quantise; give it a MoE layer")
+    made = [QuantizedFFNExperts.of(cast(FFNExperts, child), activation_bits=activation_bits) for _, _, child in found]
+    for (module, name, _), experts in zip(found, made, strict=True):
+        setattr(module, name, experts)
+    return model
+
+
+def _up(size: int, step: int) -> int:
+    return size + -size % step

@@ -1,0 +1,237 @@
+// The forward pass with weights of 8 bits. Many rows: block by block, each by one thread. Few: each weight is read
+// once, and threads share the columns of an expert.
+#pragma once
+
+#include <vector>
+
+#include "activation.h"
+#include "int8_codes.h"
+#include "row_sums.h"
+
+namespace turnout {
+
+struct Int8Job {
+  Job job;                    // its `up` and `down` are the codes: (E, parts, F / PANEL, groups of D, QUADS, PANEL, 4)
+                              // and (E, D / PANEL, groups of F, QUADS, PANEL, 4), everything rounded up
+  const bfloat* up_scales;    // (E, parts, F / PANEL, groups of D, 2, PANEL)
+  const bfloat* down_scales;  // (E, D / PANEL, groups of F, 2, PANEL)
+};
+
+template <int DIGITS>
+class Int8Forward {
+ public:
+  explicit Int8Forward(const Int8Job& own)
+      : own_(own),
+        job_(own.job),
+        routes_(job_.routes, job_.tokens, job_.experts, job_.assignments),
+        act_(activation(job_.kind)),
+        x_groups_(groups_of(job_.dim)),
+        h_groups_(groups_of(job_.hidden)),
+        out_panels_((job_.dim + PANEL - 1) / PANEL) {}
+
+  void run() {
+    few_ = is_few();
+    plan_units();
+    RowSums sums(job_, routes_, job_.y, units_);
+    sums_ = &sums;
+    Workspace space(floats(job_.tokens, x_groups_) + Workspace::padded(sums.floats()) +
+                    (few_ ? floats(routes_.start[job_.experts], h_groups_) : 0) +
+                    job_.threads * (floats(most_, x_groups_) + (few_ ? 0 : floats(most_, h_groups_))));
+    tokens_ = take(space, job_.tokens, x_groups_);
+    sums.use(space.take(sums.floats()));
+    if (few_) h_ = take(space, routes_.start[job_.experts], h_groups_);
+    for (int i = 0; i < job_.threads; i++)
+      scratch_.push_back({take(space, most_, x_groups_), few_ ? Block{} : take(space, most_, h_groups_)});
+    encode_tokens();
+    Schedule schedule;
+    few_ ? plan_few(schedule) : sums.plan(schedule, std::vector<int>(units_.size(), -1));
+    schedule.run(*this, int(job_.threads), job_.parallel);
+  }
+
+  void operator()(const Task& task, int worker) {
+    switch (task.kind) {
+      case FILL: return encode_chunk(task.index);
+      case UP: return few_up(pieces_[task.index], scratch_[worker]);
+      case DOWN: return few_down(pieces_[task.index]);
+      case COMPUTE: return block(task.index, scratch_[worker]);
+      case ADD_UP: return sums_->add_up(task.index);
+      case CLEAR: return sums_->clear(task.index);
+    }
+  }
+
+ private:
+  typedef Codes<DIGITS> Block;
+  static constexpr int UP = 16, DOWN = 17;  // beside the kinds of row_sums.h
+  static constexpr int TILE = CODE_ROWS / DIGITS, CHUNK_TOKENS = 64, MOST_FEW = 16;
+  static constexpr long BLOCK_BYTES = 384 << 10;  // about a third of a core's cache
+
+  struct Scratch {
+    Block x, h;
+  };
+  struct Piece {  // of one unit: groups of h from `first` on, or panels of the output
+    int unit;
+    long first, end;
+  };
+
+  static long groups_of(long columns) { return (columns + GROUP - 1) / GROUP; }
+  static size_t code_floats(long rows, long groups) { return rows * groups * DIGITS * GROUP / 4; }
+  static size_t floats(long rows, long groups) {
+    return Workspace::padded(code_floats(rows, groups)) + Workspace::padded(rows * groups * 2);
+  }
+  static Block take(Workspace& space, long rows, long groups) {
+    int8_t* code = reinterpret_cast<int8_t*>(space.take(code_floats(rows, groups)));
+    return {code, space.take(rows * groups * 2), rows};
+  }
+
+  bool is_few() const {
+    for (int e = 0; e < job_.experts; e++)
+      if (routes_.start[e + 1] - routes_.start[e] > MOST_FEW) return false;
+    return routes_.start[job_.experts] * job_.dim <= 4 << 20;
+  }
+
+  void plan_units() {
+    const long row_bytes = (x_groups_ + h_groups_) * DIGITS * GROUP;
+    const long most = std::max<long>(4, std::min<long>(512, BLOCK_BYTES / row_bytes) / TILE) * TILE;
+    for (int e = 0; e < job_.experts; e++) {
+      const Split split(routes_.start[e + 1] - routes_.start[e], most);
+      for (int b = 0; b < split.parts; b++) {
+        units_.push_back({e, routes_.start[e] + split.begin(b), split.size(b)});
+        most_ = std::max<long>(most_, split.size(b));
+      }
+    }
+  }
+
+  // Once a token, whatever the number of its experts.
+  void encode_tokens() {
+    const int chunks = int((job_.tokens + CHUNK_TOKENS - 1) / CHUNK_TOKENS);
+    if (chunks <= 1) return chunks ? encode_chunk(0) : void();
+    Schedule schedule;
+    for (int chunk = 0; chunk < chunks; chunk++) schedule.add({FILL, chunk});
+    schedule.run(*this, int(job_.threads), job_.parallel);
+  }
+
+  void encode_chunk(int chunk) const {
+    const long end = std::min<long>(job_.tokens, (chunk + 1L) * CHUNK_TOKENS);
+    for (long t = long(chunk) * CHUNK_TOKENS; t < end; t++) encode_row(job_.x + t * job_.dim, job_.dim, tokens_, t);
+  }
+
+  // Pieces enough for all threads also where few experts have rows; those of the second product after the first's.
+  void plan_few(Schedule& schedule) {
+    const long wanted = units_.empty() ? 1 : (4 * job_.threads + units_.size() - 1) / units_.size();
+    std::vector<int> before;
+    for (int u = 0; u < int(units_.size()); u++) {
+      before.push_back(schedule.group());
+      cut(schedule, UP, u, h_groups_, wanted, -1, before[u]);
+    }
+    const int computed = schedule.group();
+    for (int u = 0; u < int(units_.size()); u++) cut(schedule, DOWN, u, out_panels_, wanted, before[u], computed);
+    sums_->plan_sums(schedule, computed);
+  }
+
+  void cut(Schedule& schedule, int kind, int unit, long all, long wanted, int wait, int signal) {
+    const long parts = std::min(all, wanted);
+    for (long part = 0; part < parts; part++) {
+      pieces_.push_back({unit, all * part / parts, all * (part + 1) / parts});
+      schedule.add({kind, int(pieces_.size()) - 1, wait, signal});
+    }
+  }
+
+  void few_up(const Piece& piece, const Scratch& s) const {
+    const Unit& unit = units_[piece.unit];
+    const Block x = gathered(unit, s.x);
+    up(unit, x, h_, unit.first, piece.first, piece.end);
+  }
+  void few_down(const Piece& piece) const {
+    down(piece.unit, h_, units_[piece.unit].first, piece.first, piece.end);
+  }
+
+  void block(int index, const Scratch& s) const {
+    const Unit& unit = units_[index];
+    const Block x = gathered(unit, s.x), h = {s.h.code, s.h.scale, unit.rows};
+    up(unit, x, h, 0, 0, h_groups_);
+    down(index, h, 0, 0, out_panels_);
+  }
+
+  Block gathered(const Unit& unit, const Block& room) const {
+    const Block x = {room.code, room.scale, unit.rows};
+    for (long g = 0; g < x_groups_; g++)
+      for (int r = 0; r < unit.rows; r++) {
+        const int32_t token = routes_.token[unit.first + r];
+        std::memcpy(x.codes(g, r), tokens_.codes(g, token), DIGITS * GROUP);
+        std::memcpy(x.scales(g, r), tokens_.scales(g, token), 2 * sizeof(float));
+      }
+    return x;
+  }
+
+  // Groups [first, end) of h, in rows from `to` on: products, bias, activation, codes.
+  void up(const Unit& unit, const Block& x, const Block& h, long to, long first, long end) const {
+    alignas(64) float before[2 * TILE * GROUP];
+    float* const second = before + (act_.parts - 1) * TILE * GROUP;
+    const Split tiles(unit.rows, TILE);
+    for (long f = first; f < end; f++)
+      for (int t = 0; t < tiles.parts; t++) {
+        const int rows = tiles.size(t);
+        for (int part = 0; part < act_.parts; part++) {
+          float* const out = before + part * TILE * GROUP;
+          for (int half = 0; half < GROUP / PANEL; half++) {
+            const long panel = (unit.expert * act_.parts + part) * (h_groups_ * GROUP / PANEL) + f * 2 + half;
+            code_product(x, tiles.begin(t), rows, panel_of(job_.up, own_.up_scales, panel, x_groups_, t),
+                         out + half * PANEL, GROUP);
+          }
+          add_bias(unit.expert, part, f, rows, out);
+        }
+        act_.line(before, second, before, rows * GROUP);
+        for (int r = 0; r < rows; r++) encode(before + r * GROUP, h, f, to + tiles.begin(t) + r);
+      }
+  }
+
+  void add_bias(int expert, int part, long f, int rows, float* out) const {
+    if (!job_.up_bias) return;
+    const float* bias = job_.up_bias + (expert * act_.parts + part) * job_.hidden + f * GROUP;
+    const long columns = std::min<long>(GROUP, job_.hidden - f * GROUP);
+    for (int r = 0; r < rows; r++)
+      for (long c = 0; c < columns; c++) out[r * GROUP + c] += bias[c];
+  }
+
+  // Panels [first, end) of the unit's rows of the output, weighted; its rows of h are those from `from` on.
+  void down(int index, const Block& h, long from, long first, long end) const {
+    const Unit& unit = units_[index];
+    alignas(64) float sum[TILE * PANEL];
+    const Split tiles(unit.rows, TILE);
+    for (long d = first; d < end; d++) {
+      const long columns = std::min<long>(PANEL, job_.dim - d * PANEL);
+      const float* bias = job_.down_bias ? job_.down_bias + unit.expert * job_.dim + d * PANEL : nullptr;
+      for (int t = 0; t < tiles.parts; t++) {
+        const Panel panel = panel_of(job_.down, own_.down_scales, unit.expert * out_panels_ + d, h_groups_, t);
+        code_product(h, from + tiles.begin(t), tiles.size(t), panel, sum, PANEL);
+        for (int r = 0; r < tiles.size(t); r++) {
+          const int row = unit.first + tiles.begin(t) + r;
+          const float weight = job_.weight[routes_.assignment[row]];
+          float* __restrict__ out = sums_->place(index, row) + d * PANEL;
+          for (long c = 0; c < columns; c++)
+            out[c] = weight * (bias ? sum[r * PANEL + c] + bias[c] : sum[r * PANEL + c]);
+        }
+      }
+    }
+  }
+
+  static Panel panel_of(const void* codes, const bfloat* scales, long panel, long groups, int tile) {
+    return {static_cast<const uint8_t*>(codes) + panel * groups * PANEL_BYTES, scales + panel * groups * 2 * PANEL,
+            int(groups), tile == 0};
+  }
+
+  const Int8Job& own_;
+  const Job& job_;
+  const Routes routes_;
+  const Activation& act_;
+  const long x_groups_, h_groups_, out_panels_;
+  bool few_ = false;
+  long most_ = 0;  // rows of a unit
+  std::vector<Unit> units_;
+  std::vector<Piece> pieces_;
+  std::vector<Scratch> scratch_;
+  RowSums* sums_ = nullptr;
+  Block tokens_ = {}, h_ = {};  // of all tokens; of all rows, where they are few
+};
+
+}  // namespace turnout

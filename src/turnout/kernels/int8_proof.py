@@ -1,0 +1,143 @@
+"""The pass with weights of 8 bits is trusted once its whole numbers are exact, and its real ones near the oracle's."""
+
+import functools
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from turnout import reference
+from turnout.kernels.int8_codes import GROUP, decode, encode
+from turnout.kernels.kernel import KINDS, Int8Weights, Kernel
+from turnout.tensors import Assignment
+
+EXACT, NEAR = 1e-6, 1e-3  # rounding of float sums; and of activations to 14 bits and a sign
+# few rows and many; whole groups and panels, parts of them, nearly nothing: tokens, dim, hidden, experts, choices
+SIZES = ((90, 131, 200, 4, 2), (70, 64, 96, 2, 1), (5, 70, 33, 3, 2), (1, 5, 3, 2, 1))
+
+
+def prove_int8(kernel: Kernel) -> str:
+    """Why not to trust the kernel's pass with weights of 8 bits, or nothing."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        exact = [whole_number_error(kernel, sizes, digits) for sizes, digits in product(SIZES, (1, 2))]
+        near = [_error(kernel, kind, sizes, bias=bias) for kind, sizes, bias in product(KINDS, SIZES, (False, True))]
+    # torch's max keeps NaN, Python's would drop it; not <: NaN is no proof
+    for errors, tolerance in ((exact, EXACT), (near, NEAR)):
+        worst = float(torch.tensor(errors).max())
+        if not worst < tolerance:
+            return f"the compiled kernel's 8-bit pass is off its oracle by {worst:.1e} on this machine"
+    return ""
+
+
+def whole_number_error(kernel: Kernel, sizes: tuple[int, ...], digits: int) -> float:
+    """Off whole numbers, where the codes of weights and tokens are the numbers themselves, relative to the largest."""
+    num_tokens, dim, hidden, num_experts, k = sizes
+    generator = torch.Generator().manual_seed(sum(sizes))
+    draw = functools.partial(torch.randint, generator=generator, dtype=torch.float32)
+    up_EDF, down_EFD = draw(-4, 5, (num_experts, dim, hidden)), draw(-128, 128, (num_experts, hidden, dim))
+    # so wide a range has codes of whole numbers: low = -128, scale = 1
+    for weight in (up_EDF, down_EFD):
+        _per_group(weight, 0, -128.0)
+        _per_group(weight, 1, 127.0)
+    x_TD = draw(-9, 10, (num_tokens, dim))
+    _per_group(x_TD.T.unsqueeze(0), 2, 127.0)
+    weights = int8_weights(up_EDF, down_EFD, None, None, kind="relu")
+    assignment = _drawn(num_tokens, num_experts, k, generator)
+    got_TD = kernel.infer_int8(x_TD, assignment.weight_N, weights, kernel.sort(assignment, None), digits=digits)
+    want_TD = torch.zeros(num_tokens, dim, dtype=torch.float64)
+    for expert in range(num_experts):
+        sent_N = assignment.expert_N == expert
+        token_M = assignment.token_N[sent_N]
+        h_MF = (x_TD[token_M].double() @ up_EDF[expert].double()).clamp(min=0)
+        y_MD = as_codes(h_MF, digits) @ down_EFD[expert].double()
+        want_TD.index_add_(0, token_M, assignment.weight_N[sent_N].double().unsqueeze(1) * y_MD)
+    return _relative(got_TD, want_TD)
+
+
+def as_codes(h_MF: Tensor, digits: int) -> Tensor:
+    """What the kernel makes of activations, group by group: by definition, not by its formulas."""
+    groups = functional.pad(h_MF.float(), (0, -h_MF.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    largest = groups.abs().amax(dim=2, keepdim=True)
+    scale = largest / 127 if digits == 1 else 2.0 ** (torch.floor(torch.log2(largest)) - 13)
+    # in double: the kernel multiplies and rounds in one step
+    codes = (groups.double() * (1 / scale).double()).nan_to_num(0.0).round()
+    return (codes * scale.double()).nan_to_num(0.0).flatten(1)[:, : h_MF.shape[1]]
+
+
+def int8_weights(
+    up_EDG: Tensor, down_EFD: Tensor, up_bias_EG: Tensor | None, down_bias_ED: Tensor | None, *, kind: str
+) -> Int8Weights:
+    """Codes of the weights of all experts."""
+    hidden = down_EFD.shape[1]
+    # each part begins a panel, and ends with a group of the second product
+    parts = torch.stack([functional.pad(p, (0, -hidden % GROUP)) for p in up_EDG.split(hidden, dim=2)], dim=1)
+    up_codes, up_scales = (t.unflatten(0, parts.shape[:2]) for t in encode(parts.flatten(0, 1)))
+    down_codes, down_scales = encode(down_EFD)
+    return Int8Weights(
+        up_codes=up_codes,
+        up_scales=up_scales,
+        down_codes=down_codes,
+        down_scales=down_scales,
+        up_bias_EG=up_bias_EG,
+        down_bias_ED=down_bias_ED,
+        hidden=hidden,
+        kind=kind,
+    )
+
+
+def float_weights(weights: Int8Weights, dim: int) -> tuple[Tensor, Tensor]:
+    """up_EDG and down_EFD as the codes have them, float32."""
+    parts = [
+        decode(codes, scales, inner=dim, outer=weights.hidden)
+        for codes, scales in zip(weights.up_codes.unbind(1), weights.up_scales.unbind(1), strict=True)
+    ]
+    return torch.cat(parts, dim=2), decode(weights.down_codes, weights.down_scales, inner=weights.hidden, outer=dim)
+
+
+def _error(kernel: Kernel, kind: str, sizes: tuple[int, ...], *, bias: bool) -> float:
+    """Off the oracle in float64 of what the codes stand for."""
+    num_tokens, dim, hidden, num_experts, k = sizes
+    generator = torch.Generator().manual_seed(sum(sizes))
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32)
+    width = 2 * hidden if kind.startswith("swiglu") else hidden
+    up_EDG, down_EFD = draw(num_experts, dim, width) * dim**-0.5, draw(num_experts, hidden, dim) * hidden**-0.5
+    biases = (draw(num_experts, width), draw(num_experts, dim)) if bias else (None, None)
+    weights = int8_weights(up_EDG, down_EFD, *biases, kind=kind)
+    x_TD, assignment = draw(num_tokens, dim), _drawn(num_tokens, num_experts, k, generator)
+    got_TD = kernel.infer_int8(x_TD, assignment.weight_N, weights, kernel.sort(assignment, None), digits=2)
+    gate_TE = torch.zeros(num_tokens, num_experts, dtype=torch.float64)
+    gate_TE[assignment.token_N, assignment.expert_N] = assignment.weight_N.double()
+    experts = [
+        functools.partial(
+            reference.ffn,
+            up_DG=up.double(),
+            down_FD=down.double(),
+            kind=kind,
+            up_bias_G=0.0 if biases[0] is None else biases[0][e].double(),
+            down_bias_D=0.0 if biases[1] is None else biases[1][e].double(),
+        )
+        for e, (up, down) in enumerate(zip(*float_weights(weights, dim), strict=True))
+    ]
+    return _relative(got_TD, reference.moe(x_TD.double(), gate_TE, experts))
+
+
+def _per_group(weight_EIO: Tensor, offset: int, value: float) -> None:
+    """One value in each group of rows, while there is room."""
+    weight_EIO[:, offset::GROUP] = value
+
+
+def _drawn(num_tokens: int, num_experts: int, k: int, generator: torch.Generator) -> Assignment:
+    expert_TK = torch.rand(num_tokens, num_experts, generator=generator, dtype=torch.float32).topk(k).indices
+    return Assignment(
+        token_N=torch.arange(num_tokens).repeat_interleave(k),
+        expert_N=expert_TK.flatten(),
+        weight_N=torch.randn(num_tokens * k, generator=generator, dtype=torch.float32),
+        choice_N=torch.arange(k).repeat(num_tokens),
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+    )
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).abs().max() / want.abs().max().clamp(min=1))
