@@ -85,6 +85,18 @@ def exact_without_scipy() -> object:
 untyped_moe: Any = MoE
 
 Cause = Callable[[], object]
+
+
+def quantize_nan() -> object:
+    layer = MoE(4, 4, 2)
+    layer.experts.down_EFD.data[1, 2, 3] = NAN  # type: ignore[union-attr, index]
+    return quantize_experts(layer)
+
+
+def train_quantized() -> object:
+    return quantize_experts(MoE(4, 4, 2))(torch.zeros(3, 4, requires_grad=True))
+
+
 CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     # routers
     (lambda: TopK(k=0), ConfigError, r"router\.k=0 must be at least 1"),
@@ -468,16 +480,6 @@ def routed(expert: int = 0) -> RouterOutput:
 
 def hash_ids(ids: torch.Tensor) -> object:
     return Hash(vocab_size=5).build(4, 3)(torch.zeros(2, 4), ids)
-
-
-def quantize_nan() -> object:
-    layer = MoE(4, 4, 2)
-    layer.experts.down_EFD.data[1, 2, 3] = NAN  # type: ignore[union-attr, index]
-    return quantize_experts(layer)
-
-
-def train_quantized() -> object:
-    return quantize_experts(MoE(4, 4, 2))(torch.zeros(3, 4, requires_grad=True))
 
 
 def differentiated_twice(backend: str) -> object:

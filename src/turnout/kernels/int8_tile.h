@@ -89,10 +89,8 @@ void code_tile(const Codes<DIGITS>& x, long first, const Panel& panel, float* ou
       const uint8_t* w = panel.code + g * PANEL_BYTES + column * 4;
       for (int q = 0; q < QUADS; q++, w += PANEL * 4) {
         const ints w0 = load_ints(w), w1 = load_ints(w + LANES * 4);
-        if (FETCH) {
-          __builtin_prefetch(w + AHEAD, 0, 2);
-          __builtin_prefetch(w + LANES * 4 + AHEAD, 0, 2);
-        }
+        __builtin_prefetch(w + (FETCH ? AHEAD : PANEL_BYTES), 0, FETCH ? 2 : 3);
+        __builtin_prefetch(w + LANES * 4 + (FETCH ? AHEAD : PANEL_BYTES), 0, FETCH ? 2 : 3);
 #pragma GCC unroll 12
         for (int i = 0; i < LINES; i++) {
           int32_t four;
