@@ -20,6 +20,7 @@ from turnout.bench.routers import Shape
 from turnout.contracts import RouterConfig
 from turnout.errors import ConfigError, TurnoutError
 from turnout.experts import FFNExperts
+from turnout.experts.fused_int8 import trusted_int8
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
 from turnout.models import Decoder
@@ -419,13 +420,20 @@ def test_one_layer_against_its_peers(turnout, monkeypatch: pytest.MonkeyPatch) -
         assert row["ratio_to_dense"] == 1.0 if row["peer"] == "dense-ffn" else row["ratio_to_dense"] > 0
     ours = {f"turnout-{name}" for name in takers(torch.float32)}
     everybody = ours | {"transformers-grouped_mm", "transformers-eager", "dense-ffn", "gemm-limit"}
+    inferring = everybody | (set() if isinstance(trusted_int8(), str) else {"turnout-int8", "turnout-int8-a8"})
     assert found == {
-        ("a", "forward"): everybody,
+        ("a", "forward"): inferring,
         ("a", "train"): everybody,
-        ("b", "forward"): everybody,
+        ("b", "forward"): inferring,
         ("b", "train"): everybody,
-        ("d1", "forward"): everybody | {"transformers-batched_mm"},
+        ("d1", "forward"): inferring | {"transformers-batched_mm"},
     }
+
+
+def test_experts_of_8_bits_are_refused_where_there_is_a_backward_pass(turnout) -> None:
+    result = turnout("bench", "layer", "--shapes", "a", "--modes", "train", "--peers", "turnout-int8")
+    assert result.code == 2
+    assert "unknown peer 'turnout-int8': it has no backward pass; available: turnout-" in result.err
 
 
 @pytest.mark.parametrize("mode", ["forward", "train"])

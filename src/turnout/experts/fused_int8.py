@@ -62,10 +62,9 @@ def _weights(experts: QuantizedFFNExperts) -> Int8Weights:
     up_bias_EG, down_bias_ED = (None if bias is None else bias.float().contiguous() for bias in biases)
     return Int8Weights(
         up_codes=experts.up_codes.contiguous(),
-        # .float() of a whole model widened them, which changed nothing
-        up_scales=experts.up_scales.bfloat16().contiguous(),
+        up_scales=experts.up_scales.contiguous(),
         down_codes=experts.down_codes.contiguous(),
-        down_scales=experts.down_scales.bfloat16().contiguous(),
+        down_scales=experts.down_scales.contiguous(),
         up_bias_EG=up_bias_EG,
         down_bias_ED=down_bias_ED,
         hidden=experts.hidden,

@@ -53,7 +53,8 @@ class QuantizedFFNExperts(nn.Module):
         for name, sizes in (("up", up), ("down", down)):
             codes = torch.zeros(*sizes, GROUP // QUAD, PANEL, QUAD, dtype=torch.uint8)
             self.register_buffer(f"{name}_codes", codes)
-            self.register_buffer(f"{name}_scales", torch.zeros(*sizes, 2, PANEL, dtype=torch.bfloat16))
+            # the bits of bfloat16: no cast of the model may change or widen them
+            self.register_buffer(f"{name}_scales", torch.zeros(*sizes, 2, PANEL, dtype=torch.int16))
         self.up_codes: Tensor
         self.up_scales: Tensor
         self.down_codes: Tensor
@@ -84,8 +85,9 @@ class QuantizedFFNExperts(nn.Module):
         for e in range(experts.num_experts):
             parts = experts.up_EDG[e].split(made.hidden, dim=1)
             padded = torch.stack([F.pad(part, (0, -made.hidden % GROUP)) for part in parts])
-            made.up_codes[e], made.up_scales[e] = encode(padded)
-            (made.down_codes[e],), (made.down_scales[e],) = encode(experts.down_EFD[e : e + 1])
+            made.up_codes[e], up_scales = encode(padded)
+            (made.down_codes[e],), down_scales = encode(experts.down_EFD[e : e + 1])
+            made.up_scales[e], made.down_scales[e] = up_scales.view(torch.int16), down_scales[0].view(torch.int16)
         if made.up_bias_EG is not None and made.down_bias_ED is not None:
             assert experts.up_bias_EG is not None
             assert experts.down_bias_ED is not None
@@ -100,17 +102,13 @@ class QuantizedFFNExperts(nn.Module):
 
     def weights_of(self, expert: int) -> tuple[Tensor, Tensor]:
         """up_DG and down_FD of one expert as the codes have them, in float32."""
-        parts = decode(self.up_codes[expert], self.up_scales[expert], inner=self.dim, outer=self.hidden)
+        parts = decode(self.up_codes[expert], _scales(self.up_scales[expert]), inner=self.dim, outer=self.hidden)
         one = slice(expert, expert + 1)
-        (down_FD,) = decode(self.down_codes[one], self.down_scales[one], inner=self.hidden, outer=self.dim)
+        (down_FD,) = decode(self.down_codes[one], _scales(self.down_scales[one]), inner=self.hidden, outer=self.dim)
         return torch.cat(parts.unbind(), dim=1), down_FD
 
     def check_inference(self, *tensors: Tensor) -> None:
-        """Raises: ConfigError if a gradient is to come back through the experts, or their scales were cast away."""
-        if self.up_scales.dtype == torch.float16:
-            raise ConfigError(
-                "the experts' scales were cast to float16, which has no room for them; quantise after .half()"
-            )
+        """Raises: ConfigError if a gradient is to come back through the experts."""
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise ConfigError(
                 "quantised experts are for inference alone: call the layer under torch.no_grad(), or train the model "
@@ -144,6 +142,10 @@ def quantize_experts(model: Model, *, activation_bits: int = 16) -> Model:
     for (module, name, _), experts in zip(found, made, strict=True):
         setattr(module, name, experts)
     return model
+
+
+def _scales(bits: Tensor) -> Tensor:
+    return bits.view(torch.bfloat16)
 
 
 def _up(size: int, step: int) -> int:
