@@ -43,16 +43,14 @@ inline ints dot(ints sum, ints w, ints x) {
 #endif
 }
 
-// Sums begin at START. Where a product and a sum are one step, START is a float's 1.5 * 2^23, whose low bits are whole
+// Sums of one digit begin at START. Where a product and a sum are one step, START is a float's 1.5 * 2^23, whose low bits are whole
 // numbers, and to scale it away is exact: a bfloat times START is a float.
 #if defined(__FMA__)
 constexpr int32_t START = 0x4B400000;
-inline vec offset_of(vec scale) { return scale * -12582912.0f; }
-inline vec scaled(ints sum, vec scale, vec offset) { return (vec)sum * scale + offset; }
+inline vec scaled(ints sum, vec scale) { return (vec)sum * scale + scale * -12582912.0f; }
 #else
 constexpr int32_t START = 0;
-inline vec offset_of(vec) { return vec{}; }
-inline vec scaled(ints sum, vec scale, vec) { return __builtin_convertvector(sum, vec) * scale; }
+inline vec scaled(ints sum, vec scale) { return __builtin_convertvector(sum, vec) * scale; }
 #endif
 
 // Rows of x as codes: x = scale * code in each group, where code has one digit, or two of base 256, each a signed byte.
@@ -84,7 +82,7 @@ void code_tile(const Codes<DIGITS>& x, long first, const Panel& panel, float* ou
     for (int g = 0; g < panel.groups; g++) {
       ints sum[LINES][2];
 #pragma GCC unroll 12
-      for (int i = 0; i < LINES; i++) sum[i][0] = sum[i][1] = START - ints{};
+      for (int i = 0; i < LINES; i++) sum[i][0] = sum[i][1] = (DIGITS == 1 ? START : 0) - ints{};
       const int8_t* from = x.codes(g, first);
       const uint8_t* w = panel.code + g * PANEL_BYTES + column * 4;
       for (int q = 0; q < QUADS; q++, w += PANEL * 4) {
@@ -105,11 +103,11 @@ void code_tile(const Codes<DIGITS>& x, long first, const Panel& panel, float* ou
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
         const vec scale = load(scales + half * LANES), low = load(scales + PANEL + half * LANES);
-        const vec high = scale * 256.0f, offset = offset_of(scale), high_offset = offset_of(high);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) {
-          vec whole = scaled(sum[r * DIGITS + DIGITS - 1][half], scale, offset);
-          if (DIGITS == 2) whole += scaled(sum[r * DIGITS][half], high, high_offset);
+          const ints high = sum[r * DIGITS][half], lower = sum[r * DIGITS + DIGITS - 1][half];
+          const vec whole =
+              DIGITS == 1 ? scaled(lower, scale) : __builtin_convertvector((high << 8) + lower, vec) * scale;
           float* to = out + r * out_step + column + half * LANES;
           store(to, load(to) + low * own[2 * r + 1] + whole * own[2 * r]);
         }
