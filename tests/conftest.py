@@ -1,5 +1,6 @@
 """Every test runs on one thread, finds NaN wherever memory was taken but not written, and may call the command line."""
 
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,12 @@ from turnout.cli import main as cli
 settings.register_profile("turnout", deadline=None, derandomize=True, database=None)
 settings.load_profile("turnout")
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Result(NamedTuple):
