@@ -7,7 +7,10 @@ PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := runs/demo
 DEMO_MINUTES ?= 5
 
-.PHONY: demo test check static peers format clean
+# tests run side by side: threads that fight for the cores only wait for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q
+
+.PHONY: demo test exhaustive check static peers format clean
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
@@ -17,10 +20,14 @@ demo: $(STAMP)
 	@echo "Look at $(DEMO)/report.html; talk with: $(BIN)/turnout chat $(DEMO)"
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 -q
+	$(PYTEST)
+
+# the random cases that `make test` leaves out
+exhaustive: $(STAMP)
+	$(PYTEST) -m exhaustive
 
 check: static
-	$(BIN)/pytest -n 2 -q -m "not slow and not exhaustive"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 static: $(STAMP)
 	$(BIN)/ruff format --check .
