@@ -3,7 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
+# byte code is written when a module is first imported, whatever the shell says; pip would compile all 13,000 files of
+# what it installs, one after the other
+export PYTHONDONTWRITEBYTECODE :=
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DEMO := runs/demo
 DEMO_MINUTES ?= 5
 
@@ -47,7 +50,6 @@ format: $(STAMP)
 # the stamp is written last: an interrupted installation starts again
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(PIP_FLAGS) torch
 	$(BIN)/pip install $(PIP_FLAGS) --editable ".[dev,bench,plot]"
 	touch $(STAMP)
 
