@@ -126,7 +126,7 @@ def test_a_run_that_turns_nan_ends_alone(small_recipe: Recipe, small_dataset: Da
             [sick, small_recipe],
             small_dataset,
             tmp_path,
-            minutes=0.05,
+            minutes=0.01,
             seeds=[0],
             stop=stop,
             say=said.append,
