@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from turnout.data.prepare import Dataset, default_cache, prepare
+from turnout.cache import default_cache
+from turnout.data.prepare import Dataset, prepare
 from turnout.data.sampler import Batch, count_windows, gather
 from turnout.data.shards import TokenShard
 from turnout.losses import LoadBalance, Locality

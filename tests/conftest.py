@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,11 +12,14 @@ import torch
 from hypothesis import settings
 from torch.utils import deterministic
 
+from turnout.cache import kernel_cache
 from turnout.cli import main as cli
 
 settings.register_profile("turnout", deadline=None, derandomize=True, database=None)
 settings.load_profile("turnout")
 torch.set_num_threads(1)
+# tests with a cache of their own would compile the kernel once more each
+os.environ.setdefault("TURNOUT_KERNELS", str(kernel_cache()))
 
 
 def pytest_collection_finish() -> None:

@@ -27,6 +27,7 @@ LOCMOE = "tests/contracts/test_locmoe.py"
 GROUPED = "tests/contracts/test_grouped_mm.py"
 GENERATE = "tests/paths/test_generate.py"
 COEFFICIENT = "tests/paths/test_effective_coefficient.py"
+RANKS = "tests/distributed/test_equal_one_process.py"
 LEAST_CAUGHT = 0.9
 
 
@@ -144,8 +145,8 @@ MUTATIONS = (
     Mutation(
         "the capacity is rounded down",
         "dispatch/admission.py",
-        "return math.ceil(factor",
-        "return math.floor(factor",
+        "return math.ceil(min(factor",
+        "return math.floor(min(factor",
         (LAYER, DISPATCH),
     ),
     Mutation(
@@ -185,9 +186,9 @@ MUTATIONS = (
     ),
     Mutation(
         "no gradient to the weights",
-        "dispatch/combine.py",
-        "grad_weight_M = torch.linalg.vecdot(grad_MD, y_MD.to(wide))",
-        "grad_weight_M = 0 * torch.linalg.vecdot(grad_MD, y_MD.to(wide))",
+        "segments.py",
+        "grad_weight_M = torch.linalg.vecdot(grad_MD, rows_MD.to(wide))",
+        "grad_weight_M = 0 * torch.linalg.vecdot(grad_MD, rows_MD.to(wide))",
         (LAYER, ROUTERS),
     ),
     Mutation(
@@ -213,10 +214,10 @@ MUTATIONS = (
     ),
     Mutation(
         "gather's gradient overwrites",
-        "dispatch/permute.py",
-        "return sum_rows_by_token(grad_MD.to(wide).contiguous(), ctx.plan, None).to(grad_MD.dtype), None",
-        "zeros_TD = grad_MD.new_zeros(len(ctx.plan.row_offset_T), grad_MD.shape[1])\n"
-        "        return zeros_TD.index_copy(0, ctx.plan.token_M, grad_MD), None",
+        "segments.py",
+        "return _wide_sum(grads[0], ctx.segments), None",
+        "zeros_TD = grads[0].new_zeros(len(ctx.segments.offset_T), grads[0].shape[1])\n"
+        "        return zeros_TD.index_copy(0, ctx.segments.target_M, grads[0]), None",
         (LAYER,),
     ),
     Mutation(
@@ -382,6 +383,62 @@ MUTATIONS = (
         "if now.dtype != value.dtype:",
         "if False:",
         (ROUTERS,),
+    ),
+    Mutation(
+        "ranks: experts have a divisor of their own",
+        "parallel/gradients.py",
+        "_average(experts, parallel.groups.replicas, world.size)",
+        "_average(experts, parallel.groups.replicas, world.size // parallel.strategy.ep)",
+        (RANKS,),
+    ),
+    Mutation(
+        "ranks: replicas keep their own gradients",
+        "parallel/gradients.py",
+        "_average(experts, parallel.groups.replicas, world.size)",
+        "_average(experts, None, world.size)",
+        (RANKS,),
+    ),
+    Mutation(
+        "ranks: the norm is that of one slice",
+        "train/guards.py",
+        "math.sqrt(over_ranks(of_mine * of_mine))",
+        "of_mine",
+        (RANKS,),
+    ),
+    Mutation(
+        "ranks: merged rows lose which row is whose",
+        "comm/transport.py",
+        "row_J=row_M - first_U[unit_M]",
+        "row_J=(row_M - first_U[unit_M]) * 0",
+        (RANKS,),
+    ),
+    Mutation(
+        "ranks: no gradient to weights that travel",
+        "comm/wire.py",
+        "return grad_rows, grad_weight, None, None",
+        "return grad_rows, grad_weight * 0, None, None",
+        (RANKS,),
+    ),
+    Mutation(
+        "ranks: the ledger forgets empty messages",
+        "comm/wire.py",
+        "if peer != route.rank}",
+        "if peer != route.rank and sent}",
+        (RANKS,),
+    ),
+    Mutation(
+        "ranks: each takes its own capacity",
+        "comm/sizes.py",
+        "op=dist.ReduceOp.MAX, group=group.whole)",
+        "op=dist.ReduceOp.MIN, group=group.whole)",
+        (RANKS,),
+    ),
+    Mutation(
+        "ranks: evaluation shares out no text",
+        "train/evaluate.py",
+        "turn[world.rank] if world.rank < len(turn)",
+        "turn[0] if world.rank < len(turn)",
+        ("tests/distributed/test_train_under_torchrun.py",),
     ),
 )
 

@@ -5,7 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # for type checkers and editors alone: at run time __getattr__ loads these names when they are used
-    from turnout import dispatch, errors, experts, hme, layers, losses, models, plan, presets, reference, routers
+    from turnout import (
+        dispatch,
+        errors,
+        experts,
+        hme,
+        layers,
+        losses,
+        models,
+        parallel,
+        plan,
+        presets,
+        reference,
+        routers,
+    )
     from turnout.layers import MoE, MoEConfig
     from turnout.strategy import Strategy
     from turnout.tensors import LossTerm, MoEOutput, MoEStats, total_loss
@@ -29,6 +42,7 @@ _MODULES = (
     "layers",
     "losses",
     "models",
+    "parallel",
     "plan",
     "presets",
     "reference",
@@ -50,6 +64,7 @@ __all__ = [
     "layers",
     "losses",
     "models",
+    "parallel",
     "plan",
     "presets",
     "reference",

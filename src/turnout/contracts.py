@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from turnout.config import Settings
 from turnout.errors import ConfigError, ShapeError
 from turnout.registry import Table
-from turnout.tensors import Admission, Assignment, LossTerm, MoEStats, RouterInput, RouterOutput, Rows, as_token_ids
+from turnout.tensors import (
+    Admission,
+    Assignment,
+    DispatchPlan,
+    LossTerm,
+    MoEStats,
+    RouterInput,
+    RouterOutput,
+    Rows,
+    as_token_ids,
+)
 
 
 class Router(nn.Module, ABC):
@@ -280,6 +290,48 @@ class ExpertBackend(ABC):
     @abstractmethod
     def run(self, experts: nn.Module, rows: Rows) -> Rows:
         """Outputs in the layout of the input; padding rows are unspecified but finite."""
+
+
+class FusedBackend(ExpertBackend):
+    """A backend that also orders tokens by expert and adds up what the experts say, in one pass.
+
+    As a plain backend it takes rows too, for layers that have no assignment.
+    """
+
+    @abstractmethod
+    def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
+        """y[t] = sum of weight * expert(x[t]) over the admitted assignments, in a fixed order; zeros without one.
+
+        Differentiable in x_TD, the weights of the assignment and the parameters.
+        Shapes: x_TD (T, D); returns (T, D) in the dtype of x_TD.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatched:
+    """Rows at their experts, and how what the experts make of them becomes the layer's output."""
+
+    rows: Rows
+    combine: Callable[[Rows], Tensor]  # (T, D): each token's rows, weighted and added
+
+
+class Dispatcher(ABC):
+    """Brings the kept assignments of a call to the experts of this process, and their outputs back to the tokens."""
+
+    @abstractmethod
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        assignment: Assignment,
+        plan: DispatchPlan,
+        *,
+        layout: Literal["ragged", "padded"],
+        capacity: int | None,
+    ) -> Dispatched:
+        """Rows of the experts that are here, in the backend's layout; differentiable in x and in the weights.
+
+        `capacity` bounds the rows that this process's tokens have for one expert; None: nothing does.
+        """
 
 
 def _real_tokens(mask_T: Tensor, num_tokens: int) -> Tensor:

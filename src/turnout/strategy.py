@@ -9,6 +9,7 @@ from turnout.errors import ConfigError
 from turnout.registry import nearest
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "fp4"]
+WirePrecision = Literal["", "fp32", "fp16", "bf16", "fp8", "fp4"]
 ELEMENT_BYTES: dict[str, float] = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "fp4": 0.5}
 _COUNTS = ("tp", "cp", "pp", "virtual_stages", "ep", "etp", "overlap", "micro_batch")
 
@@ -27,7 +28,7 @@ class Strategy:
     cp_kind: Literal["ring", "alltoall"] = "ring"  # keys and values round a ring, or heads exchanged (Ulysses)
     pp: int = 1  # pipeline stages
     virtual_stages: int = 1  # model chunks a pipeline rank holds
-    schedule: Literal["1f1b", "interleaved", "zero_bubble", "dualpipe", "gpipe"] = "1f1b"
+    schedule: Literal["1f1b", "interleaved", "zero_bubble", "dualpipe", "gpipe"] = "1f1b"  # of the pipeline
     scatter_gather: bool = False  # each tp rank sends 1/tp over a stage boundary; sequence parallel does so by itself
     ep: int = 1  # expert parallel ranks: each has 1/ep of the experts
     etp: int = 1  # expert tensor parallel ranks: each has 1/etp of an expert
@@ -35,16 +36,14 @@ class Strategy:
     shard_tokens: bool = False  # each tp rank dispatches 1/tp of the tokens; sequence parallel does so by itself
     zero: Literal[0, 1, 2, 3] = 0  # sharded over dp: 1 optimizer, 2 + gradients, 3 + parameters (FSDP)
     zero_size: int = 0  # ranks a ZeRO shard is spread over (HSDP when fewer than all); 0: all of dp
-    # what backward computes again; light: norms, up-projections of latent attention, gated activations
-    recompute: Literal["none", "light", "selective", "full"] = "none"
+    # light: norms, up-projections of latent attention, gated activations
+    recompute: Literal["none", "light", "selective", "full"] = "none"  # what backward computes again
     kept_precision: Literal["", "fp8"] = ""  # of products' inputs kept for backward under light recomputation
     alltoall: str = "flat"  # name of the all-to-all program
     overlap: int = 1  # chunks whose exchange and computation overlap (Tutel's d); 1: none
     micro_batch: int = 1  # sequences of one micro-batch of one data-parallel rank
     precision: Precision = "bf16"  # of matrix products
-    dispatch_precision: Literal["", "fp32", "fp16", "bf16", "fp8", "fp4"] = (
-        ""  # of rows sent to experts; "": activations'
-    )
+    dispatch_precision: WirePrecision = ""  # of rows sent to experts; "": that of activations
     grad_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of gradients on the wire
 
     def __post_init__(self) -> None:

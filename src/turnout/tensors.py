@@ -146,8 +146,8 @@ class MoEStats:
     dropped_policy_E: Int64[Tensor, "E"]
     num_routed: Int64[Tensor, ""]  # tokens that are not padding
     num_padding: Int64[Tensor, ""]
-    entropy_sum: Float[Tensor, ""]  # nats, summed over routed tokens
-    margin_sum: Float[Tensor, ""]  # best score minus second best, summed over routed tokens
+    entropy_sum: Float[Tensor, ""]  # nats, summed over routed tokens; estimated of more than 1,024
+    margin_sum: Float[Tensor, ""]  # best score minus second best, summed alike
     tally: Float[Tensor, "..."] = field(default_factory=lambda: torch.zeros(0))  # the router's own sums, see there
 
     def __add__(self, other: "MoEStats") -> "MoEStats":

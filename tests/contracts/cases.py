@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from turnout import MoE, MoEOutput, total_loss
-from turnout.contracts import CapacityPolicy, Loss, RouterConfig
+from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
 from turnout.errors import ConfigError
+from turnout.experts import FFNExperts
 from turnout.experts.activations import Activation
 from turnout.losses import LoadBalance, RouterZ
 from turnout.tensors import Assignment
@@ -88,6 +89,14 @@ class Result:
     losses: dict[str, Tensor]
     grads: dict[str, Tensor | None]  # x and every parameter
     kept_E: Tensor
+
+
+def takers(dtype: torch.dtype) -> list[str]:
+    """Backends that take feed-forward experts of this dtype on this machine."""
+    experts = FFNExperts(2, 2, 2).to(dtype)
+    cpu = torch.device("cpu")
+    answers = {name: row.refusal(experts, dtype=dtype, device=cpu) for name, row in ExpertBackend.TABLE.items()}
+    return [name for name, refusal in answers.items() if refusal is None]
 
 
 @cache

@@ -93,3 +93,16 @@ def test_stats_stand_on_the_device_of_the_layer() -> None:
     layer = MoE(8, 6, 4).cuda()
     stats = layer(torch.randn(5, 8, device="cuda")).stats
     assert {getattr(stats, field.name).device.type for field in fields(MoEStats)} == {"cuda"}
+
+
+def test_entropy_and_margin_of_many_tokens_are_measured_on_some_from_every_place() -> None:
+    layer = MoE(4, 4, 8)
+    x_BSD = torch.zeros(64, 64, 4)
+    x_BSD[:, 17] = 5.0 * torch.randn(4)
+    x_BSD[:, 40] = 5.0 * torch.randn(4)
+    stats, one = layer(x_BSD).stats, layer(x_BSD[:1]).stats
+    for many, few in ((stats.entropy_sum, one.entropy_sum), (stats.margin_sum, one.margin_sum)):
+        # 64 tokens that repeat 64 times, measured on 820 of 4,096
+        assert float(many) / 4096 == pytest.approx(float(few) / 64, rel=0.03)
+    assert float(one.margin_sum) > 0
+    assert int(stats.num_routed) == 4096

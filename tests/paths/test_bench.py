@@ -6,13 +6,15 @@ import math
 import operator
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from turnout.bench import routers, train_step
+from tests.contracts.cases import takers
+from turnout.bench import layer, routers, train_step
 from turnout.bench.gemms import products
 from turnout.bench.memory import peak_mib
 from turnout.bench.mixtral import differences, mixtral, routed_like_mixtral
@@ -344,17 +346,17 @@ def test_a_step_trains_the_router_and_the_shared_experts_and_leaves_no_gradient(
     experts = FFNExperts(SMALL.dim, SMALL.hidden, SMALL.experts)
     found, _ = routers.contestants(SMALL, experts, ["topk", "sinkhorn"])
     reached: list[str] = []
-    for layer in built:
-        assert layer.training
-        assert layer.experts is experts
-        layer.router.get_parameter("score.weight_ED").register_post_accumulate_grad_hook(
+    for moe in built:
+        assert moe.training
+        assert moe.experts is experts
+        moe.router.get_parameter("score.weight_ED").register_post_accumulate_grad_hook(
             lambda weight: reached.append("router") if weight.grad.abs().sum() > 0 else None
         )
     experts.up_EDG.register_post_accumulate_grad_hook(lambda _: reached.append("experts"))
     for one in found.values():
         one.step()
     assert sorted(reached) == ["experts", "experts", "router", "router"]
-    assert all(parameter.grad is None for layer in built for parameter in layer.parameters())
+    assert all(parameter.grad is None for moe in built for parameter in moe.parameters())
 
 
 BAD_USES = {
@@ -407,3 +409,85 @@ def test_the_peak_is_that_of_a_process_of_its_own() -> None:
     less, more = (peak_mib(functools.partial(operator.mul, b"x", mib << 20)) for mib in (50, 250))
     assert 50 < less < more < here.nbytes / 2**20
     assert more - less == pytest.approx(200, abs=20)
+
+
+def test_one_layer_against_its_peers(turnout, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    for name, expert in (("a", "gelu"), ("b", "swiglu"), ("d1", "swiglu")):
+        tokens = 1 if name == "d1" else 48
+        monkeypatch.setitem(layer.SHAPES, name, replace(SMALL, tokens=tokens, seq_len=1, expert=expert))
+    result = turnout("bench", "layer", "--shapes", "a,b,d1", "--rounds", "2", "--warmup", "0", "--json")
+    assert result.code == 0, result.err
+    rows = json.loads(result.out.splitlines()[-1], parse_constant=pytest.fail)["rows"]
+    found = {(row["shape"]["name"], row["mode"]): set() for row in rows}
+    for row in rows:
+        found[row["shape"]["name"], row["mode"]].add(row["peer"])
+        assert row["ratio_to_limit"] > 0
+        assert row["ratio_to_dense"] == 1.0 if row["peer"] == "dense-ffn" else row["ratio_to_dense"] > 0
+    ours = {f"turnout-{name}" for name in takers(torch.float32)}
+    everybody = ours | {"transformers-grouped_mm", "transformers-eager", "dense-ffn", "gemm-limit"}
+    assert found == {
+        ("a", "forward"): everybody,
+        ("a", "train"): everybody,
+        ("b", "forward"): everybody,
+        ("b", "train"): everybody,
+        ("d1", "forward"): everybody | {"transformers-batched_mm"},
+    }
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+@pytest.mark.parametrize("skew", [0.0, 3.0])
+def test_a_step_of_a_layer_leaves_no_gradient_and_trains_all_that_has_one(
+    mode: str, skew: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(layer.SHAPES, "b", SMALL)
+    built: list[list[torch.Tensor]] = []
+    original = layer.forward_of
+
+    def remembering(*args):
+        forward, parameters = original(*args)
+        built.append(parameters)
+        return forward, parameters
+
+    monkeypatch.setattr(layer, "forward_of", remembering)
+    for name in ("turnout-loop", "dense-ffn", "transformers-grouped_mm"):
+        call = layer.contestant(name, shape="b", mode=mode, dtype="float32", skew=skew)
+        reached: list[torch.Tensor] = []
+        for parameter in built[-1]:
+            parameter.register_post_accumulate_grad_hook(reached.append)
+        call()
+        has_router = not skew or name == "dense-ffn"
+        trained = len(built[-1]) if has_router or name == "turnout-loop" else len(built[-1]) - 1
+        assert len(reached) == (trained if mode == "train" else 0), name
+        assert all(parameter.grad is None for parameter in built[-1])
+
+
+def test_a_skew_gives_one_expert_its_share_and_every_token_different_experts() -> None:
+    shape = replace(SMALL, tokens=480, seq_len=1)
+    choices_TK = layer.skewed(shape, 3.0)
+    counts_E = torch.bincount(choices_TK.flatten(), minlength=shape.experts)
+    assert counts_E[0] == 3 * 480 * shape.k / shape.experts
+    assert counts_E.sum() == 480 * shape.k
+    assert all(len(set(row)) == shape.k for row in choices_TK.tolist())
+
+
+LAYER_BAD_USES = {
+    "shape": (["--shapes", "z"], r"unknown shape 'z'; available: a, b, c, d1"),
+    "mode": (["--shapes", "a", "--modes", "sideways"], r"unknown mode 'sideways'; available: forward, train"),
+    "dtype": (["--shapes", "a", "--dtype", "float8"], r"unknown dtype 'float8'; available: float32, bfloat16"),
+    "peer": (["--shapes", "a", "--peers", "tutel"], r"unknown peer 'tutel'; available: turnout-"),
+    "refusing peer": (
+        ["--shapes", "a", "--peers", "turnout-grouped", "--dtype", "bfloat16"],
+        r"unknown peer 'turnout-grouped'; available: turnout-",
+    ),
+    "skew": (["--shapes", "a", "--skew", "9"], r"--skew 9.0 must be above 0 and at most experts / k = 4"),
+}
+
+
+@pytest.mark.parametrize("case", LAYER_BAD_USES)
+def test_bad_use_of_the_layer_case_is_one_clear_error(case: str, turnout) -> None:
+    args, pattern = LAYER_BAD_USES[case]
+    result = turnout("bench", "layer", *args)
+    assert result.code == 2, result
+    assert re.search(pattern, " ".join(result.err.split())), result.err
+    assert "Traceback" not in result.err

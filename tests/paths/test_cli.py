@@ -17,9 +17,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from tests.contracts.cases import takers
 from turnout.cli.compare import _print
 from turnout.config import describe, dump_toml, from_dict, to_dict
 from turnout.data.prepare import Dataset
+from turnout.kernels import trusted_kernel
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
 from turnout.models import Decoder
@@ -38,6 +40,15 @@ def recipe_file(small_recipe: Recipe, tmp_path: Path) -> Path:
     path = tmp_path / "small.toml"
     path.write_text(dump_toml(small_recipe), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def kernel_asked_again() -> Iterator[None]:
+    """Whether there is a kernel is remembered: here, and by torch.compile."""
+    torch.compiler.reset()
+    yield
+    trusted_kernel.cache_clear()
+    torch.compiler.reset()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +77,7 @@ def test_a_dry_run_says_sizes_balance_and_kernel_and_writes_nothing(turnout, rec
     assert facts["parameters"]["total"] > facts["parameters"]["active"] > 0
     terms = [{"loss": "load_balance", "coefficient": 0.01}]
     assert facts["balance"] == {"live": True, "terms": terms, "router": ""}
-    assert facts["experts"]["backend"] == "grouped_mm"
+    assert facts["experts"]["backend"] in ("fused_cpu", "threaded_mm")
     assert facts["memory_bytes"] > 0
     assert (facts["data_prepared"], facts["fits"], facts["steps"], facts["tokens"]) == (False, True, 12, 12 * 2 * 16)
     assert facts["minutes"] == pytest.approx(12 * facts["seconds_per_step"] / 60)
@@ -405,8 +416,23 @@ def test_a_resumed_run_takes_the_settings_that_may_change(turnout, trained_run: 
     assert "goes on in that folder; leave out --out" in " ".join(elsewhere.err.split())
 
 
-@pytest.mark.parametrize(("compiled", "backend"), [("false", "grouped_mm"), ("true", "padded_bmm")])
-def test_the_banner_names_the_backend_that_will_run(compiled: str, backend: str, turnout, recipe_file: Path) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "compiled", "backend"),
+    [
+        ("1", "false", "fused_cpu"),
+        ("1", "true", "fused_cpu"),
+        ("0", "false", "threaded_mm"),
+        ("0", "true", "padded_bmm"),
+    ],
+)
+@pytest.mark.usefixtures("kernel_asked_again")
+def test_the_banner_names_the_backend_that_will_run(
+    kernel: str, compiled: str, backend: str, turnout, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel == "1" and "fused_cpu" not in takers(torch.float32):
+        pytest.skip("no C++ compiler here")
+    monkeypatch.setenv("TURNOUT_COMPILE", kernel)
+    trusted_kernel.cache_clear()
     dry = ("--dry-run", "--json", "--set", "loop.precision=float32", "--set", "loop.device=cpu")
     result = turnout("train", str(recipe_file), *dry, "--set", f"loop.compile={compiled}")
     assert result.code == 0, result.err

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turnout.cache import default_cache
 from turnout.config import describe, dump_toml, from_dict
-from turnout.data import DataConfig, Dataset, Document, Tokenizer, TokenShard, default_cache, prepare
+from turnout.data import DataConfig, Dataset, Document, Tokenizer, TokenShard, prepare
 from turnout.data.prepare import is_prepared
 from turnout.data.sources import NpmPackage
 from turnout.data.split import Split, choose_split, cut_tail, in_validation

@@ -97,7 +97,6 @@ def test_learned_positions_tell_places_apart_and_need_attention_that_does_not_tu
     [
         (lambda: replace(presets.tiny(), norm="batch"), r"unknown norm 'batch'; available: layer, rms"),
         (lambda: replace(presets.tiny(), ffn="swish"), r"unknown expert kind 'swish'.*did you mean"),
-        (lambda: replace(presets.tiny(), positions="alibi"), r"positions='alibi' must be one of: rope, learned"),
         (
             lambda: replace(presets.deepseek_v3(), positions="learned"),
             r"attention 'mla' .* needs model\.positions='rope'",

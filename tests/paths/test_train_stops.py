@@ -13,7 +13,7 @@ import torch
 
 from turnout.data.prepare import Dataset
 from turnout.errors import CheckpointError, DataError, NonFiniteError
-from turnout.train import checkpoint, loop
+from turnout.train import checkpoint, evaluate, loop
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
 from turnout.train.signals import StopRequest
@@ -39,7 +39,7 @@ PHASES: dict[str, tuple[Any, str, int, int]] = {
     # phase: (owner, function, call at which the signal comes, step at which the run then stands)
     "warm-up": (loop, "train_step", 0, 1),
     "training": (loop, "train_step", 6, 7),
-    "evaluation": (loop, "validation_batches", 0, 4),
+    "evaluation": (evaluate, "validation_batches", 0, 4),
     "saving": (checkpoint, "save", 0, 5),
     "waiting for data": (loop.Sampler, "next_batch", 2, 3),
 }

@@ -189,10 +189,10 @@ def test_expert_bytes_and_messages_are_those_rows_move_over_every_choice_of_expe
         assert got == pytest.approx(want, rel=1e-9)
 
 
-def test_labels_travel_with_merged_rows_once_and_not_with_gradients() -> None:
+def test_labels_travel_with_merged_rows_once_and_the_gradients_of_their_weights_come_back() -> None:
     parts = volume(step(replace(SPARSE, num_layers=1), dp=8, ep=8, node=2, alltoall="node_dedup"))
     copies = expected_distinct(8, 4, 2) * 3 / 4
-    rows, labels = 4 * copies * TOKENS * H * A, 2 * TOKENS * 3 / 4 * 8
+    rows, labels = 4 * copies * TOKENS * H * A, 2 * TOKENS * 3 / 4 * (8 + 4)
     assert sent(parts, "ep all-to-all")[1] == pytest.approx(rows + labels, rel=1e-9)
 
 

@@ -125,7 +125,8 @@ class LoopbackTransport(Transport[Rows]):
         if sender == receiver:
             return
         row_bytes = self.size.back_bytes if back else self.size.row_bytes
-        labels = sum(len(row.slots) for row in rows) if packing != "assignment" and not back else 0
+        label_bytes = self.size.label_back_bytes if back else self.size.label_bytes
+        labels = sum(len(row.slots) for row in rows) if packing != "assignment" else 0
         entry = self.moved[sender, receiver]
-        entry[0] += len(rows) * row_bytes + labels * self.size.label_bytes
+        entry[0] += len(rows) * row_bytes + labels * label_bytes
         entry[1] += messages

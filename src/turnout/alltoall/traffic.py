@@ -44,7 +44,8 @@ class RowSize:
 
     row_bytes: float  # of one token's vector on the way to the experts, its scales included
     back_bytes: float  # of one on the way back
-    label_bytes: float = 0.0  # of one assignment of a merged row (expert, weight), which travels on the way there
+    label_bytes: float = 0.0  # of one assignment of a merged row (its row, its weight), which travels on the way there
+    label_back_bytes: float = 0.0  # of one on the way back: the gradient of its weight
 
 
 Pairs = dict[tuple[int, int], list[float]]  # (sender, receiver) -> [bytes, messages]
@@ -111,7 +112,9 @@ def _add_gather(pairs: Pairs, move: Move, routing: Routing, size: RowSize, index
 def _blocks(move: Move, routing: Routing, size: RowSize) -> Iterator[tuple[int, int, float]]:
     """(holder nearer the source, holder nearer the expert, bytes) of every block that takes part in `move`."""
     mesh = routing.mesh
-    merged_bytes = size.label_bytes if move.packing != "assignment" and not move.back else 0.0
+    merged_bytes = 0.0
+    if move.packing != "assignment":
+        merged_bytes = size.label_back_bytes if move.back else size.label_bytes
     row_bytes = size.back_bytes if move.back else size.row_bytes
     for source in routing.sources:
         for destination, times in routing.destinations_of(source):

@@ -89,6 +89,45 @@ def routers(
         print_json(result)
 
 
+@bench.command("layer", epilog="Example: turnout bench layer --shapes a,c --modes train --threads 2 --json")
+def layer(
+    shapes: Annotated[str, typer.Option(help="Comma-separated shapes: a, b, c, d1, d2, d4, d8, d16.")] = "a,b,c",
+    modes: Annotated[str, typer.Option(help="Comma-separated: forward, train (forward and backward).")] = (
+        "forward,train"
+    ),
+    peers: Annotated[str, typer.Option(help="Comma-separated peers; empty: all.")] = "",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of weights and tokens.")] = "float32",
+    skew: Annotated[float, typer.Option(help="One expert at so many times the mean load; 0: routers decide.")] = 0.0,
+    rounds: Rounds = 20,
+    warmup: Warmup = 3,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory, in processes of their own.")] = False,
+    threads: options.Threads = 0,
+    as_json: options.Json = False,
+) -> None:
+    """One MoE layer against transformers' block, a dense network of the same FLOPs and the bare products."""
+    from turnout.bench.layer import run
+    from turnout.cli.process import own_process
+
+    process = own_process(threads)
+    result = run(
+        _names(shapes),
+        modes=_names(modes),
+        peers=_names(peers),
+        dtype=dtype,
+        skew=skew,
+        rounds=rounds,
+        warmup=warmup,
+        memory=memory,
+    )
+    screen = console(as_json=as_json)
+    screen.print(_measured_on(process, result))
+    for name, mode in dict.fromkeys((row["shape"]["name"], row["mode"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["shape"]["name"], row["mode"]) == (name, mode)]
+        screen.print(_layer_times(f"Layer {name}, {mode}, {dtype}: everybody in turns in one process", rows))
+    if as_json:
+        print_json(result)
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -158,6 +197,21 @@ def _router_times(title: str, rows: list[dict[str, Any]]) -> Any:
     cells = [
         [*_ms(row), f"{row['experts_per_token']:.2f}", _spread(row, "time_over_topk"), row["compared_with"]]
         for row in rows
+    ]
+    return table(title, columns, cells)
+
+
+def _layer_times(title: str, rows: list[dict[str, Any]]) -> Any:
+    columns = {"peer": "left", "median ms": "right", "min": "right", "max": "right"}
+    columns |= {"of dense": "right", "of limit": "right", "peak MiB": "right"}
+    cells = [
+        [
+            *_ms(row),
+            _spread(row, "ratio_to_dense"),
+            _spread(row, "ratio_to_limit"),
+            _number(row["peak_mib"], ".0f"),
+        ]
+        for row in sorted(rows, key=lambda row: row["ms_median"])
     ]
     return table(title, columns, cells)
 

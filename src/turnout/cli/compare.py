@@ -30,9 +30,10 @@ def compare(
     as_json: options.Json = False,
 ) -> None:
     """Train recipes in turns on one machine; table and plot by wall clock and by tokens."""
+    from turnout.cache import default_cache
     from turnout.cli.process import own_process
     from turnout.cli.training import choose_run
-    from turnout.data.prepare import default_cache, prepare
+    from turnout.data.prepare import prepare
     from turnout.errors import ConfigError
     from turnout.train.compare import check_comparable, verdicts
     from turnout.train.compare import compare as run_comparison

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def console(*, as_json: bool) -> "Console":
+def console(*, as_json: bool, quiet: bool = False) -> "Console":
     """Where a verb prints for people. Text is shown as it is: a path may hold what rich reads as markup or an emoji."""
     from rich.console import Console
 
-    return Console(stderr=as_json, markup=False, emoji=False, highlight=False)
+    return Console(stderr=as_json, markup=False, emoji=False, highlight=False, quiet=quiet)
 
 
-def patient_console(*, as_json: bool) -> "Console":
+def patient_console(*, as_json: bool, quiet: bool = False) -> "Console":
     """The same for work that must not be lost with its reader (head, a closed terminal): it goes on unseen."""
-    screen = console(as_json=as_json)
+    screen = console(as_json=as_json, quiet=quiet)
     screen.file = cast(TextIO, _Patient(screen.file))
     return screen
 

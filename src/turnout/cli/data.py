@@ -50,8 +50,8 @@ def fetch(
     as_json: options.Json = False,
 ) -> None:
     """Get a corpus into the cache and count it."""
+    from turnout.cache import default_cache
     from turnout.data.corpora import open_corpus
-    from turnout.data.prepare import default_cache
     from turnout.data.survey import survey
 
     card = survey(open_corpus(name), default_cache())

@@ -47,7 +47,9 @@ def main() -> None:
     try:
         app_of(sys.argv[1:])()
     except TurnoutError as error:
-        print_error(str(error))
+        # what every rank finds wrong the first one of a node says
+        if not isinstance(error, ConfigError | RequestError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print_error(str(error))
         sys.exit(2 if isinstance(error, ConfigError | RequestError) else 1)
     except OSError as error:
         if isinstance(error, BrokenPipeError):

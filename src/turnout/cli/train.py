@@ -1,7 +1,7 @@
 """`turnout train`: recipe in, run folder out."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,10 @@ from turnout.cli import options
 from turnout.cli.console import patient_console, print_json, table
 
 _LIST = "--set \"model.moe.losses=[{name = 'load_balance', coefficient = 0.02}]\""
+
+if TYPE_CHECKING:
+    # at run time the command imports it: --help must not wait for torch
+    from turnout.cli.training import Training
 
 
 class _CommandWithFields(TyperCommand):
@@ -43,6 +47,8 @@ turnout train tiny --dry-run
 turnout train --resume runs/novels
 
 turnout train --resume runs/novels --set optimizer.lr=1e-3
+
+torchrun --nproc-per-node 4 -m turnout train tiny --set strategy.ep=4
 """
 
 
@@ -67,25 +73,39 @@ def train(
     """Train a model by a recipe; the run folder holds recipe, tokenizer, metrics, trace, checkpoints, report."""
     from turnout.cli.process import own_process
     from turnout.cli.training import Training, choose_run, recipe_for
+    from turnout.comm import is_launched, join
     from turnout.errors import ConfigError
+    from turnout.train.device import pick_device
 
     if steps and minutes is not None:
         raise ConfigError(f"--steps {steps} and --minutes {minutes} are two lengths of one run; leave one out")
+    if dry_run and is_launched():
+        raise ConfigError("--dry-run measures one process; start it without torchrun")
     short = [f"loop.steps={steps}"] if steps is not None else []
     short += [f"loop.minutes={minutes}", "loop.steps=0"] if minutes is not None else []
     overrides = [*options.recipe_overrides(settings, data), *short]
     chosen = recipe_for(recipe, resume, overrides)
-    screen = patient_console(as_json=as_json)
     process = own_process(threads)
-    training = Training(recipe=chosen, run=choose_run(chosen.name, out, resume), screen=screen, process=process)
-    training.print_banner()
-    if dry_run:
-        outlook = training.print_outlook()
-        if as_json:
-            print_json(training.facts() | outlook)
-        return
-    summary = training.run_to_end(resume=resume is not None)
-    if as_json:
+    on_cuda = pick_device(chosen.loop.device).type == "cuda"
+    with join(cuda=on_cuda, timeout_s=chosen.loop.timeout_s) as world:
+        training = Training(
+            recipe=chosen,
+            run=world.first(choose_run(chosen.name, out, resume)),
+            screen=patient_console(as_json=as_json, quiet=not world.is_first),
+            process=process,
+            world=world,
+        )
+        summary = _trained(training, resume=resume is not None, dry_run=dry_run)
+    if as_json and world.is_first:
         print_json(summary)
     if summary.get("stopped_by"):
         raise typer.Exit(128 + summary["stopped_by"])
+
+
+def _trained(training: "Training", *, resume: bool, dry_run: bool) -> dict[str, Any]:
+    """What is to be printed under --json."""
+    training.check()
+    training.print_banner()
+    if dry_run:
+        return training.facts() | training.print_outlook()
+    return training.run_to_end(resume=resume)

@@ -1,6 +1,8 @@
 """What `train` shows and does around the loop: banner, progress, final words."""
 
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,17 +12,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from turnout.cache import default_cache
+from turnout.comm import Watch, World
 from turnout.config import to_dict
-from turnout.data.prepare import default_cache, is_prepared, prepare
+from turnout.data.prepare import Dataset, is_prepared, prepare
 from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
 from turnout.observe.sinks import require_sinks
 from turnout.train.banner import Fact, banner
 from turnout.train.device import pick_device
 from turnout.train.estimate import estimate_time, require_fits
-from turnout.train.loop import Progress as StepProgress
 from turnout.train.loop import Trainer
-from turnout.train.recipe import Recipe
+from turnout.train.progress import Progress as StepProgress
+from turnout.train.recipe import Recipe, check_ranks
 from turnout.train.recipes import load_recipe, recipe_of
 from turnout.train.resume import changed_settings
 from turnout.train.signals import StopRequest
@@ -34,11 +38,16 @@ class Training:
     run: Path
     screen: Console
     process: str  # what the process was told about threads and memory
+    world: World = World()  # the processes that train together
 
     @cached_property
     def _banner(self) -> list[Fact]:
         # counts a model on the meta device: once is enough
-        return banner(self.recipe)
+        return banner(self.recipe, self.world)
+
+    def check(self) -> None:
+        """Raises: ConfigError if the recipe cannot run on these ranks."""
+        check_ranks(self.recipe, self.world.size)
 
     def facts(self) -> dict[str, Any]:
         """The banner as data."""
@@ -73,29 +82,45 @@ class Training:
 
         Raises: ConfigError, before anything is read or made, if the model does not fit in memory.
         """
-        require_fits(self.recipe, pick_device(self.recipe.loop.device))
-        require_sinks(self.recipe.loop.sinks)
+        self.world.together(self._require_room)
         with StopRequest() as stop:
-            dataset = prepare(
-                self.recipe.data, default_cache(), say=lambda line: self.screen.print(f"  {line}", style="dim")
-            )
+            dataset = self._dataset()
             for note in dataset.notes:
                 self._note(note)
-            trainer = Trainer(self.recipe, dataset, self.run, resume=resume)
+            trainer = Trainer(self.recipe, dataset, self.run, resume=resume, world=self.world)
             for note in trainer.notes:
                 self._note(note)
-            with _Display(self.screen) as display:
+            watch = Watch(self.world, trainer.parallel.ledger, _say_at_once)
+            with watch, _Display(self.screen) as display:
                 outcome = trainer.train(stop, on_step=display.show)
             if outcome == "stopped":
                 trainer.close()
                 self._require_saved(trainer)
                 self.screen.print(f"stopped and saved; go on with: turnout train --resume {self.run}")
-                return {**trainer.summary(), "stopped_by": int(stop.received or 0)}
+                return {**trainer.summary(), "stopped_by": trainer.stopped_by}
             summary = trainer.finish()
             self._require_saved(trainer)
+        if not self.world.is_first:
+            return summary
         report = write_report(self.run, self.run / "report.html")
         self.screen.print(_last_words(summary, report), soft_wrap=True)
         return summary
+
+    def _require_room(self) -> None:
+        require_fits(self.recipe, pick_device(self.recipe.loop.device), self.world)
+        require_sinks(self.recipe.loop.sinks)
+
+    def _dataset(self) -> Dataset:
+        """The text; one rank of a node reads and encodes it, the others find it done."""
+        goes_first = self.world.rank % self.world.local_size == 0
+        early = self.world.together(lambda: self._prepared() if goes_first else None)
+        return self.world.together(lambda: early or self._prepared())
+
+    def _prepared(self) -> Dataset:
+        return prepare(self.recipe.data, default_cache(), say=self._say)
+
+    def _say(self, line: str) -> None:
+        self.screen.print(f"  {line}", style="dim")
 
     def _require_saved(self, trainer: Trainer) -> None:
         """Raises: CheckpointError if the last save failed: what is not on disk is not called saved."""
@@ -132,6 +157,12 @@ class _Display:
         elif progress.seconds - self._printed_s >= self.EVERY_S or progress.step == 1:
             self._printed_s = progress.seconds
             self._screen.print(f"  {progress.done:4.0%}  {_words(progress)}", soft_wrap=True)
+
+
+def _say_at_once(text: str) -> None:
+    """From any rank: who waits is not always the one whose screen is shown, and nobody has to read it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _words(progress: StepProgress) -> str:

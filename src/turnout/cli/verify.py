@@ -1,4 +1,4 @@
-"""`turnout verify`: the conformance suite on a layer of ours or another's."""
+"""`turnout verify`: the conformance suite on a layer of ours or another's, and the self-check of a layout."""
 
 import os
 import sys
@@ -6,13 +6,23 @@ from collections import Counter
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from turnout.cli import options
 from turnout.cli.console import console, print_json, table
 
+EPILOG = """Examples:
+
+turnout verify mixtral
+
+turnout verify my_package.layers:build_moe --json
+
+turnout verify tiny --parallel 4 --set strategy.ep=4 --set strategy.alltoall=node_dedup
+"""
+
 
 def add_to(app: typer.Typer) -> None:
-    app.command(epilog="Example: turnout verify mixtral; turnout verify my_package.layers:build_moe --json")(verify)
+    app.command(epilog=EPILOG)(verify)
 
 
 def verify(
@@ -25,16 +35,51 @@ def verify(
         ),
     ],
     only: Annotated[str, typer.Option(help="Comma-separated ids of checks; empty: all.")] = "",
+    parallel: Annotated[
+        int, typer.Option(help="Compare the recipe TARGET on so many processes of this machine with one; 0: do not.")
+    ] = 0,
+    settings: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
     """Check a Mixture-of-Experts layer: exit 0 if nothing fails; each failure shows its smallest case and its price."""
+    from turnout.errors import ConfigError
+
+    screen = console(as_json=as_json)
+    if parallel:
+        _verify_parallel(target, parallel, settings or [], screen, as_json=as_json)
+        return
+    if settings:
+        raise ConfigError("--set changes a recipe: it goes with --parallel N")
+    _verify_layer(target, only, screen, as_json=as_json)
+
+
+def _verify_parallel(target: str, ranks: int, settings: list[str], screen: Console, *, as_json: bool) -> None:
+    from turnout.train.recipes import load_recipe
+    from turnout.verify.parallel import verify_parallel
+
+    recipe = load_recipe(target, settings)
+    rows = verify_parallel(recipe, ranks)
+    cells = [[row.name, f"{row.error:.1e}", "pass" if row.holds else "FAIL"] for row in rows]
+    heading = f"{recipe.name} on {ranks} ranks, experts over {recipe.strategy.ep} by {recipe.strategy.alltoall}"
+    columns = {"tensor": "left", "largest error": "right", "outcome": "left"}
+    screen.print(table(f"verify {heading}, against one process", columns, cells))
+    failed = [row.name for row in rows if not row.holds]
+    screen.print(f"  {len(rows) - len(failed)} equal within {rows[0].tolerance:.0e}, {len(failed)} not")
+    if as_json:
+        checks = [{"id": row.name, "outcome": "pass" if row.holds else "fail", "error": row.error} for row in rows]
+        counts = {"passed": len(rows) - len(failed), "failed": len(failed), "not_applicable": 0}
+        print_json({"target": target, "ranks": ranks, **counts, "checks": checks})
+    if failed:
+        raise typer.Exit(1)
+
+
+def _verify_layer(target: str, only: str, screen: Console, *, as_json: bool) -> None:
     from turnout.verify import verify as run_checks
     from turnout.verify.targets import subject
 
     # as `python -m turnout` has it: a module of the folder one stands in can be named
     sys.path.insert(0, os.getcwd())
     chosen = subject(target)
-    screen = console(as_json=as_json)
     versions = ", ".join(f"{name} {version}" for name, version in chosen.versions.items())
     screen.print(f"  {chosen.name}  ({versions})")
     results = run_checks(chosen, [part for part in only.split(",") if part])

@@ -4,7 +4,7 @@ Everything here but `turnout.data.sampler` works without torch.
 """
 
 from turnout.data.corpora import CORPORA, Corpus, Document, open_corpus
-from turnout.data.prepare import DataConfig, Dataset, default_cache, prepare
+from turnout.data.prepare import DataConfig, Dataset, prepare
 from turnout.data.shards import TokenShard, write_shard
 from turnout.data.survey import CorpusCard, survey
 from turnout.data.tokenizer import Tokenizer
@@ -18,7 +18,6 @@ __all__ = [
     "Document",
     "TokenShard",
     "Tokenizer",
-    "default_cache",
     "open_corpus",
     "prepare",
     "survey",

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
-from turnout.config import from_dict
+from turnout.config import Settings, from_dict
 from turnout.data.atomic import write_atomic
 from turnout.data.corpora import Corpus, Document, open_corpus
 from turnout.data.excerpt import spread_excerpt
@@ -27,7 +26,7 @@ _ENCODE_CHARS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """Which text, in which tokens."""
 
     corpus: str = "stdlib"  # name of a corpus, or path of your own file, folder or glob
@@ -78,11 +77,6 @@ def _require_utf8(name: str, path: str) -> None:
         raise ConfigError(
             f"data.{name}={path!a} is not UTF-8 at character {error.start}; rename it, or give a link with such a name"
         ) from error
-
-
-def default_cache() -> Path:
-    """$TURNOUT_CACHE, or ~/.cache/turnout."""
-    return Path(os.environ.get("TURNOUT_CACHE") or "~/.cache/turnout").expanduser()
 
 
 def prepare(config: DataConfig, cache: Path, say: Callable[[str], None] = lambda line: None) -> Dataset:

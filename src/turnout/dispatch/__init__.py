@@ -3,7 +3,8 @@
 from turnout.dispatch.affinity import AffinityThreshold
 from turnout.dispatch.capacity import Dropless, FixedCapacity
 from turnout.dispatch.combine import combine
-from turnout.dispatch.permute import pack, plan_dispatch, unpack
+from turnout.dispatch.local import LocalDispatcher
+from turnout.dispatch.permute import by_token, pack, plan_dispatch, unpack
 from turnout.dispatch.queue import arrival_order, queue_position
 from turnout.dispatch.tutel import TutelCapacity
 
@@ -11,8 +12,10 @@ __all__ = [
     "AffinityThreshold",
     "Dropless",
     "FixedCapacity",
+    "LocalDispatcher",
     "TutelCapacity",
     "arrival_order",
+    "by_token",
     "combine",
     "pack",
     "plan_dispatch",

@@ -1,12 +1,12 @@
 """Tokens to rows ordered by expert, and back."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from turnout.tensors import Admission, Assignment, DispatchPlan, Padded, Ragged, Rows, first_order
+from turnout.segments import Segments, gather
+from turnout.tensors import Admission, Assignment, DispatchPlan, Padded, Ragged, Rows
 
 
 def plan_dispatch(assignment: Assignment, admission: Admission) -> DispatchPlan:
@@ -37,7 +37,7 @@ def pack(x_TD: Tensor, plan: DispatchPlan, *, layout: Literal["ragged", "padded"
     `capacity` fixes the width of the padded layout without asking the device; without it the fullest expert does.
     Shapes: x_TD (T, D); returns Ragged x_MD (M, D), or Padded x_LCD (E, C, D) with zeros past each count.
     """
-    x_MD = _Gather.apply(x_TD, plan)
+    x_MD = gather(x_TD, by_token(plan))
     if layout == "ragged":
         return Ragged(x_MD=x_MD, counts_L=plan.counts_E)
     num_experts = len(plan.counts_E)
@@ -53,32 +53,9 @@ def unpack(rows: Rows, plan: DispatchPlan) -> Tensor:
     return rows.x_LCD.flatten(0, 1).index_select(0, _slots(plan, rows.x_LCD.shape[1]))
 
 
-def sum_rows_by_token(rows_MD: Tensor, plan: DispatchPlan, weight_M: Tensor | None) -> Tensor:
-    """Each token's rows, weighted and added in a fixed order; a token without rows gets zeros.
-
-    Shapes: rows_MD (M, D); weight_M (M,) in dispatch order or None for ones; returns (T, D).
-    """
-    num_tokens = len(plan.row_offset_T)
-    if len(rows_MD) == 0 or num_tokens == 0:
-        return rows_MD.new_zeros(num_tokens, rows_MD.shape[1])
-    weight = None if weight_M is None else weight_M.index_select(0, plan.row_by_token_M)
-    return F.embedding_bag(plan.row_by_token_M, rows_MD, plan.row_offset_T, mode="sum", per_sample_weights=weight)
-
-
-class _Gather(torch.autograd.Function):
-    """x_TD[token_M], whose backward adds in a fixed order instead of scattering."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
-        ctx.plan = plan
-        return x_TD.index_select(0, plan.token_M)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad_MD,) = grads
-        wide = torch.promote_types(grad_MD.dtype, torch.float32)
-        return sum_rows_by_token(grad_MD.to(wide).contiguous(), ctx.plan, None).to(grad_MD.dtype), None
+def by_token(plan: DispatchPlan) -> Segments:
+    """The dispatched rows as runs of their tokens."""
+    return Segments(target_M=plan.token_M, row_by_target_M=plan.row_by_token_M, offset_T=plan.row_offset_T)
 
 
 def _argsort(key_N: Tensor, num_keys: int) -> Tensor:

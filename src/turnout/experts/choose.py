@@ -5,11 +5,11 @@ from torch import nn
 
 from turnout.contracts import ExpertBackend
 from turnout.errors import ConfigError
-from turnout.experts import grouped_mm, loop, padded_bmm
+from turnout.experts import fused_cpu, grouped_mm, loop, padded_bmm, threaded_mm
 
 # tried in this order by "auto"
-PREFERENCE = ("grouped_mm", "padded_bmm", "loop")
-_IMPORTED = (grouped_mm, loop, padded_bmm)  # importing a backend's file adds its row
+PREFERENCE = ("fused_cpu", "threaded_mm", "grouped_mm", "padded_bmm", "loop")
+_IMPORTED = (fused_cpu, grouped_mm, loop, padded_bmm, threaded_mm)  # importing a backend's file adds its row
 
 
 def available_backends(experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> dict[str, str]:

@@ -49,6 +49,13 @@ class FFNExperts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
+    def keep(self, mine: range) -> None:
+        """Keep the weights of these neighbouring experts alone: slices along the first axis."""
+        for name, weight in list(self.named_parameters(recurse=False)):
+            part = weight.detach()[mine.start : mine.stop].clone()
+            setattr(self, name, nn.Parameter(part, requires_grad=weight.requires_grad))
+        self.num_experts = len(mine)
+
     def forward(self, *_: Tensor) -> Tensor:
         raise NotImplementedError("experts are computed by a backend: turnout.experts.choose_backend(experts, ...)")
 

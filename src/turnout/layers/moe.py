@@ -9,18 +9,19 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from turnout.config import Settings
-from turnout.contracts import CapacityPolicy, ExpertBackend, GivenRouter, Loss, RouterConfig
-from turnout.dispatch import Dropless, combine, pack, plan_dispatch, unpack
+from turnout.contracts import CapacityPolicy, Dispatcher, ExpertBackend, GivenRouter, Loss, RouterConfig
+from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts import FFNExperts, ModuleExperts, choose_backend
 from turnout.experts.activations import Activation
+from turnout.layers.expert_pass import pass_experts
 from turnout.layers.latent import Latent
 from turnout.layers.mlp import MLP
 from turnout.layers.stats import collect_stats
 from turnout.losses import LoadBalance
 from turnout.registry import nearest
 from turnout.routers import TopK
-from turnout.tensors import Admission, MoEOutput, MoEStats, RouterOutput, as_token_ids
+from turnout.tensors import MoEOutput, MoEStats, as_token_ids
 
 # far beyond any layer, and small enough that no product of sizes is beyond 64 bits
 RANGES = {
@@ -44,7 +45,7 @@ class MoEConfig(Settings):
     bias: bool = False  # experts have biases
     shared_hidden: int = 0  # hidden width of the shared expert that sees every token; 0: none
     latent_dim: int = 0  # width in which the routed experts work, between two projections they share; 0: the model's
-    backend: str = "auto"  # expert backend: auto, loop, padded_bmm, grouped_mm
+    backend: str = "auto"  # expert backend: auto, loop, padded_bmm, grouped_mm, fused_cpu, threaded_mm
     init_std: float = 0.02  # standard deviation of the experts' initial weights
 
     def __post_init__(self) -> None:
@@ -72,9 +73,10 @@ class MoE(nn.Module):
     The way of a token:
     1. the router turns T tokens into N triples (token, expert, weight); padding never reaches it;
     2. the capacity policy says which of them are sent;
-    3. the plan orders those by expert, and `pack` gathers their rows;
-    4. the backend computes each expert on its rows;
-    5. `combine` adds each token's rows, weighted; a token without rows gets exactly zero.
+    3. `pass_experts` orders those by expert, and the dispatcher brings their rows to them, here or on other ranks;
+    4. the backend computes each expert of this process on its rows;
+    5. the dispatcher adds each token's rows, weighted; a token without rows gets exactly zero
+    (on one rank a fused backend does 3 to 5 in one pass).
 
     With a `latent_dim` steps 3 to 5 work in that width: x is projected down before them and y up after them.
 
@@ -138,6 +140,7 @@ class MoE(nn.Module):
         shared = MLP(dim, shared_hidden, kind=config.expert, bias=bias, init_std=init_std) if shared_hidden else None
         self.shared = shared
         self.latent = Latent(dim, latent_dim, init_std=init_std) if latent_dim else None
+        self.dispatcher: Dispatcher = LocalDispatcher()
 
     @classmethod
     def from_config(cls, dim: int, config: MoEConfig) -> "MoE":
@@ -156,6 +159,15 @@ class MoE(nn.Module):
             backend=config.backend,
             init_std=config.init_std,
         )
+
+    def share_experts(self, dispatcher: Dispatcher, mine: range) -> None:
+        """From here on this process computes the experts `mine`, and `dispatcher` reaches those of the others.
+
+        Their weights are slices of the same logical (E, ...) tensors, under the same names.
+        """
+        assert isinstance(self.experts, FFNExperts)
+        self.experts.keep(mine)
+        self.dispatcher = dispatcher
 
     def forward(
         self,
@@ -186,11 +198,16 @@ class MoE(nn.Module):
         admission = self.config.capacity.admit(
             routing.assignment, training=self.training, generator=generator, factor=capacity_factor
         )
-        plan = plan_dispatch(routing.assignment, admission)
         backend = choose_backend(self.experts, self.config.backend, dtype=_row_dtype(x), device=x.device)
         narrow = x_TD if self.latent is None else self.latent.down(x_TD, _flat(mask))
-        rows = pack(narrow.to(_row_dtype(x)), plan, layout=backend.layout, capacity=_width(admission, routing))
-        y = combine(unpack(backend.run(self.experts, rows), plan), routing.assignment, plan)
+        y = pass_experts(
+            self.experts,
+            backend,
+            narrow.to(_row_dtype(x)),
+            routing.assignment,
+            admission,
+            dispatcher=self.dispatcher,
+        )
         y_TD = y if self.latent is None else self.latent.up(y)
         if self.shared is not None:
             y_TD = _add_shared(y_TD, x_TD, self.shared, None if mask is None else routing.token_R)
@@ -221,11 +238,6 @@ class MoE(nn.Module):
 def _default_router(num_experts: int) -> TopK:
     # fewer than one expert is the config's error, not that of a router nobody asked for
     return TopK() if num_experts > 1 else TopK(k=1, renormalize=False)
-
-
-def _width(admission: Admission, routing: RouterOutput) -> int | None:
-    """Rows of an expert's block: no more than there are assignments, whatever the policy would have room for."""
-    return None if admission.capacity is None else min(admission.capacity, len(routing.assignment.token_N))
 
 
 def _add_shared(y_TD: Tensor, x_TD: Tensor, shared: MLP, token_R: Tensor | None) -> Tensor:

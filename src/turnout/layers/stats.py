@@ -5,22 +5,36 @@ from torch import Tensor
 
 from turnout.tensors import Admission, MoEStats, RouterOutput
 
+# entropy and margin of all 4,096 tokens took 1.4 % of a training step of `tiny`, of this many 0.4 %
+MEASURED_TOKENS = 1024
+
 
 @torch.no_grad()
 def collect_stats(routing: RouterOutput, admission: Admission) -> MoEStats:
-    """Counts, drops, entropy and margin of one call; small tensors on the layer's device, no host copy."""
+    """Counts and drops of one call, exact; entropy and margin, of more than 1,024 tokens from some of them.
+
+    Small tensors on the layer's device, no host copy.
+    """
     scores_RE = routing.scores_RE
     num_routed = len(routing.token_R)
+    measured_RE = _spread(scores_RE)
+    tokens_each = num_routed / max(len(measured_RE), 1)
     return MoEStats(
         assigned_E=routing.assignment.counts_E,
         dropped_capacity_E=admission.dropped_E["capacity"],
         dropped_policy_E=admission.dropped_E["policy"],
         num_routed=_count(num_routed, scores_RE.device),
         num_padding=_count(routing.assignment.num_tokens - num_routed, scores_RE.device),
-        entropy_sum=torch.special.entr(scores_RE).sum(),
-        margin_sum=_margin(scores_RE).sum(),
+        entropy_sum=torch.special.entr(measured_RE).sum() * tokens_each,
+        margin_sum=_margin(measured_RE).sum() * tokens_each,
         tally=scores_RE.new_zeros(0) if routing.tally is None else routing.tally.detach(),
     )
+
+
+def _spread(scores_RE: Tensor) -> Tensor:
+    """At most 1,024 tokens at an equal, odd distance: in sequences of 2^n tokens every position has its turn."""
+    step = -(-len(scores_RE) // MEASURED_TOKENS)
+    return scores_RE[:: max(step, 1) | 1]
 
 
 def _margin(scores_RE: Tensor) -> Tensor:

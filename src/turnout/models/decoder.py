@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from turnout.config import Settings
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts.activations import Activation
 from turnout.layers.attention import AttentionConfig, AttentionKind
@@ -26,7 +27,7 @@ MOST = {"vocab_size": 1 << 24, "dim": 1 << 20, "num_layers": 1000, "max_seq_len"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Settings of a decoder; everything but the machine."""
 
     vocab_size: int = 4096  # tokens the model knows; the tokenizer must have as many
@@ -61,8 +62,6 @@ class ModelConfig:
         for table, name in ((NORMS, self.norm), (Activation.TABLE, self.ffn)):
             if name not in table:
                 table[name]
-        if self.positions not in ("rope", "learned"):
-            raise ConfigError(f"model.positions={self.positions!r} must be one of: rope, learned")
         if self.positions == "learned" and self.attention.needs_rope:
             kind = AttentionKind.TABLE.name_of(type(self.attention))
             raise ConfigError(f"attention {kind!r} turns a part of each head: it needs model.positions='rope'")

@@ -1,7 +1,8 @@
 """`metrics.jsonl`: what a run wrote down, one JSON object per line.
 
     {"kind": "step", step, seconds, tokens, loss, aux: {name: value}, total_loss, lr, grad_norm, tokens_per_s,
-     and, when the model has MoE layers, every field of `balance.Balance`}
+     and, when the model has MoE layers, every field of `balance.Balance`; on several ranks sent: {intra_bytes,
+     inter_bytes, intra_messages, inter_messages}, what the first one handed to its experts' ranks}
     {"kind": "eval", step, seconds, tokens, val_loss}
     {"kind": "event", step, text}
 

@@ -96,11 +96,12 @@ class Recorder:
         tokens_per_s: float,
         aux: Mapping[str, float] | None = None,
         stats: Sequence[MoEStats] = (),
+        sent: Mapping[str, float] | None = None,
     ) -> dict[str, Any] | None:
         """Record an optimizer step and return its line; None at steps that `every` leaves out.
 
         `seconds` is the training clock, `tokens` all tokens so far; `stats` holds one entry per MoE layer, for
-        each micro-batch in turn, or sums of these.
+        each micro-batch in turn, or sums of these; `sent` is what went to the ranks of other experts.
         """
         if step % self.every:
             return None
@@ -120,6 +121,8 @@ class Recorder:
             snapshot = take_snapshot(stats, self.header.num_experts)
             line |= {name: _short(value) for name, value in asdict(balance(snapshot)).items()}
             self._append_counts(step, snapshot)
+        if sent is not None:
+            line["sent"] = dict(sent)
         self._write(line, seconds)
         return line
 

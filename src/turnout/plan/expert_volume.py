@@ -12,7 +12,8 @@ from turnout.topology import Mesh
 
 Expected = UniformRouting | LoadedRouting
 FP8_SCALE_BYTES = 4 / 128  # an fp32 scale for 128 elements: DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2
-LABEL_BYTES = 8.0  # expert (int32) and weight (fp32) that travel with each assignment of a merged row
+LABEL_BYTES = 8.0  # which row (int32) and weight (fp32): they travel with each assignment of a merged row
+LABEL_BACK_BYTES = 4.0  # gradient of that weight (fp32), on the way back of the backward pass
 
 
 def expert_mesh(strategy: Strategy, devices_per_node: int) -> Mesh:
@@ -74,12 +75,16 @@ def _routing(step: Step, experts: int) -> Expected:
 
 
 def row_size(strategy: Strategy, width: int, *, labels: bool = True) -> RowSize:
-    """Bytes of a row to the experts and back. Gradients go out as rows do, and come back as results do."""
+    """Bytes of a row to the experts and back. Gradients go out as rows do, and come back as results do.
+
+    `labels`: of the forward pass, whose merged rows take weights along; the backward pass brings their gradients home.
+    """
     element = strategy.dispatch_bytes + (FP8_SCALE_BYTES if strategy.dispatch_precision == "fp8" else 0.0)
     return RowSize(
         row_bytes=width * element,
         back_bytes=width * strategy.activation_bytes,
         label_bytes=LABEL_BYTES if labels else 0.0,
+        label_back_bytes=0.0 if labels else LABEL_BACK_BYTES,
     )
 
 

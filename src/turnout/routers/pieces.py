@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turnout.errors import ConfigError
+from turnout.kernels import kernel_for
 from turnout.tensors import Assignment, RouterInput, fill_normal
 
 # above this many choices one stable sort costs less than the passes
@@ -40,6 +41,9 @@ def select_topk(scores_RE: Tensor, k: int) -> Tensor:
     """
     if k > MOST_ARGMAX_PASSES:
         return scores_RE.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    kernel = kernel_for(scores_RE)
+    if kernel is not None:
+        return kernel.best(scores_RE, k)
     # argmax returns the first of equal maxima, which topk does not promise, and is the faster of the two
     left_RE = scores_RE.detach().clone() if k > 1 else scores_RE.detach()
     picks = []

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
+from turnout.comm import World
 from turnout.contracts import ExpertBackend
 from turnout.experts import available_backends, choose_backend
 from turnout.layers import MoE
-from turnout.models.memory import train_memory
 from turnout.models.size import sizes
 from turnout.train.device import compute_dtype, pick_device
-from turnout.train.recipe import Recipe
+from turnout.train.estimate import memory_per_rank
+from turnout.train.recipe import Recipe, sequences_per_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +25,17 @@ class Fact:
     alarming: bool = False  # a person should not pass over it
 
 
-def banner(recipe: Recipe) -> list[Fact]:
+def banner(recipe: Recipe, world: World | None = None) -> list[Fact]:
     """Sizes, FLOPs, memory, balance method and whether it is live, kernel path and why.
 
     Raises: ConfigError if the recipe cannot run here.
     """
+    world = World() if world is None else world
     loop, model = recipe.loop, recipe.model
     size = sizes(model, loop.seq_len)
     device = pick_device(loop.device)
     dtype = compute_dtype(device, loop.precision)
-    memory = train_memory(model, loop.batch_size, loop.seq_len).peak
+    memory = memory_per_rank(recipe, world.size)
     tokens_per_step = loop.batch_size * loop.seq_len * loop.accumulate
     length = f"{loop.steps} steps" if loop.steps else f"{loop.minutes:g} minutes"
     return [
@@ -54,11 +56,27 @@ def banner(recipe: Recipe) -> list[Fact]:
             value=tokens_per_step,
             text=f"{tokens_per_step:,} tokens a step ({loop.batch_size} x {loop.seq_len} x {loop.accumulate})",
         ),
-        Fact(name="memory_bytes", value=memory, text=f"about {memory / 2**20:,.0f} MiB"),
+        Fact(
+            name="memory_bytes",
+            value=memory,
+            text=f"about {memory / 2**20:,.0f} MiB" + (" a rank" if world.size > 1 else ""),
+        ),
         _balance(recipe),
         _kernel(recipe, device, dtype),
-        Fact(name="device", value=str(device), text=f"{device}, {str(dtype).removeprefix('torch.')}, parallel: none"),
+        Fact(name="device", value=str(device), text=f"{device}, {str(dtype).removeprefix('torch.')}"),
+        _parallel(recipe, world),
     ]
+
+
+def _parallel(recipe: Recipe, world: World) -> Fact:
+    if world.size == 1:
+        return Fact(name="parallel", value={"ranks": 1}, text="none")
+    ep, each = recipe.strategy.ep, sequences_per_rank(recipe, world.size)
+    words = f"{world.size} ranks, {world.local_size} a node, {each} sequences each; "
+    words += f"experts over {ep} ranks by {recipe.strategy.alltoall}" if ep > 1 else "every rank has all experts"
+    return Fact(
+        name="parallel", value={"ranks": world.size, "ep": ep, "alltoall": recipe.strategy.alltoall}, text=words
+    )
 
 
 def _balance(recipe: Recipe) -> Fact:

@@ -104,7 +104,11 @@ def _run_oracle(layer: MoE, x_TD: Tensor) -> list[Tensor]:
 def _gloo() -> Finding:
     available = torch.distributed.is_available() and torch.distributed.is_gloo_available()
     return Finding(
-        name="gloo", available=available, proven=False, reason="not used: this version trains in one process"
+        name="gloo",
+        available=available,
+        proven=False,
+        reason="carries tensors of the CPU between ranks of torchrun; to try it: turnout verify smoke --parallel 2 "
+        "--set strategy.ep=2",
     )
 
 

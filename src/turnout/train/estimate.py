@@ -5,17 +5,19 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from turnout.comm import World
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
 from turnout.models import Decoder
 from turnout.models.memory import train_memory
+from turnout.models.size import sizes
 from turnout.train.device import autocast_for, compute_dtype
 from turnout.train.optimizer import build_optimizer
-from turnout.train.recipe import Recipe
+from turnout.train.recipe import Recipe, sequences_per_rank
 from turnout.train.step import StepResult, train_step
 
 _WARMUP, _TIMED = 1, 3
@@ -36,7 +38,7 @@ class TimeEstimate:
 def estimate_time(recipe: Recipe, device: torch.device) -> TimeEstimate:
     """Length of the run by a few steps at its full size, if the estimate of its memory says that they fit."""
     loop = recipe.loop
-    if words := _misfit(recipe, device):
+    if words := _misfit(recipe, device, World()):
         return TimeEstimate(fits=False, reason=words)
     seconds = seconds_per_step(recipe, device)
     steps = loop.steps or int(60 * loop.minutes / seconds)
@@ -52,16 +54,32 @@ def estimate_time(recipe: Recipe, device: torch.device) -> TimeEstimate:
     )
 
 
-def require_fits(recipe: Recipe, device: torch.device) -> None:
+def require_fits(recipe: Recipe, device: torch.device, world: World | None = None) -> None:
     """Raises: ConfigError if a training step is estimated to need more memory than the device has in all."""
-    if words := _misfit(recipe, device):
+    if words := _misfit(recipe, device, World() if world is None else world):
         raise ConfigError(f"{recipe.name} {words}; lower the model's sizes, loop.batch_size or loop.seq_len")
 
 
-def _misfit(recipe: Recipe, device: torch.device) -> str:
-    """Memory wanted and there, or nothing where it fits."""
-    loop = recipe.loop
-    needed, here = train_memory(recipe.model, loop.batch_size, loop.seq_len).peak, memory_here(device)
+def memory_per_rank(recipe: Recipe, ranks: int) -> int:
+    """Estimated bytes of a training step on one of `ranks`; every rank holds all weights once, before they are cut."""
+    loop, model = recipe.loop, recipe.model
+    memory = train_memory(model, sequences_per_rank(recipe, ranks), loop.seq_len)
+    if recipe.strategy.ep == 1:
+        return memory.peak
+    elsewhere = 4 * sizes(model).routed * (recipe.strategy.ep - 1) // recipe.strategy.ep
+    own = replace(
+        memory,
+        parameters=memory.parameters - elsewhere,
+        gradients=memory.gradients - elsewhere,
+        moments=memory.moments - 2 * elsewhere,
+    )
+    return max(own.peak, memory.parameters)
+
+
+def _misfit(recipe: Recipe, device: torch.device, world: World) -> str:
+    """Memory wanted and there, or nothing where it fits; the ranks of a node share the memory of its CPU."""
+    needed, here = memory_per_rank(recipe, world.size), memory_here(device)
+    here = here // world.local_size if device.type == "cpu" else here
     if needed <= here:
         return ""
     return f"does not fit: it needs about {needed / 2**20:,.0f} MiB and {device} has {here / 2**20:,.0f}"

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,10 +23,13 @@ class GradReport:
     finite: bool  # the norm is a finite number, so no gradient holds NaN or infinity
 
 
-def nonfinite_report(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
+def nonfinite_report(
+    named: Iterable[tuple[str, Tensor | None]], first_expert: Callable[[str], int] = lambda name: 0
+) -> str | None:
     """Where NaN or infinity stands, such as "layers.2.moe.experts.up_EDG, expert 5: 3 of 65536 values are NaN".
 
     One norm over all tensors answers the usual case; tensors are looked at singly only when it is not finite.
+    `first_expert` gives the number of the expert that stands first in a tensor: of a slice, not 0.
     None entries (no gradient) and integer tensors are passed over. Returns None when all is finite.
     """
     tensors = {name: _checkable(t) for name, t in named if t is not None and _can_be_nonfinite(t)}
@@ -38,20 +41,31 @@ def nonfinite_report(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
         return None
     others = ", ".join(name for name, _ in bad[1:4])
     more = f"; also in {len(bad) - 1} more: {others}{', ...' if len(bad) > 4 else ''}" if others else ""
-    return _describe(*bad[0]) + more
+    name, tensor = bad[0]
+    return _describe(name, tensor, first_expert(name)) + more
 
 
-def clip_and_check(params: Iterable[Tensor], max_norm: float) -> GradReport:
+def clip_and_check(
+    params: Iterable[Tensor],
+    max_norm: float,
+    *,
+    slices: Collection[Tensor] = (),
+    over_ranks: Callable[[float], float] = float,
+) -> GradReport:
     """Scale all gradients so that their norm is at most `max_norm`; the norm itself tells whether they are finite.
 
     Gradients that are not finite stay as they are, so that `nonfinite_report` can name the tensor. On a device
     this waits for the norm, once.
+
+    `slices` are the parameters of which other ranks have the rest; `over_ranks` adds a number up over those ranks, so
+    that every parameter counts once, wherever it lies. Every rank then gets the same norm.
     """
     with_grad = [p for p in params if p.grad is not None]
-    grads = [p.grad for p in with_grad if p.grad is not None]
-    norm = _norm(grads)
-    if not math.isfinite(norm) and all(bool(grad.isfinite().all()) for grad in grads):
-        norm = _norm([grad.to(torch.promote_types(grad.dtype, torch.float64)) for grad in grads])
+    of_slices = {id(p) for p in slices}
+    norm = _safe_norm([p.grad for p in with_grad if p.grad is not None and id(p) not in of_slices])
+    if slices:
+        of_mine = _safe_norm([p.grad for p in with_grad if p.grad is not None and id(p) in of_slices])
+        norm = math.hypot(norm, math.sqrt(over_ranks(of_mine * of_mine)))
     finite = math.isfinite(norm)
     if finite and norm > max_norm:
         clip_grads_with_norm_(with_grad, max_norm, torch.tensor(norm, dtype=torch.float64))
@@ -67,17 +81,25 @@ def _checkable(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
 
 
+def _safe_norm(grads: list[Tensor]) -> float:
+    """The norm, in float64 where finite gradients overflow their own type."""
+    norm = _norm(grads)
+    if not math.isfinite(norm) and all(bool(grad.isfinite().all()) for grad in grads):
+        norm = _norm([grad.to(torch.promote_types(grad.dtype, torch.float64)) for grad in grads])
+    return norm
+
+
 def _norm(tensors: list[Tensor]) -> float:
     """L2 norm over all; about as cheap as one reading of them, and NaN or infinite if any value is."""
     return float(get_total_norm(tensors))
 
 
-def _describe(name: str, tensor: Tensor) -> str:
+def _describe(name: str, tensor: Tensor, first_expert: int) -> str:
     bad = ~tensor.isfinite()
     kinds = [word for word, found in (("NaN", tensor.isnan()), ("infinite", tensor.isinf())) if found.any()]
     place = name
     if _EXPERT_AXIS_FIRST.search(name) and tensor.dim() > 0:
-        experts = bad.flatten(1).any(dim=1).nonzero().flatten().tolist()
+        experts = [first_expert + e for e in bad.flatten(1).any(dim=1).nonzero().flatten().tolist()]
         shown = ", ".join(map(str, experts[:8])) + (", ..." if len(experts) > 8 else "")
         place = f"{name}, expert{'s' if len(experts) > 1 else ''} {shown}"
     return f"{place}: {int(bad.sum())} of {tensor.numel()} values are {' or '.join(kinds)}"

@@ -1,105 +1,107 @@
-"""The training loop: setup, steps, evaluation, checkpoints; it stops at a step boundary and resumes bit for bit."""
+"""The training loop: setup, steps, evaluation, checkpoints; it stops at a step boundary and resumes bit for bit.
+
+Every rank of a distributed run has a Trainer. They decide together, by the same numbers; the first one writes.
+"""
 
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from turnout.config import dump_toml, to_dict
+from turnout.comm import World
+from turnout.config import to_dict
 from turnout.contracts import Router
 from turnout.data.prepare import Dataset
-from turnout.data.sampler import Sampler, count_windows, validation_batches
-from turnout.errors import CheckpointError, ConfigError, NonFiniteError
+from turnout.data.sampler import Sampler, count_windows
+from turnout.errors import CheckpointError, NonFiniteError
 from turnout.models import Decoder
 from turnout.models.size import sizes
-from turnout.observe.metrics import METRICS_NAME
 from turnout.observe.recorder import Recorder
+from turnout.observe.silent import SilentRecorder
 from turnout.observe.spikes import SpikeRule, is_spike
-from turnout.observe.token_view import token_choices
+from turnout.parallel import apply, check_replicas
 from turnout.train import checkpoint
+from turnout.train.agreement import claim, last_checkpoint, require_alike
+from turnout.train.checkpoint import Checkpoint
 from turnout.train.device import autocast_for, compute_dtype, pick_device
-from turnout.train.durable import replace_text
+from turnout.train.evaluate import mean_loss
 from turnout.train.optimizer import build_optimizer, lr_factor, set_lr
-from turnout.train.recipe import Recipe
-from turnout.train.recipes import recipe_of
+from turnout.train.progress import Counters, Progress
+from turnout.train.recipe import Recipe, sequences_per_rank
+from turnout.train.record import open_record, record_token_view
 from turnout.train.resume import changed_settings
-from turnout.train.run_lock import RunLock
 from turnout.train.signals import StopRequest
 from turnout.train.state import RunState
 from turnout.train.step import StepResult, train_step
 
 Outcome = Literal["done", "stopped", "paused"]
 SPIKE = SpikeRule()
-
-
-@dataclass(kw_only=True)
-class Counters:
-    """Where a run stands; plain values, saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # training clock: steps alone, without evaluation and saving
-    train_loss: float | None = None  # main loss, smoothed over about 20 steps
-    val_loss: float | None = None
-    evaluated_at: int = -1  # step of the last evaluation
-    skipped_in_a_row: int = 0
-    losses: list[float] = field(default_factory=list)  # what the spike rule looks back on
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a display needs after each step."""
-
-    step: int
-    done: float  # share of the run, 0 to 1
-    seconds: float  # training clock
-    tokens_per_s: float
-    val_loss: float | None
-    line: dict[str, Any]  # the step's record: loss, balance, drops
-    news: tuple[str, ...]  # spikes, steps left out, checkpoints that failed, since the step before
+_GOLDEN = 0x9E3779B9  # seeds of neighbouring ranks lie far apart; only 32 bits of a seed count on the CPU
 
 
 class Trainer:
     """One run. Owns the model, the optimizer, the sampler and the clock; the run's folder holds all of it."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, run: Path, *, resume: bool = False) -> None:
-        """Raises: ConfigError if the folder holds another run, or a writer, or the resumed one cannot change so;
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, run: Path, *, resume: bool = False, world: World | None = None
+    ) -> None:
+        """Every rank of a job makes one.
+
+        Raises: ConfigError if the folder holds another run, or a writer, or the resumed one cannot change so;
         DataError if the data does not fit; CheckpointError.
         """
         dataset.tokenizer.require_fits(recipe.model.vocab_size)
         self.recipe, self.dataset, self.run = recipe, dataset, run
+        self.world = World() if world is None else world
+        require_alike(recipe, dataset, self.world)
         loop = recipe.loop
+        self._rank_batch = sequences_per_rank(recipe, self.world.size)
         self.device = pick_device(loop.device)
         torch.manual_seed(recipe.seed)
         self.model = Decoder(recipe.model).to(self.device)
+        self.parallel = apply(
+            self.model,
+            recipe.strategy,
+            world=self.world,
+            timeout_s=loop.timeout_s,
+            cuda=self.device.type == "cuda",
+        )
+        if not self.world.is_first:
+            # the weights are everybody's, what routers draw at random is not
+            torch.manual_seed((recipe.seed + _GOLDEN * self.world.rank) % 2**32)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         count_windows(dataset.val, loop.seq_len)  # refuses too short a validation text before anything is trained
-        self.sampler = Sampler(dataset.train, loop.batch_size, loop.seq_len, recipe.seed)
+        self.sampler = Sampler(
+            dataset.train,
+            self._rank_batch,
+            loop.seq_len,
+            recipe.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
         self.autocast = autocast_for(self.device, compute_dtype(self.device, loop.precision))
         self.counters = Counters()
         self.notes: tuple[str, ...] = ()  # what a person should know of a resume
+        self.stopped_by = 0  # number of the signal that ended it, whichever rank got it
         self.unsaved: str | None = None  # why the last checkpoint could not be written
         self.line: dict[str, Any] = {}  # record of the last step
         self._news: list[str] = []
-        if not resume:
-            _require_free(run)
-        self._lock = RunLock(run)
-        begins = not (resume and checkpoint.exists(run))
-        changes: tuple[str, ...] = ()
-        if begins:
-            self._show_text_to_routers()
-            self.notes += (f"{run} ended before its first checkpoint: it starts again",) if resume else ()
-        else:
-            changes = self._resume()
-        self.recorder = self._open_recorder(resume=resume, begins=begins)
+        self._loss = torch.compile(self.model.loss) if loop.compile else self.model.loss
+        self._lock = claim(run, self.world, resume=resume)
+        try:
+            self.recorder, changes = self._begin(resume=resume)
+        except BaseException:
+            # whoever handles it may hold on to this half of a trainer, but not to the run
+            self._release()
+            raise
         for change in changes:
             self._tell(f"resumed with {change}")
-        self._loss = torch.compile(self.model.loss) if loop.compile else self.model.loss
 
     @property
     def done(self) -> float:
@@ -121,8 +123,10 @@ class Trainer:
         Raises: NonFiniteError by policy, after saving what is still good.
         """
         while True:
-            if stop.requested:
+            self.stopped_by, asked_to_save = self._agree(stop)
+            if asked_to_save or self.stopped_by:
                 self.save()
+            if self.stopped_by:
                 return "stopped"
             if self.done >= 1:
                 return "done"
@@ -132,7 +136,7 @@ class Trainer:
                 self.evaluate_and_record(stop)
                 continue
             on_step(self._one_step())
-            if stop.save_requested() or self._owes_checkpoint():
+            if self._owes_checkpoint():
                 self.save()
 
     def evaluate(self, stop: StopRequest | None = None) -> float | None:
@@ -141,18 +145,16 @@ class Trainer:
         A stop request ends it early; there is no result then.
         """
         loop = self.recipe.loop
-        total, count = 0.0, 0
-        self.model.eval()
-        with torch.inference_mode(), self.autocast:
-            for batch in validation_batches(self.dataset.val, loop.batch_size, loop.seq_len, loop.eval_tokens):
-                if stop is not None and stop.requested:
-                    count = 0
-                    break
-                batch = batch.to(self.device)
-                total += self.model.loss(batch.tokens_BS, batch.targets_BS).main.item() * batch.targets_BS.numel()
-                count += batch.targets_BS.numel()
-        self.model.train()
-        return total / count if count else None
+        return mean_loss(
+            self.model,
+            self.dataset.val,
+            batch_size=self._rank_batch,
+            seq_len=loop.seq_len,
+            max_tokens=loop.eval_tokens,
+            world=self.world,
+            autocast=self.autocast,
+            stop=stop,
+        )
 
     def evaluate_and_record(self, stop: StopRequest | None) -> float | None:
         """Evaluate now and write it down; None, and nothing is written, when a stop request cut it short."""
@@ -169,18 +171,27 @@ class Trainer:
         """A checkpoint of everything; None if it could not be written and the policy is to go on."""
         # a run that resumes here must find every line up to here
         self.recorder.flush()
+        check_replicas(self.model, self.parallel)
         files, meta = self._state().capture()
-        loop = self.recipe.loop
-        try:
-            saved = checkpoint.save(self.run, self.counters.step, files, meta, keep_last=loop.keep_last)
-        except CheckpointError as error:
-            if loop.save_failure == "stop":
-                raise
-            self._tell(f"checkpoint failed, the run goes on: {error}")
-            self.unsaved = str(error)
-            return None
-        self.unsaved = None
+        saved, failure = self.world.first(self._write(files, meta))
+        if failure is not None and self.recipe.loop.save_failure == "stop":
+            raise CheckpointError(failure)
+        if failure is not None:
+            self._tell(f"checkpoint failed, the run goes on: {failure}")
+        self.unsaved = failure
         return saved
+
+    def _write(
+        self, files: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
+    ) -> tuple[Path | None, str | None]:
+        """The checkpoint the first rank wrote, or why it could not; the others have nothing to write."""
+        if not self.world.is_first:
+            return None, None
+        keep_last = self.recipe.loop.keep_last
+        try:
+            return checkpoint.save(self.run, self.counters.step, files, meta, keep_last=keep_last), None
+        except CheckpointError as error:
+            return None, str(error)
 
     def finish(self) -> dict[str, Any]:
         """Last evaluation, checkpoint and token view; returns the summary, also written to summary.json."""
@@ -189,17 +200,17 @@ class Trainer:
         if self.counters.evaluated_at != self.counters.step:
             self.evaluate_and_record(None)
             self.save()
-        if self.recorder.header.layers:
-            self._write_token_view()
+        record_token_view(self.recorder, self.recipe, self.dataset, self.model, step=self.counters.step)
         summary = self.summary()
-        (self.run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        if self.world.is_first:
+            (self.run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         self.close()
         return summary
 
     def close(self) -> None:
         """End the record and let others write the run; closing twice does nothing."""
         self.recorder.close()
-        self._lock.release()
+        self._release()
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the run so far."""
@@ -222,6 +233,8 @@ class Trainer:
 
     def _one_step(self) -> Progress:
         c, recipe = self.counters, self.recipe
+        # evaluation sends too, and is no part of a step
+        self.parallel.ledger.clear()
         started = time.perf_counter()
         lr = set_lr(self.optimizer, lr_factor(self.done, recipe.schedule))
         batches = [self.sampler.next_batch().to(self.device) for _ in range(recipe.loop.accumulate)]
@@ -232,8 +245,9 @@ class Trainer:
             batches,
             max_norm=recipe.optimizer.max_norm,
             autocast=self.autocast,
+            parallel=self.parallel,
         )
-        num_tokens = sum(batch.targets_BS.numel() for batch in batches)
+        num_tokens = self.world.size * sum(batch.targets_BS.numel() for batch in batches)
         elapsed = time.perf_counter() - started
         c.step, c.tokens, c.seconds = c.step + 1, c.tokens + num_tokens, c.seconds + elapsed
         line = self.recorder.step(
@@ -247,6 +261,7 @@ class Trainer:
             grad_norm=result.grad_norm,
             tokens_per_s=num_tokens / elapsed,
             stats=result.stats,
+            sent=self.parallel.take_sent(),
         )
         # what is recorded is part of training's price: only a mixture pays it in full
         c.seconds += time.perf_counter() - started - elapsed
@@ -287,6 +302,16 @@ class Trainer:
             "--set loop.nonfinite=skip"
         )
 
+    def _agree(self, stop: StopRequest) -> tuple[int, bool]:
+        """The signal that asked any rank to stop, 0 for none; and whether one was asked to save.
+
+        All then have the clock of the slowest.
+        """
+        asked = [float(stop.received or 0), float(stop.save_requested())]
+        with self.parallel.ledger.inside("agreement on going on", step=self.counters.step + 1):
+            signal, save, self.counters.seconds = self.world.largest([*asked, self.counters.seconds])
+        return int(signal), bool(save)
+
     def _tell(self, text: str) -> None:
         """An event for the record, and for whoever watches."""
         self.recorder.event(self.counters.step, text)
@@ -301,38 +326,25 @@ class Trainer:
         every = self.recipe.loop.save_every
         return bool(every and self.counters.step % every == 0 and self.done < 1)
 
-    def _write_token_view(self) -> None:
-        tokenizer = self.dataset.tokenizer
-        ids = tokenizer.encode(self.recipe.loop.probe)[: self.recipe.model.max_seq_len]
-        self.model.eval()
-        with torch.inference_mode():
-            out = self.model(torch.tensor([ids], device=self.device))
-        self.model.train()
-        choices = [token_choices(assignment) for assignment in out.assignments]
-        pieces = [tokenizer.decode([token]) for token in ids]
-        self.recorder.token_view(self.counters.step, pieces, [e for e, _ in choices], [w for _, w in choices])
-
-    def _show_text_to_routers(self) -> None:
-        layers = self.model.moe_blocks()
-        if not layers:
-            return
-        token_counts_V = torch.from_numpy(self.dataset.train.token_counts())
-        for _, layer in layers:
-            if isinstance(layer.router, Router):
-                layer.router.before_training(token_counts_V)
-
-    def _open_recorder(self, *, resume: bool, begins: bool) -> Recorder:
-        layers = self.model.moe_blocks()
-        names, counts = [name for name, _ in layers], [layer.config.num_experts for _, layer in layers]
-        sinks = self.recipe.loop.sinks
-        # before the record: a folder that has one can be resumed, whenever its run was killed
-        if not resume or recipe_of(self.run) != self.recipe:
-            replace_text(self.run / "recipe.toml", dump_toml(self.recipe))
+    def _begin(self, *, resume: bool) -> tuple[Recorder | SilentRecorder, tuple[str, ...]]:
+        """The open record, and which settings changed since the checkpoint that was taken up, if there was one."""
+        begins = self.world.first(not (resume and checkpoint.exists(self.run)))
+        changes: tuple[str, ...] = ()
         if begins:
-            self.dataset.tokenizer.save(self.run / "tokenizer.json")
-        if resume:
-            return Recorder.resume(self.run, self.counters.step, names, counts, sinks=sinks)
-        return Recorder(self.run, names, counts, sinks=sinks)
+            _show_text_to_routers(self.model, self.dataset)
+            self.notes += (f"{self.run} ended before its first checkpoint: it starts again",) if resume else ()
+        else:
+            changes = self._resume()
+        check_replicas(self.model, self.parallel)
+        resumed_at = self.counters.step if resume else None
+        record = open_record(
+            self.run, self.recipe, self.dataset, self.model, self.world, resumed_at=resumed_at, begins=begins
+        )
+        return record, changes
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _state(self) -> RunState:
         return RunState(
@@ -340,12 +352,16 @@ class Trainer:
             optimizer=self.optimizer,
             sampler=self.sampler,
             counters=asdict(self.counters),
+            parallel=self.parallel,
             recipe=to_dict(self.recipe),
         )
 
     def _resume(self) -> tuple[str, ...]:
         """Take up the last checkpoint; returns which settings changed since."""
-        loaded = checkpoint.load(self.run, self.device)
+        loaded = last_checkpoint(self.run, self.world, self.device)
+        return self.world.together(lambda: self._restore(loaded))
+
+    def _restore(self, loaded: Checkpoint) -> tuple[str, ...]:
         # a checkpoint from before recipes were kept in it has none
         changes = changed_settings(loaded.meta.get("recipe", to_dict(self.recipe)), self.recipe)
         counters, notes = self._state().restore(loaded)
@@ -354,11 +370,11 @@ class Trainer:
         return changes
 
 
-def _require_free(run: Path) -> None:
-    """Raises: ConfigError if the folder holds what a new run would write over, be it only somebody's recipe."""
-    for name in (METRICS_NAME, "recipe.toml"):
-        if (run / name).exists():
-            raise ConfigError(
-                f"{run} already holds a run or its recipe ({name}); go on in it with --resume {run}, or choose "
-                "another --out"
-            )
+def _show_text_to_routers(model: Decoder, dataset: Dataset) -> None:
+    layers = model.moe_blocks()
+    if not layers:
+        return
+    token_counts_V = torch.from_numpy(dataset.train.token_counts())
+    for _, layer in layers:
+        if isinstance(layer.router, Router):
+            layer.router.before_training(token_counts_V)

@@ -65,6 +65,13 @@ def sum_stats(per_batch: Sequence[tuple[MoEStats, ...]]) -> tuple[MoEStats, ...]
     return tuple(MoEStats(**{field.name: next(summed) for field in fields(MoEStats)}) for _ in totals)
 
 
+def mean_over_ranks(values: Sequence[float]) -> list[float]:
+    """Each number averaged over all ranks: not a number anywhere is not a number everywhere."""
+    if not _is_distributed():
+        return list(values)
+    return (_over_ranks(torch.tensor(values, dtype=torch.float64)) / dist.get_world_size()).tolist()
+
+
 def _over_ranks(value: Tensor) -> Tensor:
     if _is_distributed():
         dist.all_reduce(value)

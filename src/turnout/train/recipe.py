@@ -4,12 +4,16 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from turnout.config import Settings
 from turnout.data.prepare import DataConfig
 from turnout.errors import ConfigError
 from turnout.models import ModelConfig
+from turnout.parallel import check_supported
+from turnout.strategy import Strategy
 from turnout.train.guards import NonFinitePolicy
 
 MOST_MINUTES = 5_256_000
+MOST_TIMEOUT_S = 86_400
 PROBE = '''def mean(values):
     """Average of a list of numbers."""
     if not values:
@@ -19,7 +23,7 @@ PROBE = '''def mean(values):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW, with learning rates of their own for experts and routers."""
 
     lr: float = 2e-3  # peak learning rate
@@ -49,7 +53,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings):
     """Linear warm-up, then a cosine down to a share of the peak."""
 
     warmup: float = 0.03  # share of the run in which the learning rate rises
@@ -62,12 +66,12 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(Settings):
     """How long, how often, how careful."""
 
     steps: int = 0  # optimizer steps of the run; 0: as many as fit in `minutes`
     minutes: float = 10.0  # length of the run on its own clock, evaluation and saving not counted; used when steps = 0
-    batch_size: int = 8  # sequences in a micro-batch
+    batch_size: int = 8  # sequences in a micro-batch, of all ranks together
     seq_len: int = 256  # tokens in a sequence
     accumulate: int = 1  # micro-batches in an optimizer step
     eval_every: int = 100  # steps between evaluations; 0: only at the end
@@ -80,6 +84,7 @@ class LoopConfig:
     nonfinite: NonFinitePolicy = "stop"  # on NaN or infinity in loss or gradients
     max_skipped: int = 10  # steps skipped in a row before the run stops all the same
     save_failure: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written (full disk)
+    timeout_s: float = 600.0  # a rank that keeps the others waiting longer ends a distributed run
     sinks: tuple[str, ...] = ()  # further places for metrics: tensorboard, wandb, trackio
     probe: str = PROBE  # text whose way through the experts the report shows
 
@@ -90,6 +95,8 @@ class LoopConfig:
         for name in ("batch_size", "seq_len", "accumulate", "eval_tokens", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loop.{name}={getattr(self, name)} must be at least 1")
+        if not 1 <= self.timeout_s <= MOST_TIMEOUT_S:
+            raise ConfigError(f"loop.timeout_s={self.timeout_s} must be from 1 to {MOST_TIMEOUT_S} seconds")
         if self.eval_tokens < self.seq_len:
             raise ConfigError(f"loop.eval_tokens={self.eval_tokens} must be at least loop.seq_len={self.seq_len}")
         if not self.probe.strip():
@@ -100,7 +107,7 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Settings):
     """All of a run: the same recipe, seed and data give the same weights."""
 
     name: str = "custom"  # name of the recipe, for reports
@@ -110,6 +117,7 @@ class Recipe:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loop: LoopConfig = LoopConfig()
+    strategy: Strategy = Strategy()  # how the model lies on ranks; precision and micro-batch are the loop's
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -123,3 +131,47 @@ class Recipe:
             raise ConfigError(
                 f"data.vocab_size={self.data.vocab_size} and model.vocab_size={self.model.vocab_size} must be equal"
             )
+        self._check_strategy()
+
+    def _check_strategy(self) -> None:
+        strategy, usual = self.strategy, Strategy()
+        for name, owner in (("precision", "loop.precision"), ("micro_batch", "loop.batch_size over the ranks")):
+            if getattr(strategy, name) != getattr(usual, name):
+                raise ConfigError(
+                    f"strategy.{name}={getattr(strategy, name)!r}: a recipe says that by {owner}; leave it out "
+                    f"({getattr(usual, name)!r})"
+                )
+        check_supported(strategy)
+        if self.loop.compile and strategy.ep > 1:
+            raise ConfigError(
+                f"loop.compile=true with strategy.ep={strategy.ep}: an exchange between ranks is not compiled in this "
+                "version; nearest legal: loop.compile=false"
+            )
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Raises: ConfigError if the recipe cannot run on so many ranks, naming the nearest that can be."""
+    ep = recipe.strategy.ep
+    if ranks == 1 and ep > 1:
+        raise ConfigError(
+            f"strategy.ep={ep} needs at least {ep} processes: torchrun --nproc-per-node {ep} -m turnout train ...; "
+            "nearest legal in one: 1"
+        )
+    moe = recipe.model.moe
+    num_experts = moe.num_experts if moe is not None and recipe.model.moe_layers() else 0
+    recipe.strategy.check(ranks, num_experts=num_experts)
+    sequences_per_rank(recipe, ranks)
+
+
+def sequences_per_rank(recipe: Recipe, ranks: int) -> int:
+    """Sequences in a micro-batch of one of `ranks`: a run is the same run on any number of them.
+
+    Raises: ConfigError if the ranks do not divide loop.batch_size.
+    """
+    size = recipe.loop.batch_size
+    if size % ranks:
+        near = max(1, round(size / ranks)) * ranks
+        raise ConfigError(
+            f"loop.batch_size={size} is that of all {ranks} ranks together: they must divide it; nearest legal: {near}"
+        )
+    return size // ranks

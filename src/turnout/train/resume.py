@@ -7,7 +7,7 @@ from turnout.config import from_dict, to_dict
 from turnout.errors import ConfigError
 from turnout.train.recipe import Recipe
 
-# how fast it learns, how long, how careful and on what machine: not what model sees what text
+# how fast it learns, how long, how careful and on what machines: not what model sees what text
 CHANGEABLE = (
     "name",
     "optimizer",
@@ -23,8 +23,10 @@ CHANGEABLE = (
     "loop.nonfinite",
     "loop.max_skipped",
     "loop.save_failure",
+    "loop.timeout_s",
     "loop.sinks",
     "loop.probe",
+    "strategy",
 )
 
 

@@ -1,7 +1,9 @@
 """One optimizer step: micro-batches, gradients, a check for NaN, the update."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +13,10 @@ from turnout.contracts import Router
 from turnout.data.sampler import Batch
 from turnout.models import Decoder
 from turnout.models.decoder import DecoderLoss
+from turnout.parallel import Parallel, reduce_gradients
 from turnout.tensors import LossTerm, MoEStats, total_loss
-from turnout.train.guards import clip_and_check, nonfinite_report
-from turnout.train.parts import Share, count_ahead, shares, sum_stats
+from turnout.train.guards import GradReport, clip_and_check, nonfinite_report
+from turnout.train.parts import Share, count_ahead, mean_over_ranks, shares, sum_stats
 
 LossFunction = Callable[..., DecoderLoss]  # Decoder.loss, compiled or not
 
@@ -38,24 +41,30 @@ def train_step(
     *,
     max_norm: float,
     autocast: torch.autocast,
+    parallel: Parallel | None = None,
 ) -> StepResult:
     """Forward and backward over every micro-batch, then clip and update, unless something is not finite.
 
     The gradient is that of the mean over the step's tokens, however they are split into micro-batches and ranks.
-    Routers that learn from load get the whole step's stats.
+    Routers that learn from load get the whole step's stats. What is reported is the whole step's, the same on all
+    ranks, so that they decide alike. Without `parallel` the gradients stay those of this rank.
     """
-    weights, step_stats = shares(batches), count_ahead(model, batches, autocast)
+    with _inside(parallel, "sum of targets"):
+        weights = shares(batches)
+    step_stats = count_ahead(model, batches, autocast)
     results = [
         _forward_backward(loss_function, batch, share, step_stats, autocast)
         for batch, share in zip(batches, weights, strict=True)
     ]
-    stats = sum_stats([result.stats for result in results]) if step_stats is None else step_stats
-    loss = sum(share.main * r.main.item() for share, r in zip(weights, results, strict=True))
-    total = loss + sum(share.aux * float(total_loss(r.losses)) for share, r in zip(weights, results, strict=True))
-    report = clip_and_check(list(model.parameters()), max_norm)
+    with _inside(parallel, "sum of statistics and losses"):
+        stats = sum_stats([result.stats for result in results]) if step_stats is None else step_stats
+        loss, aux_total, aux = _losses(results, weights)
+    if parallel is not None:
+        reduce_gradients(model, parallel)
+    report = _clip(model, max_norm, parallel)
     problem = None
-    if not (report.finite and torch.isfinite(torch.tensor(total))):
-        problem = _name_problem(model, loss, [term for r in results for term in r.losses])
+    if not (report.finite and math.isfinite(loss + aux_total)):
+        problem = _name_problem(model, loss, [term for r in results for term in r.losses], parallel)
     else:
         optimizer.step()
         for (_, layer), layer_stats in zip(model.moe_blocks(), stats, strict=True):
@@ -65,8 +74,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     return StepResult(
         loss=loss,
-        total_loss=total,
-        aux=_mean_terms([r.losses for r in results], weights),
+        total_loss=loss + aux_total,
+        aux=aux,
         grad_norm=float(report.norm),
         stats=stats,
         problem=problem,
@@ -94,6 +103,26 @@ def _forward_backward(
     )
 
 
+def _inside(parallel: Parallel | None, collective: str) -> AbstractContextManager[None]:
+    return nullcontext() if parallel is None else parallel.ledger.inside(collective)
+
+
+def _losses(results: Sequence[DecoderLoss], weights: Sequence[Share]) -> tuple[float, float, dict[str, float]]:
+    """Main loss, sum of the auxiliary losses with their coefficients, and each of these alone; of all ranks."""
+    main = sum(share.main * r.main.item() for share, r in zip(weights, results, strict=True))
+    total = sum(share.aux * float(total_loss(r.losses)) for share, r in zip(weights, results, strict=True))
+    terms = _mean_terms([r.losses for r in results], weights)
+    main, total, *values = mean_over_ranks([main, total, *terms.values()])
+    return main, total, dict(zip(terms, values, strict=True))
+
+
+def _clip(model: nn.Module, max_norm: float, parallel: Parallel | None) -> GradReport:
+    parameters = list(model.parameters())
+    if parallel is None:
+        return clip_and_check(parameters, max_norm)
+    return clip_and_check(parameters, max_norm, slices=parallel.slices(model), over_ranks=parallel.over_experts)
+
+
 def _mean_terms(per_batch: Sequence[tuple[LossTerm, ...]], weights: Sequence[Share]) -> dict[str, float]:
     layers = Counter(term.name for term in per_batch[0])
     sums = dict.fromkeys(layers, 0.0)
@@ -103,14 +132,22 @@ def _mean_terms(per_batch: Sequence[tuple[LossTerm, ...]], weights: Sequence[Sha
     return sums
 
 
-def _name_problem(model: nn.Module, loss: float, terms: Sequence[LossTerm]) -> str:
-    """Weights first: they are the cause where they are not finite; then losses, then gradients."""
-    weights = nonfinite_report(model.named_parameters())
+def _name_problem(model: nn.Module, loss: float, terms: Sequence[LossTerm], parallel: Parallel | None) -> str:
+    """Weights first: they are the cause where they are not finite; then losses, then gradients; of any rank."""
+    if parallel is None or parallel.world.size == 1:
+        return _own_problem(model, loss, terms, lambda name: 0) or "the gradient norm overflowed"
+    own = _own_problem(model, loss, terms, parallel.shards.first_expert)
+    found = [f"{text} (rank {rank})" for rank, text in enumerate(parallel.world.all(own)) if text]
+    return min(found, key=lambda text: not text.startswith("weight"), default="the gradient norm overflowed")
+
+
+def _own_problem(model: nn.Module, loss: float, terms: Sequence[LossTerm], first_expert: Callable[[str], int]) -> str:
+    weights = nonfinite_report(model.named_parameters(), first_expert)
     if weights is not None:
         return f"weight {weights}"
     bad_terms = [term.name for term in terms if not torch.isfinite(term.value)]
-    grads = nonfinite_report((name, p.grad) for name, p in model.named_parameters())
-    parts = [] if torch.isfinite(torch.tensor(loss)) else [f"main loss is {loss}"]
+    grads = nonfinite_report(((name, p.grad) for name, p in model.named_parameters()), first_expert)
+    parts = [] if math.isfinite(loss) else [f"main loss is {loss}"]
     parts += [f"auxiliary loss {name} is not finite" for name in dict.fromkeys(bad_terms)]
     parts += [] if grads is None else [f"gradient {grads}"]
-    return "; ".join(parts) or "the gradient norm overflowed"
+    return "; ".join(parts)

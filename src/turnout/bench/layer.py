@@ -1,0 +1,152 @@
+"""Case layer: one MoE layer, forward alone or forward and backward, everybody in turns in one process.
+
+Ratios are to a dense network of the same active FLOPs, and to the products alone. Rows of `turnout-BACKEND` and
+`transformers-IMPLEMENTATION` include each one's router, without auxiliary losses; with a `skew` the experts of every
+token are given instead, one expert at that many times the mean load.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from turnout.bench.layer_peers import DENSE, LIMIT, OURS, THEIRS, forward_of, products
+from turnout.bench.memory import peak_mib
+from turnout.bench.race import race, ratio
+from turnout.bench.routers import SHAPES as ROUTED_SHAPES
+from turnout.bench.routers import Shape
+from turnout.bench.run import check_gate, ratio_keys, result, row
+from turnout.errors import ConfigError
+from turnout.experts import FFNExperts, available_backends
+
+Mode = Literal["forward", "train"]
+MODES: tuple[Mode, ...] = ("forward", "train")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# a few large experts, many with many choices, very many small ones without gates; and a few tokens at a time
+SHAPES = ROUTED_SHAPES | {
+    "c": replace(ROUTED_SHAPES["c"], expert="gelu"),
+    **{f"d{n}": Shape(tokens=n, dim=1024, hidden=2048, experts=32, k=4, seq_len=1) for n in (1, 2, 4, 8, 16)},
+}
+IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
+
+
+def run(
+    shapes: Sequence[str],
+    *,
+    modes: Sequence[str] = MODES,
+    peers: Sequence[str] = (),
+    dtype: str = "float32",
+    skew: float = 0.0,
+    rounds: int,
+    warmup: int,
+    memory: bool = False,
+) -> dict[str, Any]:
+    """A row for each shape, mode and peer; few tokens (d1 to d16) have no backward pass.
+
+    Raises: ConfigError if a shape, mode, peer or dtype is unknown; TurnoutError, before anything is timed, if a backend
+    does not compute what the oracle computes.
+    """
+    _check(shapes, modes, dtype)
+    names = {shape: _peers(SHAPES[shape], DTYPES[dtype], peers) for shape in shapes}
+    check_gate()
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        for mode in modes:
+            if mode == "train" and shape.startswith("d"):
+                continue
+            settings = {"shape": shape, "mode": mode, "dtype": dtype, "skew": skew}
+            rows += _rows(names[shape], settings, rounds=rounds, warmup=warmup, memory=memory)
+    return result(rows, "transformers")
+
+
+def contestant(name: str, *, shape: str, mode: str, dtype: str, skew: float) -> Callable[[], object]:
+    """One call of a peer on a fixed batch, which leaves no gradient behind."""
+    sizes, train = SHAPES[shape], mode == "train"
+    if name == LIMIT:
+        return products(sizes, train=train, dtype=DTYPES[dtype])
+    generator = torch.Generator().manual_seed(0)
+    x_TD, y_grad_TD = (torch.randn(sizes.tokens, sizes.dim, generator=generator).to(DTYPES[dtype]) for _ in range(2))
+    forward, parameters = forward_of(name, sizes, skewed(sizes, skew) if skew else None, DTYPES[dtype])
+
+    @torch.no_grad()
+    def infer() -> Tensor:
+        return forward(x_TD)
+
+    def step() -> None:
+        forward(x_TD).backward(y_grad_TD)
+        for tensor in (x_TD, *parameters):
+            tensor.grad = None
+
+    if train:
+        x_TD.requires_grad_()
+    return step if train else infer
+
+
+def few_calls(name: str, settings: dict[str, Any]) -> None:
+    """What the memory measurement runs in a process of its own."""
+    call = contestant(name, **settings)
+    for _ in range(3):
+        call()
+
+
+def skewed(shape: Shape, skew: float) -> Tensor:
+    """k different experts for each token, expert 0 at `skew` times the mean load and the others alike.
+
+    Raises: ConfigError if no expert can have so much: each token goes to it once at most.
+    """
+    share = skew * shape.k / shape.experts
+    if not 0 < share <= 1:
+        raise ConfigError(f"--skew {skew} must be above 0 and at most experts / k = {shape.experts / shape.k:g}")
+    generator = torch.Generator().manual_seed(0)
+    draw_TE = torch.rand(shape.tokens, shape.experts, generator=generator)
+    draw_TE[:, 0] = torch.where(torch.arange(shape.tokens) < round(share * shape.tokens), 2.0, -1.0)
+    return draw_TE.topk(shape.k, dim=1).indices
+
+
+def _rows(
+    names: Sequence[str], settings: dict[str, Any], *, rounds: int, warmup: int, memory: bool
+) -> list[dict[str, Any]]:
+    calls = {name: contestant(name, **settings) for name in names}
+    timings = race(calls, rounds=rounds, warmup=warmup)
+    calls.clear()
+    found = []
+    for name in names:
+        over = {other: ratio(timings[other], timings[name]) if other in timings else None for other in (DENSE, LIMIT)}
+        found.append(
+            {
+                **row("layer", name, timings[name]),
+                "mode": settings["mode"],
+                "dtype": settings["dtype"],
+                "shape": asdict(SHAPES[settings["shape"]]) | {"name": settings["shape"]},
+                "skew": settings["skew"] or None,
+                **ratio_keys("ratio_to_dense", over[DENSE]),
+                **ratio_keys("ratio_to_limit", over[LIMIT]),
+                "peak_mib": peak_mib(partial(few_calls, name, settings)) if memory and name != LIMIT else None,
+            }
+        )
+    return found
+
+
+def _check(shapes: Sequence[str], modes: Sequence[str], dtype: str) -> None:
+    for kind, asked, legal in (("shape", shapes, SHAPES), ("mode", modes, MODES), ("dtype", (dtype,), DTYPES)):
+        for name in asked or [""]:
+            if name not in legal:
+                raise ConfigError(f"unknown {kind} {name!r}; available: {', '.join(legal)}")
+
+
+def _peers(shape: Shape, dtype: torch.dtype, asked: Sequence[str]) -> list[str]:
+    """Those asked for, or all that fit: gathering every token's own weights, as batched_mm does, is for few tokens."""
+    experts = FFNExperts(1, 1, 1, kind=shape.expert)
+    experts.to(dtype)
+    refused = available_backends(experts, dtype=dtype, device=torch.device("cpu"))
+    ours = [f"{OURS}{name}" for name, reason in refused.items() if not reason]
+    theirs = [f"{THEIRS}{name}" for name in IMPLEMENTATIONS if name != "batched_mm" or shape.tokens <= 16]
+    legal = [*ours, *theirs, DENSE, LIMIT]
+    for name in asked:
+        if name not in legal:
+            why = refused.get(name.removeprefix(OURS), "")
+            raise ConfigError(f"unknown peer {name!r}{': ' + why if why else ''}; available: {', '.join(legal)}")
+    return list(asked) or legal

@@ -1,0 +1,23 @@
+"""Processes and what moves between them: the world, groups of ranks, the torch.distributed transport, the ledger."""
+
+from turnout.comm.groups import ExpertGroup, Groups, expert_mesh, make_groups
+from turnout.comm.ledger import Ledger
+from turnout.comm.sizes import Sizes
+from turnout.comm.transport import Arrived, TorchTransport
+from turnout.comm.watch import Watch
+from turnout.comm.world import World, is_launched, join
+
+__all__ = [
+    "Arrived",
+    "ExpertGroup",
+    "Groups",
+    "Ledger",
+    "Sizes",
+    "TorchTransport",
+    "Watch",
+    "World",
+    "expert_mesh",
+    "is_launched",
+    "join",
+    "make_groups",
+]

@@ -1,0 +1,123 @@
+"""Groups of ranks that a strategy needs, made at the start and all warmed, with one timeout."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from turnout.alltoall import Axis
+from turnout.comm.world import World
+from turnout.errors import ConfigError
+from turnout.strategy import Strategy
+from turnout.topology import Mesh
+
+_BOTH: frozenset[Axis] = frozenset(("node", "local"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertGroup:
+    """The ranks that share the experts of a layer, on their nodes."""
+
+    mesh: Mesh
+    rank: int  # this process's, in the mesh
+    wires: Mapping[frozenset[Axis], ProcessGroup | None]  # axes -> ranks that differ along them; None: this one alone
+
+    def along(self, axes: Collection[Axis]) -> ProcessGroup | None:
+        """The group of an exchange along these axes; None where it reaches nobody else."""
+        return self.wires[frozenset(axes)]
+
+    @property
+    def whole(self) -> ProcessGroup:
+        """All ranks of the group."""
+        group = self.wires[_BOTH]
+        assert group is not None
+        return group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The groups this process is in. None stands for a group of itself alone, which never communicates."""
+
+    world: World
+    experts: ExpertGroup | None  # ranks among which the experts of a layer are shared
+    replicas: ProcessGroup | None  # ranks that hold the same experts
+
+
+def expert_mesh(ep: int, ranks_per_node: int) -> Mesh:
+    """`ep` neighbouring ranks on their nodes.
+
+    Raises: ConfigError if such groups would begin or end in the middle of a node.
+    """
+    if ep <= ranks_per_node and ranks_per_node % ep == 0:
+        return Mesh(nodes=1, local=ep)
+    if ep % ranks_per_node == 0:
+        return Mesh(nodes=ep // ranks_per_node, local=ranks_per_node)
+    legal = [size for size in range(1, 2 * ep + 1) if ranks_per_node % size == 0 or size % ranks_per_node == 0]
+    near = min(legal, key=lambda size: (abs(size - ep), size))
+    raise ConfigError(f"strategy.ep={ep} would cut through nodes of {ranks_per_node} ranks; nearest legal: {near}")
+
+
+def make_groups(strategy: Strategy, world: World, *, timeout_s: float, cuda: bool = False) -> Groups:
+    """All groups of a strategy whose dp is known; every rank of the job calls it with the same arguments.
+
+    Raises: ConfigError if expert groups cut through nodes.
+    """
+    ep = strategy.ep
+    mesh = expert_mesh(ep, world.local_size)
+    ranks = range(world.size)
+    maker = _Maker(world, timedelta(seconds=timeout_s))
+    of_experts = [list(range(start, start + ep)) for start in ranks[::ep]]
+    whole = maker.group(of_experts)
+    wires: dict[frozenset[Axis], ProcessGroup | None] = {_BOTH: whole}
+    axes: tuple[tuple[Axis, int], ...] = (("node", 1), ("local", 0))
+    for axis, keep in axes:
+        extent = mesh.nodes if axis == "node" else mesh.local
+        lines = [line for group in of_experts for line in _lines(group, mesh, keep)]
+        wires[frozenset((axis,))] = whole if extent == ep else maker.group(lines)
+    replicas = maker.group([list(ranks[first::ep]) for first in range(ep)])
+    groups = Groups(
+        world=world,
+        experts=None if whole is None else ExpertGroup(mesh=mesh, rank=world.rank % ep, wires=wires),
+        replicas=replicas,
+    )
+    _warm([*wires.values(), replicas], cuda=cuda)
+    return groups
+
+
+def _lines(group: Sequence[int], mesh: Mesh, keep: int) -> list[list[int]]:
+    """The ranks of an expert group cut into those of equal coordinate number `keep`."""
+    extent = (mesh.nodes, mesh.local)[keep]
+    return [[rank for place, rank in enumerate(group) if mesh.place(place)[keep] == at] for at in range(extent)]
+
+
+class _Maker:
+    """Makes process groups in the same order on all ranks."""
+
+    def __init__(self, world: World, timeout: timedelta) -> None:
+        self._world, self._timeout = world, timeout
+
+    def group(self, parts: Sequence[Sequence[int]]) -> ProcessGroup | None:
+        """This rank's of these equally large groups; None if it is alone there."""
+        if len(parts[0]) == 1:
+            return None
+        if len(parts) == 1:
+            return dist.group.WORLD
+        made = {rank: group for part in parts for group in [self._made(part)] for rank in part}
+        return made[self._world.rank]
+
+    def _made(self, ranks: Sequence[int]) -> ProcessGroup:
+        made = dist.new_group(list(ranks), timeout=self._timeout)
+        # a number stands for the groups of other ranks
+        return cast(ProcessGroup, made)
+
+
+def _warm(groups: Iterable[ProcessGroup | None], *, cuda: bool) -> None:
+    """One collective on each: connections are made now, not in the middle of the first step."""
+    for group in dict.fromkeys(groups):
+        for device in ("cpu", "cuda") if cuda else ("cpu",):
+            if group is not None:
+                dist.all_reduce(torch.zeros(1, device=device), group=group)

@@ -1,0 +1,86 @@
+"""The byte ledger: what this rank handed to each collective of its expert layers."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from turnout.alltoall import Traffic
+from turnout.topology import Mesh
+
+Phase = Literal["forward", "backward"]
+Kind = Literal["rows", "counts"]  # what a program moves; what must be known before: counts of rows, or a capacity
+Sent = dict[int, list[int]]  # rank of the expert group -> [bytes, messages]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whereabouts:
+    """Where a rank is; ranks of a job go through the same collectives, so their numbers compare."""
+
+    step: int = 0
+    collective: str = "start"  # the last one it entered
+    is_inside: bool = False
+    number: int = 0  # collectives entered so far
+    since_s: float = 0.0  # time of day when it entered or left
+
+
+class Ledger:
+    """Bytes and messages to each rank of the expert group, added up by layer, phase and kind until `clear`.
+
+    What stays on its rank is not in it; an empty message is. `where` says in which collective this rank is.
+    """
+
+    def __init__(self) -> None:
+        self._sent: dict[tuple[str, Phase, Kind], Sent] = {}
+        self._host_copies: dict[str, int] = defaultdict(int)
+        self.where = Whereabouts()
+
+    def note(self, layer: str, phase: Phase, kind: Kind, sent_bytes: Mapping[int, int]) -> None:
+        """One message to each of these ranks."""
+        entries = self._sent.setdefault((layer, phase, kind), {})
+        for rank, size in sent_bytes.items():
+            entry = entries.setdefault(rank, [0, 0])
+            entry[0] += size
+            entry[1] += 1
+
+    @contextmanager
+    def inside(self, collective: str, *, step: int | None = None) -> Iterator[None]:
+        """While the context lasts this rank is in that collective; `step` begins one."""
+        before = self.where
+        number, step = before.number + 1, before.step if step is None else step
+        self.where = Whereabouts(step=step, collective=collective, is_inside=True, number=number, since_s=time.time())
+        yield
+        self.where = replace(self.where, is_inside=False, since_s=time.time())
+
+    def note_host_copy(self, layer: str) -> None:
+        """A copy from the device that the host waited for."""
+        self._host_copies[layer] += 1
+
+    def sent(self, layer: str, phase: Phase, kind: Kind = "rows") -> Sent:
+        """Rank -> [bytes, messages]."""
+        return {rank: list(entry) for rank, entry in self._sent.get((layer, phase, kind), {}).items()}
+
+    def traffic(self, rank: int, mesh: Mesh, *, kind: Kind = "rows") -> Traffic:
+        """All of a kind by class of link, as `rank` of `mesh` sent it."""
+        total = Traffic()
+        for (_, _, of_kind), entries in self._sent.items():
+            for to, (sent_bytes, messages) in entries.items() if of_kind == kind else ():
+                total += _by_link(mesh.place(rank)[0] == mesh.place(to)[0], sent_bytes, messages)
+        return total
+
+    def host_copies(self, layer: str) -> int:
+        """Copies the host waited for in a layer."""
+        return self._host_copies.get(layer, 0)
+
+    def clear(self) -> None:
+        """Begin anew, as at each step."""
+        self._sent.clear()
+        self._host_copies.clear()
+
+
+def _by_link(is_near: bool, sent_bytes: float, messages: float) -> Traffic:
+    if is_near:
+        return Traffic(intra_bytes=sent_bytes, intra_messages=messages)
+    return Traffic(inter_bytes=sent_bytes, inter_messages=messages)

@@ -1,0 +1,94 @@
+"""Rows that every rank of an expert group has for every other, on the host: a program's splits follow from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from turnout.alltoall import Block, Packing
+from turnout.comm.groups import ExpertGroup
+from turnout.comm.ledger import Ledger
+from turnout.comm.wire import named
+from turnout.placement import Placement
+from turnout.topology import Mesh
+
+Units = tuple[Packing, ...]  # the merged packings of a program, in order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Counts of one call, the same on every rank."""
+
+    mesh: Mesh
+    placement: Placement
+    experts: Sequence[Sequence[int]]  # [source rank][expert]: assignments
+    merged: Mapping[Packing, Sequence[Sequence[int]]]  # [source rank][rank or node]: tokens that go there
+
+    def rows(self, packing: Packing, block: Block) -> int:
+        """Rows of a block."""
+        source, to = block
+        return self._assignments[source][to] if packing == "assignment" else self.merged[packing][source][to]
+
+    def labels(self, packing: Packing, block: Block) -> int:
+        """Assignments that the rows of a block stand for."""
+        source, to = block
+        if packing != "node":
+            return self._assignments[source][to]
+        return sum(self._assignments[source][to * self.mesh.local : (to + 1) * self.mesh.local])
+
+    @cached_property
+    def _assignments(self) -> list[list[int]]:
+        spans = [self.placement.experts_of(rank) for rank in range(self.placement.ranks)]
+        return [[sum(counts[span.start : span.stop]) for span in spans] for counts in self.experts]
+
+
+def equal_sizes(mesh: Mesh, placement: Placement, capacity: int) -> Sizes:
+    """Sizes of blocks padded to `capacity` rows for each expert: known to every rank without a message."""
+    each = [capacity] * placement.num_experts
+    return Sizes(mesh=mesh, placement=placement, experts=[each] * mesh.size, merged={})
+
+
+def exchange_sizes(
+    counts_E: Tensor,
+    merged: Mapping[Packing, Tensor],
+    group: ExpertGroup,
+    placement: Placement,
+    *,
+    ledger: Ledger,
+    layer: str,
+) -> Sizes:
+    """Every rank's counts, gathered: one small message to each rank, and the one copy that the host waits for.
+
+    Shapes: counts_E (E,) this rank's assignments; merged: (ranks,) or (nodes,), its tokens that go there.
+    """
+    counts_X = torch.cat([counts_E, *merged.values()]).to(torch.int64)
+    ranks = group.mesh.size
+    gathered_PX = counts_X.new_empty(ranks, len(counts_X))
+    with named("all-gather of counts", layer, group.whole, ledger):
+        dist.all_gather(list(gathered_PX), counts_X, group=group.whole)
+    size = counts_X.element_size() * len(counts_X)
+    ledger.note(layer, "forward", "counts", {peer: size for peer in range(ranks) if peer != group.rank})
+    ledger.note_host_copy(layer)
+    rows = gathered_PX.tolist()
+    ends = {packing: len(values) for packing, values in merged.items()}
+    start, found = len(counts_E), {}
+    for packing, length in ends.items():
+        found[packing] = [row[start : start + length] for row in rows]
+        start += length
+    experts = [row[: len(counts_E)] for row in rows]
+    return Sizes(mesh=group.mesh, placement=placement, experts=experts, merged=found)
+
+
+def agreed_capacity(capacity: int, group: ExpertGroup, *, ledger: Ledger, layer: str) -> int:
+    """The largest capacity of the group, on the host: ranks with fewer tokens may ask for less.
+
+    A number of eight bytes to each rank, by gloo; no device is waited for.
+    """
+    number = torch.tensor([capacity], dtype=torch.int64)
+    with named("capacity", layer, group.whole, ledger):
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group.whole)
+    ledger.note(layer, "forward", "counts", {p: 8 for p in range(group.mesh.size) if p != group.rank})
+    return int(number)

@@ -1,0 +1,130 @@
+"""The processes of a job: who this one is, and what all of them agree on between steps."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from turnout.errors import ConfigError, TurnoutError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among those of its job. Of one process nothing is ever sent."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1  # processes of a node
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what the job writes once."""
+        return self.rank == 0
+
+    def first(self, value: T) -> T:
+        """What the first rank gave. Every rank calls it; the value must pickle."""
+        if self.size == 1:
+            return value
+        box = [value if self.is_first else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # pyright: ignore[reportReturnType]
+
+    def all(self, value: T) -> list[T]:
+        """What each rank gave, in their order. Every rank calls it; the values must pickle."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives on this rank. Every rank calls it.
+
+        Raises: on every rank what it raised on the first that failed, if that is an error of ours or of a file: a rank
+        that left alone would keep the others waiting.
+        """
+        if self.size == 1:
+            return work()
+        value = failure = None
+        try:
+            value = work()
+        except (TurnoutError, OSError) as error:
+            failure = error
+        found = next((error for error in self.all(failure) if error is not None), None)
+        if found is not None:
+            raise found from failure
+        return value  # pyright: ignore[reportReturnType]
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Of each number the largest over ranks."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Of each number the sum over ranks."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.total([0.0])
+
+    def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers, op=how)
+        return numbers.tolist()
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def current_world(local_size: int = 0) -> World:
+    """The world of the process group there is, or of this process alone; `local_size` 0: all ranks are on one node."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return World()
+    size = dist.get_world_size()
+    return World(rank=dist.get_rank(), size=size, local_size=local_size or size)
+
+
+@contextmanager
+def join(*, cuda: bool, timeout_s: float) -> Iterator[World]:
+    """The world that torchrun started this process in, as long as the context lasts; alone without torchrun.
+
+    CPU tensors travel by gloo, CUDA tensors by NCCL. A collective that waits longer than `timeout_s` fails.
+    Raises: ConfigError if torchrun's variables are incomplete.
+    """
+    if not is_launched():
+        yield World()
+        return
+    rank, size, local_rank, local_size = _launch()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    world = World(rank=rank, size=size, local_size=local_size)
+    try:
+        yield world
+        # all is done and written: a rank that is gone already does no harm
+        with suppress(RuntimeError):
+            world.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _launch() -> tuple[int, ...]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but {missing[0]} is "
+            "not set; start it with torchrun"
+        )
+    return tuple(int(os.environ[name]) for name in names[:4])

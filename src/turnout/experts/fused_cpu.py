@@ -1,0 +1,133 @@
+"""All experts in one compiled pass on the CPU: gather, products, activation, weighted sum, while rows are in cache."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turnout.contracts import ExpertBackend, FusedBackend, Refusal
+from turnout.experts.fused_op import fused_experts
+from turnout.experts.weights import FFNExperts
+from turnout.kernels import KINDS, Kernel, Routing, Weights, trusted_kernel
+from turnout.kernels.build import cpu_flags
+from turnout.tensors import Admission, Assignment, Ragged, Rows, first_order
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Fused(torch.autograd.Function):
+    """Saves its inputs and the values before the activation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_N: Tensor,
+        up_EDG: Tensor,
+        down_EFD: Tensor,
+        up_bias_EG: Tensor | None,
+        down_bias_ED: Tensor | None,
+        kind: str,
+        routing: Routing,
+        kernel: Kernel,
+        keep: bool,
+    ) -> Tensor:
+        weights = Weights(
+            up_EDG=up_EDG.contiguous(),
+            down_EFD=down_EFD.contiguous(),
+            up_bias_EG=up_bias_EG,
+            down_bias_ED=down_bias_ED,
+            kind=kind,
+        )
+        saved_rows = routing.num_rows if keep else None
+        y_TD, saved = kernel.forward(x_TD, weight_N, weights, routing, saved_rows=saved_rows)
+        if keep:
+            ctx.save_for_backward(x_TD, weight_N, weights.up_EDG, weights.down_EFD, up_bias_EG, down_bias_ED, saved)
+            ctx.kind, ctx.routing, ctx.kernel = kind, routing, kernel
+        return y_TD
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED, saved = ctx.saved_tensors
+        weights = Weights(
+            up_EDG=up_EDG, down_EFD=down_EFD, up_bias_EG=up_bias_EG, down_bias_ED=down_bias_ED, kind=ctx.kind
+        )
+        found = ctx.kernel.backward(
+            grads[0].contiguous(), x_TD, weight_N, weights, ctx.routing, saved, wanted=ctx.needs_input_grad[:6]
+        )
+        up_grad, down_grad = (g if g is None else g.to(up_EDG.dtype) for g in (found.up_EDG, found.down_EFD))
+        return (*found._replace(up_EDG=up_grad, down_EFD=down_grad), None, None, None, None)
+
+
+class FusedCPU(FusedBackend):
+    """The kernel of turnout.kernels, in float32; bfloat16 weights are widened as they are read."""
+
+    layout = "ragged"
+
+    def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
+        if not isinstance(experts, FFNExperts):
+            return Refusal(reason="fused_cpu computes feed-forward experts; modules of your own need backend='loop'")
+        reason = _reason(experts, dtype, device)
+        return Refusal(reason=f"{reason}; use backend='padded_bmm'") if reason else None
+
+    def run(self, experts: nn.Module, rows: Rows) -> Rows:
+        """As if each row were a token of its own."""
+        assert isinstance(rows, Ragged)
+        num_rows, num_experts = len(rows.x_MD), len(rows.counts_L)
+        row_M = torch.arange(num_rows)
+        assignment = Assignment(
+            token_N=row_M,
+            expert_N=torch.arange(num_experts).repeat_interleave(rows.counts_L, output_size=num_rows),
+            weight_N=torch.ones(num_rows),
+            choice_N=torch.zeros_like(row_M),
+            num_tokens=num_rows,
+            num_experts=num_experts,
+        )
+        admission = Admission(keep_N=None, capacity=None, dropped_E={})
+        return Ragged(x_MD=self.run_tokens(experts, rows.x_MD, assignment, admission), counts_L=rows.counts_L)
+
+    def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
+        assert isinstance(experts, FFNExperts)
+        inputs = (
+            x_TD.float().contiguous(),
+            assignment.weight_N.float().contiguous(),
+            experts.up_EDG,
+            experts.down_EFD,
+            None if experts.up_bias_EG is None else experts.up_bias_EG.float(),
+            None if experts.down_bias_ED is None else experts.down_bias_ED.float(),
+        )
+        keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+        if torch.compiler.is_compiling():
+            routes = (assignment.token_N, assignment.expert_N, admission.keep_N)
+            return fused_experts(*inputs, *routes, experts.kind, keep)[0].to(x_TD.dtype)
+        kernel = trusted_kernel()
+        assert isinstance(kernel, Kernel)
+        routing = kernel.sort(assignment, admission.keep_N)
+        return _Fused.apply(*inputs, experts.kind, routing, kernel, keep).to(x_TD.dtype)
+
+
+def _reason(experts: FFNExperts, dtype: torch.dtype, device: torch.device) -> str:
+    if device.type != "cpu":
+        return f"fused_cpu computes on the CPU, not on {device.type}"
+    if experts.kind not in KINDS:
+        return f"fused_cpu has no activation {experts.kind!r}, only {', '.join(KINDS)}"
+    if dtype not in DTYPES or experts.up_EDG.dtype not in DTYPES or experts.down_EFD.dtype != experts.up_EDG.dtype:
+        return f"fused_cpu computes float32 and bfloat16, not {dtype} with weights in {experts.up_EDG.dtype}"
+    if dtype == torch.bfloat16 and _has_bfloat16_units():
+        return "this processor multiplies bfloat16 itself, faster than fused_cpu, which would widen it to float32"
+    return _kernel_failure()
+
+
+# torch.compile asks once instead of tracing how a kernel is compiled
+@torch.compiler.assume_constant_result
+def _kernel_failure() -> str:
+    kernel = trusted_kernel()
+    return kernel if isinstance(kernel, str) else ""
+
+
+def _has_bfloat16_units() -> bool:
+    return "bf16" in cpu_flags()
+
+
+ExpertBackend.TABLE.register("fused_cpu")(FusedCPU())

@@ -1,0 +1,148 @@
+"""The kernel as an operator that torch.compile knows: one node, whose shapes do not hang on the routing."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turnout.kernels import Kernel, Routing, Weights, trusted_kernel
+from turnout.tensors import Assignment
+
+
+@torch.library.custom_op("turnout::fused_experts", mutates_args=(), device_types="cpu")
+def fused_experts(
+    x_TD: Tensor,
+    weight_N: Tensor,
+    up_EDG: Tensor,
+    down_EFD: Tensor,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    token_N: Tensor,
+    expert_N: Tensor,
+    keep_N: Tensor | None,
+    kind: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y_TD; what the backward pass wants to have back, with room for every assignment; the routes."""
+    kernel = _kernel()
+    weights = _weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
+    assignment = Assignment(
+        token_N=token_N,
+        expert_N=expert_N,
+        weight_N=weight_N,
+        choice_N=token_N,
+        num_tokens=len(x_TD),
+        num_experts=len(up_EDG),
+    )
+    routing = kernel.sort(assignment, keep_N)
+    saved_rows = len(expert_N) if keep else None
+    y_TD, saved = kernel.forward(x_TD.contiguous(), weight_N.contiguous(), weights, routing, saved_rows=saved_rows)
+    return y_TD, x_TD.new_empty(0) if saved is None else saved, routing.routes
+
+
+@fused_experts.register_fake
+def _(
+    x_TD: Tensor,
+    weight_N: Tensor,
+    up_EDG: Tensor,
+    down_EFD: Tensor,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    token_N: Tensor,
+    expert_N: Tensor,
+    keep_N: Tensor | None,
+    kind: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num, num_routes = len(expert_N), 3 + len(up_EDG) + len(x_TD) + 3 * len(expert_N)
+    size = _kernel().saved_size(_weights(up_EDG, down_EFD, None, None, kind), num) if keep else 0
+    y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    return y_TD, x_TD.new_empty(size), expert_N.new_empty(num_routes, dtype=torch.int32)
+
+
+@torch.library.custom_op("turnout::fused_experts_backward", mutates_args=(), device_types="cpu")
+def fused_experts_backward(
+    y_grad_TD: Tensor,
+    x_TD: Tensor,
+    weight_N: Tensor,
+    up_EDG: Tensor,
+    down_EFD: Tensor,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    saved: Tensor,
+    routes: Tensor,
+    kind: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """Gradients of those of the first six inputs of the forward pass that are wanted."""
+    weights = _weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
+    # the number of rows stands at the end of the experts' starts
+    routing = Routing(
+        routes=routes, num_rows=int(routes[1 + len(up_EDG)]), num_tokens=len(x_TD), num_assignments=len(weight_N)
+    )
+    found = _kernel().backward(
+        y_grad_TD.contiguous(), x_TD.contiguous(), weight_N.contiguous(), weights, routing, saved, wanted=tuple(wanted)
+    )
+    found = found._replace(up_EDG=_as(found.up_EDG, up_EDG), down_EFD=_as(found.down_EFD, down_EFD))
+    return [grad for grad in found if grad is not None]
+
+
+@fused_experts_backward.register_fake
+def _(
+    y_grad_TD: Tensor,
+    x_TD: Tensor,
+    weight_N: Tensor,
+    up_EDG: Tensor,
+    down_EFD: Tensor,
+    up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    saved: Tensor,
+    routes: Tensor,
+    kind: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    inputs = (x_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED)
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor, is_wanted in zip(inputs, wanted, strict=True)
+        if is_wanted and tensor is not None
+    ]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _, _, kind, _ = inputs
+    ctx.save_for_backward(*tensors, output[1], output[2])
+    ctx.kind = kind
+
+
+def _backward(ctx: Any, y_grad_TD: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:6])
+    found = iter(fused_experts_backward(y_grad_TD, *ctx.saved_tensors, ctx.kind, wanted))
+    return (*(next(found) if is_wanted else None for is_wanted in wanted), None, None, None, None, None)
+
+
+fused_experts.register_autograd(_backward, setup_context=_remember)
+
+
+def _kernel() -> Kernel:
+    kernel = trusted_kernel()
+    assert isinstance(kernel, Kernel)
+    return kernel
+
+
+def _weights(
+    up_EDG: Tensor, down_EFD: Tensor, up_bias_EG: Tensor | None, down_bias_ED: Tensor | None, kind: str
+) -> Weights:
+    biases = (None if bias is None else bias.contiguous() for bias in (up_bias_EG, down_bias_ED))
+    up_bias, down_bias = biases
+    return Weights(
+        up_EDG=up_EDG.contiguous(),
+        down_EFD=down_EFD.contiguous(),
+        up_bias_EG=up_bias,
+        down_bias_ED=down_bias,
+        kind=kind,
+    )
+
+
+def _as(grad: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if grad is None else grad.to(like.dtype)

@@ -1,0 +1,33 @@
+"""The CPU kernel: C++ compiled on first use, proven against the oracle on this machine, and only then trusted."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from turnout.kernels.build import compiled
+from turnout.kernels.kernel import KINDS, Gradients, Kernel, Routing, Weights
+from turnout.kernels.proof import prove
+
+__all__ = ["KINDS", "Gradients", "Kernel", "Routing", "Weights", "kernel_for", "trusted_kernel"]
+
+
+@functools.cache
+def trusted_kernel() -> Kernel | str:
+    """The kernel of this machine, or why there is none. The first call on a machine compiles it, for some seconds."""
+    library = compiled()
+    if isinstance(library, str):
+        return library
+    try:
+        kernel = Kernel(library.load())
+    except OSError as error:
+        return f"the compiled kernel cannot be loaded: {error}"
+    return prove(kernel, library.path) or kernel
+
+
+def kernel_for(rows: Tensor) -> Kernel | None:
+    """The kernel, where it can read such rows: float32 in this machine's memory, outside of torch.compile."""
+    if rows.dtype != torch.float32 or rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    kernel = trusted_kernel()
+    return kernel if isinstance(kernel, Kernel) else None

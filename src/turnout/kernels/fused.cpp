@@ -1,0 +1,67 @@
+// The experts of a Mixture-of-Experts layer on a CPU: what Python calls. Compiled by build.py on first use.
+#include <exception>
+
+#include "backward.h"
+#include "decode.h"
+#include "forward.h"
+#include "routes.h"
+#include "scores.h"
+
+using turnout::Job;
+using turnout::bfloat;
+
+namespace {
+
+template <class W>
+void forward(const Job& job) {
+  turnout::Decode<W> decode(job);
+  if (decode.fits())
+    decode.run();
+  else
+    turnout::Forward<W>(job).run();
+}
+
+// 0, or 1 when there is no memory: exceptions must not reach the caller
+template <class Pass>
+int guarded(Pass pass) {
+  try {
+    pass();
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int64_t turnout_sort(const int64_t* expert, const int64_t* token, const uint8_t* keep, int64_t assignments,
+                     int64_t tokens, int64_t experts, int32_t* routes) {
+  return turnout::sort_routes(expert, token, keep, assignments, tokens, experts, routes);
+}
+
+int turnout_forward(const Job* job) {
+  return guarded([&] { job->half_weights ? forward<bfloat>(*job) : forward<float>(*job); });
+}
+
+int turnout_backward(const Job* job) {
+  return guarded([&] {
+    if (job->half_weights)
+      turnout::Backward<bfloat>(*job).run();
+    else
+      turnout::Backward<float>(*job).run();
+  });
+}
+
+int turnout_best(const float* scores, int64_t rows, int64_t experts, int64_t k, int64_t* picks, int64_t threads,
+                 turnout::Parallel parallel) {
+  return guarded([&] { turnout::Scores(scores, rows, experts, int(threads), parallel).best(int(k), picks); });
+}
+
+int turnout_tile_columns() { return turnout::TILE_COLUMNS; }
+
+void turnout_poison() { turnout::Workspace::poison(); }
+}
+#pragma GCC visibility pop

@@ -1,0 +1,31 @@
+// What Python asks for. The order of the fields is that of `Job` in kernel.py.
+#pragma once
+
+#include <cstdint>
+
+namespace turnout {
+
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
+
+struct Job {
+  int64_t tokens, dim, hidden, experts, assignments, kind, half_weights, threads;
+  Parallel parallel;      // of the thread pool torch uses, or null
+  const int32_t* routes;  // from turnout_sort
+  const float* x;         // (T, D)
+  const float* weight;    // (N)
+  const void* up;         // (E, D, G), of float or bfloat
+  const void* down;       // (E, F, D), likewise
+  const float* up_bias;   // (E, G) or null
+  const float* down_bias; // (E, D) or null
+  float* saved;           // values before the activation: written forward, read backward; null in inference
+  float* y;               // (T, D), of the forward pass
+  const float* d_y;       // (T, D); from here on of the backward pass, null for what is not wanted
+  float* d_x;
+  float* d_weight;  // (N), zero where nothing was sent
+  float* d_up;
+  float* d_down;
+  float* d_up_bias;
+  float* d_down_bias;
+};
+
+}  // namespace turnout

@@ -1,0 +1,178 @@
+"""The compiled functions, called on tensors."""
+
+import ctypes
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from turnout.errors import ShapeError, TurnoutError
+from turnout.tensors import Assignment
+
+# numbers in activation.h
+KINDS = {"relu": 0, "gelu": 1, "swiglu": 2, "swiglu_clamped": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Of all experts: matrices in float32 or bfloat16, biases in float32; contiguous."""
+
+    up_EDG: Tensor
+    down_EFD: Tensor
+    up_bias_EG: Tensor | None
+    down_bias_ED: Tensor | None
+    kind: str
+
+    @property
+    def is_half(self) -> bool:
+        return self.up_EDG.dtype == torch.bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Assignments in the order of the experts, as routes.h lays them out."""
+
+    routes: Tensor
+    num_rows: int
+    num_tokens: int
+    num_assignments: int
+
+
+class Gradients(NamedTuple):
+    """Of whatever was wanted; the order is that of the autograd function's inputs."""
+
+    x_TD: Tensor | None
+    weight_N: Tensor | None
+    up_EDG: Tensor | None
+    down_EFD: Tensor | None
+    up_bias_EG: Tensor | None
+    down_bias_ED: Tensor | None
+
+
+class Kernel:
+    """What a compiled library can do; it keeps its workspace from call to call."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._sort = library.turnout_sort
+        self._sort.argtypes, self._sort.restype = [pointer] * 3 + [number] * 3 + [pointer], number
+        self._forward, self._backward = library.turnout_forward, library.turnout_backward
+        for function in (self._forward, self._backward):
+            function.argtypes, function.restype = [pointer], ctypes.c_int
+        self._best = library.turnout_best
+        self._best.argtypes = [pointer, number, number, number, pointer, number, pointer]
+        self.poison = library.turnout_poison
+        self._tile_columns = library.turnout_tile_columns()
+        self._pool = _torch_pool()
+
+    def sort(self, assignment: Assignment, keep_N: Tensor | None) -> Routing:
+        """Order the kept assignments by expert.
+
+        Raises: ShapeError if one names an expert or a token that does not exist.
+        """
+        expert_N, token_N = assignment.expert_N.contiguous(), assignment.token_N.contiguous()
+        num_tokens, num_experts, num = assignment.num_tokens, assignment.num_experts, len(expert_N)
+        keep_N = None if keep_N is None else keep_N.contiguous()
+        routes = torch.empty(3 + num_experts + num_tokens + 3 * num, dtype=torch.int32)
+        num_rows = self._sort(
+            expert_N.data_ptr(), token_N.data_ptr(), _at(keep_N), num, num_tokens, num_experts, routes.data_ptr()
+        )
+        if num_rows < 0:
+            raise ShapeError(
+                f"the assignment has experts {int(expert_N.min())} to {int(expert_N.max())} and tokens "
+                f"{int(token_N.min())} to {int(token_N.max())}; there are {num_experts} experts and {num_tokens} tokens"
+            )
+        return Routing(routes=routes, num_rows=num_rows, num_tokens=num_tokens, num_assignments=num)
+
+    def forward(
+        self, x_TD: Tensor, weight_N: Tensor, weights: Weights, routing: Routing, *, saved_rows: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """y_TD, and what the backward pass wants to have back, with room for `saved_rows`; None: nothing is.
+
+        Everything is float32 and contiguous.
+        """
+        saved = None if saved_rows is None else x_TD.new_empty(self.saved_size(weights, saved_rows))
+        y_TD = torch.empty_like(x_TD)
+        self._run(self._forward, x_TD, weight_N, weights, routing, (saved, y_TD))
+        return y_TD, saved
+
+    def backward(
+        self,
+        y_grad_TD: Tensor,
+        x_TD: Tensor,
+        weight_N: Tensor,
+        weights: Weights,
+        routing: Routing,
+        saved: Tensor,
+        *,
+        wanted: tuple[bool, ...],
+    ) -> Gradients:
+        """Gradients of those inputs that are `wanted`, in the order of Gradients; those of matrices in float32."""
+        like = (x_TD, weight_N, weights.up_EDG, weights.down_EFD, weights.up_bias_EG, weights.down_bias_ED)
+        fresh = [
+            torch.empty_like(tensor, dtype=torch.float32) if tensor is not None and is_wanted else None
+            for tensor, is_wanted in zip(like, wanted, strict=True)
+        ]
+        if fresh[1] is not None:
+            # what was dropped has no row to write it
+            fresh[1].zero_()
+        self._run(self._backward, x_TD, weight_N, weights, routing, (saved, None, y_grad_TD, *fresh))
+        return Gradients(*fresh)
+
+    def best(self, scores_RE: Tensor, k: int) -> Tensor:
+        """Experts of the k highest scores, best first, of equals the lower index; float32 in, (R, k) int64 out."""
+        scores_RE = scores_RE.detach().contiguous()
+        num_rows, num_experts = scores_RE.shape
+        expert_RK = torch.empty(num_rows, k, dtype=torch.int64)
+        threads, pool = torch.get_num_threads(), self._pool
+        _check(self._best(scores_RE.data_ptr(), num_rows, num_experts, k, expert_RK.data_ptr(), threads, pool))
+        return expert_RK
+
+    def saved_size(self, weights: Weights, num_rows: int) -> int:
+        """Numbers that are kept for the backward pass of so many rows."""
+        hidden = weights.down_EFD.shape[1]
+        parts = weights.up_EDG.shape[2] // hidden
+        panels = -(-hidden // self._tile_columns)
+        return num_rows * panels * self._tile_columns * parts
+
+    def _run(
+        self,
+        function: Callable[[int], int],
+        x_TD: Tensor,
+        weight_N: Tensor,
+        weights: Weights,
+        routing: Routing,
+        rest: tuple[Tensor | None, ...],
+    ) -> None:
+        num_experts, hidden, dim = weights.down_EFD.shape
+        sizes = (routing.num_tokens, dim, hidden, num_experts, routing.num_assignments, KINDS[weights.kind])
+        own = (weights.up_EDG, weights.down_EFD, weights.up_bias_EG, weights.down_bias_ED)
+        tensors = (routing.routes, x_TD, weight_N, *own, *rest)
+        job = array("q", (*sizes, weights.is_half, torch.get_num_threads(), self._pool, *map(_at, tensors)))
+        job.extend([0] * (NUM_FIELDS - len(job)))
+        _check(function(job.buffer_info()[0]))
+
+
+NUM_FIELDS = 25  # of `Job` in job.h
+
+
+def _at(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _torch_pool() -> int:
+    """Address of GOMP_parallel in the OpenMP library torch computes with, or 0: a second pool would fight the first."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise TurnoutError("the kernel found no memory for its workspace")

@@ -1,0 +1,136 @@
+// Each token's rows added up in a fixed order, by waves: while one is computed, the one before it is added.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "job.h"
+#include "routes.h"
+#include "schedule.h"
+
+namespace turnout {
+
+enum TaskKind { COMPUTE, ADD_UP, CLEAR, REDUCE, FILL };
+
+struct Unit {  // consecutive rows of one expert, the work of one task
+  int expert, first, rows;
+  int part = 0, first_block = 0, end_block = 1;
+};
+
+// Where the rows of a matrix (T, D) come from; with a single row for each token they go there straight.
+class RowSums {
+ public:
+  RowSums(const Job& job, const Routes& routes, float* out, const std::vector<Unit>& units)
+      : routes_(routes), units_(units), out_(out), tokens_(job.tokens), dim_(job.dim) {
+    direct_ = *routes.single || !out;
+    chunks_ = std::max<long>(1, std::min<long>(tokens_ / 64, 4 * job.threads));
+    long all = 0, largest = 0;
+    for (const Unit& unit : units) {
+      all += unit.rows;
+      largest = std::max<long>(largest, unit.rows);
+    }
+    const long half = std::max(HALF_FLOATS / dim_, largest);
+    const long most = direct_ || all <= 2 * half ? all : half;
+    for (int u = 0; u < int(units.size()); u++) {
+      if (waves_.empty() || waves_.back().rows + units[u].rows > most) {
+        waves_.push_back({u, u, units[u].first, 0, long(waves_.size() % 2) * half * dim_});
+      }
+      waves_.back().end_unit = u + 1;
+      waves_.back().rows += units[u].rows;
+      wave_of_.push_back(int(waves_.size()) - 1);
+    }
+    floats_ = direct_ ? 0 : (waves_.size() > 1 ? 2 * half : all) * dim_;
+  }
+
+  size_t floats() const { return floats_; }
+  void use(float* buffer) { buffer_ = buffer; }
+
+  // Where row `row` of a unit is to be written.
+  float* place(int unit, int row) const {
+    if (direct_) return out_ + routes_.token[row] * dim_;
+    const Wave& wave = waves_[wave_of_[unit]];
+    return buffer_ + wave.place + (row - wave.first_row) * dim_;
+  }
+
+  // The units' tasks, largest first within a wave, each also of group also[unit]; and those that add up.
+  void plan(Schedule& schedule, const std::vector<int>& also) {
+    std::vector<int> added;
+    int computed = -1;
+    for (int w = 0; w < int(waves_.size()); w++) {
+      std::vector<int> order;
+      for (int u = waves_[w].first_unit; u < waves_[w].end_unit; u++) order.push_back(u);
+      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return units_[a].rows > units_[b].rows; });
+      const int group = schedule.group();
+      for (int u : order) schedule.add({COMPUTE, u, w > 1 && !direct_ ? added[w - 2] : -1, group, also[u]});
+      if (w > 0) add_up_after(schedule, w - 1, computed, added);
+      computed = group;
+    }
+    if (!waves_.empty()) add_up_after(schedule, int(waves_.size()) - 1, computed, added);
+    if (direct_ && out_)
+      for (int chunk = 0; chunk < chunks_; chunk++) schedule.add({CLEAR, chunk});
+  }
+
+  // The rows of one wave, of one part of the tokens.
+  void add_up(int index) const {
+    const int w = index / chunks_;
+    const Wave& wave = waves_[w];
+    const long end_row = wave.first_row + wave.rows;
+    for (long t = first_token(index % chunks_); t < first_token(index % chunks_ + 1); t++) {
+      float* __restrict__ sum = out_ + t * dim_;
+      bool fresh = w == 0;
+      for (int i = routes_.token_start[t]; i < routes_.token_start[t + 1]; i++) {
+        const long row = routes_.row[i];
+        if (row < wave.first_row || row >= end_row) continue;
+        const float* __restrict__ from = buffer_ + wave.place + (row - wave.first_row) * dim_;
+        if (fresh)
+          std::memcpy(sum, from, dim_ * sizeof(float));
+        else
+          for (long d = 0; d < dim_; d++) sum[d] += from[d];
+        fresh = false;
+      }
+      if (fresh) std::memset(sum, 0, dim_ * sizeof(float));
+    }
+  }
+
+  // Zeros for tokens without a row, where the others are written straight.
+  void clear(int chunk) const {
+    for (long t = first_token(chunk); t < first_token(chunk + 1); t++)
+      if (routes_.token_start[t] == routes_.token_start[t + 1]) std::memset(out_ + t * dim_, 0, dim_ * sizeof(float));
+  }
+
+ private:
+  static constexpr long HALF_FLOATS = 4 << 20;  // of 16 MiB: two of them hold what is computed and what is added
+
+  struct Wave {
+    int first_unit, end_unit, first_row;
+    long rows, place;
+  };
+
+  long first_token(int chunk) const { return tokens_ * chunk / chunks_; }
+
+  void add_up_after(Schedule& schedule, int wave, int computed, std::vector<int>& added) const {
+    added.push_back(schedule.group());
+    if (direct_) return;
+    for (int chunk = 0; chunk < chunks_; chunk++)
+      schedule.add({ADD_UP, wave * chunks_ + chunk, computed, added.back(), -1, wave ? added[wave - 1] : -1});
+  }
+
+  const Routes& routes_;
+  const std::vector<Unit>& units_;
+  float* out_;
+  const long tokens_, dim_;
+  bool direct_;
+  int chunks_;
+  std::vector<Wave> waves_;
+  std::vector<int> wave_of_;
+  size_t floats_;
+  float* buffer_ = nullptr;
+};
+
+// Rows of an expert that are computed together: a block of them stays near the processor.
+inline int most_rows(long dim) { return int(std::max<long>(128, std::min<long>(640, (1 << 20) / dim))); }
+
+inline long padded_dim(long dim) { return (dim + LANES - 1) / LANES * LANES; }
+
+}  // namespace turnout

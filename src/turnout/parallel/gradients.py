@@ -1,0 +1,62 @@
+"""The gradients of a step from those of its ranks: sums over all tokens, with one divisor for dense and for experts."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from turnout.parallel.apply import Parallel
+
+BUCKET_BYTES = 32 << 20
+
+
+def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
+    """Average over ranks, in place: the losses of all ranks, each weighed by the number of ranks, add up to the step's.
+
+    A dense gradient is the mean over all ranks. An expert's has the tokens of its whole expert group already, for the
+    all-to-all brought them: what is missing is the sum over the group's replicas, and the same divisor.
+    A parameter with a gradient on any rank has one on all after; the collectives do not depend on which.
+    """
+    world = parallel.world
+    if world.size == 1:
+        return
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with parallel.ledger.inside("reduction of gradients"):
+        _reduce(named, parallel)
+
+
+def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> None:
+    world = parallel.world
+    has_grad = world.largest([float(parameter.grad is not None) for _, parameter in named])
+    dense, experts = [], []
+    for (name, parameter), wanted in zip(named, has_grad, strict=True):
+        if wanted:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            (experts if name in parallel.shards.placements else dense).append(parameter.grad)
+    _average(dense, dist.group.WORLD, world.size)
+    _average(experts, parallel.groups.replicas, world.size)
+
+
+def _average(grads: Sequence[Tensor], group: ProcessGroup | None, divisor: int) -> None:
+    for bucket in _buckets(grads):
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        if group is not None:
+            dist.all_reduce(flat, group=group)
+        for grad, part in zip(bucket, flat.div_(divisor).split([g.numel() for g in bucket]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def _buckets(grads: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, so many that a message is worth its latency."""
+    bucket: list[Tensor] = []
+    size = 0
+    for grad in grads:
+        if bucket and (grad.dtype != bucket[0].dtype or size >= BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(grad)
+        size += grad.numel() * grad.element_size()
+    if bucket:
+        yield bucket

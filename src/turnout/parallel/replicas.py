@@ -1,0 +1,50 @@
+"""Ranks that should hold the same weights do: the bug that makes experts or replicas drift apart shows at once."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from turnout.errors import TransportError
+from turnout.parallel.apply import Parallel
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_replicas(model: nn.Module, parallel: Parallel) -> None:
+    """Compare a sum over the bits of every tensor: dense ones over all ranks, slices of experts over their replicas.
+
+    Every rank calls it.
+    Raises: TransportError naming the first tensor that differs, on every rank that sees it differ.
+    """
+    if parallel.world.size == 1:
+        return
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel()}
+    cut = [name for name in tensors if name in parallel.shards.placements]
+    dense = [name for name in tensors if name not in parallel.shards.placements]
+    differing = _differing(dense, tensors, dist.group.WORLD) + _differing(cut, tensors, parallel.groups.replicas)
+    if differing:
+        raise TransportError(
+            f"rank {parallel.world.rank}: {differing[0]} is not the same on all ranks that hold it "
+            f"({len(differing)} of {len(tensors)} tensors differ): the model must be equal on all ranks before it is "
+            "laid out, and its gradients reduced in every step"
+        )
+
+
+def _differing(names: Sequence[str], tensors: dict[str, Tensor], group: ProcessGroup | None) -> list[str]:
+    if group is None or not names:
+        return []
+    marks = torch.tensor([_mark(tensors[name]) for name in names], dtype=torch.int64)
+    # the largest of x and of -x: they belong to one number only if all ranks have it
+    extremes = torch.stack([marks, -marks])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    differ = extremes[0] != -extremes[1]
+    return [name for name, differs in zip(names, differ.tolist(), strict=True) if differs]
+
+
+def _mark(tensor: Tensor) -> int:
+    bits = tensor.detach().contiguous().reshape(-1).view(_BITS[tensor.element_size()])
+    # halves: a sum of 64-bit numbers may wrap round, but wraps alike everywhere
+    return int(bits.sum(dtype=torch.int64)) >> 1

@@ -1,0 +1,35 @@
+"""Which strategies this version trains with: what cannot be honoured is refused, never passed over."""
+
+from typing import Any
+
+from turnout.alltoall import PROGRAMS
+from turnout.errors import ConfigError
+from turnout.strategy import Strategy
+
+# fields that `turnout plan` knows and training does not yet -> the one value that training has
+_ONLY: dict[str, Any] = {
+    "tp": 1,
+    "cp": 1,
+    "pp": 1,
+    "virtual_stages": 1,
+    "etp": 1,
+    "zero": 0,
+    "zero_size": 0,
+    "recompute": "none",
+    "overlap": 1,
+    "dispatch_precision": "",
+    "grad_precision": "fp32",
+}
+
+
+def check_supported(strategy: Strategy) -> None:
+    """Raises: ConfigError naming the field, its value and the legal one."""
+    for name, legal in _ONLY.items():
+        value = getattr(strategy, name)
+        if value != legal:
+            raise ConfigError(
+                f"strategy.{name}={value!r} can be planned (turnout plan) but not trained with in this version; "
+                f"legal: {legal!r}"
+            )
+    if strategy.alltoall not in PROGRAMS:
+        PROGRAMS[strategy.alltoall]

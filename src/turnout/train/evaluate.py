@@ -1,0 +1,60 @@
+"""The mean loss on validation text: the same text whatever the number of ranks, which take turns with its batches."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+
+from turnout.comm import World
+from turnout.data.sampler import Batch, validation_batches
+from turnout.data.shards import TokenShard
+from turnout.layers.lm_loss import IGNORE
+from turnout.models import Decoder
+from turnout.train.signals import StopRequest
+
+
+def mean_loss(
+    model: Decoder,
+    text: TokenShard,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_tokens: int,
+    world: World,
+    autocast: torch.autocast,
+    stop: StopRequest | None = None,
+) -> float | None:
+    """Mean loss of a target, the same number on every rank; None where a stop request of any rank ended it early.
+
+    All ranks make the same number of calls, for experts may lie on any of them: a rank that is left without text
+    computes on padding.
+    """
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.inference_mode(), autocast:
+        for turn in _turns(validation_batches(text, batch_size, seq_len, max_tokens), world.size):
+            if world.largest([float(stop is not None and stop.requested)])[0]:
+                count = 0
+                break
+            mine = turn[world.rank] if world.rank < len(turn) else _padding(turn[0])
+            batch = mine.to(device)
+            main = model.loss(batch.tokens_BS, batch.targets_BS, mask_BS=batch.mask_BS).main.item()
+            targets = batch.targets_BS.numel() if batch.mask_BS is None else 0
+            total, count = total + (main * targets if targets else 0.0), count + targets
+    model.train()
+    total, count = world.total([total, float(count)])
+    return total / count if count else None
+
+
+def _turns(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    while turn := list(islice(batches, size)):
+        yield turn
+
+
+def _padding(like: Batch) -> Batch:
+    return Batch(
+        tokens_BS=like.tokens_BS,
+        targets_BS=torch.full_like(like.targets_BS, IGNORE),
+        mask_BS=torch.zeros_like(like.tokens_BS, dtype=torch.bool),
+    )

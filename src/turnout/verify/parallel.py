@@ -1,0 +1,154 @@
+"""The self-check of a layout: a recipe's model on many ranks of this machine against one process, tensor by tensor."""
+
+import math
+import os
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from turnout.comm import World
+from turnout.comm.processes import start_ranks
+from turnout.config import dump_toml, from_dict
+from turnout.data.sampler import Batch
+from turnout.errors import ConfigError
+from turnout.losses import LoadBalance
+from turnout.models import Decoder, ModelConfig
+from turnout.parallel import Parallel, apply
+from turnout.train.device import autocast_for
+from turnout.train.recipe import Recipe, check_ranks
+from turnout.train.step import train_step
+
+LENGTH = 32  # tokens of the one sequence that a rank gets
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+TIMEOUT_S = 300.0
+_LEAST = 1e-6  # a tensor is measured against its largest value, or this where it is all but zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One tensor of the step: how far the ranks are from one process, over its largest value."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """False for NaN too."""
+        return self.error <= self.tolerance
+
+
+def verify_parallel(recipe: Recipe, ranks: int) -> list[Compared]:
+    """Logits, losses, statistics and every gradient of one step, on `ranks` gloo processes and in this one.
+
+    In float64, or in float32 where the recipe names an expert backend that has no other; random tokens, no noise.
+    Raises: ConfigError if the recipe cannot run on so many ranks.
+    """
+    sized = replace(recipe, loop=replace(recipe.loop, batch_size=ranks))
+    if ranks < 2:
+        raise ConfigError(f"ranks={ranks} must be at least 2: one process is what they are compared with")
+    check_ranks(sized, ranks)
+    dtype = _dtype(recipe.model)
+    with tempfile.TemporaryDirectory() as folder:
+        text = dump_toml(recipe)
+        start_ranks(_rank, ranks, text, ranks, folder)
+        found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
+    want = _step(_in_one_process(recipe.model), dtype, _batches(recipe.model, ranks), None)
+    limit = TOLERANCE[dtype]
+    logits = torch.cat([each.pop("logits") for each in found])
+    rows = [Compared(name="logits", error=_error(logits, want.pop("logits")), tolerance=limit)]
+    return rows + [
+        Compared(name=name, error=max(_error(each[name], value) for each in found if name in each), tolerance=limit)
+        for name, value in want.items()
+    ]
+
+
+def _rank(rank: int, text: str, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    # this process is a rank of the check, whatever torchrun says
+    for name in ("WORLD_SIZE", "RANK"):
+        os.environ.pop(name, None)
+    recipe = from_dict(Recipe, tomllib.loads(text))
+    store, timeout = f"file://{folder}/store", timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+    world = World(rank=rank, size=ranks, local_size=ranks)
+    batch = _batches(recipe.model, ranks)[rank]
+    outcome = _step(recipe.model, _dtype(recipe.model), [batch], (recipe, world))
+    torch.save(outcome, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _step(
+    config: ModelConfig, dtype: torch.dtype, batches: Sequence[Batch], on: tuple[Recipe, World] | None
+) -> dict[str, Tensor]:
+    """What one step of a fresh model finds: everything by name, experts whole, on the ranks that have them whole."""
+    torch.manual_seed(0)
+    # out of training, so that no router draws at random: ranks would draw otherwise than one process
+    model = Decoder(config).to(dtype).eval()
+    parallel = None if on is None else apply(model, on[0].strategy, world=on[1], timeout_s=TIMEOUT_S)
+    with torch.no_grad():
+        logits = torch.cat([model.logits(model(batch.tokens_BS).h_BSD) for batch in batches])
+    grads: dict[str, Tensor] = {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: grads.update(_gradients(model, parallel)))
+    autocast = autocast_for(torch.device("cpu"), torch.float32)
+    result = train_step(model, model.loss, optimizer, batches, max_norm=math.inf, autocast=autocast, parallel=parallel)
+    if result.problem is not None:
+        raise ConfigError(f"the model cannot be compared: {result.problem}")
+    scalars = {"loss": result.loss, "gradient norm": result.grad_norm, **result.aux}
+    found: dict[str, Tensor] = {"logits": logits}
+    found |= {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}
+    for (name, _), stats in zip(model.moe_blocks(), result.stats, strict=True):
+        found[f"statistics of {name}"] = torch.cat([value.double().reshape(-1) for value in vars(stats).values()])
+    return found | {f"gradient of {name}": grad for name, grad in grads.items()}
+
+
+def _gradients(model: Decoder, parallel: Parallel | None) -> dict[str, Tensor]:
+    """All gradients, those of cut experts whole; without these on ranks that do not gather them."""
+    grads: dict[str, Any] = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    if parallel is None:
+        return grads
+    whole = parallel.shards.whole(grads)
+    has_whole = parallel.shards.has_first
+    return {name: grad for name, grad in whole.items() if has_whole or name not in parallel.shards.placements}
+
+
+def _batches(config: ModelConfig, ranks: int) -> list[Batch]:
+    """One sequence of random tokens for each rank."""
+    g = torch.Generator().manual_seed(1)
+    length = min(LENGTH, config.max_seq_len)
+    tokens_BS = torch.randint(config.vocab_size, (ranks, length + 1), generator=g)
+    return [Batch(tokens_BS=row[:, :-1].contiguous(), targets_BS=row[:, 1:].contiguous()) for row in tokens_BS.split(1)]
+
+
+def _dtype(config: ModelConfig) -> torch.dtype:
+    return torch.float32 if config.moe is not None and config.moe.backend == "grouped_mm" else torch.float64
+
+
+def _in_one_process(config: ModelConfig) -> ModelConfig:
+    """Ranks are micro-batches here: what is counted over ranks is counted over those."""
+    if config.moe is None:
+        return config
+    losses = tuple(
+        replace(loss, scope="global") if isinstance(loss, LoadBalance) and loss.scope == "data_parallel" else loss
+        for loss in config.moe.losses
+    )
+    return replace(config, moe=replace(config.moe, losses=losses))
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    if got.shape != want.shape:
+        return math.inf
+    if want.numel() == 0:
+        return 0.0
+    scale = max(float(want.abs().max()), _LEAST)
+    return float((got.double() - want.double()).abs().max()) / scale

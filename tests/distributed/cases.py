@@ -1,0 +1,248 @@
+"""Layers and training steps on several ranks, each with what one process makes of the same tokens."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, optim
+
+from turnout import MoE, MoEOutput, Strategy, total_loss
+from turnout.contracts import CapacityPolicy, Loss, RouterConfig
+from turnout.data.sampler import Batch
+from turnout.dispatch import Dropless, FixedCapacity, TutelCapacity
+from turnout.layers import MoEConfig
+from turnout.layers.attention import AttentionConfig
+from turnout.losses import LoadBalance, RouterZ
+from turnout.models import Decoder, ModelConfig
+from turnout.routers import DeepSeekV3, ExpertChoice, TopK, TopP
+
+DIM, HIDDEN = 6, 5
+UNEVEN, EMPTY = (5, 7, 3, 6), (5, 0, 3, 6)
+PROGRAMS = ("flat", "hierarchical", "node_dedup", "rank_dedup", "coordinated")
+VOCAB, LENGTH = 50, 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCase:
+    """One layer on some ranks; without a word it is dropless, ragged and in float64."""
+
+    program: str = "flat"
+    ranks: int = 4
+    ep: int = 4
+    local: int = 4  # ranks of a node
+    tokens: tuple[int, ...] = UNEVEN  # of each rank
+    num_experts: int = 8
+    router: RouterConfig = field(default_factory=lambda: TopK(k=3, init_std=0.5))
+    capacity: CapacityPolicy = Dropless()
+    backend: str = "loop"
+    dtype: torch.dtype = torch.float64
+    bias: bool = True
+    shared_hidden: int = 0
+    latent_dim: int = 0
+    crowded: bool = False  # all tokens want the same experts
+    padding: bool = False  # every third token is padding
+
+    @property
+    def name(self) -> str:
+        """What differs from the plain case."""
+        plain = type(self)()
+        words = [f"{key}={value}" for key, value in vars(self).items() if str(value) != str(getattr(plain, key))]
+        return " ".join(words) or "plain"
+
+    @property
+    def strategy(self) -> Strategy:
+        return Strategy(ep=self.ep, alltoall=self.program)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether blocks of one size travel."""
+        merges = self.program in ("node_dedup", "rank_dedup")
+        return self.backend == "padded_bmm" and not isinstance(self.capacity, Dropless) and not merges
+
+
+def layer_cases() -> Iterator[LayerCase]:
+    """Every program on every mesh of four ranks, then one thing changed at a time.
+
+    What does not depend on how rows travel is changed under one program that merges tokens, and one that does not.
+    """
+    for program in PROGRAMS:
+        for local in (1, 2, 4):
+            yield LayerCase(program=program, local=local)
+        plain = LayerCase(program=program, local=2)
+        yield replace(plain, tokens=EMPTY)
+        yield replace(plain, crowded=True)
+        yield replace(plain, num_experts=6)
+        yield replace(plain, capacity=FixedCapacity(factor=1.0), backend="padded_bmm")
+        yield replace(plain, ep=2, local=1)
+        if program not in ("flat", "node_dedup"):
+            continue
+        yield replace(plain, tokens=(0, 0, 0, 0))
+        yield replace(plain, router=ExpertChoice(k=2, in_decoder="allow"))
+        yield replace(plain, router=TopP(p=0.6))
+        yield replace(plain, padding=True, shared_hidden=4, latent_dim=3)
+        yield replace(plain, backend="padded_bmm")
+        yield replace(plain, capacity=TutelCapacity(factor=-1.5), backend="padded_bmm")
+        for capacity in (FixedCapacity(factor=1.0), TutelCapacity(factor=-1.5)):
+            yield replace(plain, capacity=capacity, tokens=EMPTY)
+        yield replace(plain, backend="padded_bmm", capacity=FixedCapacity(), tokens=(0, 0, 0, 0))
+        yield replace(plain, backend="padded_bmm", capacity=FixedCapacity(factor=0.8), tokens=EMPTY, num_experts=6)
+        yield replace(plain, backend="grouped_mm", dtype=torch.float32)
+        yield replace(plain, ep=2, tokens=EMPTY)
+        yield replace(plain, ranks=2, ep=2, local=2)
+        yield replace(plain, ranks=2, ep=2, local=1, tokens=EMPTY)
+    yield LayerCase(ep=1)
+    yield LayerCase(ep=1, tokens=EMPTY, backend="grouped_mm", dtype=torch.float32)
+
+
+def kernel_cases() -> Iterator[LayerCase]:
+    """Every program, on one node and on two."""
+    for program in PROGRAMS:
+        for local in (2, 4):
+            yield LayerCase(program=program, local=local, tokens=EMPTY)
+
+
+def build(case: LayerCase) -> MoE:
+    """The whole layer, the same for everybody."""
+    torch.manual_seed(3)
+    layer = MoE(
+        DIM,
+        HIDDEN,
+        case.num_experts,
+        router=case.router,
+        capacity=case.capacity,
+        backend=case.backend,
+        bias=case.bias,
+        shared_hidden=case.shared_hidden,
+        latent_dim=case.latent_dim,
+        losses=(LoadBalance(coefficient=0.3), RouterZ(coefficient=0.2)),
+        init_std=0.7,
+    )
+    for name, weight in layer.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(weight)
+    return layer.to(case.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankInputs:
+    """What one rank feeds its layer."""
+
+    x_TD: Tensor
+    y_grad_TD: Tensor
+    mask_T: Tensor | None
+
+
+def inputs_of(case: LayerCase, rank: int) -> RankInputs:
+    g = torch.Generator().manual_seed(100 + rank)
+    shape = (case.tokens[rank], DIM)
+    x_TD = torch.randn(shape, generator=g, dtype=torch.float64)
+    if case.crowded:
+        x_TD = torch.linspace(-1, 1, DIM, dtype=torch.float64) + 0.01 * x_TD
+    y_grad_TD = torch.randn(shape, generator=g, dtype=torch.float64)
+    mask_T = torch.arange(shape[0]) % 3 != 2 if case.padding else None
+    return RankInputs(x_TD=x_TD.to(case.dtype), y_grad_TD=y_grad_TD.to(case.dtype), mask_T=mask_T)
+
+
+def passed(layer: MoE, inputs: RankInputs) -> tuple[MoEOutput, Tensor]:
+    """Forward and backward; returns the output and the input's gradient."""
+    x_TD = inputs.x_TD.clone().requires_grad_()
+    out = layer(x_TD, mask=inputs.mask_T)
+    ((out.y * inputs.y_grad_TD).sum() + total_loss(out.losses)).backward()
+    assert x_TD.grad is not None
+    return out, x_TD.grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCase:
+    """Steps of a small decoder on some ranks."""
+
+    ranks: int = 4
+    ep: int = 4
+    local: int = 4
+    program: str = "flat"
+    accumulate: int = 1
+    adam: bool = False
+    dtype: torch.dtype = torch.float64
+    router: RouterConfig = field(default_factory=lambda: TopK(k=2, init_std=0.5))
+    losses: tuple[Loss, ...] = (LoadBalance(coefficient=0.1), RouterZ(coefficient=0.1))
+    capacity: CapacityPolicy = Dropless()
+    idle_rank: bool = False  # the last rank has nothing but padding
+    steps: int = 2
+
+    name = LayerCase.name
+
+    @property
+    def strategy(self) -> Strategy:
+        return Strategy(ep=self.ep, alltoall=self.program)
+
+
+def train_cases() -> Iterator[TrainCase]:
+    """Accumulation, optimizers, precision, degrees, and what needs the whole step's counts."""
+    plain = TrainCase()
+    yield plain
+    yield replace(plain, accumulate=2, adam=True)
+    yield replace(plain, accumulate=4, steps=1)
+    yield replace(plain, dtype=torch.float32, program="node_dedup", local=2, accumulate=2)
+    for program in ("hierarchical", "node_dedup"):
+        yield replace(plain, program=program, local=2, adam=True)
+    yield replace(plain, ep=2, adam=True)
+    yield replace(plain, ep=1, adam=True)
+    yield replace(plain, idle_rank=True, accumulate=2)
+    yield replace(plain, idle_rank=True, ep=2, program="rank_dedup")
+    yield replace(plain, router=DeepSeekV3(k=2, bias_step=0.1), losses=(), steps=3)
+    yield replace(plain, losses=(LoadBalance(coefficient=0.1, scope="global"),), accumulate=2, ep=2)
+    yield replace(plain, losses=(LoadBalance(coefficient=0.1, scope="data_parallel"),), ranks=2, ep=2)
+    yield replace(plain, capacity=FixedCapacity(factor=1.0), ep=2)
+
+
+def decoder(case: TrainCase) -> Decoder:
+    """The whole model, the same for everybody."""
+    torch.manual_seed(0)
+    moe = MoEConfig(num_experts=8, hidden=8, router=case.router, losses=case.losses, capacity=case.capacity)
+    attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
+    config = ModelConfig(vocab_size=VOCAB, dim=16, num_layers=2, max_seq_len=32, attention=attention, moe=moe)
+    return Decoder(replace(config, init_std=0.2)).to(case.dtype)
+
+
+def optimizer(case: TrainCase, model: Decoder) -> optim.Optimizer:
+    if case.adam:
+        return optim.AdamW(model.parameters(), lr=0.01)
+    return optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def parts(case: TrainCase, step: int) -> list[Batch]:
+    """The micro-batches of a step: `accumulate` for each rank in turn."""
+    g = torch.Generator().manual_seed(50 + step)
+    made = []
+    for number in range(case.ranks * case.accumulate):
+        tokens_BS = torch.randint(VOCAB, (2, LENGTH + 1), generator=g)
+        padding_B = torch.tensor([0, number % 4]) if not _is_idle(case, number) else torch.full((2,), LENGTH)
+        mask_BS = torch.arange(LENGTH) < (LENGTH - padding_B).unsqueeze(1)
+        targets_BS = tokens_BS[:, 1:].masked_fill(~mask_BS, -100)
+        made.append(Batch(tokens_BS=tokens_BS[:, :-1].contiguous(), targets_BS=targets_BS, mask_BS=mask_BS))
+    return made
+
+
+def _is_idle(case: TrainCase, number: int) -> bool:
+    return case.idle_rank and number // case.accumulate == case.ranks - 1
+
+
+def worst(got: Tensor, want: Tensor) -> float:
+    """Largest difference over the largest value; infinite where shapes differ or something is not finite."""
+    if got.shape != want.shape or not bool(got.isfinite().all()):
+        return math.inf
+    if want.numel() == 0:
+        return 0.0
+    scale = max(float(want.abs().max()), 1e-3)
+    return float((got.double() - want.double()).abs().max()) / scale
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-10 if dtype == torch.float64 else 1e-5
+
+
+def by_world(cases: Sequence[LayerCase | TrainCase]) -> dict[int, list[LayerCase | TrainCase]]:
+    """The cases by number of ranks, most first."""
+    sizes = sorted({case.ranks for case in cases}, reverse=True)
+    return {size: [case for case in cases if case.ranks == size] for size in sizes}

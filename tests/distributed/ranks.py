@@ -1,0 +1,297 @@
+"""What each process of a test does: all cases in one spawn, for starting processes costs more than the cases."""
+
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed.agreements import agreements
+from tests.distributed.cases import PROGRAMS as PROGRAM_NAMES
+from tests.distributed.cases import (
+    LayerCase,
+    TrainCase,
+    build,
+    by_world,
+    decoder,
+    inputs_of,
+    kernel_cases,
+    layer_cases,
+    optimizer,
+    parts,
+    passed,
+    train_cases,
+    worst,
+)
+from tests.distributed.kernel_count import Connection, received
+from tests.distributed.runs import run_part
+from turnout import MoE, Strategy
+from turnout.alltoall import PROGRAMS
+from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
+from turnout.comm.processes import start_ranks
+from turnout.dispatch import plan_dispatch
+from turnout.errors import TransportError
+from turnout.parallel import ExpertParallel, ExpertShards, Parallel, apply, check_replicas, reduce_gradients
+from turnout.placement import Placement
+from turnout.routers import TopK
+from turnout.tensors import MoEStats
+from turnout.train.device import autocast_for
+from turnout.train.step import train_step
+
+TIMEOUT_S = 120.0
+RANDOM_PASSES, MANY_PASSES = 12, 500
+STALLED = (0, 2)
+MAX_NORM = 0.5  # small enough that every step is clipped
+Outcome = dict[str, Any]
+Job = Callable[[World, Path], None]
+
+
+def spawn(job: Job, ranks: int, folder: Path) -> None:
+    """Run `job` in that many processes, each of which begins with a world of its own."""
+    start_ranks(_process, ranks, job, ranks, str(folder))
+
+
+def _process(rank: int, job: Job, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.pop("WORLD_SIZE", None)
+    join(rank, ranks, Path(folder))
+    try:
+        job(World(rank=rank, size=ranks, local_size=ranks), Path(folder))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(rank: int, ranks: int, folder: Path) -> None:
+    """A process group over a file."""
+    store = f"file://{folder}/store-{ranks}"
+    timeout = timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+
+
+def run_cases(world: World, folder: Path) -> None:
+    """All layer and training cases, those of most ranks first; each rank writes down what came out."""
+    outcomes: Outcome = {}
+    cases = by_world([*layer_cases(), *train_cases()])
+    for size, mine in cases.items():
+        if world.rank >= size:
+            break
+        if size < world.size:
+            dist.destroy_process_group()
+            join(world.rank, size, folder)
+        run_part(World(rank=world.rank, size=size, local_size=size), folder)
+        for case in mine:
+            here = World(rank=world.rank, size=size, local_size=case.local)
+            run = run_layer if isinstance(case, LayerCase) else run_training
+            outcomes[f"{type(case).__name__} {case.name}"] = run(case, here)  # pyright: ignore[reportArgumentType]
+        if size == world.size:
+            outcomes["random"] = run_random(world, RANDOM_PASSES)
+            outcomes["kernel"] = counted_by_kernel(world)
+            outcomes["stalls"] = {"said": stalls(world)}
+            outcomes["disagreement"] = {"said": disagreement(world)}
+        _groups.cache_clear()
+    if world.rank < 2:
+        pair = World(rank=world.rank, size=2, local_size=2)
+        outcomes["agreements"] = agreements(pair, folder, lambda layer, case: distributed(layer, case, pair))
+        outcomes["alone"] = {"said": left_alone(pair, outcomes, folder)}
+    torch.save(outcomes, folder / f"rank-{world.rank}.pt")
+
+
+def left_alone(world: World, outcomes: Outcome, folder: Path) -> str:
+    """What a rank says whose only peer ends in the middle of a run."""
+    case = LayerCase(ranks=2, ep=2, local=2)
+    layer = build(case)
+    distributed(layer, case, world)
+    if world.rank == 1:
+        torch.save(outcomes, folder / "rank-1.pt")
+        os._exit(0)
+    try:
+        passed(layer, inputs_of(case, world.rank))
+    except TransportError as error:
+        return str(error)
+    return "nothing"
+
+
+def run_layer(case: LayerCase, world: World) -> Outcome:
+    """One pass of the layer on this rank's tokens."""
+    layer = build(case)
+    parallel = distributed(layer, case, world)
+    out, x_grad = passed(layer, inputs_of(case, world.rank))
+    backward = {name: weight.grad is not None for name, weight in layer.named_parameters()}
+    reduce_gradients(layer, parallel)
+    name = "the layer"
+    return {
+        "y": out.y.detach(),
+        "x_grad": x_grad,
+        "losses": torch.stack([term.value.detach() for term in out.losses]),
+        "stats": numbers(out.stats),
+        "grads": {own: weight.grad for own, weight in layer.named_parameters()},
+        "had_grad": backward,
+        "forward": parallel.ledger.sent(name, "forward"),
+        "backward": parallel.ledger.sent(name, "backward"),
+        "host_copies": parallel.ledger.host_copies(name),
+    }
+
+
+def run_many(world: World, folder: Path) -> None:
+    """So many random passes that only those who ask for them wait."""
+    torch.save(run_random(world, MANY_PASSES), folder / f"rank-{world.rank}.pt")
+
+
+def run_random(world: World, steps: int) -> Outcome:
+    """Passes with random programs and token counts, often zero; returns the worst errors against this rank alone."""
+    worst_y = worst_grad = 0.0
+    for step in range(steps):
+        draw = random.Random(step)
+        case = LayerCase(
+            program=draw.choice(PROGRAM_NAMES),
+            local=draw.choice((1, 2, 4)),
+            tokens=tuple(draw.choice((0, 0, 1, 2, 9)) for _ in range(world.size)),
+            num_experts=draw.choice((4, 5, 8)),
+            crowded=draw.random() < 0.3,
+            router=TopK(k=draw.randint(2, 4), init_std=0.5),
+        )
+        layer = build(case)
+        distributed(layer, case, World(rank=world.rank, size=world.size, local_size=case.local))
+        inputs = inputs_of(case, world.rank)
+        got, want = passed(layer, inputs), passed(build(case), inputs)
+        worst_y = max(worst_y, worst(got[0].y.detach(), want[0].y.detach()))
+        worst_grad = max(worst_grad, worst(got[1], want[1]))
+    return {"y": worst_y, "x_grad": worst_grad}
+
+
+def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
+    """`apply`, with groups that cases share; and with experts that the ranks do not divide, which `apply` refuses."""
+    groups = _groups(case.ep, world)
+    placement = Placement.even(case.num_experts, case.ep)
+    ledger = Ledger()
+    names = [f"experts.{own}" for own, _ in layer.experts.named_parameters()]
+    if groups.experts is not None:
+        share = ExpertParallel(PROGRAMS[case.program], groups.experts, placement, ledger=ledger, layer="the layer")
+        layer.share_experts(share, placement.experts_of(groups.experts.rank))
+    shards = ExpertShards(
+        placements=dict.fromkeys(names, placement) if groups.experts else {},
+        group=groups.experts,
+        has_first=world.rank < case.ep,
+    )
+    return Parallel(strategy=replace(case.strategy, dp=world.size), groups=groups, shards=shards, ledger=ledger)
+
+
+@cache
+def _groups(ep: int, world: World) -> Groups:
+    return make_groups(Strategy(ep=ep, dp=world.size), world, timeout_s=TIMEOUT_S)
+
+
+def run_training(case: TrainCase, world: World) -> Outcome:
+    """Some optimizer steps on this rank's micro-batches; weights are written down whole."""
+    model = decoder(case)
+    parallel = apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
+    optim = optimizer(case, model)
+    results = []
+    for step in range(case.steps):
+        first = world.rank * case.accumulate
+        mine = parts(case, step)[first : first + case.accumulate]
+        autocast = autocast_for(torch.device("cpu"), torch.float32)
+        result = train_step(model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel)
+        results.append(result)
+    return {
+        "results": [summary(result) for result in results],
+        "stats": [[numbers(stats) for stats in result.stats] for result in results],
+        "state": parallel.shards.whole(model.state_dict()),
+    }
+
+
+def counted_by_kernel(world: World) -> dict[str, Outcome]:
+    """What the kernel received for one forward and backward pass of each program, beside what the ledger noted."""
+    before_quiet = set(received())
+    # a group of its own for the barriers, whose connections are not counted
+    quiet = dist.new_group(list(range(world.size)))
+    dist.barrier(group=quiet)
+    ignored = set(received()) - before_quiet
+    found = {}
+    for case in kernel_cases():
+        groups, ledger = _groups(case.ep, replace(world, local_size=case.local)), Ledger()
+        assert groups.experts is not None
+        pass_rows = rows_on_their_way(case, world, groups.experts, ledger)
+        before = _quietly(quiet)
+        pass_rows()
+        after = _quietly(quiet)
+        delta = {ends: after[ends] - before.get(ends, 0) for ends in after if ends not in ignored}
+        found[case.name] = {"received": delta, **{way: ledger.sent("wire", way) for way in ("forward", "backward")}}
+    return found
+
+
+def _quietly(quiet: dist.ProcessGroup) -> dict[Connection, int]:
+    dist.barrier(group=quiet)
+    now = received()
+    dist.barrier(group=quiet)
+    return now
+
+
+def rows_on_their_way(case: LayerCase, world: World, group: ExpertGroup, ledger: Ledger) -> Callable[[], None]:
+    """Counts are exchanged at once; what is returned moves the rows there and back, and their gradients."""
+    layer, inputs = build(case), inputs_of(case, world.rank)
+    x_TD = inputs.x_TD.clone().requires_grad_()
+    assignment = layer.router(x_TD).assignment
+    plan = plan_dispatch(assignment, case.capacity.admit(assignment))
+    share = ExpertParallel(
+        PROGRAMS[case.program], group, Placement.even(case.num_experts, case.ep), ledger=ledger, layer="wire"
+    )
+    move = share.after_counts(x_TD, assignment, plan, "ragged")
+
+    def there_and_back() -> None:
+        sent = move()
+        sent.combine(sent.rows).sum().backward()
+
+    return there_and_back
+
+
+def stalls(world: World) -> list[str]:
+    """What this rank says while one of the others sleeps before a layer, in steps 7 and 9."""
+    said: list[str] = []
+    case = LayerCase()
+    layer = build(case)
+    parallel = distributed(layer, case, world)
+    for culprit in STALLED:
+        with Watch(world, parallel.ledger, said.append, patience_s=0.8, every_s=0.2):
+            with parallel.ledger.inside("agreement", step=7 + culprit):
+                world.barrier()
+            if world.rank == culprit:
+                time.sleep(2.0)
+            passed(layer, inputs_of(case, world.rank))
+    return said
+
+
+def disagreement(world: World) -> str:
+    """What is said where one replica of an expert, or one dense weight, is not what the others have."""
+    case, said = LayerCase(ep=2, local=4), []
+    for name in ("experts.up_EDG", "router.score.weight_ED"):
+        layer = build(case)
+        parallel = distributed(layer, case, world)
+        check_replicas(layer, parallel)
+        with torch.no_grad():
+            layer.get_parameter(name).add_(float(world.rank == 3))
+        try:
+            check_replicas(layer, parallel)
+            said.append("nothing")
+        except TransportError as error:
+            said.append(str(error))
+    return "; ".join(said)
+
+
+def summary(result: Any) -> Tensor:
+    """Losses and gradient norm of a step."""
+    return torch.tensor([result.loss, result.total_loss, result.grad_norm, *result.aux.values()], dtype=torch.float64)
+
+
+def numbers(stats: MoEStats) -> Tensor:
+    """All statistics of a layer, one after another."""
+    return torch.cat([value.detach().double().reshape(-1) for value in vars(stats).values()])

@@ -1,0 +1,85 @@
+"""A run of the training loop that is begun on four ranks, goes on on two, and is ended by one process."""
+
+from pathlib import Path
+
+import torch
+
+from turnout.comm import World
+from turnout.data.prepare import DataConfig, Dataset, prepare
+from turnout.layers import MoEConfig
+from turnout.layers.attention import AttentionConfig
+from turnout.losses import LoadBalance
+from turnout.models import ModelConfig
+from turnout.routers import TopK
+from turnout.strategy import Strategy
+from turnout.train import checkpoint
+from turnout.train.loop import Trainer
+from turnout.train.recipe import LoopConfig, Recipe, ScheduleConfig
+from turnout.train.signals import StopRequest
+
+SENTENCE = "a router sends each token to its experts and the experts answer in turn while the rest sleep"
+WORDS = SENTENCE.split()
+STEPS = 8
+RUN = "run"
+# ranks -> how the model lies on them, and the share of the run after which they save and end
+PARTS = {4: (Strategy(ep=4), 0.5), 2: (Strategy(ep=2, alltoall="rank_dedup"), 0.75)}
+
+
+def write_text(folder: Path) -> None:
+    """Documents of a few words in changing order."""
+    folder.mkdir()
+    for number in range(20):
+        words = [WORDS[(number * 7 + i * (i % 5 + 1)) % len(WORDS)] for i in range(200)]
+        (folder / f"document-{number}.txt").write_text(" ".join(words), encoding="utf-8")
+
+
+def recipe_of(folder: Path, strategy: Strategy) -> Recipe:
+    # counted over the step, for one process has the whole batch in one call
+    losses = (LoadBalance(scope="global"),)
+    moe = MoEConfig(num_experts=4, hidden=16, router=TopK(k=2), losses=losses)
+    attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
+    model = ModelConfig(vocab_size=300, dim=16, num_layers=2, max_seq_len=64, attention=attention, moe=moe)
+    data = DataConfig(corpus=str(folder / "text"), vocab_size=300, val_fraction=0.2)
+    loop = LoopConfig(steps=STEPS, batch_size=4, seq_len=16, eval_every=4, eval_tokens=144, save_every=100, keep_last=9)
+    return Recipe(
+        name="ranks", model=model, data=data, loop=loop, schedule=ScheduleConfig(warmup=0.2), strategy=strategy
+    )
+
+
+def dataset_of(folder: Path, recipe: Recipe) -> Dataset:
+    return prepare(recipe.data, folder / "cache")
+
+
+def prepare_text(folder: Path) -> None:
+    """What all ranks then find done."""
+    write_text(folder / "text")
+    dataset_of(folder, recipe_of(folder, Strategy()))
+
+
+def run_part(world: World, folder: Path) -> None:
+    """The part of the run that so many ranks train."""
+    strategy, until = PARTS[world.size]
+    trained(folder, strategy, folder / RUN, world, resume=world.size != max(PARTS), until=until).close()
+
+
+def trained(folder: Path, strategy: Strategy, run: Path, world: World, *, resume: bool, until: float) -> Trainer:
+    """A run brought to the share `until`, and saved there."""
+    recipe = recipe_of(folder, strategy)
+    trainer = Trainer(recipe, dataset_of(folder, recipe), run, resume=resume, world=world)
+    if resume:
+        assert_restored(trainer, run)
+    trainer.train(StopRequest(), pause_at=until)
+    trainer.save()
+    return trainer
+
+
+def assert_restored(trainer: Trainer, run: Path) -> None:
+    """Weights and moments gathered from the ranks are those of the file, bit for bit; the rates are the recipe's."""
+    loaded = checkpoint.load(run)
+    files, meta = trainer._state().capture()
+    if trainer.world.rank < trainer.recipe.strategy.ep:
+        for name in ("model", "optimizer"):
+            assert files[name].keys() == loaded.files[name].keys()
+            assert all(torch.equal(files[name][key], value) for key, value in loaded.files[name].items()), name
+        for part in ("kind", "shapes", "scalars"):
+            assert meta["optimizer"][part] == loaded.meta["optimizer"][part], part

@@ -1,0 +1,235 @@
+"""Any layout equals one process: outputs, gradients, losses, statistics, weights; and moves the bytes it predicts."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed import kernel_count
+from tests.distributed.cases import (
+    DIM,
+    LayerCase,
+    TrainCase,
+    build,
+    decoder,
+    inputs_of,
+    kernel_cases,
+    layer_cases,
+    optimizer,
+    parts,
+    passed,
+    tolerance,
+    train_cases,
+    worst,
+)
+from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_many, spawn, summary
+from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
+from turnout.comm import expert_mesh
+from turnout.dispatch import plan_dispatch
+from turnout.placement import Placement
+from turnout.train.device import autocast_for
+from turnout.train.step import train_step
+
+LAYERS, TRAININGS = list(layer_cases()), list(train_cases())
+Outcomes = list[dict[str, Outcome]]
+
+
+@pytest.fixture(scope="session")
+def outcomes(four_ranks: Path) -> Outcomes:
+    """What each of four ranks wrote down."""
+    return _read(four_ranks)
+
+
+@cache
+def _read(folder: Path) -> Outcomes:
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(4)]
+
+
+def of_ranks(outcomes: Outcomes, case: LayerCase | TrainCase) -> list[Outcome]:
+    return [outcomes[rank][f"{type(case).__name__} {case.name}"] for rank in range(case.ranks)]
+
+
+def test_every_case_has_a_name_of_its_own() -> None:
+    for cases in (LAYERS, TRAININGS):
+        assert len({case.name for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+def test_a_layer_equals_one_process(case: LayerCase, outcomes: Outcomes) -> None:
+    found = of_ranks(outcomes, case)
+    layer = build(case)
+    limit = tolerance(case.dtype)
+    for rank, got in enumerate(found):
+        out, x_grad = passed(layer, inputs_of(case, rank))
+        losses = torch.stack([term.value.detach() for term in out.losses])
+        for name, want in (
+            ("y", out.y.detach()),
+            ("x_grad", x_grad),
+            ("losses", losses),
+            ("stats", numbers(out.stats)),
+        ):
+            assert worst(got[name], want) <= limit, (rank, name)
+        assert all(got["had_grad"].values()), "a weight without tokens has a gradient of zero, not none"
+    for name, weight in layer.named_parameters():
+        assert weight.grad is not None
+        # one divisor for everything: the losses of the ranks are averaged
+        want = weight.grad / case.ranks
+        for got in gathered(case, name, found):
+            assert worst(got, want) <= limit, name
+
+
+def gathered(case: LayerCase, name: str, found: list[Outcome]) -> list[Tensor]:
+    """A gradient as each rank has it, or, where it is cut, as each expert group does."""
+    grads = [outcome["grads"][name] for outcome in found]
+    if not name.startswith("experts.") or case.ep == 1:
+        return grads
+    return [torch.cat(grads[start : start + case.ep]) for start in range(0, case.ranks, case.ep)]
+
+
+@pytest.mark.parametrize("case", [case for case in LAYERS if case.ep > 1], ids=lambda case: case.name)
+def test_bytes_and_messages_of_every_pair_are_the_predicted_ones(case: LayerCase, outcomes: Outcomes) -> None:
+    found = of_ranks(outcomes, case)
+    mesh, width = expert_mesh(case.ep, case.local), case.latent_dim or DIM
+    moves, size = round_trip(PROGRAMS[case.program], mesh), case.dtype.itemsize
+    row, label = size * width, max(size, 4)
+    there = RowSize(row_bytes=row, back_bytes=row, label_bytes=4 + label)
+    home = RowSize(row_bytes=row, back_bytes=row, label_back_bytes=label)
+    for start in range(0, case.ranks, case.ep):
+        routing = RoutedTokens(mesh, [destinations(case, start + place) for place in range(case.ep)])
+        for phase, sizes in (("forward", there), ("backward", home)):
+            got = {(place, to): sent for place in range(case.ep) for to, sent in found[start + place][phase].items()}
+            assert got == pairs_of(moves, routing, sizes), phase
+
+
+@pytest.mark.skipif(not kernel_count.is_available(), reason="TCP_INFO is Linux's")
+@pytest.mark.parametrize("case", list(kernel_cases()), ids=lambda case: case.name)
+def test_the_kernel_counts_the_same_bytes(case: LayerCase, outcomes: Outcomes) -> None:
+    """Every rank's sockets, rank by rank, less what gloo adds to a message."""
+    found = [outcome["kernel"][case.name] for outcome in outcomes]
+    got = kernel_count.matrix([outcome["received"] for outcome in found])
+    for sender, outcome in enumerate(found):
+        for receiver in set(range(case.ranks)) - {sender}:
+            sent = [outcome[way].get(receiver, [0, 0]) for way in ("forward", "backward")]
+            payload, messages = (sum(column) for column in zip(*sent, strict=True))
+            assert got.get((sender, receiver), 0) == payload + kernel_count.GLOO_BYTES * messages, (sender, receiver)
+
+
+def destinations(case: LayerCase, rank: int) -> list[list[int]]:
+    """The ranks where each token's experts are; blocks of one size are rows that all exist."""
+    placement = Placement.even(case.num_experts, case.ep)
+    at = [to for to in range(case.ep) for _ in placement.experts_of(to)]
+    layer, inputs = build(case), inputs_of(case, rank)
+    routing = layer.router(inputs.x_TD, None, inputs.mask_T)
+    admission = case.capacity.admit(routing.assignment)
+    if case.is_padded:
+        return [[to] for to in at] * widest(case, rank)
+    plan = plan_dispatch(routing.assignment, admission)
+    tokens: list[list[int]] = [[] for _ in range(case.tokens[rank])]
+    for token, chosen in zip(
+        plan.token_M.tolist(), routing.assignment.expert_N[plan.assignment_M].tolist(), strict=True
+    ):
+        tokens[token].append(at[chosen])
+    return tokens
+
+
+def widest(case: LayerCase, rank: int) -> int:
+    """The capacity that the ranks of a group agree on."""
+    layer, first = build(case), rank // case.ep * case.ep
+    inputs = [inputs_of(case, other) for other in range(first, first + case.ep)]
+    routings = [layer.router(each.x_TD, None, each.mask_T) for each in inputs]
+    assignments = [routing.assignment for routing in routings]
+    # a rank asks for no more rows than it has assignments
+    asked = [min(case.capacity.admit(each).capacity or 0, len(each.token_N)) for each in assignments]
+    return max(asked)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+def test_the_host_waits_once_for_a_ragged_layer_and_never_for_a_padded_one(case: LayerCase, outcomes: Outcomes) -> None:
+    copies = {outcome["host_copies"] for outcome in of_ranks(outcomes, case)}
+    assert copies == {0 if case.is_padded or case.ep == 1 else 1}
+
+
+def test_without_expert_parallelism_a_layer_sends_nothing(outcomes: Outcomes) -> None:
+    alone = [outcome for case in LAYERS if case.ep == 1 for outcome in of_ranks(outcomes, case)]
+    assert alone
+    assert all(not outcome["forward"] and not outcome["backward"] for outcome in alone)
+
+
+@pytest.mark.parametrize("case", TRAININGS, ids=lambda case: case.name)
+def test_training_steps_equal_one_process(case: TrainCase, outcomes: Outcomes) -> None:
+    found = of_ranks(outcomes, case)
+    want, state = alone(case)
+    limit = tolerance(case.dtype)
+    for rank, got in enumerate(found):
+        for step, (result, stats) in enumerate(want):
+            assert worst(got["results"][step], result) <= limit, (rank, step)
+            for layer, numbers_ in enumerate(stats):
+                assert worst(got["stats"][step][layer], numbers_) <= limit, (rank, step, layer)
+    for name, value in state.items():
+        assert worst(found[0]["state"][name], value) <= limit, name
+
+
+def test_random_passes_with_idle_ranks_never_hang_and_equal_one_process(outcomes: Outcomes) -> None:
+    for outcome in outcomes:
+        assert max(outcome["random"].values()) <= tolerance(torch.float64)
+
+
+@pytest.mark.exhaustive
+def test_five_hundred_random_passes_never_hang_and_equal_one_process(tmp_path: Path) -> None:
+    spawn(run_many, 4, tmp_path)
+    for rank in range(4):
+        assert max(torch.load(tmp_path / f"rank-{rank}.pt").values()) <= tolerance(torch.float64)
+
+
+def test_a_weight_that_is_not_the_same_everywhere_is_named(outcomes: Outcomes) -> None:
+    said = [outcome["disagreement"]["said"].split("; ") for outcome in outcomes]
+    # ranks 1 and 3 hold the same experts
+    assert [text[0].startswith("nothing") for text in said] == [True, False, True, False]
+    assert "rank 1: experts.up_EDG is not the same on all ranks" in said[1][0]
+    assert all(f"rank {rank}: router.score.weight_ED is not the same" in text[1] for rank, text in enumerate(said))
+
+
+def test_a_rank_whose_peer_is_gone_says_which_layer_waited_for_whom(outcomes: Outcomes) -> None:
+    said = outcomes[0]["alone"]["said"]
+    assert "rank 0: the all-gather of counts of the layer with ranks [0, 1] failed" in said, said
+
+
+@pytest.mark.parametrize("culprit", STALLED)
+def test_a_rank_that_waits_says_for_whom_where_and_in_which_step(culprit: int, outcomes: Outcomes) -> None:
+    for rank, outcome in enumerate(outcomes):
+        mine = [text for text in outcome["stalls"]["said"] if f"in step {7 + culprit}, in the" in text]
+        if rank == culprit:
+            assert not mine, mine
+            continue
+        assert len(mine) == 1, outcome["stalls"]
+        assert "in the all-gather of counts of the layer: " in mine[0]
+        assert f"rank {culprit} is not there yet: it is in step {7 + culprit}, after the agreement" in mine[0]
+
+
+def test_the_steps_are_clipped(outcomes: Outcomes) -> None:
+    norms = [float(outcome["results"][0][2]) for case in TRAININGS for outcome in of_ranks(outcomes, case)]
+    assert min(norms) > MAX_NORM
+
+
+def alone(case: TrainCase) -> tuple[list[tuple[Tensor, list[Tensor]]], dict[str, Any]]:
+    """The same steps in this process, every rank's micro-batches one after another."""
+    model = decoder(in_one_process(case))
+    optim = optimizer(case, model)
+    autocast = autocast_for(torch.device("cpu"), torch.float32)
+    found = []
+    for step in range(case.steps):
+        result = train_step(model, model.loss, optim, parts(case, step), max_norm=MAX_NORM, autocast=autocast)
+        found.append((summary(result), [numbers(stats) for stats in result.stats]))
+    return found, model.state_dict()
+
+
+def in_one_process(case: TrainCase) -> TrainCase:
+    """Ranks are micro-batches here, so what is counted over ranks is counted over micro-batches."""
+    wide = {
+        loss: replace(loss, scope="global") for loss in case.losses if getattr(loss, "scope", "") == "data_parallel"
+    }
+    return replace(case, losses=tuple(wide.get(loss, loss) for loss in case.losses))

@@ -1,0 +1,98 @@
+"""What cannot be honoured is one clear error, before anything is trained."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from torch import nn
+
+from turnout import MoE, Strategy
+from turnout.comm import World, expert_mesh, join
+from turnout.errors import ConfigError
+from turnout.parallel import apply, check_supported
+from turnout.topology import Mesh
+from turnout.train.recipe import LoopConfig, Recipe, check_ranks
+from turnout.train.recipes import load_recipe
+
+REFUSED = [
+    (Strategy(tp=2), "strategy.tp=2 can be planned (turnout plan) but not trained with in this version; legal: 1"),
+    (Strategy(cp=2), "strategy.cp=2 can be planned"),
+    (Strategy(pp=2), "strategy.pp=2 can be planned"),
+    (Strategy(zero=3), "strategy.zero=3 can be planned"),
+    (Strategy(overlap=2), "strategy.overlap=2 can be planned"),
+    (Strategy(recompute="full"), "strategy.recompute='full' can be planned"),
+    (Strategy(dispatch_precision="fp8"), "strategy.dispatch_precision='fp8' can be planned"),
+    (Strategy(alltoall="flatt"), "unknown all-to-all program 'flatt'; available: coordinated, flat"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "text"), REFUSED)
+def test_a_strategy_this_version_does_not_train_with_is_refused(strategy: Strategy, text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        check_supported(strategy)
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        Recipe(strategy=strategy)
+
+
+def layer(**settings: object) -> MoE:
+    return MoE(4, 4, 4, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cause", "text"),
+    [
+        (lambda: Recipe(strategy=Strategy(micro_batch=2)), r"strategy\.micro_batch=2: a recipe says that by loop"),
+        (
+            lambda: Recipe(strategy=Strategy(precision="fp32")),
+            r"strategy\.precision='fp32': a recipe says that by loop",
+        ),
+        (
+            lambda: Recipe(strategy=Strategy(ep=2), loop=LoopConfig(compile=True)),
+            r"loop\.compile=true with strategy\.ep=2.*nearest legal: loop\.compile=false",
+        ),
+        (lambda: LoopConfig(timeout_s=0.0), r"loop\.timeout_s=0\.0 must be from 1 to 86400"),
+        (lambda: check_ranks(load_recipe("smoke", ["strategy.ep=2"]), 1), r"ep=2 needs at least 2 processes: torchrun"),
+        (lambda: check_ranks(load_recipe("smoke"), 3), r"loop\.batch_size=4 is that of all 3 ranks.*nearest legal: 3"),
+        (lambda: check_ranks(load_recipe("smoke", ["strategy.ep=3"]), 6), r"strategy\.ep=3 must divide num_experts="),
+        (lambda: check_ranks(load_recipe("tiny-dense", ["strategy.ep=2"]), 2), r"strategy\.ep=2 needs experts"),
+        (lambda: expert_mesh(2, 3), r"strategy\.ep=2 would cut through nodes of 3 ranks; nearest legal: 1"),
+        (lambda: expert_mesh(4, 3), r"strategy\.ep=4 would cut through nodes of 3 ranks; nearest legal: 3"),
+        (lambda: apply(layer(), Strategy(ep=2)), r"strategy\.ep=2 must divide dp \* cp=1; nearest legal: 1"),
+        (
+            lambda: apply(layer(expert=lambda: nn.Linear(4, 4)), Strategy(ep=2), world=World(size=2, local_size=2)),
+            r"strategy\.ep=2: the experts of the layer are modules of your own",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(cause: Callable[[], object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        cause()
+
+
+@pytest.mark.parametrize(
+    ("ep", "local", "mesh"),
+    [(1, 4, (1, 1)), (2, 4, (1, 2)), (4, 4, (1, 4)), (8, 4, (2, 4)), (4, 1, (4, 1)), (3, 3, (1, 3))],
+)
+def test_expert_groups_lie_on_nodes(ep: int, local: int, mesh: tuple[int, int]) -> None:
+    assert expert_mesh(ep, local) == Mesh(nodes=mesh[0], local=mesh[1])
+
+
+def test_a_process_alone_applies_a_strategy_and_sends_nothing() -> None:
+    model = layer()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    parallel = apply(model, Strategy())
+    assert parallel.strategy == replace(Strategy(), dp=1)
+    assert parallel.groups.experts is None
+    assert not parallel.slices(model)
+    assert all(bool((weight == before[name]).all()) for name, weight in model.named_parameters())
+
+
+def test_torchrun_without_its_variables_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with (
+        pytest.raises(ConfigError, match=r"WORLD_SIZE=2 .*RANK is not set; start it with torchrun"),
+        join(cuda=False, timeout_s=1.0),
+    ):
+        pass
