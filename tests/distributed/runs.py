@@ -77,7 +77,7 @@ def assert_restored(trainer: Trainer, run: Path) -> None:
     """Weights and moments gathered from the ranks are those of the file, bit for bit; the rates are the recipe's."""
     loaded = checkpoint.load(run)
     files, meta = trainer._state().capture()
-    if trainer.world.rank < trainer.recipe.strategy.ep:
+    if trainer.parallel.shards.has_first:
         for name in ("model", "optimizer"):
             assert files[name].keys() == loaded.files[name].keys()
             assert all(torch.equal(files[name][key], value) for key, value in loaded.files[name].items()), name

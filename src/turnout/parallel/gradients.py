@@ -15,8 +15,8 @@ BUCKET_BYTES = 32 << 20
 def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
     """Average over ranks, in place: the losses of all ranks, each weighed by the number of ranks, add up to the step's.
 
-    A dense gradient is the mean over all ranks. An expert's has the tokens of its whole expert group already, for the
-    all-to-all brought them: what is missing is the sum over the group's replicas, and the same divisor.
+    A dense gradient is the mean over all ranks. An expert's, or that of its slice, has the tokens of its whole expert
+    group already, for they were brought there: what is missing is the sum over its replicas, and the same divisor.
     A parameter with a gradient on any rank has one on all after; the collectives do not depend on which.
     """
     world = parallel.world
@@ -34,7 +34,7 @@ def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> No
     for (name, parameter), wanted in zip(named, has_grad, strict=True):
         if wanted:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            (experts if name in parallel.shards.placements else dense).append(parameter.grad)
+            (experts if name in parallel.shards.cuts else dense).append(parameter.grad)
     _average(dense, dist.group.WORLD, world.size)
     _average(experts, parallel.groups.replicas, world.size)
 

@@ -22,8 +22,8 @@ def check_replicas(model: nn.Module, parallel: Parallel) -> None:
     if parallel.world.size == 1:
         return
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel()}
-    cut = [name for name in tensors if name in parallel.shards.placements]
-    dense = [name for name in tensors if name not in parallel.shards.placements]
+    cut = [name for name in tensors if name in parallel.shards.cuts]
+    dense = [name for name in tensors if name not in parallel.shards.cuts]
     differing = _differing(dense, tensors, dist.group.WORLD) + _differing(cut, tensors, parallel.groups.replicas)
     if differing:
         raise TransportError(

@@ -12,7 +12,6 @@ _ONLY: dict[str, Any] = {
     "cp": 1,
     "pp": 1,
     "virtual_stages": 1,
-    "etp": 1,
     "zero": 0,
     "zero_size": 0,
     "recompute": "none",

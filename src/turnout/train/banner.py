@@ -71,12 +71,12 @@ def banner(recipe: Recipe, world: World | None = None) -> list[Fact]:
 def _parallel(recipe: Recipe, world: World) -> Fact:
     if world.size == 1:
         return Fact(name="parallel", value={"ranks": 1}, text="none")
-    ep, each = recipe.strategy.ep, sequences_per_rank(recipe, world.size)
+    strategy, each = recipe.strategy, sequences_per_rank(recipe, world.size)
     words = f"{world.size} ranks, {world.local_size} a node, {each} sequences each; "
-    words += f"experts over {ep} ranks by {recipe.strategy.alltoall}" if ep > 1 else "every rank has all experts"
-    return Fact(
-        name="parallel", value={"ranks": world.size, "ep": ep, "alltoall": recipe.strategy.alltoall}, text=words
-    )
+    words += f"experts over {strategy.ep} ranks by {strategy.alltoall}" if strategy.ep > 1 else "every rank has all experts"
+    words += f", {strategy.etp} slices of each" if strategy.etp > 1 else ""
+    sizes = {"ranks": world.size, "ep": strategy.ep, "etp": strategy.etp, "alltoall": strategy.alltoall}
+    return Fact(name="parallel", value=sizes, text=words)
 
 
 def _balance(recipe: Recipe) -> Fact:

@@ -64,9 +64,10 @@ def memory_per_rank(recipe: Recipe, ranks: int) -> int:
     """Estimated bytes of a training step on one of `ranks`; every rank holds all weights once, before they are cut."""
     loop, model = recipe.loop, recipe.model
     memory = train_memory(model, sequences_per_rank(recipe, ranks), loop.seq_len)
-    if recipe.strategy.ep == 1:
+    shares = recipe.strategy.ep * recipe.strategy.etp
+    if shares == 1:
         return memory.peak
-    elsewhere = 4 * sizes(model).routed * (recipe.strategy.ep - 1) // recipe.strategy.ep
+    elsewhere = 4 * sizes(model).routed * (shares - 1) // shares
     own = replace(
         memory,
         parameters=memory.parameters - elsewhere,

@@ -119,7 +119,7 @@ def _gradients(model: Decoder, parallel: Parallel | None) -> dict[str, Tensor]:
         return grads
     whole = parallel.shards.whole(grads)
     has_whole = parallel.shards.has_first
-    return {name: grad for name, grad in whole.items() if has_whole or name not in parallel.shards.placements}
+    return {name: grad for name, grad in whole.items() if has_whole or name not in parallel.shards.cuts}
 
 
 def _batches(config: ModelConfig, ranks: int) -> list[Batch]:
