@@ -406,6 +406,20 @@ MUTATIONS = (
         (RANKS,),
     ),
     Mutation(
+        "ranks: a slice of gate and up is one of both side by side",
+        "experts/weights.py",
+        "halves=2 if self.activation.gated",
+        "halves=1 if self.activation.gated",
+        (RANKS,),
+    ),
+    Mutation(
+        "ranks: slices add up what belongs to another's rows",
+        "comm/slices.py",
+        "by_slice_ND = weighted_sum(y_ND, None, self._by_expert)",
+        "by_slice_ND = y_ND",
+        (RANKS,),
+    ),
+    Mutation(
         "ranks: merged rows lose which row is whose",
         "comm/transport.py",
         "row_J=row_M - first_U[unit_M]",

@@ -238,7 +238,9 @@ def train_cases() -> Iterator[TrainCase]:
 def decoder(case: TrainCase) -> Decoder:
     """The whole model, the same for everybody."""
     torch.manual_seed(0)
-    moe = MoEConfig(num_experts=8, hidden=8, router=case.router, losses=case.losses, capacity=case.capacity, bias=case.bias)
+    moe = MoEConfig(
+        num_experts=8, hidden=8, router=case.router, losses=case.losses, capacity=case.capacity, bias=case.bias
+    )
     attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
     config = ModelConfig(vocab_size=VOCAB, dim=16, num_layers=2, max_seq_len=32, attention=attention, moe=moe)
     return Decoder(replace(config, init_std=0.2)).to(case.dtype)

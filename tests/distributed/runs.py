@@ -22,7 +22,7 @@ WORDS = SENTENCE.split()
 STEPS = 8
 RUN = "run"
 # ranks -> how the model lies on them, and the share of the run after which they save and end
-PARTS = {4: (Strategy(ep=4), 0.5), 2: (Strategy(ep=2, alltoall="rank_dedup"), 0.75)}
+PARTS = {4: (Strategy(ep=2, etp=2, alltoall="rank_dedup"), 0.5), 2: (Strategy(etp=2), 0.75)}
 
 
 def write_text(folder: Path) -> None:

@@ -32,6 +32,9 @@ from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_tr
 from turnout.comm import expert_mesh
 from turnout.dispatch import plan_dispatch
 from turnout.placement import Placement
+from turnout.plan.expert_volume import expert_tensor_volume
+from turnout.plan.shapes import SHAPES
+from turnout.plan.step import Step
 from turnout.train.device import autocast_for
 from turnout.train.step import train_step
 
@@ -93,6 +96,17 @@ def gathered(case: LayerCase, name: str, found: list[Outcome]) -> list[Tensor]:
     return [cut.joined(grads[start : start + cut.ranks]) for start in range(0, case.ranks, cut.ranks)]
 
 
+@pytest.mark.parametrize("case", [case for case in LAYERS if case.etp > 1], ids=lambda case: case.name)
+def test_the_parts_of_a_weight_are_as_large_as_they_say_and_make_the_whole(case: LayerCase) -> None:
+    layer = build(case)
+    for name, cut in cuts_of(case, layer).items():
+        whole = layer.experts.get_parameter(name)
+        parts = [cut.part(whole, rank) for rank in range(cut.ranks)]
+        assert [tuple(part.shape) for part in parts] == [cut.part_shape(rank) for rank in range(cut.ranks)]
+        assert sum(part.numel() for part in parts) == whole.numel()
+        assert torch.equal(cut.joined(parts), whole)
+
+
 @pytest.mark.parametrize("case", [case for case in LAYERS if case.ep > 1], ids=lambda case: case.name)
 def test_bytes_and_messages_of_every_pair_are_the_predicted_ones(case: LayerCase, outcomes: Outcomes) -> None:
     found = of_ranks(outcomes, case)
@@ -121,10 +135,13 @@ def test_slices_send_what_the_planner_says(case: LayerCase, outcomes: Outcomes) 
     found = of_ranks(outcomes, case)
     sent = [each for outcome in found for way in outcome["slices"].values() for each in way.values()]
     rows = sum(rows_sent(case, rank) for rank in range(case.ranks))
-    width = case.latent_dim or DIM
-    # there and back, forward and backward: what each slice was sent goes to every other
-    assert sum(payload for payload, _ in sent) == 4 * (case.etp - 1) * rows * width * case.dtype.itemsize
-    assert sum(messages for _, messages in sent) == 4 * (case.etp - 1) * case.ranks
+    strategy = replace(case.strategy, precision="fp32").check(case.ranks, num_experts=case.num_experts)
+    shape = replace(SHAPES["mixtral-8x7b"], dim=case.latent_dim or DIM, num_experts=case.num_experts, top_k=1)
+    step = Step(shape=shape, strategy=strategy, devices_per_node=case.local, tokens=rows / case.ranks, micro_batches=1)
+    (want,) = expert_tensor_volume(step, case.num_experts)
+    widening = case.dtype.itemsize / 4
+    assert sum(payload for payload, _ in sent) == pytest.approx(want.total_bytes * case.ranks * widening, rel=1e-12)
+    assert sum(messages for _, messages in sent) == want.messages * case.ranks
 
 
 def rows_sent(case: LayerCase, rank: int) -> int:

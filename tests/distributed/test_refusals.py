@@ -58,6 +58,25 @@ def layer(**settings: object) -> MoE:
         (lambda: check_ranks(load_recipe("tiny-dense", ["strategy.ep=2"]), 2), r"strategy\.ep=2 needs experts"),
         (lambda: expert_mesh(2, 3), r"strategy\.ep=2 would cut through nodes of 3 ranks; nearest legal: 1"),
         (lambda: expert_mesh(4, 3), r"strategy\.ep=4 would cut through nodes of 3 ranks; nearest legal: 3"),
+        (lambda: expert_mesh(3, 4, "etp"), r"strategy\.etp=3 would cut through nodes of 4 ranks; nearest legal: 2"),
+        (
+            lambda: check_ranks(load_recipe("smoke", ["strategy.ep=2", "strategy.etp=2"]), 1),
+            r"strategy\.ep=2 \* etp=2 needs at least 4 processes",
+        ),
+        (lambda: check_ranks(load_recipe("smoke", ["strategy.etp=3"]), 3), r"strategy\.etp=3 must divide moe\.hidden="),
+        (lambda: check_ranks(load_recipe("smoke", ["strategy.etp=4"]), 2), r"strategy\.ep \* etp=4 must divide world"),
+        (
+            lambda: Recipe(strategy=Strategy(etp=2), loop=LoopConfig(compile=True)),
+            r"loop\.compile=true with strategy\.etp=2",
+        ),
+        (
+            lambda: apply(layer(), Strategy(etp=3), world=World(size=3, local_size=3)),
+            r"strategy\.etp=3 must divide moe\.hidden=4; nearest legal: 2",
+        ),
+        (
+            lambda: apply(layer(expert=lambda: nn.Linear(4, 4)), Strategy(etp=2), world=World(size=2, local_size=2)),
+            r"strategy\.etp=2: the experts of the layer are modules of your own",
+        ),
         (lambda: apply(layer(), Strategy(ep=2)), r"strategy\.ep=2 must divide dp \* cp=1; nearest legal: 1"),
         (
             lambda: apply(layer(expert=lambda: nn.Linear(4, 4)), Strategy(ep=2), world=World(size=2, local_size=2)),

@@ -13,6 +13,7 @@ __all__ = [
     "Groups",
     "Ledger",
     "Sizes",
+    "SliceGroup",
     "TorchTransport",
     "Watch",
     "World",

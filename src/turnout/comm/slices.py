@@ -39,7 +39,7 @@ class SliceRows:
         return gather(send_rows(copies_ND, self._route), self._by_expert)
 
     def add(self, y_ND: Tensor) -> Tensor:
-        """The slices' values of the rows this rank was sent, added in at least float32. Shapes: of `join`, the reverse."""
+        """What the slices made of the rows this rank was sent, added in float32 or wider. Shapes: y_ND as of `join`."""
         by_slice_ND = weighted_sum(y_ND, None, self._by_expert)
         num_slices, dim = len(self.counts), y_ND.shape[1]
         parts_SMD = send_rows(by_slice_ND, self._route.turned()).view(num_slices, sum(self._mine), dim)

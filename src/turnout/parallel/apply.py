@@ -39,7 +39,7 @@ class Parallel:
         return [parameter for name, parameter in model.named_parameters() if name in self.shards.cuts]
 
     def take_sent(self) -> dict[str, float] | None:
-        """Bytes and messages that expert layers sent since the last call, by class of link; None where they are alone."""
+        """Bytes and messages that expert layers sent since the last call, by class of link; None if they never do."""
         experts = self.groups.experts
         if experts is None:
             return None

@@ -10,6 +10,7 @@ from turnout.contracts import ExpertBackend
 from turnout.experts import available_backends, choose_backend
 from turnout.layers import MoE
 from turnout.models.size import sizes
+from turnout.strategy import Strategy
 from turnout.train.device import compute_dtype, pick_device
 from turnout.train.estimate import memory_per_rank
 from turnout.train.recipe import Recipe, sequences_per_rank
@@ -72,11 +73,16 @@ def _parallel(recipe: Recipe, world: World) -> Fact:
     if world.size == 1:
         return Fact(name="parallel", value={"ranks": 1}, text="none")
     strategy, each = recipe.strategy, sequences_per_rank(recipe, world.size)
-    words = f"{world.size} ranks, {world.local_size} a node, {each} sequences each; "
-    words += f"experts over {strategy.ep} ranks by {strategy.alltoall}" if strategy.ep > 1 else "every rank has all experts"
-    words += f", {strategy.etp} slices of each" if strategy.etp > 1 else ""
+    words = f"{world.size} ranks, {world.local_size} a node, {each} sequences each; {_experts_on_ranks(strategy)}"
     sizes = {"ranks": world.size, "ep": strategy.ep, "etp": strategy.etp, "alltoall": strategy.alltoall}
     return Fact(name="parallel", value=sizes, text=words)
+
+
+def _experts_on_ranks(strategy: Strategy) -> str:
+    sliced = f"each expert cut over {strategy.etp} ranks"
+    if strategy.ep == 1:
+        return sliced if strategy.etp > 1 else "every rank has all experts"
+    return f"experts over {strategy.ep} ranks by {strategy.alltoall}" + (f", {sliced}" if strategy.etp > 1 else "")
 
 
 def _balance(recipe: Recipe) -> Fact:

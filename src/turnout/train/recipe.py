@@ -143,9 +143,9 @@ class Recipe(Settings):
                 )
         check_supported(strategy)
         if self.loop.compile and strategy.ep * strategy.etp > 1:
-            name = "ep" if strategy.ep > 1 else "etp"
+            field = f"ep={strategy.ep}" if strategy.ep > 1 else f"etp={strategy.etp}"
             raise ConfigError(
-                f"loop.compile=true with strategy.{name}={getattr(strategy, name)}: an exchange between ranks is not compiled in this "
+                f"loop.compile=true with strategy.{field}: an exchange between ranks is not compiled in this "
                 "version; nearest legal: loop.compile=false"
             )
 
