@@ -401,8 +401,8 @@ MUTATIONS = (
     Mutation(
         "ranks: the norm is that of one slice",
         "train/guards.py",
-        "math.sqrt(over_ranks(of_mine * of_mine))",
-        "of_mine",
+        "math.sqrt(over_ranks(math.fsum(squares)))",
+        "math.sqrt(math.fsum(squares))",
         (RANKS,),
     ),
     Mutation(

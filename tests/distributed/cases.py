@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, optim
@@ -196,6 +197,8 @@ class TrainCase:
     ep: int = 4
     etp: int = 1
     local: int = 4
+    zero: Literal[0, 3] = 0
+    zero_size: int = 0
     program: str = "flat"
     bias: bool = False
     accumulate: int = 1
@@ -211,7 +214,7 @@ class TrainCase:
 
     @property
     def strategy(self) -> Strategy:
-        return Strategy(ep=self.ep, etp=self.etp, alltoall=self.program)
+        return Strategy(ep=self.ep, etp=self.etp, zero=self.zero, zero_size=self.zero_size, alltoall=self.program)
 
 
 def train_cases() -> Iterator[TrainCase]:
@@ -233,6 +236,17 @@ def train_cases() -> Iterator[TrainCase]:
     yield replace(plain, capacity=FixedCapacity(factor=1.0), ep=2)
     for ep, etp in ((2, 2), (1, 4), (1, 2)):
         yield replace(plain, ep=ep, etp=etp, adam=True, bias=True, steps=3)
+    yield from sharded_cases()
+
+
+def sharded_cases() -> Iterator[TrainCase]:
+    """FSDP2: without shared experts, with all of them shared, and with copies of those that are."""
+    for ep, etp in ((1, 1), (2, 1), (4, 1), (1, 2)):
+        yield TrainCase(zero=3, ep=ep, etp=etp, adam=True, bias=True, steps=3)
+    yield TrainCase(zero=3, ep=2, accumulate=2, idle_rank=True)
+    yield TrainCase(zero=3, ep=2, local=2, program="node_dedup", dtype=torch.float32)
+    yield TrainCase(zero=3, zero_size=2, ep=1, adam=True)
+    yield TrainCase(zero=3, zero_size=2, ep=4)
 
 
 def decoder(case: TrainCase) -> Decoder:

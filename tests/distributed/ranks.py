@@ -40,7 +40,8 @@ from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
 from turnout.comm.processes import start_ranks
 from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError
-from turnout.parallel import ExpertParallel, ExpertShards, Parallel, apply, check_replicas, reduce_gradients
+from turnout.parallel import ExpertParallel, Parallel, Shards, apply, check_replicas, reduce_gradients
+from turnout.parallel.fully_sharded import here
 from turnout.placement import Placement
 from turnout.routers import TopK
 from turnout.tensors import MoEStats
@@ -178,7 +179,7 @@ def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
         placement, cuts = Placement.even(case.num_experts, case.ep), cuts_of(case, layer)
         share = ExpertParallel(PROGRAMS[case.program], groups.experts, placement, ledger=ledger, layer="the layer")
         layer.share_experts(share, cuts, groups.experts.place)
-    shards = ExpertShards(
+    shards = Shards(
         cuts={f"experts.{own}": cut for own, cut in cuts.items()},
         group=groups.experts,
         has_first=world.rank < case.ep * case.etp,
@@ -207,6 +208,7 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         "results": [summary(result) for result in results],
         "stats": [[numbers(stats) for stats in result.stats] for result in results],
         "state": parallel.shards.whole(model.state_dict()),
+        "kept": {name: (here(weight).numel(), weight.numel()) for name, weight in model.named_parameters()},
     }
 
 

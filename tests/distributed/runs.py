@@ -21,8 +21,11 @@ SENTENCE = "a router sends each token to its experts and the experts answer in t
 WORDS = SENTENCE.split()
 STEPS = 8
 RUN = "run"
-# ranks -> how the model lies on them, and the share of the run after which they save and end
-PARTS = {4: (Strategy(ep=2, etp=2, alltoall="rank_dedup"), 0.5), 2: (Strategy(etp=2), 0.75)}
+# ranks -> how the model lies on them, and the share of the run after which they save, one part of the run after another
+PARTS = {
+    4: [(Strategy(ep=2, zero=3, alltoall="rank_dedup"), 0.25), (Strategy(ep=2, etp=2), 0.5)],
+    2: [(Strategy(etp=2, zero=3), 0.75)],
+}
 
 
 def write_text(folder: Path) -> None:
@@ -57,9 +60,10 @@ def prepare_text(folder: Path) -> None:
 
 
 def run_part(world: World, folder: Path) -> None:
-    """The part of the run that so many ranks train."""
-    strategy, until = PARTS[world.size]
-    trained(folder, strategy, folder / RUN, world, resume=world.size != max(PARTS), until=until).close()
+    """The parts of the run that so many ranks train."""
+    for number, (strategy, until) in enumerate(PARTS[world.size]):
+        begins = number == 0 and world.size == max(PARTS)
+        trained(folder, strategy, folder / RUN, world, resume=not begins, until=until).close()
 
 
 def trained(folder: Path, strategy: Strategy, run: Path, world: World, *, resume: bool, until: float) -> Trainer:

@@ -1,5 +1,6 @@
 """Any layout equals one process: outputs, gradients, losses, statistics, weights; and moves the bytes it predicts."""
 
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -216,6 +217,18 @@ def test_training_steps_equal_one_process(case: TrainCase, outcomes: Outcomes) -
                 assert worst(got["stats"][step][layer], numbers_) <= limit, (rank, step, layer)
     for name, value in state.items():
         assert worst(found[0]["state"][name], value) <= limit, name
+
+
+@pytest.mark.parametrize("case", [case for case in TRAININGS if case.zero], ids=lambda case: case.name)
+def test_ranks_keep_no_more_than_their_shards(case: TrainCase, outcomes: Outcomes) -> None:
+    """Dense weights over all ranks or `zero_size` of them; of shared experts what their copies have between them."""
+    block = case.ep * case.etp
+    for outcome in of_ranks(outcomes, case):
+        for name, (kept, here) in outcome["kept"].items():
+            is_cut = ".experts." in name and block > 1
+            shards = case.ranks // block if is_cut else case.zero_size or case.ranks
+            first = decoder(case).get_parameter(name).shape[0] // (case.ep if is_cut else 1)
+            assert kept <= math.ceil(first / shards) * (here // first), name
 
 
 def test_random_passes_with_idle_ranks_never_hang_and_equal_one_process(outcomes: Outcomes) -> None:

@@ -19,7 +19,11 @@ REFUSED = [
     (Strategy(tp=2), "strategy.tp=2 can be planned (turnout plan) but not trained with in this version; legal: 1"),
     (Strategy(cp=2), "strategy.cp=2 can be planned"),
     (Strategy(pp=2), "strategy.pp=2 can be planned"),
-    (Strategy(zero=3), "strategy.zero=3 can be planned"),
+    (
+        Strategy(zero=2),
+        "strategy.zero=2 can be planned (turnout plan) but not trained with in this version; legal: 0, 3",
+    ),
+    (Strategy(zero_size=2), "strategy.zero_size=2 needs strategy.zero=3; nearest legal: 0"),
     (Strategy(overlap=2), "strategy.overlap=2 can be planned"),
     (Strategy(recompute="full"), "strategy.recompute='full' can be planned"),
     (Strategy(dispatch_precision="fp8"), "strategy.dispatch_precision='fp8' can be planned"),
@@ -103,7 +107,7 @@ def test_a_process_alone_applies_a_strategy_and_sends_nothing() -> None:
     parallel = apply(model, Strategy())
     assert parallel.strategy == replace(Strategy(), dp=1)
     assert parallel.groups.experts is None
-    assert not parallel.slices(model)
+    assert not parallel.copies(model)
     assert all(bool((weight == before[name]).all()) for name, weight in model.named_parameters())
 
 

@@ -64,6 +64,9 @@ class Groups:
     world: World
     experts: ExpertGroup | None  # ranks among which the experts of a layer are shared
     replicas: ProcessGroup | None  # ranks that hold the same slices of the same experts
+    sharded: tuple[
+        ProcessGroup, ...
+    ] = ()  # ZeRO: ranks that have all shards between them; before, those with equal ones
 
 
 def expert_mesh(ep: int, ranks_per_node: int, axis: str = "ep") -> Mesh:
@@ -107,8 +110,18 @@ def make_groups(strategy: Strategy, world: World, *, timeout_s: float, cuda: boo
     experts = None
     if whole is not None:
         experts = ExpertGroup(mesh=mesh, rank=place, wires=wires, whole=whole, slices=slices)
-    _warm([*wires.values(), sliced, whole, replicas], cuda=cuda)
-    return Groups(world=world, experts=experts, replicas=replicas)
+    sharded = _sharded(strategy, world, maker)
+    _warm([*wires.values(), sliced, whole, replicas, *sharded], cuda=cuda)
+    return Groups(world=world, experts=experts, replicas=replicas, sharded=sharded)
+
+
+def _sharded(strategy: Strategy, world: World, maker: "_Maker") -> tuple[ProcessGroup, ...]:
+    if strategy.zero == 0:
+        return ()
+    size, ranks = strategy.zero_size or world.size, range(world.size)
+    copies = maker.group([list(ranks[first::size]) for first in range(size)])
+    shards = maker.group([list(ranks[start : start + size]) for start in ranks[::size]])
+    return tuple(group for group in (copies, shards) if group is not None)
 
 
 def _lines(group: Sequence[int], mesh: Mesh, keep: int) -> list[list[int]]:

@@ -13,7 +13,8 @@ from turnout.experts import FFNExperts
 from turnout.experts.cut import Cut
 from turnout.layers import MoE
 from turnout.parallel.expert_parallel import ExpertParallel
-from turnout.parallel.shards import ExpertShards
+from turnout.parallel.fully_sharded import reshard, shard_fully, shardings
+from turnout.parallel.shards import Shards
 from turnout.parallel.supported import check_supported
 from turnout.placement import Placement
 from turnout.strategy import Strategy
@@ -27,16 +28,22 @@ class Parallel:
 
     strategy: Strategy  # dp is filled in
     groups: Groups
-    shards: ExpertShards  # which tensors are slices, by name
+    shards: Shards  # which tensors are slices, by name
     ledger: Ledger  # what expert layers sent
 
     @property
     def world(self) -> World:
         return self.groups.world
 
-    def slices(self, model: nn.Module) -> list[nn.Parameter]:
-        """The parameters of which this rank has a slice."""
-        return [parameter for name, parameter in model.named_parameters() if name in self.shards.cuts]
+    def copies(self, model: nn.Module) -> dict[nn.Parameter, int]:
+        """The parameters of which this rank has only a part, and on how many ranks there is the same part."""
+        parts = {weight: self.shards.parts(name) for name, weight in model.named_parameters()}
+        return {weight: self.world.size // number for weight, number in parts.items() if number > 1}
+
+    def reshard(self, model: nn.Module) -> None:
+        """After a forward pass without a backward one: the parameters are again what this rank keeps of them."""
+        if self.shards.shardings:
+            reshard(model)
 
     def take_sent(self) -> dict[str, float] | None:
         """Bytes and messages that expert layers sent since the last call, by class of link; None if they never do."""
@@ -49,9 +56,9 @@ class Parallel:
         self.ledger.clear()
         return dict(vars(sent))
 
-    def over_experts(self, value: float) -> float:
-        """A number added up over the ranks that share the experts."""
-        return self.shards.total(value)
+    def over_ranks(self, value: float) -> float:
+        """A number added up over all ranks."""
+        return self.world.total([value])[0]
 
 
 def apply(
@@ -75,10 +82,17 @@ def apply(
     groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
     ledger = Ledger()
     cuts = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
+    if resolved.zero == 3 and world.size > 1:
+        shard_fully(model, groups, cuts, "cuda" if cuda else "cpu")
     return Parallel(
         strategy=resolved,
         groups=groups,
-        shards=ExpertShards(cuts=cuts, group=groups.experts, has_first=world.rank < resolved.ep * resolved.etp),
+        shards=Shards(
+            cuts=cuts,
+            group=groups.experts,
+            has_first=world.rank < resolved.ep * resolved.etp,
+            shardings=shardings(model),
+        ),
         ledger=ledger,
     )
 
@@ -108,7 +122,16 @@ def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strat
     for name, layer in layers.items():
         strategy.check(world.size, num_experts=layer.config.num_experts)
         _check_layer(name or "the layer", layer, resolved)
+    _check_sharding(resolved, has_experts=bool(layers))
     return resolved
+
+
+def _check_sharding(strategy: Strategy, *, has_experts: bool) -> None:
+    if has_experts and strategy.zero_size not in (0, strategy.dp) and 1 < strategy.ep * strategy.etp < strategy.dp:
+        raise ConfigError(
+            f"strategy.zero_size={strategy.zero_size} with copies of shared experts (ep={strategy.ep}, "
+            f"etp={strategy.etp} on dp={strategy.dp} ranks) is not in this version; nearest legal: 0"
+        )
 
 
 def _check_layer(name: str, layer: MoE, strategy: Strategy) -> None:

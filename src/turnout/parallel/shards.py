@@ -1,20 +1,24 @@
-"""Expert tensors as slices and as wholes: a checkpoint holds wholes, so that any layout loads what any other saved."""
+"""Tensors as parts and as wholes: a checkpoint holds wholes, so that any layout loads what any other saved."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from turnout.comm import ExpertGroup
 from turnout.experts.cut import Cut
+from turnout.parallel.fully_sharded import Sharding
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertShards:
+class Shards:
     """The parameters of which each rank has a part, by name; so it is with what an optimizer keeps of them.
+
+    Experts are cut over the ranks that share them; what is left of them, and dense parameters, may lie in shards.
 
     A tensor belongs to a parameter if it has its name, or that name and one more part ("name/exp_avg").
     """
@@ -22,19 +26,26 @@ class ExpertShards:
     cuts: Mapping[str, Cut]  # parameter -> which rank has what of it
     group: ExpertGroup | None  # None: nothing is cut
     has_first: bool  # the group of the job's first rank, which writes checkpoints
+    shardings: Mapping[str, Sharding] = field(default_factory=dict)  # parameter -> where FSDP has its shards
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with the parts gathered, on the CPU; only in the first rank's group, elsewhere as they are.
+        """The same with the parts gathered, on the CPU; experts only in the first rank's group.
 
-        Every rank of the group calls it, with the same names in the same order.
+        Every rank of the job calls it, with the same names in the same order.
         """
+        unsharded = {name: _unsharded(tensor) for name, tensor in tensors.items()}
         if self.group is None or not self.has_first:
-            return dict(tensors)
-        return {name: self._gathered(name, tensor) for name, tensor in tensors.items()}
+            return unsharded
+        return {name: self._gathered(name, tensor) for name, tensor in unsharded.items()}
 
     def mine(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same with every whole cut to this rank's part; what has another shape stays as it is."""
-        return {name: self._cut(name, tensor) for name, tensor in tensors.items()}
+        return {name: self._sharded(name, self._cut(name, tensor)) for name, tensor in tensors.items()}
+
+    def parts(self, name: str) -> int:
+        """How many parts a parameter has."""
+        cut, sharding = self.cuts.get(name), self.shardings.get(name)
+        return (1 if cut is None else cut.ranks) * (1 if sharding is None else sharding.shards)
 
     def whole_shape(self, name: str, shape: list[int]) -> list[int]:
         """The shape of a parameter of which this rank's part has `shape`."""
@@ -45,16 +56,12 @@ class ExpertShards:
         cut = self._of(name)
         return 0 if cut is None or self.group is None else cut.first_expert(self.group.place)
 
-    def total(self, value: float) -> float:
-        """A number added up over the group."""
-        if self.group is None:
-            return value
-        number = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(number, group=self.group.whole)
-        return float(number)
-
     def _of(self, name: str) -> Cut | None:
         return self.cuts.get(name) or self.cuts.get(name.rpartition("/")[0])
+
+    def _sharded(self, name: str, tensor: Tensor) -> Tensor:
+        sharding = self.shardings.get(name) or self.shardings.get(name.rpartition("/")[0])
+        return tensor if sharding is None or tensor.ndim == 0 else sharding.shard(tensor)
 
     def _gathered(self, name: str, tensor: Tensor) -> Tensor:
         cut = self._of(name)
@@ -74,3 +81,10 @@ class ExpertShards:
         if cut is None or self.group is None or tensor.shape != cut.shape:
             return tensor
         return cut.part(tensor, self.group.place).clone(memory_format=torch.contiguous_format)
+
+
+def _unsharded(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # a bias that lies on another slice has no values, and torch gathers no shards of nothing
+    return tensor.detach().full_tensor().cpu() if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -12,8 +12,6 @@ _ONLY: dict[str, Any] = {
     "cp": 1,
     "pp": 1,
     "virtual_stages": 1,
-    "zero": 0,
-    "zero_size": 0,
     "recompute": "none",
     "overlap": 1,
     "dispatch_precision": "",
@@ -30,5 +28,13 @@ def check_supported(strategy: Strategy) -> None:
                 f"strategy.{name}={value!r} can be planned (turnout plan) but not trained with in this version; "
                 f"legal: {legal!r}"
             )
+    if strategy.zero not in (0, 3):
+        near = 3 if strategy.zero == 2 else 0
+        raise ConfigError(
+            f"strategy.zero={strategy.zero} can be planned (turnout plan) but not trained with in this version; "
+            f"legal: 0, 3; nearest: {near}"
+        )
+    if strategy.zero_size and not strategy.zero:
+        raise ConfigError(f"strategy.zero_size={strategy.zero_size} needs strategy.zero=3; nearest legal: 0")
     if strategy.alltoall not in PROGRAMS:
         PROGRAMS[strategy.alltoall]

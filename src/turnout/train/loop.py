@@ -173,7 +173,7 @@ class Trainer:
         A stop request ends it early; there is no result then.
         """
         loop = self.recipe.loop
-        return mean_loss(
+        value = mean_loss(
             self.model,
             self.dataset.val,
             batch_size=self._rank_batch,
@@ -183,6 +183,8 @@ class Trainer:
             autocast=self.autocast,
             stop=stop,
         )
+        self.parallel.reshard(self.model)
+        return value
 
     def evaluate_and_record(self, stop: StopRequest | None) -> float | None:
         """Evaluate now and write it down; None, and nothing is written, when a stop request cut it short."""
@@ -359,7 +361,7 @@ class Trainer:
         tokenizer = self.dataset.tokenizer
         ids = tokenizer.encode(self.recipe.loop.probe)[: self.recipe.model.max_seq_len]
         self.model.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             out = self.model(torch.tensor([ids], device=self.device))
         self.model.train()
         choices = [token_choices(assignment) for assignment in out.assignments]

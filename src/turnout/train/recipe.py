@@ -142,6 +142,11 @@ class Recipe(Settings):
                     f"({getattr(usual, name)!r})"
                 )
         check_supported(strategy)
+        if self.loop.compile and strategy.zero:
+            raise ConfigError(
+                f"loop.compile=true with strategy.zero={strategy.zero}: gathering weights is not compiled in this version; "
+                "nearest legal: loop.compile=false"
+            )
         if self.loop.compile and strategy.ep * strategy.etp > 1:
             field = f"ep={strategy.ep}" if strategy.ep > 1 else f"etp={strategy.etp}"
             raise ConfigError(
