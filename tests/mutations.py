@@ -420,6 +420,13 @@ MUTATIONS = (
         (RANKS,),
     ),
     Mutation(
+        "ranks: sharded experts have a divisor of their own",
+        "parallel/gradients.py",
+        "here(parameter.grad).div_(cut.ranks)",
+        "here(parameter.grad).div_(1)",
+        (RANKS,),
+    ),
+    Mutation(
         "ranks: merged rows lose which row is whose",
         "comm/transport.py",
         "row_J=row_M - first_U[unit_M]",

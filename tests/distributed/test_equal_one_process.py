@@ -136,10 +136,10 @@ def test_slices_send_what_the_planner_says(case: LayerCase, outcomes: Outcomes) 
     found = of_ranks(outcomes, case)
     sent = [each for outcome in found for way in outcome["slices"].values() for each in way.values()]
     rows = sum(rows_sent(case, rank) for rank in range(case.ranks))
-    strategy = replace(case.strategy, precision="fp32").check(case.ranks, num_experts=case.num_experts)
-    shape = replace(SHAPES["mixtral-8x7b"], dim=case.latent_dim or DIM, num_experts=case.num_experts, top_k=1)
+    strategy = replace(case.strategy, precision="fp32").check(case.ranks, num_experts=case.ep)
+    shape = replace(SHAPES["mixtral-8x7b"], dim=case.latent_dim or DIM, num_experts=case.ep, top_k=1)
     step = Step(shape=shape, strategy=strategy, devices_per_node=case.local, tokens=rows / case.ranks, micro_batches=1)
-    (want,) = expert_tensor_volume(step, case.num_experts)
+    (want,) = expert_tensor_volume(step, case.ep)
     widening = case.dtype.itemsize / 4
     assert sum(payload for payload, _ in sent) == pytest.approx(want.total_bytes * case.ranks * widening, rel=1e-12)
     assert sum(messages for _, messages in sent) == want.messages * case.ranks
@@ -222,12 +222,12 @@ def test_training_steps_equal_one_process(case: TrainCase, outcomes: Outcomes) -
 @pytest.mark.parametrize("case", [case for case in TRAININGS if case.zero], ids=lambda case: case.name)
 def test_ranks_keep_no_more_than_their_shards(case: TrainCase, outcomes: Outcomes) -> None:
     """Dense weights over all ranks or `zero_size` of them; of shared experts what their copies have between them."""
-    block = case.ep * case.etp
+    block, whole = case.ep * case.etp, decoder(case)
     for outcome in of_ranks(outcomes, case):
         for name, (kept, here) in outcome["kept"].items():
             is_cut = ".experts." in name and block > 1
             shards = case.ranks // block if is_cut else case.zero_size or case.ranks
-            first = decoder(case).get_parameter(name).shape[0] // (case.ep if is_cut else 1)
+            first = whole.get_parameter(name).shape[0] // (case.ep if is_cut else 1)
             assert kept <= math.ceil(first / shards) * (here // first), name
 
 

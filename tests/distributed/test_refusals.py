@@ -24,6 +24,7 @@ REFUSED = [
         "strategy.zero=2 can be planned (turnout plan) but not trained with in this version; legal: 0, 3",
     ),
     (Strategy(zero_size=2), "strategy.zero_size=2 needs strategy.zero=3; nearest legal: 0"),
+    (Strategy(zero=3, zero_size=1), "strategy.zero_size=1 with strategy.zero=3 shards nothing; nearest legal: zero=0"),
     (Strategy(overlap=2), "strategy.overlap=2 can be planned"),
     (Strategy(recompute="full"), "strategy.recompute='full' can be planned"),
     (Strategy(dispatch_precision="fp8"), "strategy.dispatch_precision='fp8' can be planned"),
@@ -69,6 +70,18 @@ def layer(**settings: object) -> MoE:
         ),
         (lambda: check_ranks(load_recipe("smoke", ["strategy.etp=3"]), 3), r"strategy\.etp=3 must divide moe\.hidden="),
         (lambda: check_ranks(load_recipe("smoke", ["strategy.etp=4"]), 2), r"strategy\.ep \* etp=4 must divide world"),
+        (
+            lambda: Recipe(strategy=Strategy(zero=3), loop=LoopConfig(compile=True)),
+            r"loop\.compile=true with strategy\.zero=3.*nearest legal: loop\.compile=false",
+        ),
+        (
+            lambda: apply(layer(), Strategy(ep=2, zero=3, zero_size=2), world=World(size=4, local_size=4)),
+            r"strategy\.zero_size=2 with copies of shared experts \(ep=2, etp=1 on dp=4 ranks\).*nearest legal: 0",
+        ),
+        (
+            lambda: check_ranks(load_recipe("smoke", ["strategy.zero=3", "strategy.zero_size=3"]), 4),
+            r"strategy\.zero_size=3 must divide dp \* cp=4; nearest legal: 2",
+        ),
         (
             lambda: Recipe(strategy=Strategy(etp=2), loop=LoopConfig(compile=True)),
             r"loop\.compile=true with strategy\.etp=2",

@@ -64,9 +64,8 @@ class Groups:
     world: World
     experts: ExpertGroup | None  # ranks among which the experts of a layer are shared
     replicas: ProcessGroup | None  # ranks that hold the same slices of the same experts
-    sharded: tuple[
-        ProcessGroup, ...
-    ] = ()  # ZeRO: ranks that have all shards between them; before, those with equal ones
+    # of ZeRO: ranks that have all shards between them, and before these, where there are such, those with equal shards
+    sharded: tuple[ProcessGroup, ...] = ()
 
 
 def expert_mesh(ep: int, ranks_per_node: int, axis: str = "ep") -> Mesh:

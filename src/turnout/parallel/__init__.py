@@ -5,7 +5,7 @@ from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.gradients import reduce_gradients
 from turnout.parallel.replicas import check_replicas
 from turnout.parallel.shards import Shards
-from turnout.parallel.supported import check_supported
+from turnout.parallel.supported import check_shards, check_supported
 
 __all__ = [
     "ExpertParallel",
@@ -13,6 +13,7 @@ __all__ = [
     "Shards",
     "apply",
     "check_replicas",
+    "check_shards",
     "check_supported",
     "reduce_gradients",
 ]

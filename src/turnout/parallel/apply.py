@@ -15,7 +15,7 @@ from turnout.layers import MoE
 from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.fully_sharded import reshard, shard_fully, shardings
 from turnout.parallel.shards import Shards
-from turnout.parallel.supported import check_supported
+from turnout.parallel.supported import check_shards, check_supported
 from turnout.placement import Placement
 from turnout.strategy import Strategy
 
@@ -122,16 +122,8 @@ def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strat
     for name, layer in layers.items():
         strategy.check(world.size, num_experts=layer.config.num_experts)
         _check_layer(name or "the layer", layer, resolved)
-    _check_sharding(resolved, has_experts=bool(layers))
+    check_shards(resolved, has_experts=bool(layers))
     return resolved
-
-
-def _check_sharding(strategy: Strategy, *, has_experts: bool) -> None:
-    if has_experts and strategy.zero_size not in (0, strategy.dp) and 1 < strategy.ep * strategy.etp < strategy.dp:
-        raise ConfigError(
-            f"strategy.zero_size={strategy.zero_size} with copies of shared experts (ep={strategy.ep}, "
-            f"etp={strategy.etp} on dp={strategy.dp} ranks) is not in this version; nearest legal: 0"
-        )
 
 
 def _check_layer(name: str, layer: MoE, strategy: Strategy) -> None:

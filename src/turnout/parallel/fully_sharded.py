@@ -1,7 +1,7 @@
 """FSDP2: what data-parallel ranks would all have, they have in shards: weights, gradients and moments (ZeRO-3).
 
-Each block is gathered when it is reached, forward and backward, and its gradients are averaged into shards. Experts that
-lie on several groups of ranks are sharded over those; where every rank has other experts they stay as they are.
+Each block is gathered when it is reached, forward and backward, and its gradients are averaged into shards. Experts of
+which several groups of ranks have copies are sharded over those; where every rank has other experts they stay.
 Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; torch.distributed.fsdp.fully_shard.
 """
 

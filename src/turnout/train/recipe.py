@@ -8,7 +8,7 @@ from turnout.config import Settings
 from turnout.data.prepare import DataConfig
 from turnout.errors import ConfigError
 from turnout.models import ModelConfig
-from turnout.parallel import check_supported
+from turnout.parallel import check_shards, check_supported
 from turnout.strategy import Strategy, nearest_divisor
 from turnout.train.guards import NonFinitePolicy
 
@@ -144,8 +144,8 @@ class Recipe(Settings):
         check_supported(strategy)
         if self.loop.compile and strategy.zero:
             raise ConfigError(
-                f"loop.compile=true with strategy.zero={strategy.zero}: gathering weights is not compiled in this version; "
-                "nearest legal: loop.compile=false"
+                f"loop.compile=true with strategy.zero={strategy.zero}: gathering shards is not compiled in this "
+                "version; nearest legal: loop.compile=false"
             )
         if self.loop.compile and strategy.ep * strategy.etp > 1:
             field = f"ep={strategy.ep}" if strategy.ep > 1 else f"etp={strategy.etp}"
@@ -167,7 +167,7 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
         )
     moe = recipe.model.moe
     num_experts = moe.num_experts if moe is not None and recipe.model.moe_layers() else 0
-    recipe.strategy.check(ranks, num_experts=num_experts)
+    check_shards(recipe.strategy.check(ranks, num_experts=num_experts), has_experts=num_experts > 0)
     if moe is not None and moe.hidden % recipe.strategy.etp:
         near = nearest_divisor(recipe.strategy.etp, moe.hidden)
         raise ConfigError(
