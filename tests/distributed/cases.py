@@ -243,7 +243,8 @@ def sharded_cases() -> Iterator[TrainCase]:
     """FSDP2: without shared experts, with all of them shared, and with copies of those that are."""
     for ep, etp in ((1, 1), (2, 1), (4, 1), (1, 2)):
         yield TrainCase(zero=3, ep=ep, etp=etp, adam=True, bias=True, steps=3)
-    yield TrainCase(zero=3, ep=2, accumulate=2, idle_rank=True)
+    stepwise = LoadBalance(coefficient=0.1, scope="global")
+    yield TrainCase(zero=3, ep=2, accumulate=2, idle_rank=True, losses=(stepwise,))
     yield TrainCase(zero=3, ep=2, local=2, program="node_dedup", dtype=torch.float32)
     yield TrainCase(zero=3, zero_size=2, ep=1, adam=True)
     yield TrainCase(zero=3, zero_size=2, ep=4)

@@ -40,6 +40,7 @@ from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
 from turnout.comm.processes import start_ranks
 from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError
+from turnout.models import Decoder
 from turnout.parallel import ExpertParallel, Parallel, Shards, apply, check_replicas, reduce_gradients
 from turnout.parallel.fully_sharded import here
 from turnout.placement import Placement
@@ -197,6 +198,7 @@ def run_training(case: TrainCase, world: World) -> Outcome:
     model = decoder(case)
     parallel = apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
     optim = optimizer(case, model)
+    begins = case.etp > 1 or begins_where_it_says(case, model, parallel)
     results = []
     for step in range(case.steps):
         first = world.rank * case.accumulate
@@ -204,12 +206,25 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         autocast = autocast_for(torch.device("cpu"), torch.float32)
         result = train_step(model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel)
         results.append(result)
+    whole = parallel.shards.whole(model.state_dict())
     return {
         "results": [summary(result) for result in results],
         "stats": [[numbers(stats) for stats in result.stats] for result in results],
-        "state": parallel.shards.whole(model.state_dict()),
+        "state": whole if world.is_first else {},
+        "begins": begins,
         "kept": {name: (here(weight).numel(), weight.numel()) for name, weight in model.named_parameters()},
     }
+
+
+def begins_where_it_says(case: TrainCase, model: Decoder, parallel: Parallel) -> bool:
+    """Whether this rank's experts of a fresh model are those that an error would name."""
+    fresh = decoder(case)
+    for name, weight in model.named_parameters():
+        if name.endswith("experts.up_EDG"):
+            first, own_EDG = parallel.shards.first_expert(name), here(weight)
+            if not torch.equal(own_EDG, fresh.get_parameter(name)[first : first + len(own_EDG)]):
+                return False
+    return True
 
 
 def counted_by_kernel(world: World) -> dict[str, Outcome]:

@@ -39,7 +39,7 @@ def write_text(folder: Path) -> None:
 def recipe_of(folder: Path, strategy: Strategy) -> Recipe:
     # counted over the step, for one process has the whole batch in one call
     losses = (LoadBalance(scope="global"),)
-    moe = MoEConfig(num_experts=4, hidden=16, router=TopK(k=2), losses=losses)
+    moe = MoEConfig(num_experts=4, hidden=16, router=TopK(k=2), losses=losses, bias=True)
     attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
     model = ModelConfig(vocab_size=300, dim=16, num_layers=2, max_seq_len=64, attention=attention, moe=moe)
     data = DataConfig(corpus=str(folder / "text"), vocab_size=300, val_fraction=0.2)

@@ -217,6 +217,7 @@ def test_training_steps_equal_one_process(case: TrainCase, outcomes: Outcomes) -
                 assert worst(got["stats"][step][layer], numbers_) <= limit, (rank, step, layer)
     for name, value in state.items():
         assert worst(found[0]["state"][name], value) <= limit, name
+    assert all(got["begins"] for got in found), "the expert that an error names is another"
 
 
 @pytest.mark.parametrize("case", [case for case in TRAININGS if case.zero], ids=lambda case: case.name)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from turnout.alltoall import PROGRAMS
 from turnout.comm import ExpertGroup, Groups, Ledger, World, make_groups
@@ -35,9 +35,9 @@ class Parallel:
     def world(self) -> World:
         return self.groups.world
 
-    def copies(self, model: nn.Module) -> dict[nn.Parameter, int]:
+    def copies(self, model: nn.Module) -> dict[Tensor, int]:
         """The parameters of which this rank has only a part, and on how many ranks there is the same part."""
-        parts = {weight: self.shards.parts(name) for name, weight in model.named_parameters()}
+        parts: dict[Tensor, int] = {weight: self.shards.parts(name) for name, weight in model.named_parameters()}
         return {weight: self.world.size // number for weight, number in parts.items() if number > 1}
 
     def reshard(self, model: nn.Module) -> None:

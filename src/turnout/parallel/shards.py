@@ -29,14 +29,11 @@ class Shards:
     shardings: Mapping[str, Sharding] = field(default_factory=dict)  # parameter -> where FSDP has its shards
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with the parts gathered, on the CPU; experts only in the first rank's group.
+        """The same with the parts gathered, on the CPU; only in the first rank's group, elsewhere as they are.
 
         Every rank of the job calls it, with the same names in the same order.
         """
-        unsharded = {name: _unsharded(tensor) for name, tensor in tensors.items()}
-        if self.group is None or not self.has_first:
-            return unsharded
-        return {name: self._gathered(name, tensor) for name, tensor in unsharded.items()}
+        return {name: self._whole(name, tensor) for name, tensor in tensors.items()}
 
     def mine(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same with every whole cut to this rank's part; what has another shape stays as it is."""
@@ -53,8 +50,9 @@ class Shards:
 
     def first_expert(self, name: str) -> int:
         """The expert that stands first in this rank's part."""
-        cut = self._of(name)
-        return 0 if cut is None or self.group is None else cut.first_expert(self.group.place)
+        cut, sharding = self._of(name), self.shardings.get(name)
+        of_group = 0 if cut is None or self.group is None else cut.first_expert(self.group.place)
+        return of_group + (0 if sharding is None else sharding.first_row)
 
     def _of(self, name: str) -> Cut | None:
         return self.cuts.get(name) or self.cuts.get(name.rpartition("/")[0])
@@ -62,6 +60,10 @@ class Shards:
     def _sharded(self, name: str, tensor: Tensor) -> Tensor:
         sharding = self.shardings.get(name) or self.shardings.get(name.rpartition("/")[0])
         return tensor if sharding is None or tensor.ndim == 0 else sharding.shard(tensor)
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        unsharded = _unsharded(tensor)
+        return self._gathered(name, unsharded) if self.has_first else tensor
 
     def _gathered(self, name: str, tensor: Tensor) -> Tensor:
         cut = self._of(name)
@@ -87,4 +89,7 @@ def _unsharded(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     # a bias that lies on another slice has no values, and torch gathers no shards of nothing
-    return tensor.detach().full_tensor().cpu() if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype)
+    if tensor.numel() == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    with torch.no_grad():
+        return tensor.full_tensor().cpu()

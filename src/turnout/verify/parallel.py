@@ -115,13 +115,13 @@ def _step(
 
 
 def _gradients(model: Decoder, parallel: Parallel | None) -> dict[str, Tensor]:
-    """All gradients whole; without those of cut experts on ranks that do not gather them."""
+    """All gradients whole; on ranks that do not gather them without those of which they have a part."""
     grads: dict[str, Any] = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     if parallel is None:
         return grads
-    whole = parallel.shards.whole(grads)
-    has_whole = parallel.shards.has_first
-    return {name: grad for name, grad in whole.items() if has_whole or name not in parallel.shards.cuts}
+    shards = parallel.shards
+    whole = shards.whole(grads)
+    return {name: grad for name, grad in whole.items() if shards.has_first or shards.parts(name) == 1}
 
 
 def _batches(config: ModelConfig, ranks: int) -> list[Batch]:
