@@ -125,6 +125,11 @@ class Ragged:
     x_MD: Tensor
     counts_L: Int64[Tensor, "L"]
 
+    @property
+    def x(self) -> Tensor:
+        """The rows, in whichever layout."""
+        return self.x_MD
+
 
 @dataclass(frozen=True, kw_only=True)
 class Padded:
@@ -132,6 +137,11 @@ class Padded:
 
     x_LCD: Tensor
     counts_L: Int64[Tensor, "L"]
+
+    @property
+    def x(self) -> Tensor:
+        """The rows, in whichever layout."""
+        return self.x_LCD
 
 
 Rows = Ragged | Padded

@@ -145,7 +145,7 @@ class Trainer:
         A stop request ends it early; there is no result then.
         """
         loop = self.recipe.loop
-        return mean_loss(
+        value = mean_loss(
             self.model,
             self.dataset.val,
             batch_size=self._rank_batch,
@@ -155,6 +155,8 @@ class Trainer:
             autocast=self.autocast,
             stop=stop,
         )
+        self.parallel.reshard(self.model)
+        return value
 
     def evaluate_and_record(self, stop: StopRequest | None) -> float | None:
         """Evaluate now and write it down; None, and nothing is written, when a stop request cut it short."""

@@ -47,7 +47,7 @@ def record_token_view(
     tokenizer = dataset.tokenizer
     ids = tokenizer.encode(recipe.loop.probe)[: recipe.model.max_seq_len]
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         out = model(torch.tensor([ids], device=next(model.parameters()).device))
     model.train()
     choices = [token_choices(assignment) for assignment in out.assignments]
