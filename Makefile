@@ -3,11 +3,17 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
+# byte code is written when a module is first imported, whatever the shell says; pip would compile all 13,000 files of
+# what it installs, one after the other
+export PYTHONDONTWRITEBYTECODE :=
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 DEMO := runs/demo
 DEMO_MINUTES ?= 5
 
-.PHONY: demo test check static peers format clean
+# tests run side by side: threads that fight for the cores only wait for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q
+
+.PHONY: demo test exhaustive check static peers format clean
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
@@ -17,10 +23,14 @@ demo: $(STAMP)
 	@echo "Look at $(DEMO)/report.html; talk with: $(BIN)/turnout chat $(DEMO)"
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 -q
+	$(PYTEST)
+
+# the random cases that `make test` leaves out
+exhaustive: $(STAMP)
+	$(PYTEST) -m exhaustive
 
 check: static
-	$(BIN)/pytest -n 2 -q -m "not slow and not exhaustive"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 static: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -40,7 +50,6 @@ format: $(STAMP)
 # the stamp is written last: an interrupted installation starts again
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(PIP_FLAGS) torch
 	$(BIN)/pip install $(PIP_FLAGS) --editable ".[dev,bench,plot]"
 	touch $(STAMP)
 

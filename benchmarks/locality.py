@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from turnout.cache import default_cache
 from turnout.data.prepare import Dataset, prepare
 from turnout.data.sampler import Batch, count_windows, gather
 from turnout.data.shards import TokenShard

@@ -401,8 +401,29 @@ MUTATIONS = (
     Mutation(
         "ranks: the norm is that of one slice",
         "train/guards.py",
-        "math.sqrt(over_ranks(of_mine * of_mine))",
-        "of_mine",
+        "math.sqrt(over_ranks(math.fsum(squares)))",
+        "math.sqrt(math.fsum(squares))",
+        (RANKS,),
+    ),
+    Mutation(
+        "ranks: a slice of gate and up is one of both side by side",
+        "experts/weights.py",
+        "halves=2 if self.activation.gated",
+        "halves=1 if self.activation.gated",
+        (RANKS,),
+    ),
+    Mutation(
+        "ranks: slices add up what belongs to another's rows",
+        "comm/slices.py",
+        "by_slice_ND = weighted_sum(y_ND, None, self._by_expert)",
+        "by_slice_ND = y_ND",
+        (RANKS,),
+    ),
+    Mutation(
+        "ranks: sharded experts have a divisor of their own",
+        "parallel/gradients.py",
+        "here(parameter.grad).div_(cut.ranks)",
+        "here(parameter.grad).div_(1)",
         (RANKS,),
     ),
     Mutation(

@@ -31,7 +31,8 @@ class Strategy:
     schedule: Literal["1f1b", "interleaved", "zero_bubble", "dualpipe", "gpipe"] = "1f1b"  # of the pipeline
     scatter_gather: bool = False  # each tp rank sends 1/tp over a stage boundary; sequence parallel does so by itself
     ep: int = 1  # expert parallel ranks: each has 1/ep of the experts
-    etp: int = 1  # expert tensor parallel ranks: each has 1/etp of an expert
+    # expert tensor parallel ranks: each has 1/etp of an expert (expert slicing); with tp=1 `check` folds the axes
+    etp: int = 1
     folded: bool = False  # expert axes ignore tp and cp and take neighbouring ranks; else ep runs along dp
     shard_tokens: bool = False  # each tp rank dispatches 1/tp of the tokens; sequence parallel does so by itself
     zero: Literal[0, 1, 2, 3] = 0  # sharded over dp: 1 optimizer, 2 + gradients, 3 + parameters (FSDP)
@@ -154,7 +155,10 @@ class Strategy:
                 f"strategy.dp={self.dp} times tp * cp * pp = {dense} must be world={world}; "
                 f"nearest legal: {world // dense}"
             )
-        return replace(self, dp=world // dense)
+        # without tensor parallel ranks those of a slice are data-parallel: neighbours, each with tokens of its own
+        slices_data = self.tp == 1 and self.etp > 1
+        folded, sharded = self.folded or slices_data, self.shard_tokens or slices_data
+        return replace(self, dp=world // dense, folded=folded, shard_tokens=sharded)
 
     def _check_experts(self, world: int, num_experts: int) -> None:
         if num_experts == 0:

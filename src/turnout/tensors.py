@@ -125,6 +125,11 @@ class Ragged:
     x_MD: Tensor
     counts_L: Int64[Tensor, "L"]
 
+    @property
+    def x(self) -> Tensor:
+        """The rows, in whichever layout."""
+        return self.x_MD
+
 
 @dataclass(frozen=True, kw_only=True)
 class Padded:
@@ -132,6 +137,11 @@ class Padded:
 
     x_LCD: Tensor
     counts_L: Int64[Tensor, "L"]
+
+    @property
+    def x(self) -> Tensor:
+        """The rows, in whichever layout."""
+        return self.x_LCD
 
 
 Rows = Ragged | Padded
@@ -183,7 +193,9 @@ def fill_normal(weight: Tensor, std: float) -> None:
     """
     if not 0 <= std < math.inf:
         raise ConfigError(f"init_std={std} must be at least 0 and finite")
-    torch.nn.init.normal_(weight, std=std)
+    # what has a shape alone has nothing to fill, and torch takes milliseconds to find that out
+    if not weight.is_meta:
+        torch.nn.init.normal_(weight, std=std)
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

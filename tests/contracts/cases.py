@@ -99,6 +99,7 @@ def takers(dtype: torch.dtype) -> list[str]:
     return [name for name, refusal in answers.items() if refusal is None]
 
 
+@cache
 def draw_case(seed: int) -> Case:
     """The case number `seed`; neighbours take different rows of each table."""
     rng = random.Random(seed)
@@ -143,7 +144,7 @@ def draw(case: Case, *, backend: str = "loop", dtype: torch.dtype = torch.float6
     """The layer and the inputs of the case, the same for every backend; some tokens are zero, so all logits tie."""
     generator = torch.Generator().manual_seed(case.seed)
     with torch.random.fork_rng():
-        torch.manual_seed(case.seed)  # what a router draws when it is built
+        torch.default_generator.manual_seed(case.seed)  # what a router draws when it is built
         layer = MoE(
             case.dim,
             case.hidden,

@@ -46,6 +46,7 @@ from turnout.losses import (
     locality_loss,
 )
 from turnout.models import ModelConfig
+from turnout.placement import Placement
 from turnout.routers import (
     BASE,
     Cosine,
@@ -281,6 +282,11 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
         lambda: untyped_moe(4, 8, 2, expert=nn.Linear(4, 4)),
         ConfigError,
         r"expert=Linear\(.* must be a kind, .*lambda: nn\.Linear",
+    ),
+    (
+        lambda: FFNExperts(4, 6, 2).cuts(Placement.even(2, 1), 4),
+        ConfigError,
+        r"strategy\.etp=4 must divide moe\.hidden=6; nearest legal: 3",
     ),
     (
         lambda: untyped_moe(4, 8, 2, expert=lambda: 1),

@@ -304,11 +304,14 @@ def test_without_a_compiler_the_reason_is_told_and_another_backend_computes(
         trusted_kernel.cache_clear()
 
 
-def test_a_compiler_that_fails_is_named_with_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_named_with_its_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     broken = wrapped(tmp_path / "broken", "echo 'fused.cpp:1: error: no such luck' >&2\nexit 1")
     monkeypatch.setenv("TURNOUT_KERNELS", str(tmp_path / "kernels"))
     monkeypatch.setenv("CXX", broken)
     assert compiled() == f"{broken} cannot compile the kernel: fused.cpp:1: error: no such luck"
+    assert "compiling the CPU kernel, once on this machine" in caplog.text, "seconds without a word"
     assert not list((tmp_path / "kernels").iterdir())
 
 

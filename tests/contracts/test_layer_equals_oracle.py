@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +33,8 @@ from turnout.routers import TopK
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 FAMILIES = [(name, dtype) for dtype in TOLERANCE for name in takers(dtype)]
 QUICK = {torch.float64: 60, torch.float32: 90}  # configurations under `make check`, over all backends
-SWEEP = {torch.float64: 2000, torch.float32: 900}  # configurations in the sweep
+SAMPLE = {torch.float64: 2000, torch.float32: 270}  # configurations under `make test`, the quick ones among them
+SWEEP = {torch.float64: 2000, torch.float32: 900}  # configurations in the sweep; what is beyond is exhaustive
 CHUNK = 100
 
 
@@ -48,24 +51,35 @@ def sweep_cases(dtype: torch.dtype, numbers: range) -> Iterator[tuple[str, Case]
         yield backend, case
 
 
-CHUNKS = [(dtype, range(start, start + CHUNK)) for dtype in TOLERANCE for start in range(0, SWEEP[dtype], CHUNK)]
+def chunks() -> Iterator[Any]:
+    """What is left of the sweep when its first configurations are done."""
+    for dtype, last in SWEEP.items():
+        ends = sorted({QUICK[dtype], SAMPLE[dtype], *range(2 * CHUNK, last, CHUNK), last})
+        for start, end in pairwise(ends):
+            marks = [pytest.mark.exhaustive] if start >= SAMPLE[dtype] else []
+            yield pytest.param(dtype, range(start, end), marks=marks)
+
+
+CHUNKS = list(chunks())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_layer_equals_the_oracle(dtype: torch.dtype) -> None:
-    check_all(dtype, range(QUICK[dtype]))
+    assert check_all(dtype, range(QUICK[dtype])) == QUICK[dtype]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "numbers"), CHUNKS, ids=str)
 def test_layer_equals_the_oracle_throughout_the_sweep(dtype: torch.dtype, numbers: range) -> None:
-    assert check_all(dtype, numbers) == CHUNK
+    assert check_all(dtype, numbers) == len(numbers)
 
 
 def test_the_sweep_has_two_thousand_float64_configurations_and_every_row_in_every_family() -> None:
     drawn = {dtype: list(sweep_cases(dtype, range(SWEEP[dtype]))) for dtype in TOLERANCE}
     assert len({case for _, case in drawn[torch.float64]}) >= 2000
-    assert sum(len(numbers) for _, numbers in CHUNKS) == sum(len(pairs) for pairs in drawn.values())
+    assert SAMPLE[torch.float64] == SWEEP[torch.float64]
+    in_chunks = sum(len(chunk.values[1]) for chunk in CHUNKS)
+    assert sum(QUICK.values()) + in_chunks == sum(len(pairs) for pairs in drawn.values())
     for backend, dtype in FAMILIES:
         cases = [case for name, case in drawn[dtype] if name == backend]
         routers = Counter(type(case.router) for case in cases)

@@ -21,8 +21,8 @@ from turnout.routers import TopK
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_bfloat16_layer_is_within_two_ulp_of_float32_accumulation(backend: str, kind: str, bias: bool) -> None:
     """Rounded to bfloat16 after each matrix, nothing lost inside; ulp of the largest output."""
-    for seed in range(5):
-        case = simple_case(seed=seed, dim=16, hidden=24, shape=(40,), expert=kind, bias=bias, num_experts=6)
+    for seed in range(3):
+        case = simple_case(seed=seed, dim=16, hidden=24, shape=(33,), expert=kind, bias=bias, num_experts=6)
         layer, inputs = draw(case, backend=backend, dtype=torch.bfloat16)
         y_TD = layer(inputs.x.bfloat16()).y.detach()
         want_TD = rounded_reference(layer, inputs, case)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, optim
@@ -11,10 +12,13 @@ from turnout import MoE, MoEOutput, Strategy, total_loss
 from turnout.contracts import CapacityPolicy, Loss, RouterConfig
 from turnout.data.sampler import Batch
 from turnout.dispatch import Dropless, FixedCapacity, TutelCapacity
+from turnout.experts import FFNExperts
+from turnout.experts.cut import Cut
 from turnout.layers import MoEConfig
 from turnout.layers.attention import AttentionConfig
 from turnout.losses import LoadBalance, RouterZ
 from turnout.models import Decoder, ModelConfig
+from turnout.placement import Placement
 from turnout.routers import DeepSeekV3, ExpertChoice, TopK, TopP
 
 DIM, HIDDEN = 6, 5
@@ -30,7 +34,10 @@ class LayerCase:
     program: str = "flat"
     ranks: int = 4
     ep: int = 4
+    etp: int = 1
     local: int = 4  # ranks of a node
+    hidden: int = HIDDEN
+    expert: str = "swiglu"
     tokens: tuple[int, ...] = UNEVEN  # of each rank
     num_experts: int = 8
     router: RouterConfig = field(default_factory=lambda: TopK(k=3, init_std=0.5))
@@ -52,7 +59,7 @@ class LayerCase:
 
     @property
     def strategy(self) -> Strategy:
-        return Strategy(ep=self.ep, alltoall=self.program)
+        return Strategy(ep=self.ep, etp=self.etp, alltoall=self.program)
 
     @property
     def is_padded(self) -> bool:
@@ -93,6 +100,28 @@ def layer_cases() -> Iterator[LayerCase]:
         yield replace(plain, ranks=2, ep=2, local=1, tokens=EMPTY)
     yield LayerCase(ep=1)
     yield LayerCase(ep=1, tokens=EMPTY, backend="grouped_mm", dtype=torch.float32)
+    yield from sliced_cases()
+
+
+def sliced_cases() -> Iterator[LayerCase]:
+    """Experts cut over ranks: under every program, then one thing changed at a time."""
+    few = TopK(k=2, init_std=0.5)
+    for program in PROGRAMS:
+        sliced = LayerCase(program=program, ep=2, etp=2, hidden=6)
+        yield sliced
+        yield replace(sliced, local=2, tokens=EMPTY)
+        yield replace(sliced, capacity=FixedCapacity(factor=1.0), backend="padded_bmm", tokens=EMPTY)
+        yield replace(sliced, ep=1, etp=4, hidden=8)
+        if program not in ("flat", "rank_dedup"):
+            continue
+        yield replace(sliced, ep=1)
+        yield replace(sliced, ep=1, local=1, num_experts=1, router=TopK(k=1, renormalize=False))
+        yield replace(sliced, num_experts=2, router=few, crowded=True)
+        yield replace(sliced, num_experts=5, tokens=(0, 0, 0, 0))
+        yield replace(sliced, expert="gelu", padding=True, shared_hidden=4, latent_dim=3)
+        yield replace(sliced, backend="padded_bmm")
+        for backend in ("grouped_mm", "threaded_mm", "auto"):
+            yield replace(sliced, backend=backend, dtype=torch.float32)
 
 
 def kernel_cases() -> Iterator[LayerCase]:
@@ -107,8 +136,9 @@ def build(case: LayerCase) -> MoE:
     torch.manual_seed(3)
     layer = MoE(
         DIM,
-        HIDDEN,
+        case.hidden,
         case.num_experts,
+        expert=case.expert,
         router=case.router,
         capacity=case.capacity,
         backend=case.backend,
@@ -122,6 +152,12 @@ def build(case: LayerCase) -> MoE:
         if "bias" in name:
             torch.nn.init.normal_(weight)
     return layer.to(case.dtype)
+
+
+def cuts_of(case: LayerCase, layer: MoE) -> dict[str, Cut]:
+    """How the weights of the experts lie on the ranks that share them."""
+    assert isinstance(layer.experts, FFNExperts)
+    return layer.experts.cuts(Placement.even(case.num_experts, case.ep), case.etp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +195,12 @@ class TrainCase:
 
     ranks: int = 4
     ep: int = 4
+    etp: int = 1
     local: int = 4
+    zero: Literal[0, 3] = 0
+    zero_size: int = 0
     program: str = "flat"
+    bias: bool = False
     accumulate: int = 1
     adam: bool = False
     dtype: torch.dtype = torch.float64
@@ -174,7 +214,7 @@ class TrainCase:
 
     @property
     def strategy(self) -> Strategy:
-        return Strategy(ep=self.ep, alltoall=self.program)
+        return Strategy(ep=self.ep, etp=self.etp, zero=self.zero, zero_size=self.zero_size, alltoall=self.program)
 
 
 def train_cases() -> Iterator[TrainCase]:
@@ -194,12 +234,26 @@ def train_cases() -> Iterator[TrainCase]:
     yield replace(plain, losses=(LoadBalance(coefficient=0.1, scope="global"),), accumulate=2, ep=2)
     yield replace(plain, losses=(LoadBalance(coefficient=0.1, scope="data_parallel"),), ranks=2, ep=2)
     yield replace(plain, capacity=FixedCapacity(factor=1.0), ep=2)
+    for ep, etp in ((2, 2), (1, 4), (1, 2)):
+        yield replace(plain, ep=ep, etp=etp, adam=True, bias=True, steps=3)
+    yield from sharded_cases()
+
+
+def sharded_cases() -> Iterator[TrainCase]:
+    """FSDP2: without shared experts, with copies of those that are, and with none of them."""
+    for ep in (1, 2):
+        yield TrainCase(zero=3, ep=ep, adam=True, bias=True)
+    stepwise = LoadBalance(coefficient=0.1, scope="global")
+    yield TrainCase(zero=3, ep=2, accumulate=2, idle_rank=True, losses=(stepwise,))
+    yield TrainCase(zero=3, zero_size=2, ep=4, local=2, program="node_dedup", adam=True)
 
 
 def decoder(case: TrainCase) -> Decoder:
     """The whole model, the same for everybody."""
     torch.manual_seed(0)
-    moe = MoEConfig(num_experts=8, hidden=8, router=case.router, losses=case.losses, capacity=case.capacity)
+    moe = MoEConfig(
+        num_experts=8, hidden=8, router=case.router, losses=case.losses, capacity=case.capacity, bias=case.bias
+    )
     attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
     config = ModelConfig(vocab_size=VOCAB, dim=16, num_layers=2, max_seq_len=32, attention=attention, moe=moe)
     return Decoder(replace(config, init_std=0.2)).to(case.dtype)

@@ -48,7 +48,7 @@ def four_ranks(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
         prepare_text(folder)
         spawn(run_cases, 4, folder)
         launch(folder)
-        recipe = load_recipe("smoke", ["strategy.ep=2", "strategy.alltoall=rank_dedup"])
+        recipe = load_recipe("smoke", ["strategy.etp=2", "strategy.zero=3"])
         rows = [vars(row) | {"holds": row.holds} for row in verify_parallel(recipe, 2)]
         (folder / "self-check.json").write_text(json.dumps(rows), encoding="utf-8")
 

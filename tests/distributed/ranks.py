@@ -21,6 +21,7 @@ from tests.distributed.cases import (
     TrainCase,
     build,
     by_world,
+    cuts_of,
     decoder,
     inputs_of,
     kernel_cases,
@@ -39,7 +40,9 @@ from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
 from turnout.comm.processes import start_ranks
 from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError
-from turnout.parallel import ExpertParallel, ExpertShards, Parallel, apply, check_replicas, reduce_gradients
+from turnout.models import Decoder
+from turnout.parallel import ExpertParallel, Parallel, Shards, apply, check_replicas, reduce_gradients
+from turnout.parallel.fully_sharded import here
 from turnout.placement import Placement
 from turnout.routers import TopK
 from turnout.tensors import MoEStats
@@ -125,7 +128,7 @@ def run_layer(case: LayerCase, world: World) -> Outcome:
     layer = build(case)
     parallel = distributed(layer, case, world)
     out, x_grad = passed(layer, inputs_of(case, world.rank))
-    backward = {name: weight.grad is not None for name, weight in layer.named_parameters()}
+    backward = {name: weight.grad is not None for name, weight in layer.named_parameters() if weight.numel()}
     reduce_gradients(layer, parallel)
     name = "the layer"
     return {
@@ -135,6 +138,7 @@ def run_layer(case: LayerCase, world: World) -> Outcome:
         "stats": numbers(out.stats),
         "grads": {own: weight.grad for own, weight in layer.named_parameters()},
         "had_grad": backward,
+        "slices": {way: parallel.ledger.sent(name, way, "slices") for way in ("forward", "backward")},
         "forward": parallel.ledger.sent(name, "forward"),
         "backward": parallel.ledger.sent(name, "backward"),
         "host_copies": parallel.ledger.host_copies(name),
@@ -170,24 +174,23 @@ def run_random(world: World, steps: int) -> Outcome:
 
 def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
     """`apply`, with groups that cases share; and with experts that the ranks do not divide, which `apply` refuses."""
-    groups = _groups(case.ep, world)
-    placement = Placement.even(case.num_experts, case.ep)
-    ledger = Ledger()
-    names = [f"experts.{own}" for own, _ in layer.experts.named_parameters()]
+    groups = _groups(case.ep, case.etp, world)
+    ledger, cuts = Ledger(), {}
     if groups.experts is not None:
+        placement, cuts = Placement.even(case.num_experts, case.ep), cuts_of(case, layer)
         share = ExpertParallel(PROGRAMS[case.program], groups.experts, placement, ledger=ledger, layer="the layer")
-        layer.share_experts(share, placement.experts_of(groups.experts.rank))
-    shards = ExpertShards(
-        placements=dict.fromkeys(names, placement) if groups.experts else {},
+        layer.share_experts(share, cuts, groups.experts.place)
+    shards = Shards(
+        cuts={f"experts.{own}": cut for own, cut in cuts.items()},
         group=groups.experts,
-        has_first=world.rank < case.ep,
+        has_first=world.rank < case.ep * case.etp,
     )
     return Parallel(strategy=replace(case.strategy, dp=world.size), groups=groups, shards=shards, ledger=ledger)
 
 
 @cache
-def _groups(ep: int, world: World) -> Groups:
-    return make_groups(Strategy(ep=ep, dp=world.size), world, timeout_s=TIMEOUT_S)
+def _groups(ep: int, etp: int, world: World) -> Groups:
+    return make_groups(Strategy(ep=ep, etp=etp, dp=world.size), world, timeout_s=TIMEOUT_S)
 
 
 def run_training(case: TrainCase, world: World) -> Outcome:
@@ -195,6 +198,7 @@ def run_training(case: TrainCase, world: World) -> Outcome:
     model = decoder(case)
     parallel = apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
     optim = optimizer(case, model)
+    begins = case.etp > 1 or begins_where_it_says(case, model, parallel)
     results = []
     for step in range(case.steps):
         first = world.rank * case.accumulate
@@ -202,11 +206,25 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         autocast = autocast_for(torch.device("cpu"), torch.float32)
         result = train_step(model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel)
         results.append(result)
+    whole = parallel.shards.whole(model.state_dict())
     return {
         "results": [summary(result) for result in results],
         "stats": [[numbers(stats) for stats in result.stats] for result in results],
-        "state": parallel.shards.whole(model.state_dict()),
+        "state": whole if world.is_first else {},
+        "begins": begins,
+        "kept": {name: (here(weight).numel(), weight.numel()) for name, weight in model.named_parameters()},
     }
+
+
+def begins_where_it_says(case: TrainCase, model: Decoder, parallel: Parallel) -> bool:
+    """Whether this rank's experts of a fresh model are those that an error would name."""
+    fresh = decoder(case)
+    for name, weight in model.named_parameters():
+        if name.endswith("experts.up_EDG"):
+            first, own_EDG = parallel.shards.first_expert(name), here(weight)
+            if not torch.equal(own_EDG, fresh.get_parameter(name)[first : first + len(own_EDG)]):
+                return False
+    return True
 
 
 def counted_by_kernel(world: World) -> dict[str, Outcome]:
@@ -218,7 +236,7 @@ def counted_by_kernel(world: World) -> dict[str, Outcome]:
     ignored = set(received()) - before_quiet
     found = {}
     for case in kernel_cases():
-        groups, ledger = _groups(case.ep, replace(world, local_size=case.local)), Ledger()
+        groups, ledger = _groups(case.ep, case.etp, replace(world, local_size=case.local)), Ledger()
         assert groups.experts is not None
         pass_rows = rows_on_their_way(case, world, groups.experts, ledger)
         before = _quietly(quiet)

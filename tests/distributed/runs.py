@@ -21,8 +21,11 @@ SENTENCE = "a router sends each token to its experts and the experts answer in t
 WORDS = SENTENCE.split()
 STEPS = 8
 RUN = "run"
-# ranks -> how the model lies on them, and the share of the run after which they save and end
-PARTS = {4: (Strategy(ep=4), 0.5), 2: (Strategy(ep=2, alltoall="rank_dedup"), 0.75)}
+# ranks -> how the model lies on them, and the share of the run after which they save, one part of the run after another
+PARTS = {
+    4: [(Strategy(ep=2, zero=3, alltoall="rank_dedup"), 0.25), (Strategy(ep=2, etp=2), 0.5)],
+    2: [(Strategy(etp=2, zero=3), 0.75)],
+}
 
 
 def write_text(folder: Path) -> None:
@@ -36,7 +39,7 @@ def write_text(folder: Path) -> None:
 def recipe_of(folder: Path, strategy: Strategy) -> Recipe:
     # counted over the step, for one process has the whole batch in one call
     losses = (LoadBalance(scope="global"),)
-    moe = MoEConfig(num_experts=4, hidden=16, router=TopK(k=2), losses=losses)
+    moe = MoEConfig(num_experts=4, hidden=16, router=TopK(k=2), losses=losses, bias=True)
     attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
     model = ModelConfig(vocab_size=300, dim=16, num_layers=2, max_seq_len=64, attention=attention, moe=moe)
     data = DataConfig(corpus=str(folder / "text"), vocab_size=300, val_fraction=0.2)
@@ -57,9 +60,10 @@ def prepare_text(folder: Path) -> None:
 
 
 def run_part(world: World, folder: Path) -> None:
-    """The part of the run that so many ranks train."""
-    strategy, until = PARTS[world.size]
-    trained(folder, strategy, folder / RUN, world, resume=world.size != max(PARTS), until=until).close()
+    """The parts of the run that so many ranks train."""
+    for number, (strategy, until) in enumerate(PARTS[world.size]):
+        begins = number == 0 and world.size == max(PARTS)
+        trained(folder, strategy, folder / RUN, world, resume=not begins, until=until).close()
 
 
 def trained(folder: Path, strategy: Strategy, run: Path, world: World, *, resume: bool, until: float) -> Trainer:
@@ -77,7 +81,7 @@ def assert_restored(trainer: Trainer, run: Path) -> None:
     """Weights and moments gathered from the ranks are those of the file, bit for bit; the rates are the recipe's."""
     loaded = checkpoint.load(run)
     files, meta = trainer._state().capture()
-    if trainer.world.rank < trainer.recipe.strategy.ep:
+    if trainer.parallel.shards.has_first:
         for name in ("model", "optimizer"):
             assert files[name].keys() == loaded.files[name].keys()
             assert all(torch.equal(files[name][key], value) for key, value in loaded.files[name].items()), name

@@ -1,5 +1,6 @@
 """Any layout equals one process: outputs, gradients, losses, statistics, weights; and moves the bytes it predicts."""
 
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.distributed.cases import (
     LayerCase,
     TrainCase,
     build,
+    cuts_of,
     decoder,
     inputs_of,
     kernel_cases,
@@ -31,6 +33,9 @@ from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_tr
 from turnout.comm import expert_mesh
 from turnout.dispatch import plan_dispatch
 from turnout.placement import Placement
+from turnout.plan.expert_volume import expert_tensor_volume
+from turnout.plan.shapes import SHAPES
+from turnout.plan.step import Step
 from turnout.train.device import autocast_for
 from turnout.train.step import train_step
 
@@ -85,24 +90,64 @@ def test_a_layer_equals_one_process(case: LayerCase, outcomes: Outcomes) -> None
 def gathered(case: LayerCase, name: str, found: list[Outcome]) -> list[Tensor]:
     """A gradient as each rank has it, or, where it is cut, as each expert group does."""
     grads = [outcome["grads"][name] for outcome in found]
-    if not name.startswith("experts.") or case.ep == 1:
+    own = name.removeprefix("experts.")
+    if own == name or case.ep == case.etp == 1:
         return grads
-    return [torch.cat(grads[start : start + case.ep]) for start in range(0, case.ranks, case.ep)]
+    cut = cuts_of(case, build(case))[own]
+    return [cut.joined(grads[start : start + cut.ranks]) for start in range(0, case.ranks, cut.ranks)]
+
+
+@pytest.mark.parametrize("case", [case for case in LAYERS if case.etp > 1], ids=lambda case: case.name)
+def test_the_parts_of_a_weight_are_as_large_as_they_say_and_make_the_whole(case: LayerCase) -> None:
+    layer = build(case)
+    for name, cut in cuts_of(case, layer).items():
+        whole = layer.experts.get_parameter(name)
+        parts = [cut.part(whole, rank) for rank in range(cut.ranks)]
+        assert [tuple(part.shape) for part in parts] == [cut.part_shape(rank) for rank in range(cut.ranks)]
+        assert sum(part.numel() for part in parts) == whole.numel()
+        assert torch.equal(cut.joined(parts), whole)
 
 
 @pytest.mark.parametrize("case", [case for case in LAYERS if case.ep > 1], ids=lambda case: case.name)
 def test_bytes_and_messages_of_every_pair_are_the_predicted_ones(case: LayerCase, outcomes: Outcomes) -> None:
     found = of_ranks(outcomes, case)
-    mesh, width = expert_mesh(case.ep, case.local), case.latent_dim or DIM
+    mesh, width = expert_mesh(case.ep, max(1, case.local // case.etp)), case.latent_dim or DIM
     moves, size = round_trip(PROGRAMS[case.program], mesh), case.dtype.itemsize
     row, label = size * width, max(size, 4)
     there = RowSize(row_bytes=row, back_bytes=row, label_bytes=4 + label)
     home = RowSize(row_bytes=row, back_bytes=row, label_back_bytes=label)
-    for start in range(0, case.ranks, case.ep):
-        routing = RoutedTokens(mesh, [destinations(case, start + place) for place in range(case.ep)])
+    for column in columns(case):
+        routing = RoutedTokens(mesh, [destinations(case, rank) for rank in column])
         for phase, sizes in (("forward", there), ("backward", home)):
-            got = {(place, to): sent for place in range(case.ep) for to, sent in found[start + place][phase].items()}
+            got = {(at, to): sent for at, rank in enumerate(column) for to, sent in found[rank][phase].items()}
             assert got == pairs_of(moves, routing, sizes), phase
+
+
+def columns(case: LayerCase) -> list[list[int]]:
+    """The ranks that rows travel between: of the same slice, and other experts."""
+    block = case.ep * case.etp
+    firsts = [start + at for start in range(0, case.ranks, block) for at in range(case.etp)]
+    return [list(range(first, first + block, case.etp)) for first in firsts]
+
+
+@pytest.mark.parametrize("case", [case for case in LAYERS if case.etp > 1], ids=lambda case: case.name)
+def test_slices_send_what_the_planner_says(case: LayerCase, outcomes: Outcomes) -> None:
+    """On average over ranks: the planner knows no routing, but it does know how many rows there are in all."""
+    found = of_ranks(outcomes, case)
+    sent = [each for outcome in found for way in outcome["slices"].values() for each in way.values()]
+    rows = sum(rows_sent(case, rank) for rank in range(case.ranks))
+    strategy = replace(case.strategy, precision="fp32").check(case.ranks, num_experts=case.ep)
+    shape = replace(SHAPES["mixtral-8x7b"], dim=case.latent_dim or DIM, num_experts=case.ep, top_k=1)
+    step = Step(shape=shape, strategy=strategy, devices_per_node=case.local, tokens=rows / case.ranks, micro_batches=1)
+    (want,) = expert_tensor_volume(step, case.ep)
+    widening = case.dtype.itemsize / 4
+    assert sum(payload for payload, _ in sent) == pytest.approx(want.total_bytes * case.ranks * widening, rel=1e-12)
+    assert sum(messages for _, messages in sent) == want.messages * case.ranks
+
+
+def rows_sent(case: LayerCase, rank: int) -> int:
+    """Assignments that a rank sends to the experts, or places of its blocks."""
+    return sum(len(to) for to in destinations(case, rank))
 
 
 @pytest.mark.skipif(not kernel_count.is_available(), reason="TCP_INFO is Linux's")
@@ -138,8 +183,9 @@ def destinations(case: LayerCase, rank: int) -> list[list[int]]:
 
 def widest(case: LayerCase, rank: int) -> int:
     """The capacity that the ranks of a group agree on."""
-    layer, first = build(case), rank // case.ep * case.ep
-    inputs = [inputs_of(case, other) for other in range(first, first + case.ep)]
+    block = case.ep * case.etp
+    layer, first = build(case), rank // block * block
+    inputs = [inputs_of(case, other) for other in range(first, first + block)]
     routings = [layer.router(each.x_TD, None, each.mask_T) for each in inputs]
     assignments = [routing.assignment for routing in routings]
     # a rank asks for no more rows than it has assignments
@@ -150,11 +196,11 @@ def widest(case: LayerCase, rank: int) -> int:
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 def test_the_host_waits_once_for_a_ragged_layer_and_never_for_a_padded_one(case: LayerCase, outcomes: Outcomes) -> None:
     copies = {outcome["host_copies"] for outcome in of_ranks(outcomes, case)}
-    assert copies == {0 if case.is_padded or case.ep == 1 else 1}
+    assert copies == {0 if case.is_padded or case.ep == case.etp == 1 else 1}
 
 
 def test_without_expert_parallelism_a_layer_sends_nothing(outcomes: Outcomes) -> None:
-    alone = [outcome for case in LAYERS if case.ep == 1 for outcome in of_ranks(outcomes, case)]
+    alone = [outcome for case in LAYERS if case.ep == case.etp == 1 for outcome in of_ranks(outcomes, case)]
     assert alone
     assert all(not outcome["forward"] and not outcome["backward"] for outcome in alone)
 
@@ -171,6 +217,19 @@ def test_training_steps_equal_one_process(case: TrainCase, outcomes: Outcomes) -
                 assert worst(got["stats"][step][layer], numbers_) <= limit, (rank, step, layer)
     for name, value in state.items():
         assert worst(found[0]["state"][name], value) <= limit, name
+    assert all(got["begins"] for got in found), "the expert that an error names is another"
+
+
+@pytest.mark.parametrize("case", [case for case in TRAININGS if case.zero], ids=lambda case: case.name)
+def test_ranks_keep_no_more_than_their_shards(case: TrainCase, outcomes: Outcomes) -> None:
+    """Dense weights over all ranks or `zero_size` of them; of shared experts what their copies have between them."""
+    block, whole = case.ep * case.etp, decoder(case)
+    for outcome in of_ranks(outcomes, case):
+        for name, (kept, here) in outcome["kept"].items():
+            is_cut = ".experts." in name and block > 1
+            shards = case.ranks // block if is_cut else case.zero_size or case.ranks
+            first = whole.get_parameter(name).shape[0] // (case.ep if is_cut else 1)
+            assert kept <= math.ceil(first / shards) * (here // first), name
 
 
 def test_random_passes_with_idle_ranks_never_hang_and_equal_one_process(outcomes: Outcomes) -> None:

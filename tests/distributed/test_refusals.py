@@ -19,7 +19,12 @@ REFUSED = [
     (Strategy(tp=2), "strategy.tp=2 can be planned (turnout plan) but not trained with in this version; legal: 1"),
     (Strategy(cp=2), "strategy.cp=2 can be planned"),
     (Strategy(pp=2), "strategy.pp=2 can be planned"),
-    (Strategy(zero=3), "strategy.zero=3 can be planned"),
+    (
+        Strategy(zero=2),
+        "strategy.zero=2 can be planned (turnout plan) but not trained with in this version; legal: 0, 3",
+    ),
+    (Strategy(zero_size=2), "strategy.zero_size=2 needs strategy.zero=3; nearest legal: 0"),
+    (Strategy(zero=3, zero_size=1), "strategy.zero_size=1 with strategy.zero=3 shards nothing; nearest legal: zero=0"),
     (Strategy(overlap=2), "strategy.overlap=2 can be planned"),
     (Strategy(recompute="full"), "strategy.recompute='full' can be planned"),
     (Strategy(dispatch_precision="fp8"), "strategy.dispatch_precision='fp8' can be planned"),
@@ -58,6 +63,37 @@ def layer(**settings: object) -> MoE:
         (lambda: check_ranks(load_recipe("tiny-dense", ["strategy.ep=2"]), 2), r"strategy\.ep=2 needs experts"),
         (lambda: expert_mesh(2, 3), r"strategy\.ep=2 would cut through nodes of 3 ranks; nearest legal: 1"),
         (lambda: expert_mesh(4, 3), r"strategy\.ep=4 would cut through nodes of 3 ranks; nearest legal: 3"),
+        (lambda: expert_mesh(3, 4, "etp"), r"strategy\.etp=3 would cut through nodes of 4 ranks; nearest legal: 2"),
+        (
+            lambda: check_ranks(load_recipe("smoke", ["strategy.ep=2", "strategy.etp=2"]), 1),
+            r"strategy\.ep=2 \* etp=2 needs at least 4 processes",
+        ),
+        (lambda: check_ranks(load_recipe("smoke", ["strategy.etp=3"]), 3), r"strategy\.etp=3 must divide moe\.hidden="),
+        (lambda: check_ranks(load_recipe("smoke", ["strategy.etp=4"]), 2), r"strategy\.ep \* etp=4 must divide world"),
+        (
+            lambda: Recipe(strategy=Strategy(zero=3), loop=LoopConfig(compile=True)),
+            r"loop\.compile=true with strategy\.zero=3.*nearest legal: loop\.compile=false",
+        ),
+        (
+            lambda: apply(layer(), Strategy(ep=2, zero=3, zero_size=2), world=World(size=4, local_size=4)),
+            r"strategy\.zero_size=2 with copies of shared experts \(ep=2, etp=1 on dp=4 ranks\).*nearest legal: 0",
+        ),
+        (
+            lambda: check_ranks(load_recipe("smoke", ["strategy.zero=3", "strategy.zero_size=3"]), 4),
+            r"strategy\.zero_size=3 must divide dp \* cp=4; nearest legal: 2",
+        ),
+        (
+            lambda: Recipe(strategy=Strategy(etp=2), loop=LoopConfig(compile=True)),
+            r"loop\.compile=true with strategy\.etp=2",
+        ),
+        (
+            lambda: apply(layer(), Strategy(etp=3), world=World(size=3, local_size=3)),
+            r"strategy\.etp=3 must divide moe\.hidden=4; nearest legal: 2",
+        ),
+        (
+            lambda: apply(layer(expert=lambda: nn.Linear(4, 4)), Strategy(etp=2), world=World(size=2, local_size=2)),
+            r"strategy\.etp=2: the experts of the layer are modules of your own",
+        ),
         (lambda: apply(layer(), Strategy(ep=2)), r"strategy\.ep=2 must divide dp \* cp=1; nearest legal: 1"),
         (
             lambda: apply(layer(expert=lambda: nn.Linear(4, 4)), Strategy(ep=2), world=World(size=2, local_size=2)),
@@ -84,7 +120,7 @@ def test_a_process_alone_applies_a_strategy_and_sends_nothing() -> None:
     parallel = apply(model, Strategy())
     assert parallel.strategy == replace(Strategy(), dp=1)
     assert parallel.groups.experts is None
-    assert not parallel.slices(model)
+    assert not parallel.copies(model)
     assert all(bool((weight == before[name]).all()) for name, weight in model.named_parameters())
 
 

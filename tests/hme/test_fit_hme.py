@@ -1,57 +1,23 @@
 """`turnout fit-hme`: from a CSV file to a fit, a page and one line of JSON."""
 
-import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
 
-from turnout.cli.main import main
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def last(self) -> dict[str, Any]:
-        return json.loads(self.out.splitlines()[-1])
-
-    @property
-    def message(self) -> str:
-        return " ".join(self.err.split())
-
-
-FitHme = Callable[..., Result]
+from tests.conftest import Turnout
 
 
 @pytest.fixture
-def fit_hme(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> FitHme:
-    """Runs `turnout fit-hme` in this process."""
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*args: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["turnout", "fit-hme", *args])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return run
+def fit_hme(turnout: Turnout) -> Turnout:
+    """`turnout fit-hme`."""
+    return partial(turnout, "fit-hme")
 
 
 @pytest.fixture
@@ -72,7 +38,7 @@ def _stands_alone(page: str) -> bool:
 
 
 def test_a_fit_ends_in_one_line_of_json_and_a_page_that_needs_nothing(
-    fit_hme: FitHme, table: Path, tmp_path: Path
+    fit_hme: Turnout, table: Path, tmp_path: Path
 ) -> None:
     page = tmp_path / "out.html"
     done = fit_hme(str(table), "--target", "size", "--depth", "2", "--report", str(page), "--json")
@@ -87,7 +53,7 @@ def test_a_fit_ends_in_one_line_of_json_and_a_page_that_needs_nothing(
 
 
 def test_words_as_a_target_are_classes_and_are_counted_right_and_wrong(
-    fit_hme: FitHme, table: Path, tmp_path: Path
+    fit_hme: Turnout, table: Path, tmp_path: Path
 ) -> None:
     page = tmp_path / "out.html"
     done = fit_hme(str(table), "--target", "kind", "--report", str(page), "--json")
@@ -110,7 +76,7 @@ def test_words_as_a_target_are_classes_and_are_counted_right_and_wrong(
         (["--target", "kind", "--task", "counts"], 1, "needs numbers in column 'kind'"),
     ],
 )
-def test_bad_use_is_one_line(fit_hme: FitHme, table: Path, arguments: list[str], code: int, message: str) -> None:
+def test_bad_use_is_one_line(fit_hme: Turnout, table: Path, arguments: list[str], code: int, message: str) -> None:
     done = fit_hme(str(table), *arguments)
     assert done.code == code
     assert re.search(message, done.message)
@@ -128,7 +94,7 @@ def test_bad_use_is_one_line(fit_hme: FitHme, table: Path, arguments: list[str],
         ("a,y\n1,2\n,3\n4,5\n6,7\n8,9\n1,3\n", "line 3: column 'a' is missing; use --missing mean"),
     ],
 )
-def test_a_file_that_is_no_table_is_refused_by_line(fit_hme: FitHme, tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_no_table_is_refused_by_line(fit_hme: Turnout, tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.csv"
     path.write_text(text)
     done = fit_hme(str(path), "--target", "y", "--depth", "1")

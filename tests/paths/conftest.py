@@ -1,15 +1,13 @@
 """A few kilobytes of text and a recipe that trains on it in a second."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
-from turnout.cli import main as cli
 from turnout.data.prepare import DataConfig, Dataset, prepare
 from turnout.layers.attention import AttentionConfig
 from turnout.layers.moe import MoEConfig
@@ -19,34 +17,6 @@ from turnout.train.recipe import LoopConfig, Recipe, ScheduleConfig
 
 SENTENCE = "a router sends each token to its experts and the experts answer in turn while the rest sleep"
 WORDS = SENTENCE.split()
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def turnout(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
-):
-    """Runs the command line in this process."""
-    monkeypatch.setenv("TURNOUT_CACHE", str(tmp_path_factory.mktemp("cli-cache")))
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def run(*args: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["turnout", *args])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return run
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,15 @@
 """Benchmarks: fair turns, honest ratios, differences that are named, numbers that are there or null."""
 
+import functools
 import json
 import math
+import operator
 import re
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,7 +73,8 @@ def test_a_ratio_is_taken_round_by_round_so_that_a_slow_round_is_slow_for_both()
     assert (alone.low, alone.median, alone.high) == (1.5, 1.5, 1.5)
 
 
-def test_a_case_gives_a_row_a_peer_and_null_for_what_was_not_measured(turnout) -> None:
+def test_a_case_gives_a_row_a_peer_and_null_for_what_was_not_measured(turnout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step, "peak_mib", lambda steps: 512.0 if steps() is None else None)
     peers = "turnout,gemm-limit"
     result = turnout(
         "bench", "train-step", "--recipe", "smoke", "--rounds", "1", "--warmup", "0", "--peers", peers, "--json"
@@ -82,7 +86,7 @@ def test_a_case_gives_a_row_a_peer_and_null_for_what_was_not_measured(turnout) -
     assert ours["ratio_to_dense"] is None
     assert ours["ratio_to_dense_quartiles"] is None
     assert limit["peak_mib"] is None
-    assert ours["peak_mib"] > 50
+    assert ours["peak_mib"] == 512
     assert ours["ratio_to_limit"] == pytest.approx(limit["ms_median"] / ours["ms_median"])
     assert ours["ratio_to_limit_quartiles"] == [ours["ratio_to_limit"]] * 2
 
@@ -398,11 +402,14 @@ def test_no_result_names_a_folder_of_the_machine_it_was_measured_on() -> None:
 
 def test_a_child_that_fails_says_why() -> None:
     with pytest.raises(TurnoutError, match="exit code 1: ZeroDivisionError"):
-        peak_mib(_fail)
+        peak_mib(functools.partial(operator.truediv, 1, 0))
 
 
-def _fail() -> None:
-    raise ZeroDivisionError("on purpose")
+def test_the_peak_is_that_of_a_process_of_its_own() -> None:
+    here = np.ones(1 << 26)
+    less, more = (peak_mib(functools.partial(operator.mul, b"x", mib << 20)) for mib in (50, 250))
+    assert 50 < less < more < here.nbytes / 2**20
+    assert more - less == pytest.approx(200, abs=20)
 
 
 def test_one_layer_against_its_peers(turnout, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from turnout.losses import LoadBalance
 from turnout.models import Decoder
 from turnout.observe.metrics import read_metrics
 from turnout.train import checkpoint, doctor
+from turnout.train import compare as comparison
 from turnout.train.compare import Curve
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
@@ -137,13 +138,14 @@ def test_report_writes_one_file(turnout, trained_run: Path, tmp_path: Path) -> N
 
 
 def test_compare_gives_rows_verdicts_and_a_plot(
-    turnout, recipe_file: Path, small_recipe: Recipe, tmp_path: Path
+    turnout, recipe_file: Path, small_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(comparison, "ROUNDS", 3)
     dense = tmp_path / "dense.toml"
     model = replace(small_recipe.model, moe=None, hidden=32)
     dense.write_text(dump_toml(replace(small_recipe, name="small-dense", model=model)), encoding="utf-8")
     out = tmp_path / "compare"
-    result = turnout("compare", str(recipe_file), str(dense), "--minutes", "0.02", "--out", str(out), "--json")
+    result = turnout("compare", str(recipe_file), str(dense), "--minutes", "0.005", "--out", str(out), "--json")
     assert result.code == 0, result.err
     answer = json.loads(result.out.splitlines()[-1])
     assert [row["recipe"] for row in answer["rows"]] == ["small", "small-dense"]
@@ -361,27 +363,27 @@ def test_doctor_and_bench_refuse_a_backend_whose_last_gradient_is_nan(turnout, m
     assert "no number is printed on a red gate: padded_bmm" in " ".join(refused.err.split())
 
 
-def test_sigterm_ends_the_command_with_143_and_it_resumes(recipe_file: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"TURNOUT_CACHE": str(tmp_path / "cache")}
+def test_sigterm_ends_the_command_with_143_and_it_resumes(
+    turnout, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Decoder.loss, iter(range(100))
+
+    def told_to_end_in_the_third_step(self: Decoder, *args: Any, **settings: Any) -> Any:
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **settings)
+
+    monkeypatch.setattr(Decoder, "loss", told_to_end_in_the_third_step)
     run = tmp_path / "run"
-    turnout = [sys.executable, "-m", "turnout", "train", "--threads", "1"]
-    command = [*turnout, str(recipe_file), "--steps", "400", "--set", "loop.eval_every=0", "--out", str(run)]
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    for line in child.stdout:
-        if "step 1 " in line:
-            break
-    child.send_signal(signal.SIGTERM)
-    rest = child.stdout.read()
-    assert child.wait(timeout=60) == 143
-    assert "stopped and saved" in rest
-    stopped_at = checkpoint.load(run).step
-    assert 1 <= stopped_at < 400
-    resume = [*turnout, "--resume", str(run), "--json"]
-    again = subprocess.run(resume, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout.splitlines()[-1])["steps"] == 400 == checkpoint.load(run).step
-    assert [line["step"] for line in read_metrics(run).steps] == list(range(1, 401))
+    options = ("--threads", "1", "--set", "loop.eval_every=0", "--out", str(run))
+    stopped = turnout("train", str(recipe_file), *options)
+    assert stopped.code == 143, stopped.err
+    assert "stopped and saved" in stopped.out
+    assert checkpoint.load(run).step == 3
+    again = turnout("train", "--threads", "1", "--resume", str(run), "--json")
+    assert again.code == 0, again.err
+    assert again.last["steps"] == 12 == checkpoint.load(run).step
+    assert [line["step"] for line in read_metrics(run).steps] == list(range(1, 13))
 
 
 def test_a_run_goes_on_when_its_reader_is_gone(recipe_file: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_run_that_turns_nan_ends_alone(small_recipe: Recipe, small_dataset: Da
             [sick, small_recipe],
             small_dataset,
             tmp_path,
-            minutes=0.05,
+            minutes=0.01,
             seeds=[0],
             stop=stop,
             say=said.append,
@@ -176,16 +176,16 @@ def test_a_comparison_stopped_while_it_evaluates_saves_every_run(
 def test_every_router_trains_the_same_model_for_the_same_steps(
     small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "ROUNDS", 3)
+    monkeypatch.setattr(comparison, "ROUNDS", 2)
     recipes = with_routers(small_recipe, RouterConfig.TABLE.names())
     with StopRequest() as stop:
         curves = compare(
-            recipes, small_dataset, tmp_path, minutes=0, steps=24, seeds=[0], stop=stop, say=lambda line: None
+            recipes, small_dataset, tmp_path, minutes=0, steps=10, seeds=[0], stop=stop, say=lambda line: None
         )
     assert [c.recipe for c in curves] == [f"small-{name}" for name in RouterConfig.TABLE.names()]
     for c in curves:
         assert c.complete
-        assert c.tokens[-1] == 24 * 2 * 16
+        assert c.tokens[-1] == 10 * 2 * 16
         assert all(math.isfinite(loss) for loss in c.val_loss), c
         assert c.routing is not None
         assert 0 <= c.routing.specialisation <= 1 + 1e-9

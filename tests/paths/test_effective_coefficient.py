@@ -201,7 +201,8 @@ def bias_of(model: Decoder) -> Tensor:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.start_processes(one_process, args=(str(folder),), nprocs=max(WORLDS), start_method="spawn")
+    # forked: to import torch again would take each of them longer than its steps
+    multiprocessing.start_processes(one_process, args=(str(folder),), nprocs=max(WORLDS), start_method="fork")
     return {world_size: torch.load(folder / f"outcome-{world_size}.pt") for world_size in WORLDS}
 
 

@@ -71,7 +71,7 @@ def test_measuring_a_step_leaves_the_random_state_alone(small_recipe: Recipe) ->
     assert memory_here(CPU) > 1 << 28
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.exhaustive)])
 @pytest.mark.slow
 def test_the_compiled_layer_of_tiny_gives_what_the_layer_gives(dtype: torch.dtype) -> None:
     moe = presets.tiny().moe

@@ -5,14 +5,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from turnout.cli.main import main
+from tests.conftest import Turnout
 from turnout.plan.shapes import SHAPES
 from turnout.plan.sources import SOURCES
 from turnout.plan.validate import Validation
@@ -25,37 +23,10 @@ ROW = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def last(self) -> dict[str, Any]:
-        return json.loads(self.out.splitlines()[-1])
-
-
-Turnout = Callable[..., Result]
-
-
 @pytest.fixture
-def turnout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Turnout:
-    """Runs `turnout plan` in this process."""
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*args: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["turnout", "plan", *args])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return run
+def plan(turnout: Turnout) -> Turnout:
+    """`turnout plan`."""
+    return partial(turnout, "plan")
 
 
 # --- answers ---
@@ -78,13 +49,13 @@ ANSWERS: dict[str, tuple[tuple[str, ...], set[str]]] = {
 
 
 @pytest.mark.parametrize("verb", ANSWERS)
-def test_json_is_the_last_line_and_the_only_one_on_stdout(verb: str, turnout: Turnout) -> None:
+def test_json_is_the_last_line_and_the_only_one_on_stdout(verb: str, plan: Turnout) -> None:
     args, keys = ANSWERS[verb]
-    result = turnout(*args, "--json")
+    result = plan(*args, "--json")
     assert result.code == 0, result.err
     assert len(result.out.splitlines()) == 1
     assert keys <= result.last.keys()
-    shown = turnout(*args)
+    shown = plan(*args)
     assert (shown.code, shown.err) == (0, "")
     assert len(shown.out.splitlines()) > 5
 
@@ -92,23 +63,23 @@ def test_json_is_the_last_line_and_the_only_one_on_stdout(verb: str, turnout: Tu
 @pytest.mark.parametrize(
     "verb", ["volume", "memory", "time", "explain", "validate", "predict", "search", "models", "clusters"]
 )
-def test_every_verb_has_help_with_an_example(verb: str, turnout: Turnout) -> None:
-    result = turnout(verb, "--help")
+def test_every_verb_has_help_with_an_example(verb: str, plan: Turnout) -> None:
+    result = plan(verb, "--help")
     assert result.code == 0
     assert f"turnout plan {verb}" in " ".join(result.out.split())
     assert "Example" in result.out
 
 
-def test_volume_gives_what_a_step_sends(turnout: Turnout) -> None:
-    answer = turnout("volume", *LAYOUT, "--json").last
+def test_volume_gives_what_a_step_sends(plan: Turnout) -> None:
+    answer = plan("volume", *LAYOUT, "--json").last
     assert {"name", "intra_bytes", "inter_bytes", "messages", "seconds"} <= answer["collectives"][0].keys()
     for tier in ("intra_bytes", "inter_bytes"):
         assert answer[tier] == pytest.approx(sum(row[tier] for row in answer["collectives"]))
     assert {"tp all-reduce", "ep all-to-all"} <= {row["name"] for row in answer["collectives"]}
 
 
-def test_the_parts_of_a_step_sum_to_it_and_every_change_is_answered(turnout: Turnout) -> None:
-    answer = turnout("time", *LAYOUT, "--what-if", "--json").last
+def test_the_parts_of_a_step_sum_to_it_and_every_change_is_answered(plan: Turnout) -> None:
+    answer = plan("time", *LAYOUT, "--what-if", "--json").last
     assert sum(answer["parts"].values()) == pytest.approx(answer["step_s"])
     assert answer["tokens_per_s"] == pytest.approx(256 * 4096 / answer["step_s"])
     assert 0 < answer["mfu"] < 1
@@ -118,20 +89,20 @@ def test_the_parts_of_a_step_sum_to_it_and_every_change_is_answered(turnout: Tur
     assert len(answer["twins"]) == 3
 
 
-def test_a_job_that_does_not_fit_says_by_how_much_and_what_would_make_it_fit(turnout: Turnout) -> None:
+def test_a_job_that_does_not_fit_says_by_how_much_and_what_would_make_it_fit(plan: Turnout) -> None:
     args = ("memory", "mixtral-8x7b", "--nodes", "4", "--batch", "256", "--layout", "tp=2,ep=4")
-    answer = turnout(*args, "--json").last
+    answer = plan(*args, "--json").last
     assert not answer["fits"]
     assert answer["over_bytes"] > 0
     assert all(way["over_bytes"] <= 0 for way in answer["remedies"])
     assert len(answer["remedies"]) > 0
-    shown = turnout(*args).out
+    shown = plan(*args).out
     assert "does not fit" in shown
     assert "What would make it fit" in shown
 
 
-def test_the_claim_is_reproduced_on_the_command_line(turnout: Turnout) -> None:
-    rows = {row["scenario"]: row["inter_over_intra"] for row in turnout("explain", "--json").last["rows"]}
+def test_the_claim_is_reproduced_on_the_command_line(plan: Turnout) -> None:
+    rows = {row["scenario"]: row["inter_over_intra"] for row in plan("explain", "--json").last["rows"]}
     for name in ("no experts", "no experts, scatter-gather", "no experts, fp32 gradients"):
         assert 0.02 <= rows[name] <= 0.10
     assert rows["16 experts, all-to-all alone"] == pytest.approx(1.07, abs=0.005)
@@ -139,9 +110,9 @@ def test_the_claim_is_reproduced_on_the_command_line(turnout: Turnout) -> None:
     assert rows["tokens shared over tp, all-to-all alone"] == pytest.approx(0.13, abs=0.005)
 
 
-def test_search_gives_layouts_that_fit_best_first(turnout: Turnout, tmp_path: Path) -> None:
+def test_search_gives_layouts_that_fit_best_first(plan: Turnout, tmp_path: Path) -> None:
     file = tmp_path / "table.csv"
-    answer = turnout(*ANSWERS["search"][0], "--csv", str(file), "--json").last
+    answer = plan(*ANSWERS["search"][0], "--csv", str(file), "--json").last
     assert len(file.read_text().splitlines()) == 1 + len(answer["best"])
     assert {"layout", "step_s", "mfu", "memory_gib", "usd_per_step"} <= answer["best"][0].keys()
     assert [row["step_s"] for row in answer["best"]] == sorted(row["step_s"] for row in answer["best"])
@@ -149,18 +120,18 @@ def test_search_gives_layouts_that_fit_best_first(turnout: Turnout, tmp_path: Pa
     assert answer["why_not"]["text"]
 
 
-def test_search_keeps_what_is_decided(turnout: Turnout) -> None:
+def test_search_keeps_what_is_decided(plan: Turnout) -> None:
     args = ("search", "mixtral-8x7b", "--nodes", "2", "--batch", "16", "--seq", "2048", "--layout")
-    best = turnout(*args, "tp=4,sp=true,zero=1,precision=fp8", "--json").last["best"]
+    best = plan(*args, "tp=4,sp=true,zero=1,precision=fp8", "--json").last["best"]
     assert len(best) > 1
     kept = {"tp": 4, "sequence_parallel": True, "zero": 1, "precision": "fp8"}
     assert all({name: row["layout"][name] for name in kept} == kept for row in best)
-    refused = turnout(*args, "dp=4")
+    refused = plan(*args, "dp=4")
     assert refused.code == 2
     assert "dp follows from the devices" in refused.err
 
 
-def test_a_price_is_what_a_layout_is_billed_at(turnout: Turnout) -> None:
+def test_a_price_is_what_a_layout_is_billed_at(plan: Turnout) -> None:
     args = (
         "search",
         "tiny",
@@ -174,54 +145,54 @@ def test_a_price_is_what_a_layout_is_billed_at(turnout: Turnout) -> None:
         "3.6",
         "--json",
     )
-    best = turnout(*args).last["best"][0]
+    best = plan(*args).last["best"][0]
     assert best["usd_per_step"] == pytest.approx(best["step_s"] * 1e-3)
 
 
-def test_where_nothing_fits_search_fails_and_says_what_is_needed(turnout: Turnout) -> None:
-    result = turnout("search", "llama3.1-405b", "--nodes", "1", "--batch", "8")
+def test_where_nothing_fits_search_fails_and_says_what_is_needed(plan: Turnout) -> None:
+    result = plan("search", "llama3.1-405b", "--nodes", "1", "--batch", "8")
     assert result.code == 1
     assert re.search(r"none of \d+ legal layouts fits 74\.5 GiB; the least needs [\d,.]+ GiB", result.out)
 
 
 @pytest.mark.parametrize("verb", ["volume", "memory", "time"])
-def test_without_a_layout_the_searchs_pick_is_taken_and_said(verb: str, turnout: Turnout) -> None:
-    result = turnout(verb, "tiny", "--devices", "1", "--batch", "8", "--seq", "256", "--json")
+def test_without_a_layout_the_searchs_pick_is_taken_and_said(verb: str, plan: Turnout) -> None:
+    result = plan(verb, "tiny", "--devices", "1", "--batch", "8", "--seq", "256", "--json")
     assert result.code == 0, result.err
     assert re.search(r"no --layout: the fastest that fits of \d+ searched", result.err)
     assert result.last["layout"].startswith("tp=1,pp=1")
 
 
 @pytest.mark.parametrize("verb", ["volume", "memory", "explain"])
-def test_csv_has_a_line_for_every_row(verb: str, turnout: Turnout, tmp_path: Path) -> None:
+def test_csv_has_a_line_for_every_row(verb: str, plan: Turnout, tmp_path: Path) -> None:
     file = tmp_path / "table.csv"
-    result = turnout(*ANSWERS[verb][0], "--csv", str(file), "--json")
+    result = plan(*ANSWERS[verb][0], "--csv", str(file), "--json")
     assert result.code == 0, result.err
     key = {"volume": "collectives", "memory": "stages", "explain": "rows"}[verb]
     assert len(file.read_text().splitlines()) == 1 + len(result.last[key])
 
 
 @pytest.mark.parametrize("args", [("explain",), ("time", *LAYOUT)])
-def test_plots_are_files_of_the_kind_their_name_says(args: tuple[str, ...], turnout: Turnout, tmp_path: Path) -> None:
+def test_plots_are_files_of_the_kind_their_name_says(args: tuple[str, ...], plan: Turnout, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "plot.png"
-    assert turnout(*args, "--plot", str(file)).code == 0
+    assert plan(*args, "--plot", str(file)).code == 0
     assert file.read_bytes().startswith(b"\x89PNG")
-    refused = turnout(*args, "--plot", str(tmp_path / "plot.doc"))
+    refused = plan(*args, "--plot", str(tmp_path / "plot.doc"))
     assert refused.code == 2
     assert "must end in one of" in refused.err
 
 
 def test_a_plot_without_matplotlib_names_the_extra(
-    turnout: Turnout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Turnout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("turnout.plan.charts.find_spec", lambda name: None)
-    result = turnout("explain", "--plot", str(tmp_path / "plot.png"))
+    result = plan("explain", "--plot", str(tmp_path / "plot.png"))
     assert result.code == 2
     assert "turnout[plot]" in result.err
 
 
-def test_a_model_may_be_a_file_of_dimensions_or_a_folder_with_a_config(turnout: Turnout, tmp_path: Path) -> None:
+def test_a_model_may_be_a_file_of_dimensions_or_a_folder_with_a_config(plan: Turnout, tmp_path: Path) -> None:
     dims = (
         "num_layers = 4\ndim = 64\nvocab_size = 256\nnum_heads = 4\nnum_kv_heads = 4\nhead_dim = 16\nffn_hidden = 256"
     )
@@ -229,19 +200,19 @@ def test_a_model_may_be_a_file_of_dimensions_or_a_folder_with_a_config(turnout: 
     config = {"num_hidden_layers": 4, "hidden_size": 64, "vocab_size": 256, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
     rest = ("--devices", "1", "--batch", "8", "--seq", "256", "--layout", "tp=1", "--json")
-    own = turnout("memory", str(tmp_path / "own.toml"), *rest)
+    own = plan("memory", str(tmp_path / "own.toml"), *rest)
     assert own.last["model"] == "own"
-    assert own.last["peak_bytes"] == turnout("memory", str(tmp_path), *rest).last["peak_bytes"]
+    assert own.last["peak_bytes"] == plan("memory", str(tmp_path), *rest).last["peak_bytes"]
 
 
 # --- rows ---
 
 
-def test_predict_answers_and_refuses_row_by_row(turnout: Turnout, tmp_path: Path) -> None:
+def test_predict_answers_and_refuses_row_by_row(plan: Turnout, tmp_path: Path) -> None:
     file = tmp_path / "cases.json"
     rows = [ROW, ROW | {"id": "two", "gpu": "Abacus"}, 3, ROW | {"id": "four", "dims": {"layers": "x"}}]
     file.write_text(json.dumps({"rows": rows}))
-    answer = turnout("predict", "--cases", str(file), "--json").last["rows"]
+    answer = plan("predict", "--cases", str(file), "--json").last["rows"]
     assert [row["id"] for row in answer] == ["one", "two", "", "four"]
     assert answer[0]["predicted"] > 0
     assert answer[0]["unit"] == "s"
@@ -251,10 +222,10 @@ def test_predict_answers_and_refuses_row_by_row(turnout: Turnout, tmp_path: Path
     assert answer[2]["refused"] == "the row is int, not an object"
 
 
-def test_validate_judges_a_file_and_names_what_it_refuses(turnout: Turnout, tmp_path: Path) -> None:
+def test_validate_judges_a_file_and_names_what_it_refuses(plan: Turnout, tmp_path: Path) -> None:
     file = tmp_path / "cases.json"
     file.write_text(json.dumps([ROW, "x", ROW | {"id": "two", "value": "many"}]))
-    result = turnout("validate", "--cases", str(file), "--refused", "--json")
+    result = plan("validate", "--cases", str(file), "--refused", "--json")
     assert result.code == 0, result.err
     by_suite = {row["suite"]: row for row in result.last["suites"]}
     assert (by_suite["mine"]["n"], by_suite["mine"]["refused"]) == (1, 1)
@@ -266,10 +237,10 @@ def test_validate_judges_a_file_and_names_what_it_refuses(turnout: Turnout, tmp_
 
 
 def test_validate_prints_the_protocol(
-    turnout: Turnout, judged: tuple[Validation, float], monkeypatch: pytest.MonkeyPatch
+    plan: Turnout, judged: tuple[Validation, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("turnout.plan.validate.validate", lambda document: judged[0])
-    result = turnout("validate", "--json")
+    result = plan("validate", "--json")
     assert result.code == 0, result.err
     assert {"suites", "memory", "oom", "refusals", "seconds"} <= result.last.keys()
     for words in ("const. MFU", "Calculon 12.9% on 103", "SimuMax 5.6% on 43", "F1", "rows refused"):
@@ -358,9 +329,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_use_is_one_clear_error(
-    case: str, turnout: Turnout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_use_is_one_clear_error(case: str, plan: Turnout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args, pattern = BAD[case]
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text(CLUSTER)
@@ -368,7 +337,7 @@ def test_bad_use_is_one_clear_error(
     Path("dims.toml").write_text("layers = 4")
     Path("broken.json").write_text("{")
     Path("models.json").write_text('{"rows": [], "models": [3]}')
-    result = turnout(*args)
+    result = plan(*args)
     assert (result.code, result.out) == (2, ""), result
     assert "Traceback" not in result.err
     words = " ".join(result.err.split())

@@ -3,34 +3,21 @@
 import csv
 import json
 import re
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from turnout.cli.main import main
+from tests.conftest import Turnout
 
-Run = Callable[..., tuple[int, str, str]]
 ASKED = ("mixtral-8x7b", "--devices", "8", "--batch", "32", "--layout", "ep=8")
 
 
 @pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `turnout plan inference` in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("TERM", "dumb")
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["turnout", "plan", "inference", *args])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
+def plan(turnout: Turnout) -> Turnout:
+    """`turnout plan inference`."""
+    return partial(turnout, "plan", "inference")
 
 
 def last(out: str) -> dict[str, Any]:
@@ -38,7 +25,7 @@ def last(out: str) -> dict[str, Any]:
     return json.loads(line)
 
 
-def test_a_deployment_is_answered(plan: Run) -> None:
+def test_a_deployment_is_answered(plan: Turnout) -> None:
     code, out, err = plan(*ASKED, "--usd-per-device-hour", "2", "--json")
     assert code == 0, err
     answer = last(out)
@@ -51,7 +38,7 @@ def test_a_deployment_is_answered(plan: Run) -> None:
     assert 0 < answer["bandwidth_share"] < 1
 
 
-def test_people_read_parts_and_what_bounds_them(plan: Run, tmp_path: Path) -> None:
+def test_people_read_parts_and_what_bounds_them(plan: Turnout, tmp_path: Path) -> None:
     code, out, err = plan(*ASKED, "--csv", str(tmp_path / "parts.csv"))
     assert (code, err) == (0, "")
     for words in (
@@ -67,7 +54,7 @@ def test_people_read_parts_and_what_bounds_them(plan: Run, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("goal", ["latency", "throughput"])
-def test_a_goal_is_searched(plan: Run, goal: str) -> None:
+def test_a_goal_is_searched(plan: Turnout, goal: str) -> None:
     code, out, err = plan(*ASKED[:3], "--goal", goal, "--limit-ms", "20", "--top", "3", "--json")
     assert code == 0, err
     answer = last(out)
@@ -78,13 +65,13 @@ def test_a_goal_is_searched(plan: Run, goal: str) -> None:
     assert [row[key] for row in answer["best"]] == sorted((row[key] for row in answer["best"]), key=lambda x: sign * x)
 
 
-def test_what_a_layout_says_is_kept_by_the_search(plan: Run) -> None:
+def test_what_a_layout_says_is_kept_by_the_search(plan: Turnout) -> None:
     code, out, err = plan(*ASKED, "--goal", "latency", "--json")
     assert code == 0, err
     assert all("ep=8" in row["layout"] for row in last(out)["best"])
 
 
-def test_nothing_to_find_is_an_exit_code_of_1(plan: Run) -> None:
+def test_nothing_to_find_is_an_exit_code_of_1(plan: Turnout) -> None:
     code, out, _ = plan("mixtral-8x7b", "--devices", "1")
     assert code == 1
     assert re.search(r"none fits 74\.5 GiB; the least needs \d+\.\d GiB", out)
@@ -93,7 +80,7 @@ def test_nothing_to_find_is_an_exit_code_of_1(plan: Run) -> None:
     assert "none takes at most 100 us a token" in out
 
 
-def test_offload_makes_one_device_enough(plan: Run) -> None:
+def test_offload_makes_one_device_enough(plan: Turnout) -> None:
     code, out, err = plan(
         "mixtral-8x7b", "--devices", "1", "--layout", "tp=1", "--cached-experts", "4", "--hit-rate", "0.8", "--json"
     )
@@ -103,7 +90,7 @@ def test_offload_makes_one_device_enough(plan: Run) -> None:
     assert answer["decode"]["host_s"] > answer["decode"]["experts_s"]
 
 
-def test_published_figures_are_printed_with_their_errors(plan: Run) -> None:
+def test_published_figures_are_printed_with_their_errors(plan: Turnout) -> None:
     code, out, err = plan("--published", "--json")
     assert code == 0, err
     answer = last(out)
@@ -129,7 +116,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_use_is_one_clear_error(case: str, plan: Run) -> None:
+def test_bad_use_is_one_clear_error(case: str, plan: Turnout) -> None:
     args, pattern = BAD[case]
     code, out, err = plan(*args)
     assert (code, out) == (2, ""), (out, err)

@@ -2,8 +2,7 @@
 
 import json
 import re
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnout.cli.main import main
+from tests.conftest import Turnout
 from turnout.clusters import CLUSTERS
 from turnout.errors import ConfigError
 from turnout.observe.trace import TraceHeader, TraceWriter
@@ -22,7 +21,6 @@ from turnout.plan.shapes import SHAPES
 from turnout.plan.step import Step, step_of
 from turnout.plan.volume import volume
 
-Turnout = Callable[..., tuple[int, str, str]]
 # of mixtral-8x7b on 16 devices of two nodes
 LAYOUTS = ("ep=8", "ep=4,alltoall=rank_dedup", "pp=2,ep=8,alltoall=node_dedup", "tp=2,ep=8,alltoall=hierarchical",
            "tp=2,ep=4,recompute=full", "ep=8,overlap=2")  # fmt: skip
@@ -111,30 +109,19 @@ def test_uneven_loads_send_no_more_in_all_and_most_to_the_busiest(
 
 
 @pytest.fixture
-def turnout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Turnout:
-    """Runs `turnout plan volume` in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("TERM", "dumb")
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["turnout", "plan", "volume", *args])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
+def volume_of(turnout: Turnout) -> Turnout:
+    """`turnout plan volume`."""
+    return partial(turnout, "plan", "volume")
 
 
 ASKED = ("mixtral-8x7b", "--devices", "16", "--batch", "64", "--seq", "1024", "--layout", "ep=8")
 
 
-def test_volume_tells_a_run_from_uniform_routing(turnout: Turnout, tmp_path: Path) -> None:
+def test_volume_tells_a_run_from_uniform_routing(volume_of: Turnout, tmp_path: Path) -> None:
     counts = np.ones((LAYERS, EXPERTS), int)
     counts[:, 3] = 9
     run = write_run(tmp_path, [counts])
-    code, out, err = turnout(*ASKED, "--trace", str(run), "--json")
+    code, out, err = volume_of(*ASKED, "--trace", str(run), "--json")
     assert code == 0, err
     answer = json.loads(out.splitlines()[-1])
     assert len(answer["layers"]) == LAYERS
@@ -143,7 +130,7 @@ def test_volume_tells_a_run_from_uniform_routing(turnout: Turnout, tmp_path: Pat
     assert answer["peak_bytes"] > answer["uniform_peak_bytes"]
     assert answer["intra_bytes"] == pytest.approx(sum(row["intra_bytes"] for row in answer["collectives"]))
     assert {"skew", "intra_bytes", "uniform_intra_bytes", "busiest_bytes"} <= answer["layers"][0].keys()
-    code, out, err = turnout(*ASKED, "--trace", str(run), "--layer", "7")
+    code, out, err = volume_of(*ASKED, "--trace", str(run), "--layer", "7")
     assert (code, err) == (0, "")
     assert "31 (blocks.7.moe)" in out
     assert "a step takes" in out
@@ -162,7 +149,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_use_is_one_clear_error(
-    case: str, turnout: Turnout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, volume_of: Turnout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args, pattern = BAD[case]
     monkeypatch.chdir(tmp_path)
@@ -170,7 +157,7 @@ def test_bad_use_is_one_clear_error(
     write_run(Path("small"), [np.ones((2, 4), int)])
     Path("broken/trace").mkdir(parents=True)
     Path("broken/trace/counts.bin").write_bytes(b"no trace at all")
-    code, out, err = turnout(*ASKED, *args)
+    code, out, err = volume_of(*ASKED, *args)
     assert (code, out) == (2, ""), (out, err)
     assert re.search(pattern, " ".join(err.split())), err
 

@@ -97,3 +97,9 @@ def test_a_precision_of_what_is_kept_needs_light_recomputation() -> None:
     assert Strategy(recompute="light", kept_precision="fp8").kept_precision == "fp8"
     with pytest.raises(ConfigError, match=r"strategy\.kept_precision='fp8' needs recompute='light' \(it is 'full'\)"):
         Strategy(recompute="full", kept_precision="fp8")
+
+
+def test_slices_of_experts_without_tensor_parallelism_are_neighbours_with_tokens_of_their_own() -> None:
+    sliced = Strategy(ep=2, etp=2).check(8, num_experts=4)
+    assert sliced == Strategy(ep=2, etp=2, dp=8, folded=True, shard_tokens=True)
+    assert sliced.edp() == 2

@@ -22,8 +22,8 @@ from turnout.observe.sinks import require_sinks
 from turnout.train.banner import Fact, banner
 from turnout.train.device import pick_device
 from turnout.train.estimate import estimate_time, require_fits
-from turnout.train.loop import Progress as StepProgress
 from turnout.train.loop import Trainer
+from turnout.train.progress import Progress as StepProgress
 from turnout.train.recipe import Recipe, check_ranks
 from turnout.train.recipes import load_recipe, recipe_of
 from turnout.train.resume import changed_settings

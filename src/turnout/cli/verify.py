@@ -60,7 +60,9 @@ def _verify_parallel(target: str, ranks: int, settings: list[str], screen: Conso
     recipe = load_recipe(target, settings)
     rows = verify_parallel(recipe, ranks)
     cells = [[row.name, f"{row.error:.1e}", "pass" if row.holds else "FAIL"] for row in rows]
-    heading = f"{recipe.name} on {ranks} ranks, experts over {recipe.strategy.ep} by {recipe.strategy.alltoall}"
+    strategy = recipe.strategy
+    heading = f"{recipe.name} on {ranks} ranks, experts over {strategy.ep} by {strategy.alltoall}"
+    heading += f", each cut over {strategy.etp}" if strategy.etp > 1 else ""
     columns = {"tensor": "left", "largest error": "right", "outcome": "left"}
     screen.print(table(f"verify {heading}, against one process", columns, cells))
     failed = [row.name for row in rows if not row.holds]

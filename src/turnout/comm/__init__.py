@@ -1,6 +1,6 @@
 """Processes and what moves between them: the world, groups of ranks, the torch.distributed transport, the ledger."""
 
-from turnout.comm.groups import ExpertGroup, Groups, expert_mesh, make_groups
+from turnout.comm.groups import ExpertGroup, Groups, SliceGroup, expert_mesh, make_groups
 from turnout.comm.ledger import Ledger
 from turnout.comm.sizes import Sizes
 from turnout.comm.transport import Arrived, TorchTransport
@@ -13,6 +13,7 @@ __all__ = [
     "Groups",
     "Ledger",
     "Sizes",
+    "SliceGroup",
     "TorchTransport",
     "Watch",
     "World",

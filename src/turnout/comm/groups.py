@@ -19,23 +19,42 @@ _BOTH: frozenset[Axis] = frozenset(("node", "local"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertGroup:
-    """The ranks that share the experts of a layer, on their nodes."""
+class SliceGroup:
+    """The neighbouring ranks that have slices of the same experts, on their nodes."""
 
     mesh: Mesh
     rank: int  # this process's, in the mesh
+    wire: ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertGroup:
+    """The ranks that share the experts of a layer: those that rows travel to, and those that slice the same experts."""
+
+    mesh: Mesh  # ranks of the same slice and other experts, on their nodes
+    rank: int  # this process's, in the mesh
     wires: Mapping[frozenset[Axis], ProcessGroup | None]  # axes -> ranks that differ along them; None: this one alone
+    whole: ProcessGroup  # all of them, slices being neighbours
+    slices: SliceGroup | None = None  # None: every rank has whole experts
+
+    @property
+    def num_slices(self) -> int:
+        """Ranks that an expert is cut over."""
+        return 1 if self.slices is None else self.slices.mesh.size
+
+    @property
+    def size(self) -> int:
+        """Ranks of `whole`."""
+        return self.mesh.size * self.num_slices
+
+    @property
+    def place(self) -> int:
+        """This process's rank in `whole`."""
+        return self.rank * self.num_slices + (0 if self.slices is None else self.slices.rank)
 
     def along(self, axes: Collection[Axis]) -> ProcessGroup | None:
         """The group of an exchange along these axes; None where it reaches nobody else."""
         return self.wires[frozenset(axes)]
-
-    @property
-    def whole(self) -> ProcessGroup:
-        """All ranks of the group."""
-        group = self.wires[_BOTH]
-        assert group is not None
-        return group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +63,13 @@ class Groups:
 
     world: World
     experts: ExpertGroup | None  # ranks among which the experts of a layer are shared
-    replicas: ProcessGroup | None  # ranks that hold the same experts
+    replicas: ProcessGroup | None  # ranks that hold the same slices of the same experts
+    # of ZeRO: ranks that have all shards between them, and before these, where there are such, those with equal shards
+    sharded: tuple[ProcessGroup, ...] = ()
 
 
-def expert_mesh(ep: int, ranks_per_node: int) -> Mesh:
-    """`ep` neighbouring ranks on their nodes.
+def expert_mesh(ep: int, ranks_per_node: int, axis: str = "ep") -> Mesh:
+    """`ep` neighbouring ranks on their nodes; `axis` is the name of their number.
 
     Raises: ConfigError if such groups would begin or end in the middle of a node.
     """
@@ -58,7 +79,7 @@ def expert_mesh(ep: int, ranks_per_node: int) -> Mesh:
         return Mesh(nodes=ep // ranks_per_node, local=ranks_per_node)
     legal = [size for size in range(1, 2 * ep + 1) if ranks_per_node % size == 0 or size % ranks_per_node == 0]
     near = min(legal, key=lambda size: (abs(size - ep), size))
-    raise ConfigError(f"strategy.ep={ep} would cut through nodes of {ranks_per_node} ranks; nearest legal: {near}")
+    raise ConfigError(f"strategy.{axis}={ep} would cut through nodes of {ranks_per_node} ranks; nearest legal: {near}")
 
 
 def make_groups(strategy: Strategy, world: World, *, timeout_s: float, cuda: bool = False) -> Groups:
@@ -66,26 +87,40 @@ def make_groups(strategy: Strategy, world: World, *, timeout_s: float, cuda: boo
 
     Raises: ConfigError if expert groups cut through nodes.
     """
-    ep = strategy.ep
-    mesh = expert_mesh(ep, world.local_size)
+    ep, etp = strategy.ep, strategy.etp
+    slice_mesh = expert_mesh(etp, world.local_size, "etp")
+    mesh = expert_mesh(ep, max(1, world.local_size // etp))
     ranks = range(world.size)
     maker = _Maker(world, timedelta(seconds=timeout_s))
-    of_experts = [list(range(start, start + ep)) for start in ranks[::ep]]
-    whole = maker.group(of_experts)
-    wires: dict[frozenset[Axis], ProcessGroup | None] = {_BOTH: whole}
+    blocks = [list(ranks[start : start + ep * etp]) for start in ranks[:: ep * etp]]
+    columns = [block[first::etp] for block in blocks for first in range(etp)]
+    column = maker.group(columns)
+    wires: dict[frozenset[Axis], ProcessGroup | None] = {_BOTH: column}
     axes: tuple[tuple[Axis, int], ...] = (("node", 1), ("local", 0))
     for axis, keep in axes:
         extent = mesh.nodes if axis == "node" else mesh.local
-        lines = [line for group in of_experts for line in _lines(group, mesh, keep)]
-        wires[frozenset((axis,))] = whole if extent == ep else maker.group(lines)
-    replicas = maker.group([list(ranks[first::ep]) for first in range(ep)])
-    groups = Groups(
-        world=world,
-        experts=None if whole is None else ExpertGroup(mesh=mesh, rank=world.rank % ep, wires=wires),
-        replicas=replicas,
-    )
-    _warm([*wires.values(), replicas], cuda=cuda)
-    return groups
+        lines = [line for group in columns for line in _lines(group, mesh, keep)]
+        wires[frozenset((axis,))] = column if extent == ep else maker.group(lines)
+    sliced = maker.group([list(ranks[start : start + etp]) for start in ranks[::etp]])
+    whole = column if sliced is None else sliced if column is None else maker.group(blocks)
+    replicas = maker.group([list(ranks[first :: ep * etp]) for first in range(ep * etp)])
+    slices = None if sliced is None else SliceGroup(mesh=slice_mesh, rank=world.rank % etp, wire=sliced)
+    place = world.rank % (ep * etp) // etp
+    experts = None
+    if whole is not None:
+        experts = ExpertGroup(mesh=mesh, rank=place, wires=wires, whole=whole, slices=slices)
+    sharded = _sharded(strategy, world, maker)
+    _warm([*wires.values(), sliced, whole, replicas, *sharded], cuda=cuda)
+    return Groups(world=world, experts=experts, replicas=replicas, sharded=sharded)
+
+
+def _sharded(strategy: Strategy, world: World, maker: "_Maker") -> tuple[ProcessGroup, ...]:
+    if strategy.zero == 0:
+        return ()
+    size, ranks = strategy.zero_size or world.size, range(world.size)
+    copies = maker.group([list(ranks[first::size]) for first in range(size)])
+    shards = maker.group([list(ranks[start : start + size]) for start in ranks[::size]])
+    return tuple(group for group in (copies, shards) if group is not None)
 
 
 def _lines(group: Sequence[int], mesh: Mesh, keep: int) -> list[list[int]]:

@@ -11,7 +11,8 @@ from turnout.alltoall import Traffic
 from turnout.topology import Mesh
 
 Phase = Literal["forward", "backward"]
-Kind = Literal["rows", "counts"]  # what a program moves; what must be known before: counts of rows, or a capacity
+# what a program moves; between slices of the same experts; what must be known before: counts of rows, or a capacity
+Kind = Literal["rows", "slices", "counts"]
 Sent = dict[int, list[int]]  # rank of the expert group -> [bytes, messages]
 
 

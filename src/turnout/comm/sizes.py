@@ -26,6 +26,7 @@ class Sizes:
     placement: Placement
     experts: Sequence[Sequence[int]]  # [source rank][expert]: assignments
     merged: Mapping[Packing, Sequence[Sequence[int]]]  # [source rank][rank or node]: tokens that go there
+    slices: Sequence[Sequence[int]]  # [slice][expert of this rank]: rows that reach it there
 
     def rows(self, packing: Packing, block: Block) -> int:
         """Rows of a block."""
@@ -45,10 +46,12 @@ class Sizes:
         return [[sum(counts[span.start : span.stop]) for span in spans] for counts in self.experts]
 
 
-def equal_sizes(mesh: Mesh, placement: Placement, capacity: int) -> Sizes:
+def equal_sizes(group: ExpertGroup, placement: Placement, capacity: int) -> Sizes:
     """Sizes of blocks padded to `capacity` rows for each expert: known to every rank without a message."""
-    each = [capacity] * placement.num_experts
-    return Sizes(mesh=mesh, placement=placement, experts=[each] * mesh.size, merged={})
+    each, ranks = [capacity] * placement.num_experts, group.mesh.size
+    at_slice = [capacity * ranks] * len(placement.experts_of(group.rank))
+    slices = [at_slice] * group.num_slices
+    return Sizes(mesh=group.mesh, placement=placement, experts=[each] * ranks, merged={}, slices=slices)
 
 
 def exchange_sizes(
@@ -62,15 +65,17 @@ def exchange_sizes(
 ) -> Sizes:
     """Every rank's counts, gathered: one small message to each rank, and the one copy that the host waits for.
 
+    Those of the other slices come along: the rows that reached them are this rank's too.
+
     Shapes: counts_E (E,) this rank's assignments; merged: (ranks,) or (nodes,), its tokens that go there.
     """
     counts_X = torch.cat([counts_E, *merged.values()]).to(torch.int64)
-    ranks = group.mesh.size
+    ranks = group.size
     gathered_PX = counts_X.new_empty(ranks, len(counts_X))
     with named("all-gather of counts", layer, group.whole, ledger):
         dist.all_gather(list(gathered_PX), counts_X, group=group.whole)
     size = counts_X.element_size() * len(counts_X)
-    ledger.note(layer, "forward", "counts", {peer: size for peer in range(ranks) if peer != group.rank})
+    ledger.note(layer, "forward", "counts", {peer: size for peer in range(ranks) if peer != group.place})
     ledger.note_host_copy(layer)
     rows = gathered_PX.tolist()
     ends = {packing: len(values) for packing, values in merged.items()}
@@ -78,8 +83,12 @@ def exchange_sizes(
     for packing, length in ends.items():
         found[packing] = [row[start : start + length] for row in rows]
         start += length
-    experts = [row[: len(counts_E)] for row in rows]
-    return Sizes(mesh=group.mesh, placement=placement, experts=experts, merged=found)
+    by_slice = [[row[: len(counts_E)] for row in rows[at :: group.num_slices]] for at in range(group.num_slices)]
+    mine = placement.experts_of(group.rank)
+    at_slices = [[sum(row[expert] for row in sources) for expert in mine] for sources in by_slice]
+    at = group.place % group.num_slices
+    merged_here = {packing: values[at :: group.num_slices] for packing, values in found.items()}
+    return Sizes(mesh=group.mesh, placement=placement, experts=by_slice[at], merged=merged_here, slices=at_slices)
 
 
 def agreed_capacity(capacity: int, group: ExpertGroup, *, ledger: Ledger, layer: str) -> int:
@@ -90,5 +99,5 @@ def agreed_capacity(capacity: int, group: ExpertGroup, *, ledger: Ledger, layer:
     number = torch.tensor([capacity], dtype=torch.int64)
     with named("capacity", layer, group.whole, ledger):
         dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group.whole)
-    ledger.note(layer, "forward", "counts", {p: 8 for p in range(group.mesh.size) if p != group.rank})
+    ledger.note(layer, "forward", "counts", {p: 8 for p in range(group.size) if p != group.place})
     return int(number)

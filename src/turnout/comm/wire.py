@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from turnout.comm.ledger import Ledger, Phase
+from turnout.comm.ledger import Kind, Ledger, Phase
 from turnout.errors import TransportError
 from turnout.tensors import first_order
 
@@ -28,6 +28,7 @@ class Route:
     labels: Splits
     ledger: Ledger
     layer: str
+    kind: Kind = "rows"
 
     def turned(self) -> "Route":
         """The same way back."""
@@ -51,7 +52,7 @@ def all_to_all(parts: Sequence[tuple[Tensor, Splits]], route: Route, phase: Phas
     """Each tensor's entries to their peers, all tensors in one message a peer."""
     for_peer, from_peer = (_bytes_by_peer(parts, way) for way in (0, 1))
     noted = {peer: sent for peer, sent in zip(route.peers, for_peer, strict=True) if peer != route.rank}
-    route.ledger.note(route.layer, phase, "rows", noted)
+    route.ledger.note(route.layer, phase, route.kind, noted)
     if len(parts) == 1:
         tensor, (sent, received) = parts[0]
         out = tensor.new_empty(sum(received), *tensor.shape[1:])

@@ -84,7 +84,7 @@ class FusedCPU(FusedBackend):
             experts.up_EDG,
             experts.down_EFD,
             None if experts.up_bias_EG is None else experts.up_bias_EG.float(),
-            None if experts.down_bias_ED is None else experts.down_bias_ED.float(),
+            None if experts.added_bias_ED is None else experts.added_bias_ED.float(),
         )
         keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
         if torch.compiler.is_compiling():

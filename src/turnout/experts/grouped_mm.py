@@ -97,7 +97,7 @@ class GroupedMM(ExpertBackend):
         assert isinstance(experts, FFNExperts)
         up_MG = _with_bias(grouped_mm(rows.x_MD, experts.up_EDG, rows.counts_L), experts.up_bias_EG, rows)
         y_MD = grouped_mm(experts.activation(up_MG), experts.down_EFD, rows.counts_L)
-        return Ragged(x_MD=_with_bias(y_MD, experts.down_bias_ED, rows), counts_L=rows.counts_L)
+        return Ragged(x_MD=_with_bias(y_MD, experts.added_bias_ED, rows), counts_L=rows.counts_L)
 
 
 def _with_bias(y_MG: Tensor, bias_EG: Tensor | None, rows: Ragged) -> Tensor:

@@ -35,7 +35,7 @@ def _ffn(experts: FFNExperts, parts: tuple[Tensor, ...]) -> list[Tensor]:
     # unbind: indexing would zero-fill a whole [E, ...] gradient for each expert
     ups, downs = experts.up_EDG.unbind(), experts.down_EFD.unbind()
     up_biases = _unbind(experts.up_bias_EG, len(parts))
-    down_biases = _unbind(experts.down_bias_ED, len(parts))
+    down_biases = _unbind(experts.added_bias_ED, len(parts))
     outputs = []
     for x_MD, up, down, up_bias, down_bias in zip(parts, ups, downs, up_biases, down_biases, strict=True):
         h_MF = experts.activation(_linear(x_MD, up, up_bias))

@@ -26,8 +26,8 @@ class PaddedBMM(ExpertBackend):
         if experts.up_bias_EG is not None:
             up_LCG = up_LCG + experts.up_bias_EG.to(dtype).unsqueeze(1)
         y_LCD = torch.bmm(experts.activation(up_LCG), experts.down_EFD.to(dtype))
-        if experts.down_bias_ED is not None:
-            y_LCD = y_LCD + experts.down_bias_ED.to(dtype).unsqueeze(1)
+        if experts.added_bias_ED is not None:
+            y_LCD = y_LCD + experts.added_bias_ED.to(dtype).unsqueeze(1)
         return Padded(x_LCD=y_LCD, counts_L=rows.counts_L)
 
 

@@ -88,11 +88,9 @@ class QuantizedFFNExperts(nn.Module):
             made.up_codes[e], up_scales = encode(padded)
             (made.down_codes[e],), down_scales = encode(experts.down_EFD[e : e + 1])
             made.up_scales[e], made.down_scales[e] = up_scales.view(torch.int16), down_scales[0].view(torch.int16)
-        if made.up_bias_EG is not None and made.down_bias_ED is not None:
-            assert experts.up_bias_EG is not None
-            assert experts.down_bias_ED is not None
-            made.up_bias_EG.copy_(experts.up_bias_EG)
-            made.down_bias_ED.copy_(experts.down_bias_ED)
+        for own, bias in ((made.up_bias_EG, experts.up_bias_EG), (made.down_bias_ED, experts.added_bias_ED)):
+            if own is not None and bias is not None:
+                own.copy_(bias)
         return made.to(experts.up_EDG.device).train(experts.training)
 
     @property

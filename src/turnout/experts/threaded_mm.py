@@ -169,7 +169,7 @@ class ThreadedMM(ExpertBackend):
     def run(self, experts: nn.Module, rows: Rows) -> Rows:
         assert isinstance(rows, Ragged)
         assert isinstance(experts, FFNExperts)
-        inputs = (rows.x_MD, experts.up_EDG, experts.down_EFD, experts.up_bias_EG, experts.down_bias_ED)
+        inputs = (rows.x_MD, experts.up_EDG, experts.down_EFD, experts.up_bias_EG, experts.added_bias_ED)
         keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
         y_MD = _ThreadedFFN.apply(*inputs, rows.counts_L.tolist(), experts.activation, keep)
         return Ragged(x_MD=y_MD, counts_L=rows.counts_L)

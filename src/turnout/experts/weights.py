@@ -1,13 +1,17 @@
 """The parameters of the experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from turnout.contracts import ExpertBackend
 from turnout.errors import ConfigError
 from turnout.experts.activations import Activation
-from turnout.tensors import fill_normal
+from turnout.experts.cut import Cut
+from turnout.placement import Placement
+from turnout.strategy import nearest_divisor
+from turnout.tensors import Padded, Ragged, fill_normal
 
 
 class FFNExperts(nn.Module):
@@ -49,15 +53,49 @@ class FFNExperts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def keep(self, mine: range) -> None:
-        """Keep the weights of these neighbouring experts alone: slices along the first axis."""
-        for name, weight in list(self.named_parameters(recurse=False)):
-            part = weight.detach()[mine.start : mine.stop].clone()
-            setattr(self, name, nn.Parameter(part, requires_grad=weight.requires_grad))
-        self.num_experts = len(mine)
+    @property
+    def added_bias_ED(self) -> Tensor | None:
+        """The bias of the down projection where this process adds it; None where another slice of the experts does."""
+        bias_ED = self.down_bias_ED
+        return bias_ED if bias_ED is not None and bias_ED.shape[1] == self.dim else None
 
-    def forward(self, *_: Tensor) -> Tensor:
-        raise NotImplementedError("experts are computed by a backend: turnout.experts.choose_backend(experts, ...)")
+    def cuts(self, placement: Placement, slices: int) -> dict[str, Cut]:
+        """How each weight lies on ranks; `slices` of them share the hidden width of an expert.
+
+        Raises: ConfigError if that width cannot be cut evenly.
+        """
+        if self.hidden % slices:
+            near = nearest_divisor(slices, self.hidden)
+            raise ConfigError(f"strategy.etp={slices} must divide moe.hidden={self.hidden}; nearest legal: {near}")
+        axes = {"up_EDG": 2, "down_EFD": 1, "up_bias_EG": 1, "down_bias_ED": 0}
+        return {
+            name: Cut(
+                shape=tuple(weight.shape),
+                placement=placement,
+                slices=slices,
+                axis=axes[name],
+                halves=2 if self.activation.gated and name.startswith("up_") else 1,
+            )
+            for name, weight in self.named_parameters(recurse=False)
+        }
+
+    def keep(self, cuts: Mapping[str, Cut], rank: int) -> None:
+        """Keep a rank's parts of the weights alone."""
+        for name, weight in list(self.named_parameters(recurse=False)):
+            part = cuts[name].part(weight.detach(), rank).clone(memory_format=torch.contiguous_format)
+            setattr(self, name, nn.Parameter(part, requires_grad=weight.requires_grad))
+        self.num_experts, self.hidden = len(self.up_EDG), self.down_EFD.shape[1]
+
+    def forward(self, x: Tensor, counts_L: Tensor | None = None, backend: ExpertBackend | None = None) -> Tensor:
+        """What a backend makes of rows; a call of the module, for its hooks may have to bring the weights first.
+
+        Shapes: x (M, D) expert by expert, or (L, C, D) in blocks; counts_L (L,); returns the shape of x.
+        """
+        if backend is None or counts_L is None:
+            raise NotImplementedError("experts are computed by a backend: turnout.experts.choose_backend(experts, ...)")
+        if x.ndim == 3:
+            return backend.run(self, Padded(x_LCD=x, counts_L=counts_L)).x
+        return backend.run(self, Ragged(x_MD=x, counts_L=counts_L)).x
 
 
 class ModuleExperts(nn.ModuleList):

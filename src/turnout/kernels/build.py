@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -42,6 +43,8 @@ def compiled() -> Library | str:
         return "the compiled kernel needs a C++ compiler: install g++, or name one in $CXX"
     path = kernel_cache() / f"fused-{_key(compiler)}.so"
     if not path.exists():
+        # shown where logging is left as it is: a first call that takes many seconds should say why
+        logging.getLogger(__name__).warning("compiling the CPU kernel, once on this machine: 10 to 20 seconds")
         try:
             failure = _compile(compiler, path)
         except (OSError, subprocess.SubprocessError) as error:

@@ -1,10 +1,13 @@
 """From tokens to the experts and back: with rows in between, or in one pass where one process has all of it."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from turnout.contracts import Dispatcher, ExpertBackend, FusedBackend
 from turnout.dispatch import LocalDispatcher, plan_dispatch
-from turnout.tensors import Admission, Assignment
+from turnout.experts import FFNExperts
+from turnout.tensors import Admission, Assignment, Ragged, Rows
 
 
 def pass_experts(
@@ -26,7 +29,14 @@ def pass_experts(
     plan = plan_dispatch(assignment, admission)
     capacity = _width(admission, assignment)
     sent = dispatcher.dispatch(x_TD, assignment, plan, layout=backend.layout, capacity=capacity)
-    return sent.combine(backend.run(experts, sent.rows))
+    return sent.combine(_computed(experts, backend, sent.rows))
+
+
+def _computed(experts: nn.Module, backend: ExpertBackend, rows: Rows) -> Rows:
+    if not isinstance(experts, FFNExperts):
+        return backend.run(experts, rows)
+    y = experts(rows.x, rows.counts_L, backend)
+    return replace(rows, x_MD=y) if isinstance(rows, Ragged) else replace(rows, x_LCD=y)
 
 
 def _width(admission: Admission, assignment: Assignment) -> int | None:

@@ -1,7 +1,7 @@
 """The MoE layer: the one conductor of router, capacity, dispatch, experts and combine."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts import FFNExperts, ModuleExperts, choose_backend
 from turnout.experts.activations import Activation
+from turnout.experts.cut import Cut
 from turnout.layers.expert_pass import pass_experts
 from turnout.layers.latent import Latent
 from turnout.layers.mlp import MLP
@@ -160,13 +161,13 @@ class MoE(nn.Module):
             init_std=config.init_std,
         )
 
-    def share_experts(self, dispatcher: Dispatcher, mine: range) -> None:
-        """From here on this process computes the experts `mine`, and `dispatcher` reaches those of the others.
+    def share_experts(self, dispatcher: Dispatcher, cuts: Mapping[str, Cut], rank: int) -> None:
+        """From here on this process computes its part of the experts, and `dispatcher` reaches those of the others.
 
-        Their weights are slices of the same logical (E, ...) tensors, under the same names.
+        The weights are parts of the same logical (E, ...) tensors, under the same names, as `cuts` says.
         """
         assert isinstance(self.experts, FFNExperts)
-        self.experts.keep(mine)
+        self.experts.keep(cuts, rank)
         self.dispatcher = dispatcher
 
     def forward(

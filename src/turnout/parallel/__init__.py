@@ -4,15 +4,16 @@ from turnout.parallel.apply import Parallel, apply
 from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.gradients import reduce_gradients
 from turnout.parallel.replicas import check_replicas
-from turnout.parallel.shards import ExpertShards
-from turnout.parallel.supported import check_supported
+from turnout.parallel.shards import Shards
+from turnout.parallel.supported import check_shards, check_supported
 
 __all__ = [
     "ExpertParallel",
-    "ExpertShards",
     "Parallel",
+    "Shards",
     "apply",
     "check_replicas",
+    "check_shards",
     "check_supported",
     "reduce_gradients",
 ]

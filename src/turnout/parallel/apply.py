@@ -3,17 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from turnout.alltoall import PROGRAMS
 from turnout.comm import ExpertGroup, Groups, Ledger, World, make_groups
 from turnout.comm.world import current_world
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
+from turnout.experts.cut import Cut
 from turnout.layers import MoE
 from turnout.parallel.expert_parallel import ExpertParallel
-from turnout.parallel.shards import ExpertShards
-from turnout.parallel.supported import check_supported
+from turnout.parallel.fully_sharded import reshard, shard_fully, shardings
+from turnout.parallel.shards import Shards
+from turnout.parallel.supported import check_shards, check_supported
 from turnout.placement import Placement
 from turnout.strategy import Strategy
 
@@ -26,29 +28,37 @@ class Parallel:
 
     strategy: Strategy  # dp is filled in
     groups: Groups
-    shards: ExpertShards  # which tensors are slices, by name
+    shards: Shards  # which tensors are slices, by name
     ledger: Ledger  # what expert layers sent
 
     @property
     def world(self) -> World:
         return self.groups.world
 
-    def slices(self, model: nn.Module) -> list[nn.Parameter]:
-        """The parameters of which this rank has a slice."""
-        return [parameter for name, parameter in model.named_parameters() if name in self.shards.placements]
+    def copies(self, model: nn.Module) -> dict[Tensor, int]:
+        """The parameters of which this rank has only a part, and on how many ranks there is the same part."""
+        parts: dict[Tensor, int] = {weight: self.shards.parts(name) for name, weight in model.named_parameters()}
+        return {weight: self.world.size // number for weight, number in parts.items() if number > 1}
+
+    def reshard(self, model: nn.Module) -> None:
+        """After a forward pass without a backward one: the parameters are again what this rank keeps of them."""
+        if self.shards.shardings:
+            reshard(model)
 
     def take_sent(self) -> dict[str, float] | None:
-        """Bytes and messages that expert layers sent since the last call, by class of link; None with ep=1."""
+        """Bytes and messages that expert layers sent since the last call, by class of link; None if they never do."""
         experts = self.groups.experts
         if experts is None:
             return None
-        sent = vars(self.ledger.traffic(experts.rank, experts.mesh))
+        sent = self.ledger.traffic(experts.rank, experts.mesh)
+        if experts.slices is not None:
+            sent += self.ledger.traffic(experts.slices.rank, experts.slices.mesh, kind="slices")
         self.ledger.clear()
-        return dict(sent)
+        return dict(vars(sent))
 
-    def over_experts(self, value: float) -> float:
-        """A number added up over the ranks that share the experts."""
-        return self.shards.total(value)
+    def over_ranks(self, value: float) -> float:
+        """A number added up over all ranks."""
+        return self.world.total([value])[0]
 
 
 def apply(
@@ -59,10 +69,10 @@ def apply(
     timeout_s: float = TIMEOUT_S,
     cuda: bool = False,
 ) -> Parallel:
-    """Cut the experts of every MoE layer over `strategy.ep` neighbouring ranks, and make all groups.
+    """Cut the experts of every MoE layer over `strategy.ep` times `etp` neighbouring ranks, and make all groups.
 
     The whole model, equal on all ranks, goes in; build the optimizer after. Every rank of the process group calls it;
-    `world` tells how many ranks a node has (None: all are on one). With ep=1 the layers stay as they are, and never
+    `world` tells how many ranks a node has (None: all are on one). With ep=etp=1 the layers stay as they are, and never
     communicate. Gradients are then those of this rank's tokens: `reduce_gradients` makes them the step's.
     Raises: ConfigError if the strategy does not fit the ranks or the model, or is not in this version.
     """
@@ -71,26 +81,35 @@ def apply(
     resolved = _resolved(strategy, world, layers)
     groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
     ledger = Ledger()
-    placements = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
+    cuts = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
+    if resolved.zero == 3 and world.size > 1:
+        shard_fully(model, groups, cuts, "cuda" if cuda else "cpu")
     return Parallel(
         strategy=resolved,
         groups=groups,
-        shards=ExpertShards(placements=placements, group=groups.experts, has_first=world.rank < resolved.ep),
+        shards=Shards(
+            cuts=cuts,
+            group=groups.experts,
+            has_first=world.rank < resolved.ep * resolved.etp,
+            shardings=shardings(model),
+        ),
         ledger=ledger,
     )
 
 
-def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledger: Ledger) -> dict[str, Placement]:
+def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledger: Ledger) -> dict[str, Cut]:
     """Cut the experts of all layers; returns the names of the cut parameters, and who has which part."""
-    placements = {}
+    found = {}
     for name, layer in layers.items():
+        assert isinstance(layer.experts, FFNExperts)
         placement = Placement.even(layer.config.num_experts, strategy.ep)
         program = PROGRAMS[strategy.alltoall]
         share = ExpertParallel(program, group, placement, ledger=ledger, layer=name or "the layer")
-        layer.share_experts(share, placement.experts_of(group.rank))
+        cuts = layer.experts.cuts(placement, strategy.etp)
+        layer.share_experts(share, cuts, group.place)
         prefix = f"{name}.experts." if name else "experts."
-        placements |= {prefix + own: placement for own, _ in layer.experts.named_parameters()}
-    return placements
+        found |= {prefix + own: cut for own, cut in cuts.items()}
+    return found
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
@@ -102,16 +121,28 @@ def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strat
     resolved = strategy.check(world.size, num_experts=0 if not layers else _first(layers).config.num_experts)
     for name, layer in layers.items():
         strategy.check(world.size, num_experts=layer.config.num_experts)
-        if resolved.ep > 1 and not isinstance(layer.experts, FFNExperts):
-            raise ConfigError(
-                f"strategy.ep={resolved.ep}: the experts of {name or 'the layer'} are modules of your own, or "
-                "quantised, which only this process can hold; nearest legal: 1, or an expert kind by name"
-            )
-        if isinstance(layer.experts, FFNExperts) and layer.experts.num_experts != layer.config.num_experts:
-            raise ConfigError(f"{name or 'the layer'} is laid out already: apply a strategy once, to the whole model")
-        if resolved.ep > 1 and any(weight.is_meta for weight in layer.experts.parameters()):
-            raise ConfigError(f"{name or 'the layer'} is on the meta device: give its weights values, then apply")
+        _check_layer(name or "the layer", layer, resolved)
+    check_shards(resolved, has_experts=bool(layers))
     return resolved
+
+
+def _check_layer(name: str, layer: MoE, strategy: Strategy) -> None:
+    if isinstance(layer.experts, FFNExperts) and layer.experts.num_experts != layer.config.num_experts:
+        raise ConfigError(f"{name} is laid out already: apply a strategy once, to the whole model")
+    if strategy.ep == strategy.etp == 1:
+        return
+    field = f"strategy.ep={strategy.ep}" if strategy.ep > 1 else f"strategy.etp={strategy.etp}"
+    if not isinstance(layer.experts, FFNExperts):
+        raise ConfigError(
+            f"{field}: the experts of {name} are modules of your own, or quantised, which only this process can "
+            "hold; nearest legal: 1, or an expert kind by name"
+        )
+    if layer.experts.hidden != layer.config.hidden:
+        raise ConfigError(f"{name} is laid out already: apply a strategy once, to the whole model")
+    if any(weight.is_meta for weight in layer.experts.parameters()):
+        raise ConfigError(f"{name} is on the meta device: give its weights values, then apply")
+    # every layer is checked before the first is cut
+    layer.experts.cuts(Placement.even(layer.config.num_experts, strategy.ep), strategy.etp)
 
 
 def _first(layers: dict[str, MoE]) -> MoE:

@@ -1,6 +1,6 @@
 """The dispatcher of expert parallelism: rows travel to the ranks of their experts, by an all-to-all program."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +10,8 @@ from turnout.alltoall import Packing, Program, combine, dispatch, steps_of
 from turnout.comm import Arrived, ExpertGroup, Ledger, TorchTransport
 from turnout.comm.parcels import Parcels
 from turnout.comm.picks import Picks, placed, runs, spread
-from turnout.comm.sizes import agreed_capacity, equal_sizes, exchange_sizes
+from turnout.comm.sizes import Sizes, agreed_capacity, equal_sizes, exchange_sizes
+from turnout.comm.slices import SliceRows
 from turnout.contracts import Dispatched, Dispatcher
 from turnout.dispatch import by_token, pack, unpack
 from turnout.dispatch import combine as combine_rows
@@ -20,6 +21,8 @@ from turnout.tensors import Assignment, DispatchPlan, Padded, Ragged, Rows
 
 class ExpertParallel(Dispatcher):
     """One layer's. The sequence of collectives is the same on all ranks, whatever is routed where.
+
+    Where experts are sliced, rows travel to the rank of this slice, then to the other slices of the expert.
 
     Ragged: counts of rows are exchanged first, with the one copy that the host waits for. Padded, where the backend
     wants blocks and a capacity bounds them: blocks of one size travel, and nothing is waited for; a program that
@@ -70,30 +73,41 @@ class ExpertParallel(Dispatcher):
 
     def _ragged(self, parcels: Parcels, layout: Literal["ragged", "padded"]) -> Dispatched:
         arrived = self._transport.arrive(dispatch(self._program, self._transport, parcels))
-        rows = _laid_out(arrived, layout)
-        return Dispatched(rows=rows, combine=lambda out: self._back(arrived, _taken_out(out, arrived)))
+        slices = self._slices(parcels.sizes, arrived)
+        counts = arrived.counts if slices is None else slices.totals
+        rows = _laid_out(arrived.x_MD if slices is None else slices.join(arrived.x_MD), counts, layout)
+        return Dispatched(rows=rows, combine=lambda out: self._back(arrived, _taken_out(out, counts), slices))
 
     def _padded(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, capacity: int) -> Dispatched:
         width = agreed_capacity(capacity, self._group, ledger=self._ledger, layer=self._layer)
-        sizes = equal_sizes(self._group.mesh, self._placement, width)
+        sizes = equal_sizes(self._group, self._placement, width)
         blocks = pack(x_TD, plan, layout="padded", capacity=width)
         assert isinstance(blocks, Padded)
         parcels = self._transport.load(blocks.x_LCD.flatten(0, 1), sizes)
         arrived = self._transport.arrive(dispatch(self._program, self._transport, parcels))
-        num_local, height = len(arrived.counts), width * self._group.mesh.size
-        x_LCD = arrived.x_MD.view(num_local, height, x_TD.shape[1])
+        num_local, height = len(arrived.counts), width * self._group.size
+        slices = self._slices(sizes, arrived)
+        x_MD = arrived.x_MD if slices is None else slices.join(arrived.x_MD)
+        x_LCD = x_MD.view(num_local, height, x_TD.shape[1])
         # every row counts: where sources' blocks end nobody knows here, and zeros give rows that are not read
         rows = Padded(x_LCD=x_LCD, counts_L=torch.full((num_local,), height, device=x_TD.device))
 
         def back(out: Rows) -> Tensor:
             assert isinstance(out, Padded)
-            y_MD = self._back(arrived, out.x_LCD.flatten(0, 1))
+            y_MD = self._back(arrived, out.x_LCD.flatten(0, 1), slices)
             home = Padded(x_LCD=y_MD.view(blocks.x_LCD.shape), counts_L=plan.counts_E)
             return combine_rows(unpack(home, plan), assignment, plan)
 
         return Dispatched(rows=rows, combine=back)
 
-    def _back(self, arrived: Arrived, y_MD: Tensor) -> Tensor:
+    def _slices(self, sizes: Sizes, arrived: Arrived) -> SliceRows | None:
+        group, device = self._group.slices, arrived.x_MD.device
+        if group is None:
+            return None
+        return SliceRows(group=group, counts=sizes.slices, device=device, ledger=self._ledger, layer=self._layer)
+
+    def _back(self, arrived: Arrived, y_ND: Tensor, slices: SliceRows | None) -> Tensor:
+        y_MD = y_ND if slices is None else slices.add(y_ND)
         return combine(self._program, self._transport, self._transport.depart(arrived, y_MD)).sums()
 
     def _merged_counts(self, assignment: Assignment, plan: DispatchPlan) -> Mapping[Packing, Tensor]:
@@ -113,24 +127,23 @@ class ExpertParallel(Dispatcher):
         return {packing: counts[packing] for packing in self._merged}
 
 
-def _laid_out(arrived: Arrived, layout: Literal["ragged", "padded"]) -> Rows:
+def _laid_out(x_MD: Tensor, counts: Sequence[int], layout: Literal["ragged", "padded"]) -> Rows:
     """The rows as the backend wants them; blocks are as wide as the fullest expert of this rank."""
-    counts_L = placed(arrived.counts, arrived.x_MD.device)
+    counts_L = placed(counts, x_MD.device)
     if layout == "ragged":
-        return Ragged(x_MD=arrived.x_MD, counts_L=counts_L)
-    width, dim = max(arrived.counts), arrived.x_MD.shape[1]
-    empty = arrived.x_MD.new_zeros(len(arrived.counts) * width, dim)
-    filled = empty.index_copy(0, _slots(arrived), arrived.x_MD)
-    return Padded(x_LCD=filled.view(len(arrived.counts), width, dim), counts_L=counts_L)
+        return Ragged(x_MD=x_MD, counts_L=counts_L)
+    width, dim = max(counts), x_MD.shape[1]
+    empty = x_MD.new_zeros(len(counts) * width, dim)
+    filled = empty.index_copy(0, _slots(counts, x_MD.device), x_MD)
+    return Padded(x_LCD=filled.view(len(counts), width, dim), counts_L=counts_L)
 
 
-def _taken_out(out: Rows, arrived: Arrived) -> Tensor:
+def _taken_out(out: Rows, counts: Sequence[int]) -> Tensor:
     if isinstance(out, Ragged):
         return out.x_MD
-    return out.x_LCD.flatten(0, 1).index_select(0, _slots(arrived))
+    return out.x_LCD.flatten(0, 1).index_select(0, _slots(counts, out.x_LCD.device))
 
 
-def _slots(arrived: Arrived) -> Tensor:
-    width = max(arrived.counts)
-    begin = [expert * width for expert in range(len(arrived.counts))]
-    return runs(begin, arrived.counts, arrived.x_MD.device)
+def _slots(counts: Sequence[int], device: torch.device) -> Tensor:
+    width = max(counts)
+    return runs([expert * width for expert in range(len(counts))], counts, device)

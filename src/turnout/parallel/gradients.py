@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from turnout.parallel.apply import Parallel
+from turnout.parallel.fully_sharded import here
 
 BUCKET_BYTES = 32 << 20
 
@@ -15,8 +16,9 @@ BUCKET_BYTES = 32 << 20
 def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
     """Average over ranks, in place: the losses of all ranks, each weighed by the number of ranks, add up to the step's.
 
-    A dense gradient is the mean over all ranks. An expert's has the tokens of its whole expert group already, for the
-    all-to-all brought them: what is missing is the sum over the group's replicas, and the same divisor.
+    A dense gradient is the mean over all ranks. An expert's, or that of its slice, has the tokens of its whole expert
+    group already, for they were brought there: what is missing is the sum over its replicas, and the same divisor.
+    In shards either is averaged already, over the ranks that have them: of experts the divisor is not yet the same.
     A parameter with a gradient on any rank has one on all after; the collectives do not depend on which.
     """
     world = parallel.world
@@ -32,9 +34,14 @@ def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> No
     has_grad = world.largest([float(parameter.grad is not None) for _, parameter in named])
     dense, experts = [], []
     for (name, parameter), wanted in zip(named, has_grad, strict=True):
-        if wanted:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            (experts if name in parallel.shards.placements else dense).append(parameter.grad)
+        if not wanted:
+            continue
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        cut = parallel.shards.cuts.get(name)
+        if name not in parallel.shards.shardings:
+            (dense if cut is None else experts).append(parameter.grad)
+        elif cut is not None:
+            here(parameter.grad).div_(cut.ranks)
     _average(dense, dist.group.WORLD, world.size)
     _average(experts, parallel.groups.replicas, world.size)
 

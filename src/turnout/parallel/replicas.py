@@ -16,14 +16,15 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def check_replicas(model: nn.Module, parallel: Parallel) -> None:
     """Compare a sum over the bits of every tensor: dense ones over all ranks, slices of experts over their replicas.
 
-    Every rank calls it.
+    Every rank calls it. What lies in shards has no other copy than those of whole groups of ranks, which FSDP keeps.
     Raises: TransportError naming the first tensor that differs, on every rank that sees it differ.
     """
     if parallel.world.size == 1:
         return
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel()}
-    cut = [name for name in tensors if name in parallel.shards.placements]
-    dense = [name for name in tensors if name not in parallel.shards.placements]
+    shards = parallel.shards.shardings
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel() and name not in shards}
+    cut = [name for name in tensors if name in parallel.shards.cuts]
+    dense = [name for name in tensors if name not in parallel.shards.cuts]
     differing = _differing(dense, tensors, dist.group.WORLD) + _differing(cut, tensors, parallel.groups.replicas)
     if differing:
         raise TransportError(

@@ -1,75 +1,95 @@
-"""Expert tensors as slices and as wholes: a checkpoint holds wholes, so that any layout loads what any other saved."""
+"""Tensors as parts and as wholes: a checkpoint holds wholes, so that any layout loads what any other saved."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from turnout.comm import ExpertGroup
-from turnout.placement import Placement
+from turnout.experts.cut import Cut
+from turnout.parallel.fully_sharded import Sharding
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertShards:
-    """The parameters that lie in slices along their first axis, by name; so does what an optimizer keeps of them.
+class Shards:
+    """The parameters of which each rank has a part, by name; so it is with what an optimizer keeps of them.
+
+    Experts are cut over the ranks that share them; what is left of them, and dense parameters, may lie in shards.
 
     A tensor belongs to a parameter if it has its name, or that name and one more part ("name/exp_avg").
     """
 
-    placements: Mapping[str, Placement]  # parameter -> which rank has which experts
+    cuts: Mapping[str, Cut]  # parameter -> which rank has what of it
     group: ExpertGroup | None  # None: nothing is cut
     has_first: bool  # the group of the job's first rank, which writes checkpoints
+    shardings: Mapping[str, Sharding] = field(default_factory=dict)  # parameter -> where FSDP has its shards
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with every slice gathered, on the CPU; only in the first rank's group, elsewhere as they are.
+        """The same with the parts gathered, on the CPU; only in the first rank's group, elsewhere as they are.
 
-        Every rank of the group calls it, with the same names in the same order.
+        Every rank of the job calls it, with the same names in the same order.
         """
-        if self.group is None or not self.has_first:
-            return dict(tensors)
-        return {name: self._gathered(name, tensor) for name, tensor in tensors.items()}
+        return {name: self._whole(name, tensor) for name, tensor in tensors.items()}
 
     def mine(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with every whole cut to this rank's experts; what has another number of experts stays as it is."""
-        return {name: self._cut(name, tensor) for name, tensor in tensors.items()}
+        """The same with every whole cut to this rank's part; what has another shape stays as it is."""
+        return {name: self._sharded(name, self._cut(name, tensor)) for name, tensor in tensors.items()}
+
+    def parts(self, name: str) -> int:
+        """How many parts a parameter has."""
+        cut, sharding = self.cuts.get(name), self.shardings.get(name)
+        return (1 if cut is None else cut.ranks) * (1 if sharding is None else sharding.shards)
 
     def whole_shape(self, name: str, shape: list[int]) -> list[int]:
-        """The shape of a parameter whose slice has `shape`."""
-        return [self.placements[name].num_experts, *shape[1:]] if name in self.placements else shape
+        """The shape of a parameter of which this rank's part has `shape`."""
+        return list(self.cuts[name].shape) if name in self.cuts else shape
 
     def first_expert(self, name: str) -> int:
-        """The expert that stands first in this rank's slice."""
-        placement = self._of(name)
-        return 0 if placement is None or self.group is None else placement.experts_of(self.group.rank).start
+        """The expert that stands first in this rank's part."""
+        cut, sharding = self._of(name), self.shardings.get(name)
+        of_group = 0 if cut is None or self.group is None else cut.first_expert(self.group.place)
+        return of_group + (0 if sharding is None else sharding.first_row)
 
-    def total(self, value: float) -> float:
-        """A number added up over the group."""
-        if self.group is None:
-            return value
-        number = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(number, group=self.group.whole)
-        return float(number)
+    def _of(self, name: str) -> Cut | None:
+        return self.cuts.get(name) or self.cuts.get(name.rpartition("/")[0])
 
-    def _of(self, name: str) -> Placement | None:
-        return self.placements.get(name) or self.placements.get(name.rpartition("/")[0])
+    def _sharded(self, name: str, tensor: Tensor) -> Tensor:
+        sharding = self.shardings.get(name) or self.shardings.get(name.rpartition("/")[0])
+        return tensor if sharding is None or tensor.ndim == 0 else sharding.shard(tensor)
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        unsharded = _unsharded(tensor)
+        return self._gathered(name, unsharded) if self.has_first else tensor
 
     def _gathered(self, name: str, tensor: Tensor) -> Tensor:
-        placement = self._of(name)
-        if placement is None or self.group is None or tensor.ndim == 0:
+        cut = self._of(name)
+        if cut is None or self.group is None or tensor.shape != cut.part_shape(self.group.place):
             return tensor
-        lengths = [len(placement.experts_of(rank)) for rank in range(placement.ranks)]
-        most, mine = max(lengths), lengths[self.group.rank]
-        block = tensor.new_zeros(most, *tensor.shape[1:])
-        block[:mine] = tensor.detach()
-        blocks = [torch.empty_like(block) for _ in lengths]
+        shapes = [cut.part_shape(rank) for rank in range(cut.ranks)]
+        # parts differ where ranks do not divide the experts, and biases lie on one slice alone
+        block = tensor.new_zeros(max(math.prod(shape) for shape in shapes))
+        block[: tensor.numel()] = tensor.detach().reshape(-1)
+        blocks = [torch.empty_like(block) for _ in shapes]
         dist.all_gather(blocks, block, group=self.group.whole)
-        return torch.cat([block[:length].cpu() for block, length in zip(blocks, lengths, strict=True)])
+        parts = [each[: math.prod(shape)].view(shape).cpu() for each, shape in zip(blocks, shapes, strict=True)]
+        return cut.joined(parts)
 
     def _cut(self, name: str, tensor: Tensor) -> Tensor:
-        placement = self._of(name)
-        if placement is None or self.group is None or tensor.ndim == 0 or len(tensor) != placement.num_experts:
+        cut = self._of(name)
+        if cut is None or self.group is None or tensor.shape != cut.shape:
             return tensor
-        mine = placement.experts_of(self.group.rank)
-        return tensor[mine.start : mine.stop].clone()
+        return cut.part(tensor, self.group.place).clone(memory_format=torch.contiguous_format)
+
+
+def _unsharded(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # a bias that lies on another slice has no values, and torch gathers no shards of nothing
+    if tensor.numel() == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    with torch.no_grad():
+        return tensor.full_tensor().cpu()

@@ -12,9 +12,6 @@ _ONLY: dict[str, Any] = {
     "cp": 1,
     "pp": 1,
     "virtual_stages": 1,
-    "etp": 1,
-    "zero": 0,
-    "zero_size": 0,
     "recompute": "none",
     "overlap": 1,
     "dispatch_precision": "",
@@ -31,5 +28,27 @@ def check_supported(strategy: Strategy) -> None:
                 f"strategy.{name}={value!r} can be planned (turnout plan) but not trained with in this version; "
                 f"legal: {legal!r}"
             )
+    if strategy.zero not in (0, 3):
+        near = 3 if strategy.zero == 2 else 0
+        raise ConfigError(
+            f"strategy.zero={strategy.zero} can be planned (turnout plan) but not trained with in this version; "
+            f"legal: 0, 3; nearest: {near}"
+        )
+    if strategy.zero_size and not strategy.zero:
+        raise ConfigError(f"strategy.zero_size={strategy.zero_size} needs strategy.zero=3; nearest legal: 0")
+    if strategy.zero_size == 1:
+        raise ConfigError(
+            "strategy.zero_size=1 with strategy.zero=3 shards nothing; nearest legal: zero=0, zero_size=0"
+        )
     if strategy.alltoall not in PROGRAMS:
         PROGRAMS[strategy.alltoall]
+
+
+def check_shards(strategy: Strategy, *, has_experts: bool) -> None:
+    """Raises: ConfigError if a strategy whose dp is known has shards of shards, which this version does not make."""
+    shared = strategy.ep * strategy.etp
+    if has_experts and strategy.zero_size not in (0, strategy.dp) and 1 < shared < strategy.dp:
+        raise ConfigError(
+            f"strategy.zero_size={strategy.zero_size} with copies of shared experts (ep={strategy.ep}, "
+            f"etp={strategy.etp} on dp={strategy.dp} ranks) is not in this version; nearest legal: 0"
+        )

@@ -89,7 +89,7 @@ def row_size(strategy: Strategy, width: int, *, labels: bool = True) -> RowSize:
 
 
 def _coordinated_ranks(strategy: Strategy) -> int:
-    if strategy.alltoall != "coordinated":
+    if strategy.alltoall != "coordinated" or strategy.tp == 1:
         return 1
     if strategy.tokens_sharded or strategy.etp != strategy.tp:
         raise ConfigError(

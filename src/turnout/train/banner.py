@@ -10,6 +10,7 @@ from turnout.contracts import ExpertBackend
 from turnout.experts import available_backends, choose_backend
 from turnout.layers import MoE
 from turnout.models.size import sizes
+from turnout.strategy import Strategy
 from turnout.train.device import compute_dtype, pick_device
 from turnout.train.estimate import memory_per_rank
 from turnout.train.recipe import Recipe, sequences_per_rank
@@ -71,12 +72,19 @@ def banner(recipe: Recipe, world: World | None = None) -> list[Fact]:
 def _parallel(recipe: Recipe, world: World) -> Fact:
     if world.size == 1:
         return Fact(name="parallel", value={"ranks": 1}, text="none")
-    ep, each = recipe.strategy.ep, sequences_per_rank(recipe, world.size)
-    words = f"{world.size} ranks, {world.local_size} a node, {each} sequences each; "
-    words += f"experts over {ep} ranks by {recipe.strategy.alltoall}" if ep > 1 else "every rank has all experts"
-    return Fact(
-        name="parallel", value={"ranks": world.size, "ep": ep, "alltoall": recipe.strategy.alltoall}, text=words
-    )
+    strategy, each = recipe.strategy, sequences_per_rank(recipe, world.size)
+    words = f"{world.size} ranks, {world.local_size} a node, {each} sequences each; {_experts_on_ranks(strategy)}"
+    words += f"; weights in shards over {strategy.zero_size or world.size} ranks" if strategy.zero else ""
+    names = ("ep", "etp", "alltoall", "zero", "zero_size")
+    value = {"ranks": world.size} | {name: getattr(strategy, name) for name in names}
+    return Fact(name="parallel", value=value, text=words)
+
+
+def _experts_on_ranks(strategy: Strategy) -> str:
+    sliced = f"each expert cut over {strategy.etp} ranks"
+    if strategy.ep == 1:
+        return sliced if strategy.etp > 1 else "every rank has all experts"
+    return f"experts over {strategy.ep} ranks by {strategy.alltoall}" + (f", {sliced}" if strategy.etp > 1 else "")
 
 
 def _balance(recipe: Recipe) -> Fact:

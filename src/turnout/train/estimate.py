@@ -61,17 +61,20 @@ def require_fits(recipe: Recipe, device: torch.device, world: World | None = Non
 
 
 def memory_per_rank(recipe: Recipe, ranks: int) -> int:
-    """Estimated bytes of a training step on one of `ranks`; every rank holds all weights once, before they are cut."""
-    loop, model = recipe.loop, recipe.model
+    """Estimated bytes of a training step on one of `ranks`; every rank holds all weights once, before they are cut.
+
+    Of sharded weights no more is gathered at a time than there is; gradients and moments stay in shards.
+    """
+    loop, model, strategy = recipe.loop, recipe.model, recipe.strategy
     memory = train_memory(model, sequences_per_rank(recipe, ranks), loop.seq_len)
-    if recipe.strategy.ep == 1:
-        return memory.peak
-    elsewhere = 4 * sizes(model).routed * (recipe.strategy.ep - 1) // recipe.strategy.ep
+    shares = strategy.ep * strategy.etp
+    elsewhere = 4 * sizes(model).routed * (shares - 1) // shares
+    shards = (strategy.zero_size or ranks) if strategy.zero else 1
     own = replace(
         memory,
         parameters=memory.parameters - elsewhere,
-        gradients=memory.gradients - elsewhere,
-        moments=memory.moments - 2 * elsewhere,
+        gradients=memory.gradients // shards if strategy.zero else memory.gradients - elsewhere,
+        moments=memory.moments // shards if strategy.zero else memory.moments - 2 * elsewhere,
     )
     return max(own.peak, memory.parameters)
 

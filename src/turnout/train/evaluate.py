@@ -32,7 +32,8 @@ def mean_loss(
     total, count = 0.0, 0
     device = next(model.parameters()).device
     model.eval()
-    with torch.inference_mode(), autocast:
+    # weights that are gathered for the first time in inference mode could not be trained after
+    with torch.no_grad(), autocast:
         for turn in _turns(validation_batches(text, batch_size, seq_len, max_tokens), world.size):
             if world.largest([float(stop is not None and stop.requested)])[0]:
                 count = 0

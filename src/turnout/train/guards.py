@@ -2,13 +2,16 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from turnout.parallel.fully_sharded import here
 
 NonFinitePolicy = Literal["stop", "skip"]
 
@@ -32,7 +35,7 @@ def nonfinite_report(
     `first_expert` gives the number of the expert that stands first in a tensor: of a slice, not 0.
     None entries (no gradient) and integer tensors are passed over. Returns None when all is finite.
     """
-    tensors = {name: _checkable(t) for name, t in named if t is not None and _can_be_nonfinite(t)}
+    tensors = {name: _checkable(here(t)) for name, t in named if t is not None and _can_be_nonfinite(t)}
     if math.isfinite(_norm(list(tensors.values()))):
         return None
     # The norm of large finite values can overflow, so it only raises the question.
@@ -49,7 +52,7 @@ def clip_and_check(
     params: Iterable[Tensor],
     max_norm: float,
     *,
-    slices: Collection[Tensor] = (),
+    copies: Mapping[Tensor, int] = MappingProxyType({}),
     over_ranks: Callable[[float], float] = float,
 ) -> GradReport:
     """Scale all gradients so that their norm is at most `max_norm`; the norm itself tells whether they are finite.
@@ -57,19 +60,31 @@ def clip_and_check(
     Gradients that are not finite stay as they are, so that `nonfinite_report` can name the tensor. On a device
     this waits for the norm, once.
 
-    `slices` are the parameters of which other ranks have the rest; `over_ranks` adds a number up over those ranks, so
-    that every parameter counts once, wherever it lies. Every rank then gets the same norm.
+    `copies` names the parameters of which there is only a part here, and on how many ranks there is the same part;
+    `over_ranks` adds a number up over all ranks. So every parameter counts once, and every rank gets the same norm.
     """
-    with_grad = [p for p in params if p.grad is not None]
-    of_slices = {id(p) for p in slices}
-    norm = _safe_norm([p.grad for p in with_grad if p.grad is not None and id(p) not in of_slices])
-    if slices:
-        of_mine = _safe_norm([p.grad for p in with_grad if p.grad is not None and id(p) in of_slices])
-        norm = math.hypot(norm, math.sqrt(over_ranks(of_mine * of_mine)))
+    params = list(params)
+    by_copies: dict[int, list[Tensor]] = {}
+    for p in params:
+        own = by_copies.setdefault(copies.get(p, 0), [])
+        own += [] if p.grad is None else [here(p.grad)]
+    norm = _safe_norm(by_copies.pop(0, []))
+    if by_copies:
+        squares = [_safe_norm(grads) ** 2 / number for number, grads in by_copies.items()]
+        norm = math.hypot(norm, math.sqrt(over_ranks(math.fsum(squares))))
     finite = math.isfinite(norm)
     if finite and norm > max_norm:
-        clip_grads_with_norm_(with_grad, max_norm, torch.tensor(norm, dtype=torch.float64))
+        own = [_stand_in(p.grad) for p in params if p.grad is not None]
+        clip_grads_with_norm_(own, max_norm, torch.tensor(norm, dtype=torch.float64))
     return GradReport(norm=norm, finite=finite)
+
+
+def _stand_in(grad: Tensor) -> Tensor:
+    """What torch takes for a parameter with this gradient; of shards, for one with this rank's."""
+    own = here(grad)
+    leaf = own.detach()
+    leaf.grad = own
+    return leaf
 
 
 def _can_be_nonfinite(tensor: Tensor) -> bool:

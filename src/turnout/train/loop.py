@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from turnout.comm import World
-from turnout.config import dump_toml, to_dict
+from turnout.config import to_dict
 from turnout.contracts import Router
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Sampler, count_windows
@@ -25,17 +25,16 @@ from turnout.models.size import sizes
 from turnout.observe.recorder import Recorder
 from turnout.observe.silent import SilentRecorder
 from turnout.observe.spikes import SpikeRule, is_spike
-from turnout.observe.token_view import token_choices
 from turnout.parallel import apply, check_replicas
 from turnout.train import checkpoint
 from turnout.train.agreement import claim, last_checkpoint, require_alike
 from turnout.train.checkpoint import Checkpoint
 from turnout.train.device import autocast_for, compute_dtype, pick_device
-from turnout.train.durable import replace_text
 from turnout.train.evaluate import mean_loss
 from turnout.train.optimizer import build_optimizer, lr_factor, set_lr
+from turnout.train.progress import Counters, Progress
 from turnout.train.recipe import Recipe, sequences_per_rank
-from turnout.train.recipes import recipe_of
+from turnout.train.record import open_record, record_token_view
 from turnout.train.resume import changed_settings
 from turnout.train.signals import StopRequest
 from turnout.train.state import RunState
@@ -44,33 +43,6 @@ from turnout.train.step import StepResult, train_step
 Outcome = Literal["done", "stopped", "paused"]
 SPIKE = SpikeRule()
 _GOLDEN = 0x9E3779B9  # seeds of neighbouring ranks lie far apart; only 32 bits of a seed count on the CPU
-
-
-@dataclass(kw_only=True)
-class Counters:
-    """Where a run stands; plain values, saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # training clock: steps alone, without evaluation and saving
-    train_loss: float | None = None  # main loss, smoothed over about 20 steps
-    val_loss: float | None = None
-    evaluated_at: int = -1  # step of the last evaluation
-    skipped_in_a_row: int = 0
-    losses: list[float] = field(default_factory=list)  # what the spike rule looks back on
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a display needs after each step."""
-
-    step: int
-    done: float  # share of the run, 0 to 1
-    seconds: float  # training clock
-    tokens_per_s: float
-    val_loss: float | None
-    line: dict[str, Any]  # the step's record: loss, balance, drops
-    news: tuple[str, ...]  # spikes, steps left out, checkpoints that failed, since the step before
 
 
 class Trainer:
@@ -173,7 +145,7 @@ class Trainer:
         A stop request ends it early; there is no result then.
         """
         loop = self.recipe.loop
-        return mean_loss(
+        value = mean_loss(
             self.model,
             self.dataset.val,
             batch_size=self._rank_batch,
@@ -183,6 +155,8 @@ class Trainer:
             autocast=self.autocast,
             stop=stop,
         )
+        self.parallel.reshard(self.model)
+        return value
 
     def evaluate_and_record(self, stop: StopRequest | None) -> float | None:
         """Evaluate now and write it down; None, and nothing is written, when a stop request cut it short."""
@@ -228,8 +202,7 @@ class Trainer:
         if self.counters.evaluated_at != self.counters.step:
             self.evaluate_and_record(None)
             self.save()
-        if self.recorder.header.layers:
-            self._write_token_view()
+        record_token_view(self.recorder, self.recipe, self.dataset, self.model, step=self.counters.step)
         summary = self.summary()
         if self.world.is_first:
             (self.run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -355,56 +328,25 @@ class Trainer:
         every = self.recipe.loop.save_every
         return bool(every and self.counters.step % every == 0 and self.done < 1)
 
-    def _write_token_view(self) -> None:
-        tokenizer = self.dataset.tokenizer
-        ids = tokenizer.encode(self.recipe.loop.probe)[: self.recipe.model.max_seq_len]
-        self.model.eval()
-        with torch.inference_mode():
-            out = self.model(torch.tensor([ids], device=self.device))
-        self.model.train()
-        choices = [token_choices(assignment) for assignment in out.assignments]
-        pieces = [tokenizer.decode([token]) for token in ids]
-        self.recorder.token_view(self.counters.step, pieces, [e for e, _ in choices], [w for _, w in choices])
-
-    def _show_text_to_routers(self) -> None:
-        layers = self.model.moe_blocks()
-        if not layers:
-            return
-        token_counts_V = torch.from_numpy(self.dataset.train.token_counts())
-        for _, layer in layers:
-            if isinstance(layer.router, Router):
-                layer.router.before_training(token_counts_V)
-
     def _begin(self, *, resume: bool) -> tuple[Recorder | SilentRecorder, tuple[str, ...]]:
         """The open record, and which settings changed since the checkpoint that was taken up, if there was one."""
         begins = self.world.first(not (resume and checkpoint.exists(self.run)))
         changes: tuple[str, ...] = ()
         if begins:
-            self._show_text_to_routers()
+            _show_text_to_routers(self.model, self.dataset)
             self.notes += (f"{self.run} ended before its first checkpoint: it starts again",) if resume else ()
         else:
             changes = self._resume()
         check_replicas(self.model, self.parallel)
-        return self._open_recorder(resume=resume, begins=begins), changes
+        resumed_at = self.counters.step if resume else None
+        record = open_record(
+            self.run, self.recipe, self.dataset, self.model, self.world, resumed_at=resumed_at, begins=begins
+        )
+        return record, changes
 
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
-
-    def _open_recorder(self, *, resume: bool, begins: bool) -> Recorder | SilentRecorder:
-        layers = self.model.moe_blocks()
-        names, counts = [name for name, _ in layers], [layer.config.num_experts for _, layer in layers]
-        if not self.world.is_first:
-            return SilentRecorder(names, counts)
-        sinks = self.recipe.loop.sinks
-        # before the record: a folder that has one can be resumed, whenever its run was killed
-        if not resume or recipe_of(self.run) != self.recipe:
-            replace_text(self.run / "recipe.toml", dump_toml(self.recipe))
-        if begins:
-            self.dataset.tokenizer.save(self.run / "tokenizer.json")
-        if resume:
-            return Recorder.resume(self.run, self.counters.step, names, counts, sinks=sinks)
-        return Recorder(self.run, names, counts, sinks=sinks)
 
     def _state(self) -> RunState:
         return RunState(
@@ -428,3 +370,13 @@ class Trainer:
         self.counters = Counters(**counters)
         self.notes += loaded.notes + notes
         return changes
+
+
+def _show_text_to_routers(model: Decoder, dataset: Dataset) -> None:
+    layers = model.moe_blocks()
+    if not layers:
+        return
+    token_counts_V = torch.from_numpy(dataset.train.token_counts())
+    for _, layer in layers:
+        if isinstance(layer.router, Router):
+            layer.router.before_training(token_counts_V)

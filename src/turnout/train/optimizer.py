@@ -3,6 +3,7 @@
 import math
 
 from torch import Tensor, nn, optim
+from torch.distributed.tensor import DTensor
 
 from turnout.contracts import Router
 from turnout.experts import FFNExperts, ModuleExperts
@@ -13,11 +14,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.AdamW:
     """Fused AdamW; experts and routers learn at rates of their own; routers, biases, norms and vectors do not decay.
 
     Decay shrinks experts as fast as other matrices, whatever their rate: AdamW multiplies it by the rate.
-    Each group keeps its peak learning rate under `peak_lr`.
+    Each group keeps its peak learning rate under `peak_lr`. Shards over other ranks are in other groups: one call of
+    the fused step takes no two kinds.
     """
     experts = _ids_in(model, (FFNExperts, ModuleExperts))
     routers = _ids_in(model, (Router,))
-    groups: dict[tuple[float, float], list[Tensor]] = {}
+    groups: dict[tuple[float, float, object], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -29,9 +31,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.AdamW:
         # stacked over experts, a bias has two axes
         is_matrix = parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
         decay = config.weight_decay / scale if is_matrix and id(parameter) not in routers else 0.0
-        groups.setdefault((config.lr * scale, decay), []).append(parameter)
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((config.lr * scale, decay, mesh), []).append(parameter)
     return optim.AdamW(
-        [{"params": members, "weight_decay": decay, "peak_lr": lr} for (lr, decay), members in groups.items()],
+        [{"params": members, "weight_decay": decay, "peak_lr": lr} for (lr, decay, _), members in groups.items()],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

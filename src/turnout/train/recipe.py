@@ -8,8 +8,8 @@ from turnout.config import Settings
 from turnout.data.prepare import DataConfig
 from turnout.errors import ConfigError
 from turnout.models import ModelConfig
-from turnout.parallel import check_supported
-from turnout.strategy import Strategy
+from turnout.parallel import check_shards, check_supported
+from turnout.strategy import Strategy, nearest_divisor
 from turnout.train.guards import NonFinitePolicy
 
 MOST_MINUTES = 5_256_000
@@ -142,24 +142,37 @@ class Recipe(Settings):
                     f"({getattr(usual, name)!r})"
                 )
         check_supported(strategy)
-        if self.loop.compile and strategy.ep > 1:
+        if self.loop.compile and strategy.zero:
             raise ConfigError(
-                f"loop.compile=true with strategy.ep={strategy.ep}: an exchange between ranks is not compiled in this "
+                f"loop.compile=true with strategy.zero={strategy.zero}: gathering shards is not compiled in this "
+                "version; nearest legal: loop.compile=false"
+            )
+        if self.loop.compile and strategy.ep * strategy.etp > 1:
+            field = f"ep={strategy.ep}" if strategy.ep > 1 else f"etp={strategy.etp}"
+            raise ConfigError(
+                f"loop.compile=true with strategy.{field}: an exchange between ranks is not compiled in this "
                 "version; nearest legal: loop.compile=false"
             )
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
     """Raises: ConfigError if the recipe cannot run on so many ranks, naming the nearest that can be."""
-    ep = recipe.strategy.ep
-    if ranks == 1 and ep > 1:
+    sizes = {"ep": recipe.strategy.ep, "etp": recipe.strategy.etp}
+    needed, several = math.prod(sizes.values()), [name for name, size in sizes.items() if size > 1]
+    if ranks == 1 and several:
+        given = " * ".join(f"{name}={sizes[name]}" for name in several)
         raise ConfigError(
-            f"strategy.ep={ep} needs at least {ep} processes: torchrun --nproc-per-node {ep} -m turnout train ...; "
-            "nearest legal in one: 1"
+            f"strategy.{given} needs at least {needed} processes: torchrun --nproc-per-node {needed} -m turnout train "
+            "...; nearest legal in one: 1"
         )
     moe = recipe.model.moe
     num_experts = moe.num_experts if moe is not None and recipe.model.moe_layers() else 0
-    recipe.strategy.check(ranks, num_experts=num_experts)
+    check_shards(recipe.strategy.check(ranks, num_experts=num_experts), has_experts=num_experts > 0)
+    if moe is not None and moe.hidden % recipe.strategy.etp:
+        near = nearest_divisor(recipe.strategy.etp, moe.hidden)
+        raise ConfigError(
+            f"strategy.etp={recipe.strategy.etp} must divide moe.hidden={moe.hidden}; nearest legal: {near}"
+        )
     sequences_per_rank(recipe, ranks)
 
 

@@ -120,7 +120,7 @@ def _clip(model: nn.Module, max_norm: float, parallel: Parallel | None) -> GradR
     parameters = list(model.parameters())
     if parallel is None:
         return clip_and_check(parameters, max_norm)
-    return clip_and_check(parameters, max_norm, slices=parallel.slices(model), over_ranks=parallel.over_experts)
+    return clip_and_check(parameters, max_norm, copies=parallel.copies(model), over_ranks=parallel.over_ranks)
 
 
 def _mean_terms(per_batch: Sequence[tuple[LossTerm, ...]], weights: Sequence[Share]) -> dict[str, float]:

@@ -97,6 +97,8 @@ def _step(
     parallel = None if on is None else apply(model, on[0].strategy, world=on[1], timeout_s=TIMEOUT_S)
     with torch.no_grad():
         logits = torch.cat([model.logits(model(batch.tokens_BS).h_BSD) for batch in batches])
+    if parallel is not None:
+        parallel.reshard(model)
     grads: dict[str, Tensor] = {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: grads.update(_gradients(model, parallel)))
@@ -113,13 +115,13 @@ def _step(
 
 
 def _gradients(model: Decoder, parallel: Parallel | None) -> dict[str, Tensor]:
-    """All gradients, those of cut experts whole; without these on ranks that do not gather them."""
+    """All gradients whole; on ranks that do not gather them without those of which they have a part."""
     grads: dict[str, Any] = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     if parallel is None:
         return grads
-    whole = parallel.shards.whole(grads)
-    has_whole = parallel.shards.has_first
-    return {name: grad for name, grad in whole.items() if has_whole or name not in parallel.shards.placements}
+    shards = parallel.shards
+    whole = shards.whole(grads)
+    return {name: grad for name, grad in whole.items() if shards.has_first or shards.parts(name) == 1}
 
 
 def _batches(config: ModelConfig, ranks: int) -> list[Batch]:

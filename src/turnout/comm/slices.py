@@ -1,0 +1,74 @@
+"""Ranks that slice the same experts: they share the rows that each was sent, and add up what each made of all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from turnout.comm.groups import SliceGroup
+from turnout.comm.ledger import Ledger
+from turnout.comm.picks import runs, starts
+from turnout.comm.wire import Route, Splits, send_rows
+from turnout.segments import Segments, gather, permutation, weighted_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceRows:
+    """The rows of one call at the slices of an expert; `join` and `add` are each other's gradient, but for the values.
+
+    Their numbers differ from slice to slice, which neither gloo's all-gather nor its reduce-scatter allows: one
+    all-to-all sends the bytes of either.
+    """
+
+    group: SliceGroup
+    counts: Sequence[Sequence[int]]  # [slice][expert of this rank]: rows that reached it there
+    device: torch.device
+    ledger: Ledger
+    layer: str
+
+    @property
+    def totals(self) -> list[int]:
+        """Rows of each expert, of all slices together."""
+        return [sum(of_expert) for of_expert in zip(*self.counts, strict=True)]
+
+    def join(self, x_MD: Tensor) -> Tensor:
+        """What every slice has, expert by expert and in each slice by slice. Shapes: x_MD by expert; returns (N, D)."""
+        copies_ND = x_MD.expand(len(self.counts), *x_MD.shape).reshape(-1, x_MD.shape[1])
+        return gather(send_rows(copies_ND, self._route), self._by_expert)
+
+    def add(self, y_ND: Tensor) -> Tensor:
+        """What the slices made of the rows this rank was sent, added in float32 or wider. Shapes: y_ND as of `join`."""
+        by_slice_ND = weighted_sum(y_ND, None, self._by_expert)
+        num_slices, dim = len(self.counts), y_ND.shape[1]
+        parts_SMD = send_rows(by_slice_ND, self._route.turned()).view(num_slices, sum(self._mine), dim)
+        return parts_SMD.to(torch.promote_types(y_ND.dtype, torch.float32)).sum(dim=0).to(y_ND.dtype)
+
+    @property
+    def _mine(self) -> Sequence[int]:
+        return self.counts[self.group.rank]
+
+    @cached_property
+    def _route(self) -> Route:
+        every = tuple(sum(of_slice) for of_slice in self.counts)
+        splits: Splits = ((sum(self._mine),) * len(every), every)
+        return Route(
+            group=self.group.wire,
+            peers=tuple(range(len(every))),
+            rank=self.group.rank,
+            rows=splits,
+            labels=((), ()),
+            ledger=self.ledger,
+            layer=self.layer,
+            kind="slices",
+        )
+
+    @cached_property
+    def _by_expert(self) -> Segments:
+        """Rows that lie slice by slice, and in each expert by expert, in the order of experts."""
+        num_slices, num_experts = len(self.counts), len(self._mine)
+        begin = starts([count for of_slice in self.counts for count in of_slice])
+        order = [at * num_experts + expert for expert in range(num_experts) for at in range(num_slices)]
+        lengths = [self.counts[number // num_experts][number % num_experts] for number in order]
+        return permutation(runs([begin[number] for number in order], lengths, self.device))

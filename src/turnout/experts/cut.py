@@ -1,0 +1,59 @@
+"""How a tensor of experts lies on ranks: experts by place, and the hidden width of each expert by slice."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turnout.placement import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """One [E, ...] tensor on `slices` times as many ranks as have experts of their own; neighbours slice the same ones.
+
+    Rank r has slice r % slices of the experts at place r // slices.
+    Source: Rajbhandari et al. 2022, DeepSpeed-MoE, arXiv:2201.05596, section 5.1.2 (expert slicing).
+    """
+
+    shape: tuple[int, ...]  # of the whole
+    placement: Placement
+    slices: int = 1  # ranks that share an expert's hidden width
+    axis: int = 0  # that of the hidden width; 0: there is none, and the first slice has it all
+    halves: int = 1  # 2: gate and up lie side by side, and each is cut
+
+    @property
+    def ranks(self) -> int:
+        return self.placement.ranks * self.slices
+
+    def first_expert(self, rank: int) -> int:
+        """The expert that stands first in a rank's part."""
+        return self.placement.experts_of(rank // self.slices).start
+
+    def part(self, whole: Tensor, rank: int) -> Tensor:
+        """What a rank has of it. Shapes: whole (E, ...); returns its experts, its slice of their hidden width."""
+        place, at = divmod(rank, self.slices)
+        mine = self.placement.experts_of(place)
+        rows = whole[mine.start : mine.stop]
+        if self.slices == 1:
+            return rows
+        if self.axis == 0:
+            return rows if at == 0 else rows[..., :0]
+        by_half = rows.unflatten(self.axis, (self.halves, self.slices, -1))
+        return by_half.select(self.axis + 1, at).flatten(self.axis, self.axis + 1)
+
+    def part_shape(self, rank: int) -> tuple[int, ...]:
+        """The shape of `part`."""
+        return tuple(self.part(torch.empty(self.shape, device="meta"), rank).shape)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """The whole from the parts of all ranks, in their order."""
+        places = [parts[start : start + self.slices] for start in range(0, self.ranks, self.slices)]
+        return torch.cat([self._experts(place) for place in places])
+
+    def _experts(self, parts: Sequence[Tensor]) -> Tensor:
+        if self.slices == 1 or self.axis == 0:
+            return parts[0]
+        by_half = [part.unflatten(self.axis, (self.halves, -1)) for part in parts]
+        return torch.cat(by_half, dim=self.axis + 1).flatten(self.axis, self.axis + 1)

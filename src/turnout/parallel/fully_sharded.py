@@ -1,0 +1,97 @@
+"""FSDP2: what data-parallel ranks would all have, they have in shards: weights, gradients and moments (ZeRO-3).
+
+Each block is gathered when it is reached, forward and backward, and its gradients are averaged into shards. Experts of
+which several groups of ranks have copies are sharded over those; where every rank has other experts they stay.
+Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; torch.distributed.fsdp.fully_shard.
+"""
+
+import math
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from turnout.comm import Groups
+from turnout.layers.block import Block
+from turnout.layers.moe import MoE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """Where the shards of a parameter lie."""
+
+    mesh: DeviceMesh
+    placements: tuple[Any, ...]
+    rows: int  # of the whole, which is cut along its first axis
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return self.mesh.size(self._axis)
+
+    @property
+    def first_row(self) -> int:
+        """The row that stands first in this rank's shard."""
+        return self.mesh.get_local_rank(self._axis) * math.ceil(self.rows / self.shards)
+
+    def shard(self, whole: Tensor) -> Tensor:
+        """A tensor that every rank has, as the shard of it that belongs here; nothing is sent."""
+        return distribute_tensor(whole, self.mesh, self.placements, src_data_rank=None)
+
+    @property
+    def _axis(self) -> int:
+        return next(axis for axis, placement in enumerate(self.placements) if isinstance(placement, Shard))
+
+
+def shard_fully(model: nn.Module, groups: Groups, cut: Collection[str], device: str) -> None:
+    """Shard a model whose experts are cut; `cut` names those parameters, of which other ranks have the rest."""
+    # hooks on a view would be lost if it were changed in place, and nothing here is
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    sharded: list[FSDPModule] = []
+    if groups.replicas is not None and cut:
+        mesh = DeviceMesh.from_group(groups.replicas, device)
+        layers = [module for module in model.modules() if isinstance(module, MoE)]
+        sharded += [fully_shard(layer.experts, mesh=mesh) for layer in layers]
+    # experts that are sharded already are passed over by themselves
+    alone = {model.get_parameter(name) for name in cut} if not sharded else set()
+    mesh = _dense_mesh(groups, device)
+    for block in [*(module for module in model.modules() if isinstance(module, Block)), model]:
+        sharded.append(fully_shard(block, mesh=mesh, ignored_params=alone))
+    for module in sharded:
+        # gloo has no average
+        module.set_force_sum_reduction_for_comms(device == "cpu")
+
+
+def shardings(model: nn.Module) -> dict[str, Sharding]:
+    """The parameters that lie in shards, by name."""
+    return {
+        name: Sharding(mesh=parameter.device_mesh, placements=tuple(parameter.placements), rows=len(parameter))
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, DTensor)
+    }
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that a forward pass without a backward one left gathered; the parameters are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def here(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _dense_mesh(groups: Groups, device: str) -> DeviceMesh:
+    *copies, shards = groups.sharded
+    if not copies:
+        return DeviceMesh.from_group(shards, device)
+    ranks = torch.arange(groups.world.size).view(-1, shards.size())
+    return DeviceMesh.from_group([*copies, shards], device, mesh=ranks, mesh_dim_names=("copies", "shards"))

@@ -1,0 +1,55 @@
+"""What a run writes down beside its checkpoints: the folder's recipe and tokenizer, the record, the token view."""
+
+from pathlib import Path
+
+import torch
+
+from turnout.comm import World
+from turnout.config import dump_toml
+from turnout.data.prepare import Dataset
+from turnout.models import Decoder
+from turnout.observe.recorder import Recorder
+from turnout.observe.silent import SilentRecorder
+from turnout.observe.token_view import token_choices
+from turnout.train.durable import replace_text
+from turnout.train.recipe import Recipe
+from turnout.train.recipes import recipe_of
+
+
+def open_record(
+    run: Path, recipe: Recipe, dataset: Dataset, model: Decoder, world: World, *, resumed_at: int | None, begins: bool
+) -> Recorder | SilentRecorder:
+    """The record of a run, which the first rank writes and the others only tally.
+
+    `resumed_at`: the step a resumed run goes on from, None for a new one; `begins`: no checkpoint was taken up.
+    """
+    layers = model.moe_blocks()
+    names, counts = [name for name, _ in layers], [layer.config.num_experts for _, layer in layers]
+    if not world.is_first:
+        return SilentRecorder(names, counts)
+    sinks = recipe.loop.sinks
+    # before the record: a folder that has one can be resumed, whenever its run was killed
+    if resumed_at is None or recipe_of(run) != recipe:
+        replace_text(run / "recipe.toml", dump_toml(recipe))
+    if begins:
+        dataset.tokenizer.save(run / "tokenizer.json")
+    if resumed_at is not None:
+        return Recorder.resume(run, resumed_at, names, counts, sinks=sinks)
+    return Recorder(run, names, counts, sinks=sinks)
+
+
+def record_token_view(
+    recorder: Recorder | SilentRecorder, recipe: Recipe, dataset: Dataset, model: Decoder, *, step: int
+) -> None:
+    """The way of the recipe's probe text through the experts, if the model has any."""
+    if not recorder.header.layers:
+        return
+    tokenizer = dataset.tokenizer
+    ids = tokenizer.encode(recipe.loop.probe)[: recipe.model.max_seq_len]
+    model.eval()
+    with torch.no_grad():
+        out = model(torch.tensor([ids], device=next(model.parameters()).device))
+    model.train()
+    choices = [token_choices(assignment) for assignment in out.assignments]
+    pieces = [tokenizer.decode([token]) for token in ids]
+    recorder.token_view(step, pieces, [e for e, _ in choices], [w for _, w in choices])
