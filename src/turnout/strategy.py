@@ -31,8 +31,7 @@ class Strategy:
     schedule: Literal["1f1b", "interleaved", "zero_bubble", "dualpipe", "gpipe"] = "1f1b"  # of the pipeline
     scatter_gather: bool = False  # each tp rank sends 1/tp over a stage boundary; sequence parallel does so by itself
     ep: int = 1  # expert parallel ranks: each has 1/ep of the experts
-    # expert tensor parallel ranks: each has 1/etp of an expert (expert slicing); with tp=1 `check` folds the axes
-    etp: int = 1
+    etp: int = 1  # expert tensor parallel ranks: each has 1/etp of an expert (slices); with tp=1 the axes are folded
     folded: bool = False  # expert axes ignore tp and cp and take neighbouring ranks; else ep runs along dp
     shard_tokens: bool = False  # each tp rank dispatches 1/tp of the tokens; sequence parallel does so by itself
     zero: Literal[0, 1, 2, 3] = 0  # sharded over dp: 1 optimizer, 2 + gradients, 3 + parameters (FSDP)

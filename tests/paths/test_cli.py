@@ -386,6 +386,7 @@ def test_sigterm_ends_the_command_with_143_and_it_resumes(
     assert [line["step"] for line in read_metrics(run).steps] == list(range(1, 13))
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_when_its_reader_is_gone(recipe_file: Path, tmp_path: Path) -> None:
     environment = os.environ | {"TURNOUT_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "turnout", "train", str(recipe_file), "--out", str(tmp_path / "run")]

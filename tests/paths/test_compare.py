@@ -173,6 +173,7 @@ def test_a_comparison_stopped_while_it_evaluates_saves_every_run(
         assert checkpoint.load(tmp_path / f"{recipe.name}-seed-0").step > 0
 
 
+@pytest.mark.exhaustive
 def test_every_router_trains_the_same_model_for_the_same_steps(
     small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

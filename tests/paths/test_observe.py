@@ -317,6 +317,7 @@ def test_a_full_disk_loses_records_says_so_once_and_leaves_no_half_line(
     assert read_trace(tmp_path).steps.tolist() == [1, 2, 3, 10, 11, 12]
 
 
+@pytest.mark.exhaustive
 def test_recording_costs_under_one_percent_of_a_step_of_tiny_and_its_statistics_a_few(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

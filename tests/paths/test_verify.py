@@ -434,7 +434,7 @@ def test_layers_of_the_papers_pass_what_applies_to_them_in_every_size(name: str)
 
 
 @pytest.mark.usefixtures("fewer_cases")
-@pytest.mark.parametrize("name", layer_presets())
+@pytest.mark.parametrize("name", ["gshard", "tutel", "deepseek_v3", "locmoe_plus"])
 def test_layers_of_the_papers_pass_what_applies_to_them(name: str) -> None:
     assert_passes(name)
 
