@@ -35,7 +35,7 @@ check: static
 static: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/basedpyright --level error
+	$(BIN)/basedpyright --project . --level error
 	$(BIN)/lint-imports
 
 # tests against other systems, which `make test` does not install

@@ -10,7 +10,7 @@ from torch import Tensor
 from turnout import reference
 from turnout.contracts import ExpertBackend
 from turnout.errors import TurnoutError
-from turnout.experts import quantize_experts
+from turnout.experts import QuantizedFFNExperts, quantize_experts
 from turnout.kernels.build import has_vnni
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
@@ -77,6 +77,7 @@ def _try_quantized(name: str) -> Finding:
     try:
         layer, x_TD = _layer(name)
         experts = quantize_experts(layer).experts
+        assert isinstance(experts, QuantizedFFNExperts)
         got_TD = layer(x_TD).y.double()
         exact = MoE(dim=20, hidden=12, num_experts=5)
         exact.router.load_state_dict(layer.router.state_dict())
