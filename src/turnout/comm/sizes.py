@@ -15,8 +15,6 @@ from turnout.comm.wire import named
 from turnout.placement import Placement
 from turnout.topology import Mesh
 
-Units = tuple[Packing, ...]  # the merged packings of a program, in order
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, FusedBackend, Refusal
-from turnout.experts.fused_op import fused_experts
+from turnout.experts.fused_op import fused_experts, in_dtypes_of, kernel_weights, the_kernel
 from turnout.experts.weights import FFNExperts
-from turnout.kernels import KINDS, Kernel, Routing, Weights, trusted_kernel
+from turnout.kernels import KINDS, Kernel, Routing, trusted_kernel
 from turnout.kernels.build import cpu_flags
 from turnout.tensors import Admission, Assignment, Ragged, Rows, first_order
 
@@ -32,13 +32,7 @@ class _Fused(torch.autograd.Function):
         kernel: Kernel,
         keep: bool,
     ) -> Tensor:
-        weights = Weights(
-            up_EDG=up_EDG.contiguous(),
-            down_EFD=down_EFD.contiguous(),
-            up_bias_EG=up_bias_EG,
-            down_bias_ED=down_bias_ED,
-            kind=kind,
-        )
+        weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
         saved_rows = routing.num_rows if keep else None
         y_TD, saved = kernel.forward(x_TD, weight_N, weights, routing, saved_rows=saved_rows)
         if keep:
@@ -50,14 +44,11 @@ class _Fused(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED, saved = ctx.saved_tensors
-        weights = Weights(
-            up_EDG=up_EDG, down_EFD=down_EFD, up_bias_EG=up_bias_EG, down_bias_ED=down_bias_ED, kind=ctx.kind
-        )
+        weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, ctx.kind)
         found = ctx.kernel.backward(
             grads[0].contiguous(), x_TD, weight_N, weights, ctx.routing, saved, wanted=ctx.needs_input_grad[:6]
         )
-        up_grad, down_grad = (g if g is None else g.to(up_EDG.dtype) for g in (found.up_EDG, found.down_EFD))
-        return (*found._replace(up_EDG=up_grad, down_EFD=down_grad), None, None, None, None)
+        return (*in_dtypes_of(weights, found), None, None, None, None)
 
 
 class FusedCPU(FusedBackend):
@@ -90,8 +81,7 @@ class FusedCPU(FusedBackend):
         if torch.compiler.is_compiling():
             routes = (assignment.token_N, assignment.expert_N, admission.keep_N)
             return fused_experts(*inputs, *routes, experts.kind, keep)[0].to(x_TD.dtype)
-        kernel = trusted_kernel()
-        assert isinstance(kernel, Kernel)
+        kernel = the_kernel()
         routing = kernel.sort(assignment, admission.keep_N)
         return _Fused.apply(*inputs, experts.kind, routing, kernel, keep).to(x_TD.dtype)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turnout.kernels import Kernel, Routing, Weights, trusted_kernel
+from turnout.kernels import Gradients, Kernel, Routing, Weights, trusted_kernel
 from turnout.tensors import Assignment
 
 
@@ -24,8 +24,8 @@ def fused_experts(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y_TD; what the backward pass wants to have back, with room for every assignment; the routes."""
-    kernel = _kernel()
-    weights = _weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
+    kernel = the_kernel()
+    weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
     assignment = Assignment(
         token_N=token_N,
         expert_N=expert_N,
@@ -55,7 +55,7 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num, num_routes = len(expert_N), 3 + len(up_EDG) + len(x_TD) + 3 * len(expert_N)
-    size = _kernel().saved_size(_weights(up_EDG, down_EFD, None, None, kind), num) if keep else 0
+    size = the_kernel().saved_size(kernel_weights(up_EDG, down_EFD, None, None, kind), num) if keep else 0
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     return y_TD, x_TD.new_empty(size), expert_N.new_empty(num_routes, dtype=torch.int32)
 
@@ -75,16 +75,15 @@ def fused_experts_backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients of those of the first six inputs of the forward pass that are wanted."""
-    weights = _weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
+    weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
     # the number of rows stands at the end of the experts' starts
     routing = Routing(
         routes=routes, num_rows=int(routes[1 + len(up_EDG)]), num_tokens=len(x_TD), num_assignments=len(weight_N)
     )
-    found = _kernel().backward(
+    found = the_kernel().backward(
         y_grad_TD.contiguous(), x_TD.contiguous(), weight_N.contiguous(), weights, routing, saved, wanted=tuple(wanted)
     )
-    found = found._replace(up_EDG=_as(found.up_EDG, up_EDG), down_EFD=_as(found.down_EFD, down_EFD))
-    return [grad for grad in found if grad is not None]
+    return [grad for grad in in_dtypes_of(weights, found) if grad is not None]
 
 
 @fused_experts_backward.register_fake
@@ -124,15 +123,17 @@ def _backward(ctx: Any, y_grad_TD: Tensor, *_: Tensor) -> tuple[Tensor | None, .
 fused_experts.register_autograd(_backward, setup_context=_remember)
 
 
-def _kernel() -> Kernel:
+def the_kernel() -> Kernel:
+    """The kernel of a backend that did not refuse."""
     kernel = trusted_kernel()
     assert isinstance(kernel, Kernel)
     return kernel
 
 
-def _weights(
+def kernel_weights(
     up_EDG: Tensor, down_EFD: Tensor, up_bias_EG: Tensor | None, down_bias_ED: Tensor | None, kind: str
 ) -> Weights:
+    """The weights as the kernel reads them: contiguous."""
     biases = (None if bias is None else bias.contiguous() for bias in (up_bias_EG, down_bias_ED))
     up_bias, down_bias = biases
     return Weights(
@@ -144,5 +145,10 @@ def _weights(
     )
 
 
-def _as(grad: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if grad is None else grad.to(like.dtype)
+def in_dtypes_of(weights: Weights, found: Gradients) -> Gradients:
+    """The kernel writes the gradients of matrices in float32; an optimizer wants those of bfloat16 ones in theirs."""
+    up, down = found.up_EDG, found.down_EFD
+    return found._replace(
+        up_EDG=None if up is None else up.to(weights.up_EDG.dtype),
+        down_EFD=None if down is None else down.to(weights.down_EFD.dtype),
+    )

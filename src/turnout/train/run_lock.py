@@ -20,15 +20,13 @@ class RunLock:
         """Raises: ConfigError if another holds it."""
         run.mkdir(parents=True, exist_ok=True)
         self._file = (run / LOCK_NAME).open("a+b", buffering=0)
-        try:
-            self._lock()
-        except BlockingIOError as error:
+        if not self._acquired():
             holder = self._holder()
             self._file.close()
             raise ConfigError(
                 f"{run} is being written by another process{holder and f', {holder}'}; wait for its end, stop it, or "
                 "choose another --out"
-            ) from error
+            )
         self._file.truncate(0)
         self._file.write(str(os.getpid()).encode())
 
@@ -36,15 +34,15 @@ class RunLock:
         """Let others write; releasing twice does nothing."""
         self._file.close()
 
-    def _lock(self) -> None:
+    def _acquired(self) -> bool:
         if fcntl is None:
-            return
+            return True
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:  # a file system that knows no locks is no reason not to train
-            return
+        except OSError as error:
+            # a file system that knows no locks is no reason not to train
+            return not isinstance(error, BlockingIOError)
+        return True
 
     def _holder(self) -> str:
         self._file.seek(0)
