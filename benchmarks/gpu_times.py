@@ -251,7 +251,7 @@ def _scatter(sizes: Layer, experts: FFNExperts, x_TD: Tensor, assignment: Assign
     return _module(module, x_TD, lambda: module(x_TD, weight_TK, expert_TK))
 
 
-# written from their documentation; none of them was at hand to run
+# written without them at hand: an adapter that fails is named and left out
 PEERS: dict[str, Callable[[Layer, FFNExperts, Tensor, Assignment], Forward]] = {
     "MegaBlocks dMoE, with its router": _megablocks,
     "SonicMoE, with its router": _sonic,

@@ -1,9 +1,11 @@
 """Triton's kernels for the experts of a layer on a GPU: loaded when asked for, proven there, only then trusted."""
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -37,6 +39,13 @@ def proof_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
 def launcher() -> ModuleType:
     """The module that calls the kernels; it imports Triton, which not every installation has."""
     return importlib.import_module("turnout.kernels.gpu.launch")
+
+
+@functools.cache
+def source_hash() -> str:
+    """Changes with the kernels: what was measured or proven of others says nothing of these."""
+    texts = [path.name + path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
 def is_interpreting() -> bool:

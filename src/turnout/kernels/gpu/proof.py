@@ -2,14 +2,13 @@
 
 import hashlib
 from functools import partial
-from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
 
 from turnout.cache import kernel_cache
-from turnout.kernels.gpu import launch
+from turnout.kernels.gpu import launch, source_hash
 from turnout.kernels.gpu.configs import Config, Tile
 from turnout.kernels.kernel import Weights
 from turnout.kernels.proof import assignment_of, by_oracle, drawn, largest_error, once
@@ -87,6 +86,5 @@ def _by_kernels(
 def _key(kind: str, dtype: torch.dtype, device: torch.device) -> str:
     """Whatever changes the code or what it was proven with."""
     facts = [kind, str(dtype), torch.__version__, triton.__version__]
-    facts += [torch.cuda.get_device_name(device), str(torch.version.cuda)]
-    facts += [path.name + path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    facts += [torch.cuda.get_device_name(device), str(torch.version.cuda), source_hash()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from turnout.cache import default_cache
+from turnout.kernels.gpu import source_hash
 from turnout.kernels.gpu.configs import Config, candidates
 
 
@@ -27,9 +28,9 @@ class Shape:
 
     @property
     def key(self) -> str:
-        """Its name in the files; another torch may bring another Triton, and faster or slower rivals."""
+        """Its name in the files; another torch may bring another Triton and other rivals."""
         sizes = f"D{self.dim} F{self.hidden} E{self.num_experts} {self.kind}"
-        return f"{self.device} | torch {torch.__version__} | {self.dtype} | {sizes}"
+        return f"{self.device} | torch {torch.__version__} | kernels {source_hash()} | {self.dtype} | {sizes}"
 
 
 def shape_of(sizes: tuple[int, ...], kind: str, device: torch.device, dtype: torch.dtype) -> Shape:
