@@ -49,6 +49,7 @@ class LayerCase:
     latent_dim: int = 0
     crowded: bool = False  # all tokens want the same experts
     padding: bool = False  # every third token is padding
+    overlap: int = 1  # chunks
 
     @property
     def name(self) -> str:
@@ -59,7 +60,7 @@ class LayerCase:
 
     @property
     def strategy(self) -> Strategy:
-        return Strategy(ep=self.ep, etp=self.etp, alltoall=self.program)
+        return Strategy(ep=self.ep, etp=self.etp, alltoall=self.program, overlap=self.overlap)
 
     @property
     def is_padded(self) -> bool:
@@ -101,6 +102,23 @@ def layer_cases() -> Iterator[LayerCase]:
     yield LayerCase(ep=1)
     yield LayerCase(ep=1, tokens=EMPTY, backend="grouped_mm", dtype=torch.float32)
     yield from sliced_cases()
+    yield from chunked_cases()
+
+
+def chunked_cases() -> Iterator[LayerCase]:
+    """Chunks whose exchange overlaps, under every program; more of them than some ranks have tokens."""
+    for program in PROGRAMS:
+        for overlap in (2, 8):
+            yield LayerCase(program=program, local=2, overlap=overlap, tokens=(11, 0, 3, 6))
+        blocks = LayerCase(program=program, local=2, capacity=FixedCapacity(factor=1.0), backend="padded_bmm")
+        yield replace(blocks, overlap=4)
+        yield LayerCase(program=program, ep=2, etp=2, hidden=6, overlap=4)
+    yield LayerCase(overlap=4, backend="grouped_mm", dtype=torch.float32)
+    yield LayerCase(overlap=2, router=ExpertChoice(k=2, in_decoder="allow"))
+    yield LayerCase(overlap=2, router=TopP(p=0.6), padding=True, shared_hidden=4, latent_dim=3)
+    yield LayerCase(overlap=4, capacity=FixedCapacity(factor=0.5), program="node_dedup", local=1)
+    yield LayerCase(overlap=2, ep=1)
+    yield LayerCase(overlap=2, backend="padded_bmm", crowded=True)
 
 
 def sliced_cases() -> Iterator[LayerCase]:
@@ -200,6 +218,7 @@ class TrainCase:
     zero: Literal[0, 3] = 0
     zero_size: int = 0
     program: str = "flat"
+    overlap: int = 1
     bias: bool = False
     accumulate: int = 1
     adam: bool = False
@@ -214,7 +233,8 @@ class TrainCase:
 
     @property
     def strategy(self) -> Strategy:
-        return Strategy(ep=self.ep, etp=self.etp, zero=self.zero, zero_size=self.zero_size, alltoall=self.program)
+        sizes = {"ep": self.ep, "etp": self.etp, "zero": self.zero, "zero_size": self.zero_size}
+        return Strategy(**sizes, alltoall=self.program, overlap=self.overlap)
 
 
 def train_cases() -> Iterator[TrainCase]:
@@ -236,6 +256,8 @@ def train_cases() -> Iterator[TrainCase]:
     yield replace(plain, capacity=FixedCapacity(factor=1.0), ep=2)
     for ep, etp in ((2, 2), (1, 4), (1, 2)):
         yield replace(plain, ep=ep, etp=etp, adam=True, bias=True, steps=3)
+    yield replace(plain, overlap=2, accumulate=2, adam=True, idle_rank=True)
+    yield replace(plain, overlap=4, program="node_dedup", local=2, zero=3)
     yield from sharded_cases()
 
 

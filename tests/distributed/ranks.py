@@ -38,6 +38,7 @@ from turnout import MoE, Strategy
 from turnout.alltoall import PROGRAMS
 from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
 from turnout.comm.processes import start_ranks
+from turnout.contracts import ExpertCall
 from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError
 from turnout.models import Decoder
@@ -178,7 +179,14 @@ def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
     ledger, cuts = Ledger(), {}
     if groups.experts is not None:
         placement, cuts = Placement.even(case.num_experts, case.ep), cuts_of(case, layer)
-        share = ExpertParallel(PROGRAMS[case.program], groups.experts, placement, ledger=ledger, layer="the layer")
+        share = ExpertParallel(
+            PROGRAMS[case.program],
+            groups.experts,
+            placement,
+            ledger=ledger,
+            layer="the layer",
+            chunks=case.overlap,
+        )
         layer.share_experts(share, cuts, groups.experts.place)
     shards = Shards(
         cuts={f"experts.{own}": cut for own, cut in cuts.items()},
@@ -263,11 +271,11 @@ def rows_on_their_way(case: LayerCase, world: World, group: ExpertGroup, ledger:
     share = ExpertParallel(
         PROGRAMS[case.program], group, Placement.even(case.num_experts, case.ep), ledger=ledger, layer="wire"
     )
-    move = share.after_counts(x_TD, assignment, plan, "ragged")
+    same = ExpertCall(layout="ragged", capacity=None, weights={}, compute=lambda rows, _: rows)
+    move = share.after_counts(x_TD, assignment, plan, same)
 
     def there_and_back() -> None:
-        sent = move()
-        sent.combine(sent.rows).sum().backward()
+        move().sum().backward()
 
     return there_and_back
 

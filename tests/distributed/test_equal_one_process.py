@@ -120,7 +120,9 @@ def test_bytes_and_messages_of_every_pair_are_the_predicted_ones(case: LayerCase
         routing = RoutedTokens(mesh, [destinations(case, rank) for rank in column])
         for phase, sizes in (("forward", there), ("backward", home)):
             got = {(at, to): sent for at, rank in enumerate(column) for to, sent in found[rank][phase].items()}
-            assert got == pairs_of(moves, routing, sizes), phase
+            want = pairs_of(moves, routing, sizes)
+            # the bytes of one exchange, in as many messages as there are chunks
+            assert got == {pair: [size, case.overlap * messages] for pair, (size, messages) in want.items()}, phase
 
 
 def columns(case: LayerCase) -> list[list[int]]:
@@ -142,7 +144,7 @@ def test_slices_send_what_the_planner_says(case: LayerCase, outcomes: Outcomes) 
     (want,) = expert_tensor_volume(step, case.ep)
     widening = case.dtype.itemsize / 4
     assert sum(payload for payload, _ in sent) == pytest.approx(want.total_bytes * case.ranks * widening, rel=1e-12)
-    assert sum(messages for _, messages in sent) == want.messages * case.ranks
+    assert sum(messages for _, messages in sent) == want.messages * case.ranks * case.overlap
 
 
 def rows_sent(case: LayerCase, rank: int) -> int:

@@ -10,13 +10,13 @@ from torch import Tensor
 from turnout.comm.groups import SliceGroup
 from turnout.comm.ledger import Ledger
 from turnout.comm.picks import runs, starts
-from turnout.comm.wire import Route, Splits, send_rows
+from turnout.comm.wire import Route, SentRows, Splits, send_rows
 from turnout.segments import Segments, gather, permutation, weighted_sum
 
 
 @dataclass(frozen=True, kw_only=True)
 class SliceRows:
-    """The rows of one call at the slices of an expert; `join` and `add` are each other's gradient, but for the values.
+    """The rows of one chunk at the slices of an expert; `join` and `add` are each other's gradient, but for the values.
 
     Their numbers differ from slice to slice, which neither gloo's all-gather nor its reduce-scatter allows: one
     all-to-all sends the bytes of either.
@@ -33,17 +33,24 @@ class SliceRows:
         """Rows of each expert, of all slices together."""
         return [sum(of_expert) for of_expert in zip(*self.counts, strict=True)]
 
-    def join(self, x_MD: Tensor) -> Tensor:
-        """What every slice has, expert by expert and in each slice by slice. Shapes: x_MD by expert; returns (N, D)."""
+    def join(self, x_MD: Tensor) -> SentRows:
+        """Begin to give every slice what this rank has. Shapes: x_MD by expert."""
         copies_ND = x_MD.expand(len(self.counts), *x_MD.shape).reshape(-1, x_MD.shape[1])
-        return gather(send_rows(copies_ND, self._route), self._by_expert)
+        return send_rows(copies_ND, self._route)
 
-    def add(self, y_ND: Tensor) -> Tensor:
-        """What the slices made of the rows this rank was sent, added in float32 or wider. Shapes: y_ND as of `join`."""
-        by_slice_ND = weighted_sum(y_ND, None, self._by_expert)
-        num_slices, dim = len(self.counts), y_ND.shape[1]
-        parts_SMD = send_rows(by_slice_ND, self._route.turned()).view(num_slices, sum(self._mine), dim)
-        return parts_SMD.to(torch.promote_types(y_ND.dtype, torch.float32)).sum(dim=0).to(y_ND.dtype)
+    def joined(self, sent: SentRows) -> Tensor:
+        """What every slice had, expert by expert and in each slice by slice. Shapes: returns (N, D)."""
+        return gather(sent.land(), self._by_expert)
+
+    def add(self, y_ND: Tensor) -> SentRows:
+        """Begin to send what this rank made of the rows of all slices home. Shapes: y_ND as of `joined`."""
+        return send_rows(weighted_sum(y_ND, None, self._by_expert), self._route.turned())
+
+    def added(self, sent: SentRows) -> Tensor:
+        """What the slices made of the rows this rank was sent, added in float32 or wider. Shapes: returns (M, D)."""
+        parts_ND = sent.land()
+        parts_SMD = parts_ND.view(len(self.counts), sum(self._mine), parts_ND.shape[1])
+        return parts_SMD.to(torch.promote_types(parts_ND.dtype, torch.float32)).sum(dim=0).to(parts_ND.dtype)
 
     @property
     def _mine(self) -> Sequence[int]:

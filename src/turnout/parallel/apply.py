@@ -104,7 +104,9 @@ def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledg
         assert isinstance(layer.experts, FFNExperts)
         placement = Placement.even(layer.config.num_experts, strategy.ep)
         program = PROGRAMS[strategy.alltoall]
-        share = ExpertParallel(program, group, placement, ledger=ledger, layer=name or "the layer")
+        share = ExpertParallel(
+            program, group, placement, ledger=ledger, layer=name or "the layer", chunks=strategy.overlap
+        )
         cuts = layer.experts.cuts(placement, strategy.etp)
         layer.share_experts(share, cuts, group.place)
         prefix = f"{name}.experts." if name else "experts."

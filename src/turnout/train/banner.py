@@ -74,8 +74,9 @@ def _parallel(recipe: Recipe, world: World) -> Fact:
         return Fact(name="parallel", value={"ranks": 1}, text="none")
     strategy, each = recipe.strategy, sequences_per_rank(recipe, world.size)
     words = f"{world.size} ranks, {world.local_size} a node, {each} sequences each; {_experts_on_ranks(strategy)}"
+    words += f", in {strategy.overlap} chunks that overlap" if strategy.overlap > 1 else ""
     words += f"; weights in shards over {strategy.zero_size or world.size} ranks" if strategy.zero else ""
-    names = ("ep", "etp", "alltoall", "zero", "zero_size")
+    names = ("ep", "etp", "alltoall", "overlap", "zero", "zero_size")
     value = {"ranks": world.size} | {name: getattr(strategy, name) for name in names}
     return Fact(name="parallel", value=value, text=words)
 
