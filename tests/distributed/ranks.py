@@ -35,7 +35,6 @@ from tests.distributed.cases import (
 from tests.distributed.kernel_count import Connection, received
 from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
-from turnout.alltoall import PROGRAMS
 from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
 from turnout.comm.processes import start_ranks
 from turnout.contracts import ExpertCall
@@ -44,7 +43,6 @@ from turnout.errors import TransportError
 from turnout.models import Decoder
 from turnout.parallel import ExpertParallel, Parallel, Shards, apply, check_replicas, reduce_gradients
 from turnout.parallel.fully_sharded import here
-from turnout.placement import Placement
 from turnout.routers import TopK
 from turnout.tensors import MoEStats
 from turnout.train.device import autocast_for
@@ -139,7 +137,10 @@ def run_layer(case: LayerCase, world: World) -> Outcome:
         "stats": numbers(out.stats),
         "grads": {own: weight.grad for own, weight in layer.named_parameters()},
         "had_grad": backward,
-        "slices": {way: parallel.ledger.sent(name, way, "slices") for way in ("forward", "backward")},
+        **{
+            kind: {way: parallel.ledger.sent(name, way, kind) for way in ("forward", "backward")}
+            for kind in ("slices", "weights")
+        },
         "forward": parallel.ledger.sent(name, "forward"),
         "backward": parallel.ledger.sent(name, "backward"),
         "host_copies": parallel.ledger.host_copies(name),
@@ -178,15 +179,8 @@ def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
     groups = _groups(case.ep, case.etp, world)
     ledger, cuts = Ledger(), {}
     if groups.experts is not None:
-        placement, cuts = Placement.even(case.num_experts, case.ep), cuts_of(case, layer)
-        share = ExpertParallel(
-            PROGRAMS[case.program],
-            groups.experts,
-            placement,
-            ledger=ledger,
-            layer="the layer",
-            chunks=case.overlap,
-        )
+        cuts = cuts_of(case, layer)
+        share = ExpertParallel(case.strategy, groups.experts, cuts, ledger=ledger, layer="the layer")
         layer.share_experts(share, cuts, groups.experts.place)
     shards = Shards(
         cuts={f"experts.{own}": cut for own, cut in cuts.items()},
@@ -207,8 +201,11 @@ def run_training(case: TrainCase, world: World) -> Outcome:
     parallel = apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
     optim = optimizer(case, model)
     begins = case.etp > 1 or begins_where_it_says(case, model, parallel)
-    results = []
+    results, moved = [], False
     for step in range(case.steps):
+        if case.switches:
+            parallel, has_moved = switch(model, parallel, *case.switches[step])
+            moved = moved or has_moved
         first = world.rank * case.accumulate
         mine = parts(case, step)[first : first + case.accumulate]
         autocast = autocast_for(torch.device("cpu"), torch.float32)
@@ -220,8 +217,21 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         "stats": [[numbers(stats) for stats in result.stats] for result in results],
         "state": whole if world.is_first else {},
         "begins": begins,
+        "moved": moved,
         "kept": {name: (here(weight).numel(), weight.numel()) for name, weight in model.named_parameters()},
     }
+
+
+def switch(model: Decoder, parallel: Parallel, program: str, overlap: int, parts: int) -> tuple[Parallel, bool]:
+    """Another program, number of chunks and r; and whether a tensor moved, changed, or another one took its place."""
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    owners = {name: id(weight) for name, weight in model.named_parameters()}
+    parallel = parallel.switched(model, alltoall=program, overlap=overlap, adaptive_r=parts)
+    after = model.state_dict()
+    alike = before.keys() == after.keys() and all(
+        after[name].data_ptr() == place and torch.equal(after[name], value) for name, (place, value) in before.items()
+    )
+    return parallel, not alike or owners != {name: id(weight) for name, weight in model.named_parameters()}
 
 
 def begins_where_it_says(case: TrainCase, model: Decoder, parallel: Parallel) -> bool:
@@ -268,9 +278,7 @@ def rows_on_their_way(case: LayerCase, world: World, group: ExpertGroup, ledger:
     x_TD = inputs.x_TD.clone().requires_grad_()
     assignment = layer.router(x_TD).assignment
     plan = plan_dispatch(assignment, case.capacity.admit(assignment))
-    share = ExpertParallel(
-        PROGRAMS[case.program], group, Placement.even(case.num_experts, case.ep), ledger=ledger, layer="wire"
-    )
+    share = ExpertParallel(case.strategy, group, cuts_of(case, layer), ledger=ledger, layer="wire")
     same = ExpertCall(layout="ragged", capacity=None, weights={}, compute=lambda rows, _: rows)
     move = share.after_counts(x_TD, assignment, plan, same)
 

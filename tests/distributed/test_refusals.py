@@ -78,6 +78,11 @@ def layer(**settings: object) -> MoE:
             lambda: apply(layer(), Strategy(ep=2, zero=3, zero_size=2), world=World(size=4, local_size=4)),
             r"strategy\.zero_size=2 with copies of shared experts \(ep=2, etp=1 on dp=4 ranks\).*nearest legal: 0",
         ),
+        (lambda: Strategy(etp=4, adaptive_r=3), r"strategy\.adaptive_r=3 must be 0 or divide etp=4 .*nearest legal: 2"),
+        (
+            lambda: apply(layer(), Strategy(ep=2, zero=3, adaptive_r=0), world=World(size=4, local_size=4)),
+            r"strategy\.adaptive_r=0 with zero=3 would gather slices of shards \(ep=2, etp=1.*nearest legal: -1",
+        ),
         (
             lambda: apply(layer(), Strategy(ep=2, zero=3, overlap=2), world=World(size=4, local_size=4)),
             r"strategy\.overlap=2 with zero=3 would gather shards of shared experts \(ep=2, etp=1.*nearest legal: over",

@@ -1,11 +1,10 @@
 """A strategy applied to a model: expert weights are cut, and their layers get a dispatcher that reaches the others."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from turnout.alltoall import PROGRAMS
 from turnout.comm import ExpertGroup, Groups, Ledger, World, make_groups
 from turnout.comm.world import current_world
 from turnout.errors import ConfigError
@@ -45,14 +44,37 @@ class Parallel:
         if self.shards.shardings:
             reshard(model)
 
+    def switched(
+        self, model: nn.Module, *, alltoall: str = "", overlap: int = 0, adaptive_r: int | None = None
+    ) -> "Parallel":
+        """The same layout with another program, number of chunks or r from the next pass on; left out: as it is.
+
+        Every rank calls it between steps with the same values. No parameter moves, and nothing is sent.
+        Raises: ConfigError naming the value that is not legal.
+        """
+        was = self.strategy
+        changed = replace(
+            was,
+            alltoall=alltoall or was.alltoall,
+            overlap=overlap or was.overlap,
+            adaptive_r=was.adaptive_r if adaptive_r is None else adaptive_r,
+        )
+        check_supported(changed)
+        check_shards(changed, has_experts=bool(self.shards.cuts))
+        for name, layer in _moe_layers(model) if self.groups.experts is not None else ():
+            prefix = _prefix(name)
+            cuts = {each.removeprefix(prefix): cut for each, cut in self.shards.cuts.items() if each.startswith(prefix)}
+            layer.reach(_dispatcher(name, changed, self.groups.experts, cuts, self.ledger))
+        return replace(self, strategy=changed)
+
     def take_sent(self) -> dict[str, float] | None:
         """Bytes and messages that expert layers sent since the last call, by class of link; None if they never do."""
         experts = self.groups.experts
         if experts is None:
             return None
         sent = self.ledger.traffic(experts.rank, experts.mesh)
-        if experts.slices is not None:
-            sent += self.ledger.traffic(experts.slices.rank, experts.slices.mesh, kind="slices")
+        for kind in ("slices", "weights"):
+            sent += self.ledger.traffic(experts.place, experts.whole_mesh, kind=kind)
         self.ledger.clear()
         return dict(vars(sent))
 
@@ -102,16 +124,21 @@ def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledg
     found = {}
     for name, layer in layers.items():
         assert isinstance(layer.experts, FFNExperts)
-        placement = Placement.even(layer.config.num_experts, strategy.ep)
-        program = PROGRAMS[strategy.alltoall]
-        share = ExpertParallel(
-            program, group, placement, ledger=ledger, layer=name or "the layer", chunks=strategy.overlap
-        )
-        cuts = layer.experts.cuts(placement, strategy.etp)
+        cuts = layer.experts.cuts(Placement.even(layer.config.num_experts, strategy.ep), strategy.etp)
+        share = _dispatcher(name, strategy, group, cuts, ledger)
         layer.share_experts(share, cuts, group.place)
-        prefix = f"{name}.experts." if name else "experts."
-        found |= {prefix + own: cut for own, cut in cuts.items()}
+        found |= {_prefix(name) + own: cut for own, cut in cuts.items()}
     return found
+
+
+def _dispatcher(
+    layer: str, strategy: Strategy, group: ExpertGroup, cuts: Mapping[str, Cut], ledger: Ledger
+) -> ExpertParallel:
+    return ExpertParallel(strategy, group, cuts, ledger=ledger, layer=layer or "the layer")
+
+
+def _prefix(layer: str) -> str:
+    return f"{layer}.experts." if layer else "experts."
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:

@@ -1,13 +1,14 @@
 """The dispatcher of expert parallelism: rows travel to the ranks of their experts, by an all-to-all program."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from turnout.alltoall import Packing, Program, steps_of
+from turnout.alltoall import PROGRAMS, Packing, steps_of
 from turnout.comm import Arrived, ExpertGroup, Ledger, TorchTransport
 from turnout.comm.cuts import cut_plan, lengths_of
 from turnout.comm.parcels import Parcels
@@ -15,18 +16,21 @@ from turnout.comm.picks import Picks, placed, runs, spread
 from turnout.comm.sizes import Sizes, agreed_capacity, equal_sizes, exchange_sizes
 from turnout.comm.slices import SliceRows
 from turnout.contracts import Dispatcher, ExpertCall
-from turnout.dispatch import by_token, pack, unpack
+from turnout.dispatch import LocalDispatcher, by_token, pack, unpack
 from turnout.dispatch import combine as combine_rows
+from turnout.experts.cut import Cut
+from turnout.parallel.gather import WeightGather
 from turnout.parallel.pipeline import Way, pipelined
-from turnout.placement import Placement
+from turnout.strategy import Strategy
 from turnout.tensors import Assignment, DispatchPlan, Padded, Ragged, Rows
 
 
 class ExpertParallel(Dispatcher):
     """One layer's. The sequence of collectives is the same on all ranks, whatever is routed where.
 
-    A call is cut into `chunks`, and while one computes others are on their way. Where experts are sliced, rows travel
-    to the rank of this slice, then to the other slices of the expert.
+    A call is cut into `strategy.overlap` chunks, and while one computes others are on their way. Where experts are
+    sliced, rows travel to the rank of this slice, then to the other parts of the expert; `strategy.adaptive_r` says how
+    many parts there are, whose slices gather their weights first. With 0 parts all experts come here, and rows stay.
 
     Ragged: counts of rows are exchanged first, with the one copy that the host waits for, and chunks are runs of
     tokens. Padded, where the backend wants blocks and a capacity bounds them: blocks of one size travel, chunks are
@@ -35,16 +39,20 @@ class ExpertParallel(Dispatcher):
 
     def __init__(
         self,
-        program: Program,
+        strategy: Strategy,
         group: ExpertGroup,
-        placement: Placement,
+        cuts: Mapping[str, Cut],
         *,
         ledger: Ledger,
         layer: str,
-        chunks: int = 1,
     ) -> None:
-        """Raises: ConfigError if the program does not deliver."""
-        self._group, self._placement, self._chunks = group, placement, chunks
+        """`cuts`: how the weights of the experts lie on the ranks of the group, by their own names.
+
+        Raises: ConfigError if the program does not deliver.
+        """
+        program, self._placement = PROGRAMS[strategy.alltoall], next(iter(cuts.values())).placement
+        self._group, self._chunks, self._cuts = group, strategy.overlap, cuts
+        self._stays, self._sharing = strategy.expert_parts == 0, group.sharings[strategy.expert_parts]
         self._ledger, self._layer = ledger, layer
         self._transport = TorchTransport(program, group, ledger, layer)
         self._steps = steps_of(program)
@@ -54,6 +62,9 @@ class ExpertParallel(Dispatcher):
         )
 
     def run(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: ExpertCall) -> Tensor:
+        experts = self._with_gathered(experts)
+        if self._stays:
+            return LocalDispatcher().run(x_TD, assignment, plan, experts)
         if experts.layout == "padded" and experts.capacity is not None and not self._merged:
             return self._padded(x_TD, assignment, plan, experts)
         return self.after_counts(x_TD, assignment, plan, experts)()
@@ -76,6 +87,16 @@ class ExpertParallel(Dispatcher):
         pieces = zip(x_TD.split(cut.tokens), cut.plans(rows), weight_M.split(rows), sizes, strict=True)
         parcels = [self._loaded(*piece) for piece in pieces]
         return lambda: _joined(self._pipelined(parcels, experts), dim=0)
+
+    def _with_gathered(self, experts: ExpertCall) -> ExpertCall:
+        """The experts with weights that begin to be gathered now, and that the first computation waits for."""
+        peers = self._sharing.weights
+        if peers is None:
+            return experts
+        gather = WeightGather(cuts=self._cuts, peers=peers, ledger=self._ledger, layer=self._layer)
+        coming = gather.begin(experts.weights)
+        gathered = cache(lambda: gather.land(coming))
+        return replace(experts, compute=lambda rows, _: experts.compute(rows, gathered()))
 
     def _loaded(self, x_TD: Tensor, plan: DispatchPlan, weight_M: Tensor, sizes: Sizes) -> Parcels:
         tokens = Picks(index_M=plan.token_M, num_rows=len(x_TD), one_each=False, known=by_token(plan))
@@ -142,10 +163,11 @@ class ExpertParallel(Dispatcher):
         return parcels.landed().sums()
 
     def _slices(self, sizes: Sizes, arrived: Arrived) -> SliceRows | None:
-        group, device = self._group.slices, arrived.x_MD.device
-        if group is None:
+        peers, device = self._sharing.rows, arrived.x_MD.device
+        if peers is None:
             return None
-        return SliceRows(group=group, counts=sizes.slices, device=device, ledger=self._ledger, layer=self._layer)
+        counts = [sizes.slices[place % self._group.num_slices] for place in peers.places]
+        return SliceRows(peers=peers, counts=counts, device=device, ledger=self._ledger, layer=self._layer)
 
     def _merged_counts(
         self, assignment: Assignment, plan: DispatchPlan, tokens: Sequence[int]

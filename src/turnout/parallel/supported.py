@@ -60,6 +60,11 @@ def check_shards(strategy: Strategy, *, has_experts: bool) -> None:
             f"strategy.overlap={strategy.overlap} with zero=3 would gather shards of shared experts (ep={strategy.ep}, "
             f"etp={strategy.etp} on dp={strategy.dp} ranks) for every chunk; nearest legal: overlap=1"
         )
+    if has_experts and strategy.zero and strategy.expert_parts != strategy.etp and 1 < shared < strategy.dp:
+        raise ConfigError(
+            f"strategy.adaptive_r={strategy.adaptive_r} with zero=3 would gather slices of shards (ep={strategy.ep}, "
+            f"etp={strategy.etp} on dp={strategy.dp} ranks), which this version does not; nearest legal: -1"
+        )
     if has_experts and strategy.zero_size not in (0, strategy.dp) and 1 < shared < strategy.dp:
         raise ConfigError(
             f"strategy.zero_size={strategy.zero_size} with copies of shared experts (ep={strategy.ep}, "
