@@ -43,14 +43,17 @@ from turnout.errors import TransportError
 from turnout.models import Decoder
 from turnout.parallel import ExpertParallel, Parallel, Shards, apply, check_replicas, reduce_gradients
 from turnout.parallel.fully_sharded import here
+from turnout.parallel.tuner import Tuner, dictionary_for
 from turnout.routers import TopK
 from turnout.tensors import MoEStats
 from turnout.train.device import autocast_for
 from turnout.train.step import train_step
+from turnout.tune import Dictionary, Rules
 
 TIMEOUT_S = 120.0
 RANDOM_PASSES, MANY_PASSES = 12, 500
 STALLED = (0, 2)
+TUNED_STEPS = 12
 MAX_NORM = 0.5  # small enough that every step is clipped
 Outcome = dict[str, Any]
 Job = Callable[[World, Path], None]
@@ -98,6 +101,7 @@ def run_cases(world: World, folder: Path) -> None:
             outcomes["random"] = run_random(world, RANDOM_PASSES)
             outcomes["kernel"] = counted_by_kernel(world)
             outcomes["stalls"] = {"said": stalls(world)}
+            outcomes["tuned"] = tuned(world)
             outcomes["disagreement"] = {"said": disagreement(world)}
         _groups.cache_clear()
     if world.rank < 2:
@@ -232,6 +236,30 @@ def switch(model: Decoder, parallel: Parallel, program: str, overlap: int, parts
         after[name].data_ptr() == place and torch.equal(after[name], value) for name, (place, value) in before.items()
     )
     return parallel, not alike or owners != {name: id(weight) for name, weight in model.named_parameters()}
+
+
+def tuned(world: World) -> Outcome:
+    """Steps under a tuner: what was taken in each, and what the ranks then know."""
+    case = TrainCase(ep=2, etp=2)
+    model = decoder(case)
+    parallel = apply(model, "auto", world=world, timeout_s=TIMEOUT_S)
+    rules = Rules(prune=50.0, trials=1, most=4, patience=99)
+    tuner = Tuner(model, parallel, dictionary_for(parallel, torch.device("cpu"), "", "", rules), element_bytes=8)
+    # nothing is learned, so that every step is like the first
+    optim, autocast = torch.optim.SGD(model.parameters(), lr=0.0), autocast_for(torch.device("cpu"), torch.float32)
+    taken = []
+    for _ in range(TUNED_STEPS):
+        parallel = tuner.before_step(model, parallel)
+        strategy = parallel.strategy
+        taken.append((strategy.adaptive_r, strategy.overlap, strategy.alltoall))
+        mine = parts(case, 0)[world.rank : world.rank + 1]
+        result = train_step(model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel)
+        tuner.after_step(0.1 + 0.01 * random.random(), result.stats, 1)
+    known = Dictionary.from_json(tuner.dictionary.to_json(), "it")
+    again = dictionary_for(parallel, torch.device("cpu"), known.to_json() if world.is_first else "", "it")
+    ep, etp = parallel.strategy.ep, parallel.strategy.etp
+    text = tuner.dictionary.to_json()
+    return {"taken": taken, "layout": (ep, etp), "text": text, "read_again": again == known, "warm": tuner.is_warm}
 
 
 def begins_where_it_says(case: TrainCase, model: Decoder, parallel: Parallel) -> bool:

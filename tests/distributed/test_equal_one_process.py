@@ -260,6 +260,16 @@ def test_ranks_keep_no_more_than_their_shards(case: TrainCase, outcomes: Outcome
             assert kept <= math.ceil(first / shards) * (here // first), name
 
 
+def test_a_tuner_decides_alike_on_all_ranks_and_keeps_what_it_learned(outcomes: Outcomes) -> None:
+    found = [outcome["tuned"] for outcome in outcomes]
+    # 8 experts on 4 ranks: whole ones, two on each
+    assert {each["layout"] for each in found} == {(4, 1)}
+    assert all(each["taken"] == found[0]["taken"] for each in found)
+    assert len(set(found[0]["taken"])) > 2, "nothing else was tried"
+    assert {each["text"] for each in found} == {found[0]["text"]}, "the slowest rank decides for all"
+    assert all(each["read_again"] and each["warm"] for each in found)
+
+
 def test_random_passes_with_idle_ranks_never_hang_and_equal_one_process(outcomes: Outcomes) -> None:
     for outcome in outcomes:
         assert max(outcome["random"].values()) <= tolerance(torch.float64)

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import gcd
+from typing import Literal
 
 from torch import Tensor, nn
 
 from turnout.comm import ExpertGroup, Groups, Ledger, World, make_groups
+from turnout.comm.ledger import Kind
 from turnout.comm.world import current_world
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.experts.cut import Cut
 from turnout.layers import MoE
+from turnout.parallel.auto import auto_strategy
 from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.fully_sharded import reshard, shard_fully, shardings
 from turnout.parallel.shards import Shards
@@ -61,10 +65,13 @@ class Parallel:
         )
         check_supported(changed)
         check_shards(changed, has_experts=bool(self.shards.cuts))
-        for name, layer in _moe_layers(model) if self.groups.experts is not None else ():
+        group = self.groups.experts
+        if group is None:
+            return replace(self, strategy=changed)
+        for name, layer in _moe_layers(model):
             prefix = _prefix(name)
             cuts = {each.removeprefix(prefix): cut for each, cut in self.shards.cuts.items() if each.startswith(prefix)}
-            layer.reach(_dispatcher(name, changed, self.groups.experts, cuts, self.ledger))
+            layer.reach(_dispatcher(name, changed, group, cuts, self.ledger))
         return replace(self, strategy=changed)
 
     def take_sent(self) -> dict[str, float] | None:
@@ -73,7 +80,8 @@ class Parallel:
         if experts is None:
             return None
         sent = self.ledger.traffic(experts.rank, experts.mesh)
-        for kind in ("slices", "weights"):
+        kinds: tuple[Kind, ...] = ("slices", "weights")
+        for kind in kinds:
             sent += self.ledger.traffic(experts.place, experts.whole_mesh, kind=kind)
         self.ledger.clear()
         return dict(vars(sent))
@@ -85,7 +93,7 @@ class Parallel:
 
 def apply(
     model: nn.Module,
-    strategy: Strategy,
+    strategy: Strategy | Literal["auto"],
     *,
     world: World | None = None,
     timeout_s: float = TIMEOUT_S,
@@ -96,10 +104,14 @@ def apply(
     The whole model, equal on all ranks, goes in; build the optimizer after. Every rank of the process group calls it;
     `world` tells how many ranks a node has (None: all are on one). With ep=etp=1 the layers stay as they are, and never
     communicate. Gradients are then those of this rank's tokens: `reduce_gradients` makes them the step's.
+    "auto" shares the experts over all ranks, as far as they go, in the layout from which a `Tuner` reaches the others.
     Raises: ConfigError if the strategy does not fit the ranks or the model, or is not in this version.
     """
     world = current_world() if world is None else world
     layers = dict(_moe_layers(model))
+    if strategy == "auto":
+        sizes = [(layer.config.num_experts, layer.config.hidden) for layer in layers.values()]
+        strategy = auto_strategy(gcd(*(number for number, _ in sizes)), gcd(*(hidden for _, hidden in sizes)), world)
     resolved = _resolved(strategy, world, layers)
     groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
     ledger = Ledger()

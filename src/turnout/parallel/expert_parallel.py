@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,17 +11,18 @@ from turnout.alltoall import PROGRAMS, Packing, steps_of
 from turnout.comm import Arrived, ExpertGroup, Ledger, TorchTransport
 from turnout.comm.cuts import cut_plan, lengths_of
 from turnout.comm.parcels import Parcels
-from turnout.comm.picks import Picks, placed, runs, spread
+from turnout.comm.picks import Picks, spread
 from turnout.comm.sizes import Sizes, agreed_capacity, equal_sizes, exchange_sizes
 from turnout.comm.slices import SliceRows
 from turnout.contracts import Dispatcher, ExpertCall
 from turnout.dispatch import LocalDispatcher, by_token, pack, unpack
 from turnout.dispatch import combine as combine_rows
 from turnout.experts.cut import Cut
+from turnout.parallel.blocks import laid_out, taken_out
 from turnout.parallel.gather import WeightGather
 from turnout.parallel.pipeline import Way, pipelined
 from turnout.strategy import Strategy
-from turnout.tensors import Assignment, DispatchPlan, Padded, Ragged, Rows
+from turnout.tensors import Assignment, DispatchPlan, Padded
 
 
 class ExpertParallel(Dispatcher):
@@ -106,8 +106,8 @@ class ExpertParallel(Dispatcher):
         """What each chunk's rows became, at home."""
 
         def compute_and_return(here: "_Here") -> Way[Tensor]:
-            rows = _laid_out(here.x_ND, here.counts, experts.layout)
-            return self._back(here, _taken_out(experts.compute(rows, None), here.counts))
+            rows = laid_out(here.x_ND, here.counts, experts.layout)
+            return self._back(here, taken_out(experts.compute(rows, None), here.counts))
 
         return pipelined([self._there(each) for each in parcels], compute_and_return)
 
@@ -203,25 +203,3 @@ class _Here:
 
 def _joined(parts: Sequence[Tensor], *, dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
-
-
-def _laid_out(x_MD: Tensor, counts: Sequence[int], layout: Literal["ragged", "padded"]) -> Rows:
-    """The rows as the backend wants them; blocks are as wide as the fullest expert of this rank."""
-    counts_L = placed(counts, x_MD.device)
-    if layout == "ragged":
-        return Ragged(x_MD=x_MD, counts_L=counts_L)
-    width, dim = max(counts), x_MD.shape[1]
-    empty = x_MD.new_zeros(len(counts) * width, dim)
-    filled = empty.index_copy(0, _slots(counts, x_MD.device), x_MD)
-    return Padded(x_LCD=filled.view(len(counts), width, dim), counts_L=counts_L)
-
-
-def _taken_out(out: Rows, counts: Sequence[int]) -> Tensor:
-    if isinstance(out, Ragged):
-        return out.x_MD
-    return out.x_LCD.flatten(0, 1).index_select(0, _slots(counts, out.x_LCD.device))
-
-
-def _slots(counts: Sequence[int], device: torch.device) -> Tensor:
-    width = max(counts)
-    return runs([expert * width for expert in range(len(counts))], counts, device)
