@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -313,29 +313,23 @@ class FusedBackend(ExpertBackend):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dispatched:
-    """Rows at their experts, and how what the experts make of them becomes the layer's output."""
+class ExpertCall:
+    """The experts of this process in one call of a layer."""
 
-    rows: Rows
-    combine: Callable[[Rows], Tensor]  # (T, D): each token's rows, weighted and added
+    layout: Literal["ragged", "padded"]  # that the backend wants rows in
+    capacity: int | None  # bounds the rows that this process's tokens have for one expert; None: nothing does
+    weights: Mapping[str, Tensor]  # what this process keeps of them, by name
+    compute: Callable[[Rows, Mapping[str, Tensor] | None], Rows]  # with other weights than those it keeps, or None
 
 
 class Dispatcher(ABC):
-    """Brings the kept assignments of a call to the experts of this process, and their outputs back to the tokens."""
+    """Brings the kept assignments of a call to the experts, and their outputs back to the tokens."""
 
     @abstractmethod
-    def dispatch(
-        self,
-        x_TD: Tensor,
-        assignment: Assignment,
-        plan: DispatchPlan,
-        *,
-        layout: Literal["ragged", "padded"],
-        capacity: int | None,
-    ) -> Dispatched:
-        """Rows of the experts that are here, in the backend's layout; differentiable in x and in the weights.
+    def run(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: ExpertCall) -> Tensor:
+        """Each token's rows as their experts made them, weighted and added; differentiable in x and in the weights.
 
-        `capacity` bounds the rows that this process's tokens have for one expert; None: nothing does.
+        Shapes: x_TD (T, D); returns (T, D).
         """
 
 

@@ -41,6 +41,7 @@ class Strategy:
     kept_precision: Literal["", "fp8"] = ""  # of products' inputs kept for backward under light recomputation
     alltoall: str = "flat"  # name of the all-to-all program
     overlap: int = 1  # chunks whose exchange and computation overlap (Tutel's d); 1: none
+    adaptive_r: int = -1  # Tutel's r: parts an expert computes in, a divisor of etp; 0: tokens stay; -1: etp
     micro_batch: int = 1  # sequences of one micro-batch of one data-parallel rank
     precision: Precision = "bf16"  # of matrix products
     dispatch_precision: WirePrecision = ""  # of rows sent to experts; "": that of activations
@@ -64,6 +65,13 @@ class Strategy:
                 f"strategy.kept_precision={self.kept_precision!r} needs recompute='light' (it is {self.recompute!r}); "
                 'nearest legal: ""'
             )
+        legal = (-1, *legal_parts(self.etp))
+        if self.adaptive_r not in legal:
+            near = min(legal, key=lambda parts: (abs(parts - self.adaptive_r), parts))
+            raise ConfigError(
+                f"strategy.adaptive_r={self.adaptive_r} must be 0 or divide etp={self.etp} (or -1: all of it); "
+                f"nearest legal: {near}"
+            )
         self._check_schedule()
 
     def _check_schedule(self) -> None:
@@ -83,6 +91,11 @@ class Strategy:
     def tokens_sharded(self) -> bool:
         """Whether each tp rank dispatches its own 1/tp of the tokens, instead of all of them."""
         return self.shard_tokens or self.sequence_parallel
+
+    @property
+    def expert_parts(self) -> int:
+        """Ranks that rows for one expert go to, each with a part of its hidden width; 0: tokens stay."""
+        return self.etp if self.adaptive_r < 0 else self.adaptive_r
 
     @property
     def activation_bytes(self) -> float:
@@ -196,6 +209,11 @@ def _legal_values() -> dict[str, tuple[Any, ...]]:
     """Legal values of the fields that have a list of them; a search makes thousands of layouts."""
     hints = get_type_hints(Strategy)
     return {field.name: get_args(hints[field.name]) for field in fields(Strategy) if get_args(hints[field.name])}
+
+
+def legal_parts(etp: int) -> tuple[int, ...]:
+    """The r of `adaptive_r` that experts in `etp` slices can have, in order: 0 and the divisors."""
+    return (0, *(parts for parts in range(1, etp + 1) if etp % parts == 0))
 
 
 def nearest_divisor(value: int, total: int) -> int:

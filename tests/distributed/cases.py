@@ -49,6 +49,8 @@ class LayerCase:
     latent_dim: int = 0
     crowded: bool = False  # all tokens want the same experts
     padding: bool = False  # every third token is padding
+    overlap: int = 1  # chunks
+    adaptive_r: int = -1
 
     @property
     def name(self) -> str:
@@ -59,13 +61,19 @@ class LayerCase:
 
     @property
     def strategy(self) -> Strategy:
-        return Strategy(ep=self.ep, etp=self.etp, alltoall=self.program)
+        sizes = {"ep": self.ep, "etp": self.etp, "adaptive_r": self.adaptive_r}
+        return Strategy(**sizes, alltoall=self.program, overlap=self.overlap)
 
     @property
     def is_padded(self) -> bool:
         """Whether blocks of one size travel."""
         merges = self.program in ("node_dedup", "rank_dedup")
-        return self.backend == "padded_bmm" and not isinstance(self.capacity, Dropless) and not merges
+        return (
+            self.adaptive_r != 0
+            and self.backend == "padded_bmm"
+            and not isinstance(self.capacity, Dropless)
+            and not merges
+        )
 
 
 def layer_cases() -> Iterator[LayerCase]:
@@ -101,6 +109,39 @@ def layer_cases() -> Iterator[LayerCase]:
     yield LayerCase(ep=1)
     yield LayerCase(ep=1, tokens=EMPTY, backend="grouped_mm", dtype=torch.float32)
     yield from sliced_cases()
+    yield from chunked_cases()
+    yield from adaptive_cases()
+
+
+def chunked_cases() -> Iterator[LayerCase]:
+    """Chunks whose exchange overlaps, under every program; more of them than some ranks have tokens."""
+    for program in PROGRAMS:
+        for overlap in (2, 8):
+            yield LayerCase(program=program, local=2, overlap=overlap, tokens=(11, 0, 3, 6))
+        blocks = LayerCase(program=program, local=2, capacity=FixedCapacity(factor=1.0), backend="padded_bmm")
+        yield replace(blocks, overlap=4)
+        yield LayerCase(program=program, ep=2, etp=2, hidden=6, overlap=4)
+    yield LayerCase(overlap=4, backend="grouped_mm", dtype=torch.float32)
+    yield LayerCase(overlap=2, router=ExpertChoice(k=2, in_decoder="allow"))
+    yield LayerCase(overlap=2, router=TopP(p=0.6), padding=True, shared_hidden=4, latent_dim=3)
+    yield LayerCase(overlap=4, capacity=FixedCapacity(factor=0.5), program="node_dedup", local=1)
+    yield LayerCase(overlap=2, ep=1)
+    yield LayerCase(overlap=2, backend="padded_bmm", crowded=True)
+
+
+def adaptive_cases() -> Iterator[LayerCase]:
+    """Every r: weights gathered within parts of an expert, or all of them where tokens stay."""
+    for parts in (0, 1, 2):
+        yield LayerCase(ep=1, etp=4, hidden=8, adaptive_r=parts, tokens=EMPTY)
+    for parts in (0, 1):
+        sliced = LayerCase(ep=2, etp=2, hidden=6, adaptive_r=parts)
+        yield replace(sliced, program="hierarchical", local=2, num_experts=5, overlap=2)
+        yield replace(sliced, capacity=FixedCapacity(factor=1.0), backend="padded_bmm", tokens=EMPTY)
+        yield replace(sliced, program="node_dedup", local=2, expert="gelu", padding=True, shared_hidden=4, latent_dim=3)
+        yield replace(sliced, backend="grouped_mm", dtype=torch.float32, overlap=4)
+        yield replace(sliced, ep=1, backend="auto", dtype=torch.float32)
+    yield LayerCase(adaptive_r=0, num_experts=6, local=2)
+    yield LayerCase(adaptive_r=0, ep=2, tokens=(0, 0, 0, 0))
 
 
 def sliced_cases() -> Iterator[LayerCase]:
@@ -200,6 +241,9 @@ class TrainCase:
     zero: Literal[0, 3] = 0
     zero_size: int = 0
     program: str = "flat"
+    overlap: int = 1
+    adaptive_r: int = -1
+    switches: tuple[tuple[str, int, int], ...] = ()  # program, chunks and r before each step
     bias: bool = False
     accumulate: int = 1
     adam: bool = False
@@ -214,7 +258,9 @@ class TrainCase:
 
     @property
     def strategy(self) -> Strategy:
-        return Strategy(ep=self.ep, etp=self.etp, zero=self.zero, zero_size=self.zero_size, alltoall=self.program)
+        sizes = {"ep": self.ep, "etp": self.etp, "zero": self.zero, "zero_size": self.zero_size}
+        sizes |= {"adaptive_r": self.adaptive_r}
+        return Strategy(**sizes, alltoall=self.program, overlap=self.overlap)
 
 
 def train_cases() -> Iterator[TrainCase]:
@@ -236,6 +282,12 @@ def train_cases() -> Iterator[TrainCase]:
     yield replace(plain, capacity=FixedCapacity(factor=1.0), ep=2)
     for ep, etp in ((2, 2), (1, 4), (1, 2)):
         yield replace(plain, ep=ep, etp=etp, adam=True, bias=True, steps=3)
+    yield replace(plain, overlap=2, accumulate=2, adam=True, idle_rank=True)
+    yield replace(plain, overlap=4, program="node_dedup", local=2, zero=3)
+    yield replace(plain, adaptive_r=0, zero=3, adam=True, bias=True)
+    to_and_fro = (("flat", 1, 4), ("rank_dedup", 2, 1), ("flat", 1, 0), ("hierarchical", 4, 2), ("flat", 2, 4))
+    yield TrainCase(ep=1, etp=4, adam=True, bias=True, steps=5, switches=to_and_fro)
+    yield TrainCase(ep=2, adam=True, accumulate=2, switches=(("node_dedup", 8, 1), ("flat", 1, 0)))
     yield from sharded_cases()
 
 

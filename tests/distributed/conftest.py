@@ -11,6 +11,7 @@ from tests.distributed.launch import launch
 from tests.distributed.ranks import run_cases, spawn
 from tests.distributed.runs import prepare_text
 from turnout.train.recipes import load_recipe
+from turnout.train.tuning import Plan, tune_here
 from turnout.verify.parallel import verify_parallel
 
 PATIENCE_S = 240.0
@@ -48,9 +49,11 @@ def four_ranks(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
         prepare_text(folder)
         spawn(run_cases, 4, folder)
         launch(folder)
-        recipe = load_recipe("smoke", ["strategy.etp=2", "strategy.zero=3"])
+        recipe = load_recipe("smoke", ["strategy.etp=2", "strategy.zero=3", "strategy.overlap=2"])
         rows = [vars(row) | {"holds": row.holds} for row in verify_parallel(recipe, 2)]
         (folder / "self-check.json").write_text(json.dumps(rows), encoding="utf-8")
+        learned = tune_here(load_recipe("smoke", ["loop.tune=auto"]), 2, Plan(loads=(1, 2), most_steps=6), "", "it")
+        (folder / "tuned.json").write_text(learned.to_json(), encoding="utf-8")
 
     return once("four-ranks", make)
 

@@ -9,7 +9,14 @@ from torch.distributed import run as torchrun
 from tests.distributed.runs import write_text
 from turnout.comm.processes import start_ranks
 
-SETTINGS = ("strategy.ep=2", "loop.steps=4", "loop.eval_every=2", "loop.seq_len=16", "loop.eval_tokens=64")
+SETTINGS = (
+    "strategy.ep=2",
+    "loop.tune=auto",
+    "loop.steps=4",
+    "loop.eval_every=2",
+    "loop.seq_len=16",
+    "loop.eval_tokens=64",
+)
 SIZES = ("model.vocab_size=300", "data.vocab_size=300", "data.val_fraction=0.2")
 RUN = "launched"
 

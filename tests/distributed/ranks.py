@@ -35,23 +35,25 @@ from tests.distributed.cases import (
 from tests.distributed.kernel_count import Connection, received
 from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
-from turnout.alltoall import PROGRAMS
 from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
 from turnout.comm.processes import start_ranks
+from turnout.contracts import ExpertCall
 from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError
 from turnout.models import Decoder
 from turnout.parallel import ExpertParallel, Parallel, Shards, apply, check_replicas, reduce_gradients
 from turnout.parallel.fully_sharded import here
-from turnout.placement import Placement
+from turnout.parallel.tuner import Tuner, dictionary_for
 from turnout.routers import TopK
 from turnout.tensors import MoEStats
 from turnout.train.device import autocast_for
 from turnout.train.step import train_step
+from turnout.tune import Dictionary, Rules
 
 TIMEOUT_S = 120.0
 RANDOM_PASSES, MANY_PASSES = 12, 500
 STALLED = (0, 2)
+TUNED_STEPS = 12
 MAX_NORM = 0.5  # small enough that every step is clipped
 Outcome = dict[str, Any]
 Job = Callable[[World, Path], None]
@@ -99,6 +101,7 @@ def run_cases(world: World, folder: Path) -> None:
             outcomes["random"] = run_random(world, RANDOM_PASSES)
             outcomes["kernel"] = counted_by_kernel(world)
             outcomes["stalls"] = {"said": stalls(world)}
+            outcomes["tuned"] = tuned(world)
             outcomes["disagreement"] = {"said": disagreement(world)}
         _groups.cache_clear()
     if world.rank < 2:
@@ -138,7 +141,10 @@ def run_layer(case: LayerCase, world: World) -> Outcome:
         "stats": numbers(out.stats),
         "grads": {own: weight.grad for own, weight in layer.named_parameters()},
         "had_grad": backward,
-        "slices": {way: parallel.ledger.sent(name, way, "slices") for way in ("forward", "backward")},
+        **{
+            kind: {way: parallel.ledger.sent(name, way, kind) for way in ("forward", "backward")}
+            for kind in ("slices", "weights")
+        },
         "forward": parallel.ledger.sent(name, "forward"),
         "backward": parallel.ledger.sent(name, "backward"),
         "host_copies": parallel.ledger.host_copies(name),
@@ -177,8 +183,8 @@ def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
     groups = _groups(case.ep, case.etp, world)
     ledger, cuts = Ledger(), {}
     if groups.experts is not None:
-        placement, cuts = Placement.even(case.num_experts, case.ep), cuts_of(case, layer)
-        share = ExpertParallel(PROGRAMS[case.program], groups.experts, placement, ledger=ledger, layer="the layer")
+        cuts = cuts_of(case, layer)
+        share = ExpertParallel(case.strategy, groups.experts, cuts, ledger=ledger, layer="the layer")
         layer.share_experts(share, cuts, groups.experts.place)
     shards = Shards(
         cuts={f"experts.{own}": cut for own, cut in cuts.items()},
@@ -199,8 +205,11 @@ def run_training(case: TrainCase, world: World) -> Outcome:
     parallel = apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
     optim = optimizer(case, model)
     begins = case.etp > 1 or begins_where_it_says(case, model, parallel)
-    results = []
+    results, moved = [], False
     for step in range(case.steps):
+        if case.switches:
+            parallel, has_moved = switch(model, parallel, *case.switches[step])
+            moved = moved or has_moved
         first = world.rank * case.accumulate
         mine = parts(case, step)[first : first + case.accumulate]
         autocast = autocast_for(torch.device("cpu"), torch.float32)
@@ -212,8 +221,45 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         "stats": [[numbers(stats) for stats in result.stats] for result in results],
         "state": whole if world.is_first else {},
         "begins": begins,
+        "moved": moved,
         "kept": {name: (here(weight).numel(), weight.numel()) for name, weight in model.named_parameters()},
     }
+
+
+def switch(model: Decoder, parallel: Parallel, program: str, overlap: int, parts: int) -> tuple[Parallel, bool]:
+    """Another program, number of chunks and r; and whether a tensor moved, changed, or another one took its place."""
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    owners = {name: id(weight) for name, weight in model.named_parameters()}
+    parallel = parallel.switched(model, alltoall=program, overlap=overlap, adaptive_r=parts)
+    after = model.state_dict()
+    alike = before.keys() == after.keys() and all(
+        after[name].data_ptr() == place and torch.equal(after[name], value) for name, (place, value) in before.items()
+    )
+    return parallel, not alike or owners != {name: id(weight) for name, weight in model.named_parameters()}
+
+
+def tuned(world: World) -> Outcome:
+    """Steps under a tuner: what was taken in each, and what the ranks then know."""
+    case = TrainCase(ep=2, etp=2)
+    model = decoder(case)
+    parallel = apply(model, "auto", world=world, timeout_s=TIMEOUT_S)
+    rules = Rules(prune=50.0, trials=1, most=4, patience=99)
+    tuner = Tuner(model, parallel, dictionary_for(parallel, torch.device("cpu"), "", "", rules), element_bytes=8)
+    # nothing is learned, so that every step is like the first
+    optim, autocast = torch.optim.SGD(model.parameters(), lr=0.0), autocast_for(torch.device("cpu"), torch.float32)
+    taken = []
+    for _ in range(TUNED_STEPS):
+        parallel = tuner.before_step(model, parallel)
+        strategy = parallel.strategy
+        taken.append((strategy.adaptive_r, strategy.overlap, strategy.alltoall))
+        mine = parts(case, 0)[world.rank : world.rank + 1]
+        result = train_step(model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel)
+        tuner.after_step(0.1 + 0.01 * random.random(), result.stats, 1)
+    known = Dictionary.from_json(tuner.dictionary.to_json(), "it")
+    again = dictionary_for(parallel, torch.device("cpu"), known.to_json() if world.is_first else "", "it")
+    ep, etp = parallel.strategy.ep, parallel.strategy.etp
+    text = tuner.dictionary.to_json()
+    return {"taken": taken, "layout": (ep, etp), "text": text, "read_again": again == known, "warm": tuner.is_warm}
 
 
 def begins_where_it_says(case: TrainCase, model: Decoder, parallel: Parallel) -> bool:
@@ -260,14 +306,12 @@ def rows_on_their_way(case: LayerCase, world: World, group: ExpertGroup, ledger:
     x_TD = inputs.x_TD.clone().requires_grad_()
     assignment = layer.router(x_TD).assignment
     plan = plan_dispatch(assignment, case.capacity.admit(assignment))
-    share = ExpertParallel(
-        PROGRAMS[case.program], group, Placement.even(case.num_experts, case.ep), ledger=ledger, layer="wire"
-    )
-    move = share.after_counts(x_TD, assignment, plan, "ragged")
+    share = ExpertParallel(case.strategy, group, cuts_of(case, layer), ledger=ledger, layer="wire")
+    same = ExpertCall(layout="ragged", capacity=None, weights={}, compute=lambda rows, _: rows)
+    move = share.after_counts(x_TD, assignment, plan, same)
 
     def there_and_back() -> None:
-        sent = move()
-        sent.combine(sent.rows).sum().backward()
+        move().sum().backward()
 
     return there_and_back
 

@@ -33,13 +33,14 @@ from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_tr
 from turnout.comm import expert_mesh
 from turnout.dispatch import plan_dispatch
 from turnout.placement import Placement
-from turnout.plan.expert_volume import expert_tensor_volume
+from turnout.plan.expert_volume import expert_tensor_volume, expert_weights_volume
 from turnout.plan.shapes import SHAPES
 from turnout.plan.step import Step
 from turnout.train.device import autocast_for
 from turnout.train.step import train_step
 
 LAYERS, TRAININGS = list(layer_cases()), list(train_cases())
+SENDING = [case for case in LAYERS if case.adaptive_r != 0]
 Outcomes = list[dict[str, Outcome]]
 
 
@@ -108,7 +109,7 @@ def test_the_parts_of_a_weight_are_as_large_as_they_say_and_make_the_whole(case:
         assert torch.equal(cut.joined(parts), whole)
 
 
-@pytest.mark.parametrize("case", [case for case in LAYERS if case.ep > 1], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in SENDING if case.ep > 1], ids=lambda case: case.name)
 def test_bytes_and_messages_of_every_pair_are_the_predicted_ones(case: LayerCase, outcomes: Outcomes) -> None:
     found = of_ranks(outcomes, case)
     mesh, width = expert_mesh(case.ep, max(1, case.local // case.etp)), case.latent_dim or DIM
@@ -120,7 +121,9 @@ def test_bytes_and_messages_of_every_pair_are_the_predicted_ones(case: LayerCase
         routing = RoutedTokens(mesh, [destinations(case, rank) for rank in column])
         for phase, sizes in (("forward", there), ("backward", home)):
             got = {(at, to): sent for at, rank in enumerate(column) for to, sent in found[rank][phase].items()}
-            assert got == pairs_of(moves, routing, sizes), phase
+            want = pairs_of(moves, routing, sizes)
+            # the bytes of one exchange, in as many messages as there are chunks
+            assert got == {pair: [size, case.overlap * messages] for pair, (size, messages) in want.items()}, phase
 
 
 def columns(case: LayerCase) -> list[list[int]]:
@@ -130,19 +133,42 @@ def columns(case: LayerCase) -> list[list[int]]:
     return [list(range(first, first + block, case.etp)) for first in firsts]
 
 
-@pytest.mark.parametrize("case", [case for case in LAYERS if case.etp > 1], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in LAYERS if case.adaptive_r >= 0], ids=lambda case: case.name)
+def test_gathered_weights_are_as_many_as_the_planner_says(case: LayerCase, outcomes: Outcomes) -> None:
+    """Biases, of which the planner knows nothing, are one number for each of the columns of a matrix."""
+    found = of_ranks(outcomes, case)
+    step = step_of(case, tokens=1.0)
+    (want,) = expert_weights_volume(step, case.num_experts)
+    kept = sum(weight.numel() for weight in build(case).experts.parameters() if weight.ndim == 3)
+    widening = case.dtype.itemsize / 4 * sum(each.numel() for each in build(case).experts.parameters()) / kept
+    sent = [each for outcome in found for way in outcome["weights"].values() for each in way.values()]
+    assert sum(payload for payload, _ in sent) == pytest.approx(want.total_bytes * case.ranks * widening, rel=1e-12)
+    assert sum(messages for _, messages in sent) == want.messages * case.ranks
+    if case.adaptive_r == 0:
+        assert not any(outcome[way] for outcome in found for way in ("forward", "backward")), "tokens stay"
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in SENDING if case.strategy.expert_parts > 1], ids=lambda case: case.name
+)
 def test_slices_send_what_the_planner_says(case: LayerCase, outcomes: Outcomes) -> None:
     """On average over ranks: the planner knows no routing, but it does know how many rows there are in all."""
     found = of_ranks(outcomes, case)
     sent = [each for outcome in found for way in outcome["slices"].values() for each in way.values()]
     rows = sum(rows_sent(case, rank) for rank in range(case.ranks))
-    strategy = replace(case.strategy, precision="fp32").check(case.ranks, num_experts=case.ep)
-    shape = replace(SHAPES["mixtral-8x7b"], dim=case.latent_dim or DIM, num_experts=case.ep, top_k=1)
-    step = Step(shape=shape, strategy=strategy, devices_per_node=case.local, tokens=rows / case.ranks, micro_batches=1)
+    step = step_of(case, tokens=rows / case.ranks)
     (want,) = expert_tensor_volume(step, case.ep)
     widening = case.dtype.itemsize / 4
     assert sum(payload for payload, _ in sent) == pytest.approx(want.total_bytes * case.ranks * widening, rel=1e-12)
-    assert sum(messages for _, messages in sent) == want.messages * case.ranks
+    assert sum(messages for _, messages in sent) == want.messages * case.ranks * case.overlap
+
+
+def step_of(case: LayerCase, tokens: float) -> Step:
+    """The planner's question about a layer: experts are those of one rank to it, and a token has one choice."""
+    strategy = replace(case.strategy, precision="fp32").check(case.ranks, num_experts=case.ep)
+    sizes = {"dim": case.latent_dim or DIM, "expert_hidden": case.hidden, "gated": case.expert == "swiglu"}
+    shape = replace(SHAPES["mixtral-8x7b"], num_experts=case.ep, top_k=1, **sizes)
+    return Step(shape=shape, strategy=strategy, devices_per_node=case.local, tokens=tokens, micro_batches=1)
 
 
 def rows_sent(case: LayerCase, rank: int) -> int:
@@ -196,7 +222,8 @@ def widest(case: LayerCase, rank: int) -> int:
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 def test_the_host_waits_once_for_a_ragged_layer_and_never_for_a_padded_one(case: LayerCase, outcomes: Outcomes) -> None:
     copies = {outcome["host_copies"] for outcome in of_ranks(outcomes, case)}
-    assert copies == {0 if case.is_padded or case.ep == case.etp == 1 else 1}
+    stays = case.ep == case.etp == 1 or case.adaptive_r == 0
+    assert copies == {0 if case.is_padded or stays else 1}
 
 
 def test_without_expert_parallelism_a_layer_sends_nothing(outcomes: Outcomes) -> None:
@@ -218,6 +245,7 @@ def test_training_steps_equal_one_process(case: TrainCase, outcomes: Outcomes) -
     for name, value in state.items():
         assert worst(found[0]["state"][name], value) <= limit, name
     assert all(got["begins"] for got in found), "the expert that an error names is another"
+    assert not any(got["moved"] for got in found), "to change r, program or chunks moves no parameter"
 
 
 @pytest.mark.parametrize("case", [case for case in TRAININGS if case.zero], ids=lambda case: case.name)
@@ -230,6 +258,16 @@ def test_ranks_keep_no_more_than_their_shards(case: TrainCase, outcomes: Outcome
             shards = case.ranks // block if is_cut else case.zero_size or case.ranks
             first = whole.get_parameter(name).shape[0] // (case.ep if is_cut else 1)
             assert kept <= math.ceil(first / shards) * (here // first), name
+
+
+def test_a_tuner_decides_alike_on_all_ranks_and_keeps_what_it_learned(outcomes: Outcomes) -> None:
+    found = [outcome["tuned"] for outcome in outcomes]
+    # 8 experts on 4 ranks: whole ones, two on each
+    assert {each["layout"] for each in found} == {(4, 1)}
+    assert all(each["taken"] == found[0]["taken"] for each in found)
+    assert len(set(found[0]["taken"])) > 2, "nothing else was tried"
+    assert {each["text"] for each in found} == {found[0]["text"]}, "the slowest rank decides for all"
+    assert all(each["read_again"] and each["warm"] for each in found)
 
 
 def test_random_passes_with_idle_ranks_never_hang_and_equal_one_process(outcomes: Outcomes) -> None:

@@ -25,7 +25,7 @@ REFUSED = [
     ),
     (Strategy(zero_size=2), "strategy.zero_size=2 needs strategy.zero=3; nearest legal: 0"),
     (Strategy(zero=3, zero_size=1), "strategy.zero_size=1 with strategy.zero=3 shards nothing; nearest legal: zero=0"),
-    (Strategy(overlap=2), "strategy.overlap=2 can be planned"),
+    (Strategy(overlap=3), "strategy.overlap=3 can be planned (turnout plan) but not trained with in this version"),
     (Strategy(recompute="full"), "strategy.recompute='full' can be planned"),
     (Strategy(dispatch_precision="fp8"), "strategy.dispatch_precision='fp8' can be planned"),
     (Strategy(alltoall="flatt"), "unknown all-to-all program 'flatt'; available: coordinated, flat"),
@@ -77,6 +77,15 @@ def layer(**settings: object) -> MoE:
         (
             lambda: apply(layer(), Strategy(ep=2, zero=3, zero_size=2), world=World(size=4, local_size=4)),
             r"strategy\.zero_size=2 with copies of shared experts \(ep=2, etp=1 on dp=4 ranks\).*nearest legal: 0",
+        ),
+        (lambda: Strategy(etp=4, adaptive_r=3), r"strategy\.adaptive_r=3 must be 0 or divide etp=4 .*nearest legal: 2"),
+        (
+            lambda: apply(layer(), Strategy(ep=2, zero=3, adaptive_r=0), world=World(size=4, local_size=4)),
+            r"strategy\.adaptive_r=0 with zero=3 would gather slices of shards \(ep=2, etp=1.*nearest legal: -1",
+        ),
+        (
+            lambda: apply(layer(), Strategy(ep=2, zero=3, overlap=2), world=World(size=4, local_size=4)),
+            r"strategy\.overlap=2 with zero=3 would gather shards of shared experts \(ep=2, etp=1.*nearest legal: over",
         ),
         (
             lambda: check_ranks(load_recipe("smoke", ["strategy.zero=3", "strategy.zero_size=3"]), 4),

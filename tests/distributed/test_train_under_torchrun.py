@@ -18,6 +18,8 @@ from turnout.train import checkpoint
 from turnout.train.recipe import Recipe
 from turnout.train.recipes import load_recipe
 from turnout.train.trained import load_trained
+from turnout.train.tuning import Plan, tune_here
+from turnout.tune import Dictionary
 from turnout.verify.parallel import Compared, verify_parallel
 
 
@@ -69,6 +71,10 @@ def test_turnout_train_needs_nothing_but_the_strategy(four_ranks: Path) -> None:
     assert summary["steps"] == 4
     assert summary["val_loss"] is not None
     assert "experts over 2 ranks by flat" in said
+    learned = Dictionary.from_json((run / "strategies.json").read_text(), "strategies.json")
+    # the first step is no measure
+    measured = sum(trial.steps for entry in learned.entries.values() for trial in entry.trials.values())
+    assert 0 < measured < summary["steps"]
     assert (run / "report.html").is_file()
     model = load_trained(run).model
     moe = model.config.moe
@@ -91,3 +97,19 @@ def test_what_is_not_equal_is_not_passed() -> None:
     assert not Compared(name="x", error=float("nan"), tolerance=1e-10).holds
     with pytest.raises(ConfigError, match="ranks=1 must be at least 2"):
         verify_parallel(load_recipe("smoke"), 1)
+
+
+def test_tune_measures_a_recipe_on_ranks_of_this_machine(four_ranks: Path) -> None:
+    learned = Dictionary.from_json((four_ranks / "tuned.json").read_text(), "tuned.json")
+    assert learned.hardware.ranks == 2
+    assert learned.hardware.flops_per_s > 0
+    # twice six steps, the first of which is no measure
+    assert sum(trial.steps for entry in learned.entries.values() for trial in entry.trials.values()) <= 11
+    assert len({choice for entry in learned.entries.values() for choice in entry.trials}) > 1
+
+
+def test_one_process_has_nothing_to_tune() -> None:
+    with pytest.raises(ConfigError, match=r"ranks=1 must be at least 2"):
+        tune_here(load_recipe("smoke"), 1, Plan(), "", "")
+    with pytest.raises(ConfigError, match=r"loads=\(0,\) and steps=200 must be at least 1"):
+        Plan(loads=(0,))

@@ -83,6 +83,14 @@ class Step:
     before: Packing  # packing of the rows that enter it
     after: Packing
 
+    def play(self, transport: Transport[P], parcels: P) -> P:
+        """The verb on `transport`: all of them in turn are the program."""
+        if self.verb == "exchange":
+            return transport.exchange(parcels, *self.arguments)
+        if self.verb == "dedup":
+            return transport.dedup(parcels, self.arguments[0])
+        return transport.expand(parcels, self.arguments[0])
+
     def play_back(self, transport: Transport[P], parcels: P) -> P:
         """The transposed verb on `transport`."""
         if self.verb == "exchange":

@@ -13,7 +13,20 @@ from turnout.cli.console import print_error
 from turnout.errors import ConfigError, RequestError, TurnoutError
 
 # each is a module of turnout.cli (with _ for -), in the order of --help
-VERBS = ("train", "chat", "generate", "report", "compare", "bench", "data", "doctor", "verify", "plan", "fit-hme")
+VERBS = (
+    "train",
+    "chat",
+    "generate",
+    "report",
+    "compare",
+    "bench",
+    "data",
+    "doctor",
+    "verify",
+    "plan",
+    "tune",
+    "fit-hme",
+)
 
 
 def app_of(words: Sequence[str] = ()) -> typer.Typer:

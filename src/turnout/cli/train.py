@@ -76,6 +76,7 @@ def train(
     from turnout.comm import is_launched, join
     from turnout.errors import ConfigError
     from turnout.train.device import pick_device
+    from turnout.train.tuned import with_strategy
 
     if steps and minutes is not None:
         raise ConfigError(f"--steps {steps} and --minutes {minutes} are two lengths of one run; leave one out")
@@ -89,7 +90,7 @@ def train(
     on_cuda = pick_device(chosen.loop.device).type == "cuda"
     with join(cuda=on_cuda, timeout_s=chosen.loop.timeout_s) as world:
         training = Training(
-            recipe=chosen,
+            recipe=with_strategy(chosen, world),
             run=world.first(choose_run(chosen.name, out, resume)),
             screen=patient_console(as_json=as_json, quiet=not world.is_first),
             process=process,

@@ -63,6 +63,8 @@ def _verify_parallel(target: str, ranks: int, settings: list[str], screen: Conso
     strategy = recipe.strategy
     heading = f"{recipe.name} on {ranks} ranks, experts over {strategy.ep} by {strategy.alltoall}"
     heading += f", each cut over {strategy.etp}" if strategy.etp > 1 else ""
+    heading += f", in {strategy.overlap} chunks" if strategy.overlap > 1 else ""
+    heading += f", r={strategy.adaptive_r}" if strategy.adaptive_r >= 0 else ""
     columns = {"tensor": "left", "largest error": "right", "outcome": "left"}
     screen.print(table(f"verify {heading}, against one process", columns, cells))
     failed = [row.name for row in rows if not row.holds]

@@ -1,7 +1,8 @@
 """Processes and what moves between them: the world, groups of ranks, the torch.distributed transport, the ledger."""
 
-from turnout.comm.groups import ExpertGroup, Groups, SliceGroup, expert_mesh, make_groups
+from turnout.comm.groups import ExpertGroup, Groups, expert_mesh, make_groups
 from turnout.comm.ledger import Ledger
+from turnout.comm.sharing import Peers, Sharing
 from turnout.comm.sizes import Sizes
 from turnout.comm.transport import Arrived, TorchTransport
 from turnout.comm.watch import Watch
@@ -12,8 +13,9 @@ __all__ = [
     "ExpertGroup",
     "Groups",
     "Ledger",
+    "Peers",
+    "Sharing",
     "Sizes",
-    "SliceGroup",
     "TorchTransport",
     "Watch",
     "World",

@@ -10,21 +10,13 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from turnout.alltoall import Axis
+from turnout.comm.sharing import Sharing, sharings
 from turnout.comm.world import World
 from turnout.errors import ConfigError
 from turnout.strategy import Strategy
 from turnout.topology import Mesh
 
 _BOTH: frozenset[Axis] = frozenset(("node", "local"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SliceGroup:
-    """The neighbouring ranks that have slices of the same experts, on their nodes."""
-
-    mesh: Mesh
-    rank: int  # this process's, in the mesh
-    wire: ProcessGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +27,15 @@ class ExpertGroup:
     rank: int  # this process's, in the mesh
     wires: Mapping[frozenset[Axis], ProcessGroup | None]  # axes -> ranks that differ along them; None: this one alone
     whole: ProcessGroup  # all of them, slices being neighbours
-    slices: SliceGroup | None = None  # None: every rank has whole experts
-
-    @property
-    def num_slices(self) -> int:
-        """Ranks that an expert is cut over."""
-        return 1 if self.slices is None else self.slices.mesh.size
+    whole_mesh: Mesh  # those, on their nodes
+    place: int  # this process's, in `whole`
+    num_slices: int  # ranks that an expert is cut over
+    sharings: Mapping[int, Sharing]  # Tutel's r -> whom rows and weights are shared with
 
     @property
     def size(self) -> int:
         """Ranks of `whole`."""
-        return self.mesh.size * self.num_slices
-
-    @property
-    def place(self) -> int:
-        """This process's rank in `whole`."""
-        return self.rank * self.num_slices + (0 if self.slices is None else self.slices.rank)
+        return self.whole_mesh.size
 
     def along(self, axes: Collection[Axis]) -> ProcessGroup | None:
         """The group of an exchange along these axes; None where it reaches nobody else."""
@@ -88,7 +73,7 @@ def make_groups(strategy: Strategy, world: World, *, timeout_s: float, cuda: boo
     Raises: ConfigError if expert groups cut through nodes.
     """
     ep, etp = strategy.ep, strategy.etp
-    slice_mesh = expert_mesh(etp, world.local_size, "etp")
+    expert_mesh(etp, world.local_size, "etp")
     mesh = expert_mesh(ep, max(1, world.local_size // etp))
     ranks = range(world.size)
     maker = _Maker(world, timedelta(seconds=timeout_s))
@@ -101,16 +86,22 @@ def make_groups(strategy: Strategy, world: World, *, timeout_s: float, cuda: boo
         extent = mesh.nodes if axis == "node" else mesh.local
         lines = [line for group in columns for line in _lines(group, mesh, keep)]
         wires[frozenset((axis,))] = column if extent == ep else maker.group(lines)
-    sliced = maker.group([list(ranks[start : start + etp]) for start in ranks[::etp]])
-    whole = column if sliced is None else sliced if column is None else maker.group(blocks)
+    whole, sharing = maker.group(blocks), sharings(ep, etp, world.rank, world.size, maker.group)
     replicas = maker.group([list(ranks[first :: ep * etp]) for first in range(ep * etp)])
-    slices = None if sliced is None else SliceGroup(mesh=slice_mesh, rank=world.rank % etp, wire=sliced)
-    place = world.rank % (ep * etp) // etp
-    experts = None
+    experts, place = None, world.rank % (ep * etp)
     if whole is not None:
-        experts = ExpertGroup(mesh=mesh, rank=place, wires=wires, whole=whole, slices=slices)
+        experts = ExpertGroup(
+            mesh=mesh,
+            rank=place // etp,
+            wires=wires,
+            whole=whole,
+            whole_mesh=expert_mesh(ep * etp, world.local_size, "ep * etp"),
+            place=place,
+            num_slices=etp,
+            sharings=sharing,
+        )
     sharded = _sharded(strategy, world, maker)
-    _warm([*wires.values(), sliced, whole, replicas, *sharded], cuda=cuda)
+    _warm([*maker.made(), *wires.values(), whole, replicas, *sharded], cuda=cuda)
     return Groups(world=world, experts=experts, replicas=replicas, sharded=sharded)
 
 
@@ -134,15 +125,23 @@ class _Maker:
 
     def __init__(self, world: World, timeout: timedelta) -> None:
         self._world, self._timeout = world, timeout
+        self._known: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
 
     def group(self, parts: Sequence[Sequence[int]]) -> ProcessGroup | None:
-        """This rank's of these equally large groups; None if it is alone there."""
+        """This rank's of these equally large groups, made once; None if it is alone there."""
         if len(parts[0]) == 1:
             return None
         if len(parts) == 1:
             return dist.group.WORLD
-        made = {rank: group for part in parts for group in [self._made(part)] for rank in part}
-        return made[self._world.rank]
+        key = tuple(tuple(part) for part in parts)
+        if key not in self._known:
+            made = {rank: group for part in parts for group in [self._made(part)] for rank in part}
+            self._known[key] = made[self._world.rank]
+        return self._known[key]
+
+    def made(self) -> list[ProcessGroup]:
+        """All groups that this rank is in, in the order they were made."""
+        return list(self._known.values())
 
     def _made(self, ranks: Sequence[int]) -> ProcessGroup:
         made = dist.new_group(list(ranks), timeout=self._timeout)

@@ -11,8 +11,9 @@ from turnout.alltoall import Traffic
 from turnout.topology import Mesh
 
 Phase = Literal["forward", "backward"]
-# what a program moves; between slices of the same experts; what must be known before: counts of rows, or a capacity
-Kind = Literal["rows", "slices", "counts"]
+# what a program moves; rows between slices of the same experts; weights that are gathered; what must be known before:
+# counts of rows, or a capacity. Of slices and weights the ranks are those of the whole expert group.
+Kind = Literal["rows", "slices", "weights", "counts"]
 Sent = dict[int, list[int]]  # rank of the expert group -> [bytes, messages]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from turnout.alltoall import Block, Packing
 from turnout.comm.picks import Picks, runs, spread, starts
 from turnout.comm.sizes import Sizes
-from turnout.comm.wire import Route
+from turnout.comm.wire import Route, SentLabelled, SentRows
 from turnout.segments import gather, weighted_sum
 
 
@@ -44,6 +44,16 @@ class Parcels:
     labels: Labels | None = None  # of merged rows
     trail: tuple[Sent, ...] = ()  # exchanges so far
     step: int = 0  # verbs so far
+    arriving: SentRows | SentLabelled | None = None  # what x and labels wait for; x is empty until then
+
+    def landed(self) -> "Parcels":
+        """The same, once what was sent has arrived: the verb after an exchange waits for it, and no one before."""
+        if self.arriving is None:
+            return self
+        if isinstance(self.arriving, SentRows):
+            return replace(self, x_ND=self.arriving.land(), arriving=None)
+        rows, weight_J, row_J = self.arriving.land()
+        return replace(self, x_ND=rows, labels=Labels(row_J=row_J, weight_J=weight_J), arriving=None)
 
     def row_sizes(self, blocks: tuple[Block, ...] | None = None) -> list[int]:
         """Rows of each block."""

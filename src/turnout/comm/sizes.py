@@ -53,35 +53,43 @@ def equal_sizes(group: ExpertGroup, placement: Placement, capacity: int) -> Size
 
 
 def exchange_sizes(
-    counts_E: Tensor,
+    counts_GE: Tensor,
     merged: Mapping[Packing, Tensor],
     group: ExpertGroup,
     placement: Placement,
     *,
     ledger: Ledger,
     layer: str,
-) -> Sizes:
-    """Every rank's counts, gathered: one small message to each rank, and the one copy that the host waits for.
+) -> list[Sizes]:
+    """Every rank's counts of every chunk, gathered: one small message to each rank, and the one copy the host awaits.
 
     Those of the other slices come along: the rows that reached them are this rank's too.
 
-    Shapes: counts_E (E,) this rank's assignments; merged: (ranks,) or (nodes,), its tokens that go there.
+    Shapes: counts_GE (chunks, E) this rank's assignments; merged: (chunks, ranks) or (chunks, nodes), its tokens that
+    go there.
     """
-    counts_X = torch.cat([counts_E, *merged.values()]).to(torch.int64)
+    counts_GX = torch.cat([counts_GE, *merged.values()], dim=1).to(torch.int64)
     ranks = group.size
-    gathered_PX = counts_X.new_empty(ranks, len(counts_X))
+    gathered_PGX = counts_GX.new_empty(ranks, *counts_GX.shape)
     with named("all-gather of counts", layer, group.whole, ledger):
-        dist.all_gather(list(gathered_PX), counts_X, group=group.whole)
-    size = counts_X.element_size() * len(counts_X)
+        dist.all_gather(list(gathered_PGX), counts_GX, group=group.whole)
+    size = counts_GX.element_size() * counts_GX.numel()
     ledger.note(layer, "forward", "counts", {peer: size for peer in range(ranks) if peer != group.place})
     ledger.note_host_copy(layer)
-    rows = gathered_PX.tolist()
-    ends = {packing: len(values) for packing, values in merged.items()}
-    start, found = len(counts_E), {}
-    for packing, length in ends.items():
+    by_chunk = gathered_PGX.transpose(0, 1).tolist()
+    lengths: dict[Packing, int] = {packing: values.shape[1] for packing, values in merged.items()}
+    return [_sizes(rows, counts_GE.shape[1], lengths, group, placement) for rows in by_chunk]
+
+
+def _sizes(
+    rows: list[list[int]], num_experts: int, lengths: Mapping[Packing, int], group: ExpertGroup, placement: Placement
+) -> Sizes:
+    """Sizes of one chunk from the counts of every rank of `whole`."""
+    start, found = num_experts, {}
+    for packing, length in lengths.items():
         found[packing] = [row[start : start + length] for row in rows]
         start += length
-    by_slice = [[row[: len(counts_E)] for row in rows[at :: group.num_slices]] for at in range(group.num_slices)]
+    by_slice = [[row[:num_experts] for row in rows[at :: group.num_slices]] for at in range(group.num_slices)]
     mine = placement.experts_of(group.rank)
     at_slices = [[sum(row[expert] for row in sources) for expert in mine] for sources in by_slice]
     at = group.place % group.num_slices

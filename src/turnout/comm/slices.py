@@ -1,4 +1,4 @@
-"""Ranks that slice the same experts: they share the rows that each was sent, and add up what each made of all."""
+"""Ranks with parts of the same experts: they share the rows that each was sent, and add up what each made of all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,56 +7,63 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from turnout.comm.groups import SliceGroup
 from turnout.comm.ledger import Ledger
 from turnout.comm.picks import runs, starts
-from turnout.comm.wire import Route, Splits, send_rows
+from turnout.comm.sharing import Peers
+from turnout.comm.wire import Route, SentRows, Splits, send_rows
 from turnout.segments import Segments, gather, permutation, weighted_sum
 
 
 @dataclass(frozen=True, kw_only=True)
 class SliceRows:
-    """The rows of one call at the slices of an expert; `join` and `add` are each other's gradient, but for the values.
+    """The rows of one chunk at the parts of an expert; `join` and `add` are each other's gradient, but for the values.
 
-    Their numbers differ from slice to slice, which neither gloo's all-gather nor its reduce-scatter allows: one
+    Their numbers differ from part to part, which neither gloo's all-gather nor its reduce-scatter allows: one
     all-to-all sends the bytes of either.
     """
 
-    group: SliceGroup
-    counts: Sequence[Sequence[int]]  # [slice][expert of this rank]: rows that reached it there
+    peers: Peers  # who has the parts, in their order
+    counts: Sequence[Sequence[int]]  # [part][expert of this rank]: rows that reached it there
     device: torch.device
     ledger: Ledger
     layer: str
 
     @property
     def totals(self) -> list[int]:
-        """Rows of each expert, of all slices together."""
+        """Rows of each expert, of all parts together."""
         return [sum(of_expert) for of_expert in zip(*self.counts, strict=True)]
 
-    def join(self, x_MD: Tensor) -> Tensor:
-        """What every slice has, expert by expert and in each slice by slice. Shapes: x_MD by expert; returns (N, D)."""
+    def join(self, x_MD: Tensor) -> SentRows:
+        """Begin to give every part what this rank has. Shapes: x_MD by expert."""
         copies_ND = x_MD.expand(len(self.counts), *x_MD.shape).reshape(-1, x_MD.shape[1])
-        return gather(send_rows(copies_ND, self._route), self._by_expert)
+        return send_rows(copies_ND, self._route)
 
-    def add(self, y_ND: Tensor) -> Tensor:
-        """What the slices made of the rows this rank was sent, added in float32 or wider. Shapes: y_ND as of `join`."""
-        by_slice_ND = weighted_sum(y_ND, None, self._by_expert)
-        num_slices, dim = len(self.counts), y_ND.shape[1]
-        parts_SMD = send_rows(by_slice_ND, self._route.turned()).view(num_slices, sum(self._mine), dim)
-        return parts_SMD.to(torch.promote_types(y_ND.dtype, torch.float32)).sum(dim=0).to(y_ND.dtype)
+    def joined(self, sent: SentRows) -> Tensor:
+        """What every part had, expert by expert and in each part by part. Shapes: returns (N, D)."""
+        return gather(sent.land(), self._by_expert)
+
+    def add(self, y_ND: Tensor) -> SentRows:
+        """Begin to send what this rank made of the rows of all parts home. Shapes: y_ND as of `joined`."""
+        return send_rows(weighted_sum(y_ND, None, self._by_expert), self._route.turned())
+
+    def added(self, sent: SentRows) -> Tensor:
+        """What the parts made of the rows this rank was sent, added in float32 or wider. Shapes: returns (M, D)."""
+        parts_ND = sent.land()
+        parts_SMD = parts_ND.view(len(self.counts), sum(self._mine), parts_ND.shape[1])
+        return parts_SMD.to(torch.promote_types(parts_ND.dtype, torch.float32)).sum(dim=0).to(parts_ND.dtype)
 
     @property
     def _mine(self) -> Sequence[int]:
-        return self.counts[self.group.rank]
+        return self.counts[self.peers.at]
 
     @cached_property
     def _route(self) -> Route:
-        every = tuple(sum(of_slice) for of_slice in self.counts)
+        every = tuple(sum(of_part) for of_part in self.counts)
         splits: Splits = ((sum(self._mine),) * len(every), every)
         return Route(
-            group=self.group.wire,
-            peers=tuple(range(len(every))),
-            rank=self.group.rank,
+            group=self.peers.wire,
+            peers=self.peers.places,
+            rank=self.peers.place,
             rows=splits,
             labels=((), ()),
             ledger=self.ledger,
@@ -66,9 +73,9 @@ class SliceRows:
 
     @cached_property
     def _by_expert(self) -> Segments:
-        """Rows that lie slice by slice, and in each expert by expert, in the order of experts."""
-        num_slices, num_experts = len(self.counts), len(self._mine)
-        begin = starts([count for of_slice in self.counts for count in of_slice])
-        order = [at * num_experts + expert for expert in range(num_experts) for at in range(num_slices)]
+        """Rows that lie part by part, and in each expert by expert, in the order of experts."""
+        num_parts, num_experts = len(self.counts), len(self._mine)
+        begin = starts([count for of_part in self.counts for count in of_part])
+        order = [at * num_experts + expert for expert in range(num_experts) for at in range(num_parts)]
         lengths = [self.counts[number // num_experts][number % num_experts] for number in order]
         return permutation(runs([begin[number] for number in order], lengths, self.device))

@@ -1,7 +1,8 @@
 """The transport that moves rows between processes: an interpreter of the all-to-all programs on torch.distributed.
 
-Local verbs compose indices and move nothing; an exchange gathers its rows once and sends them. Each step has its
-transpose, so a program played backwards is the combine, and autograd plays either as the gradient of the other.
+Local verbs compose indices and move nothing; an exchange gathers its rows once and begins to send them, and whoever
+wants them next waits. Each step has its transpose, so a program played backwards is the combine, and autograd plays
+either as the gradient of the other.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from turnout.comm.ledger import Ledger
 from turnout.comm.parcels import Labels, Parcels, Sent
 from turnout.comm.picks import Picks, placed, runs, spread, starts
 from turnout.comm.sizes import Sizes
-from turnout.comm.wire import Route, Splits, send_labelled, send_rows
+from turnout.comm.wire import Route, SentLabelled, SentRows, Splits, send_labelled, send_rows
 from turnout.errors import ConfigError
 
 Blocks = tuple[Block, ...]
@@ -52,6 +53,7 @@ class TorchTransport(Transport[Parcels]):
 
     def arrive(self, parcels: Parcels) -> Arrived:
         """The rows after the program, regrouped by expert."""
+        parcels = parcels.landed()
         experts = parcels.sizes.placement.experts_of(self._group.rank)
         begin: dict[tuple[int, int], int] = {}
         for (source, _), start in zip(parcels.blocks, starts(parcels.row_sizes()), strict=True):
@@ -70,7 +72,7 @@ class TorchTransport(Transport[Parcels]):
         return replace(arrived.parcels, x_ND=y_MD)
 
     def exchange(self, parcels: Parcels, *axes: Axis) -> Parcels:
-        leg = self._legs[parcels.step]
+        parcels, leg = parcels.landed(), self._legs[parcels.step]
         assert leg.step.arguments == axes
         group = self._group.along(axes)
         if group is None:
@@ -87,11 +89,12 @@ class TorchTransport(Transport[Parcels]):
             layer=self.layer,
         )
         sent = Sent(picks=parcels.picks, weight_M=parcels.weight_M, route=route)
-        rows, labels = _sent(parcels.rows(), parcels.labels, route)
+        arriving = _sent(parcels.rows(), parcels.labels, route)
         return replace(
             parcels,
-            x_ND=rows,
-            labels=labels,
+            x_ND=arriving.token,
+            arriving=arriving,
+            labels=None,
             picks=None,
             weight_M=None,
             blocks=leg.held,
@@ -100,7 +103,7 @@ class TorchTransport(Transport[Parcels]):
         )
 
     def dedup(self, parcels: Parcels, unit: Merged) -> Parcels:
-        leg = self._legs[parcels.step]
+        parcels, leg = parcels.landed(), self._legs[parcels.step]
         if unit == "tensor":
             return replace(parcels, step=parcels.step + 1)
         if parcels.trail or parcels.picks is None or parcels.weight_M is None:
@@ -117,7 +120,7 @@ class TorchTransport(Transport[Parcels]):
         return replace(merged, picks=picks, weight_M=None, labels=labels, step=parcels.step + 1)
 
     def expand(self, parcels: Parcels, unit: Finer) -> Parcels:
-        leg = self._legs[parcels.step]
+        parcels, leg = parcels.landed(), self._legs[parcels.step]
         done = replace(parcels, blocks=leg.held, step=parcels.step + 1)
         if unit == "tensor" or parcels.packing == unit:
             return done
@@ -132,11 +135,11 @@ class TorchTransport(Transport[Parcels]):
 
     def exchange_back(self, parcels: Parcels, *axes: Axis) -> Parcels:
         *before, sent = parcels.trail
-        parcels = replace(parcels, trail=tuple(before))
+        parcels = replace(parcels.landed(), trail=tuple(before))
         if sent.route is None:
             return parcels
-        rows = send_rows(parcels.sums(), sent.route.turned())
-        return replace(parcels, x_ND=rows, picks=sent.picks, weight_M=sent.weight_M)
+        arriving = send_rows(parcels.sums(), sent.route.turned())
+        return replace(parcels, x_ND=arriving.token, arriving=arriving, picks=sent.picks, weight_M=sent.weight_M)
 
     def dedup_back(self, parcels: Parcels, unit: Merged) -> Parcels:
         # the picks that an exchange left say which rows are summed, here and in `expand_back`
@@ -166,11 +169,10 @@ class TorchTransport(Transport[Parcels]):
 _NOWHERE = Sent(picks=None, weight_M=None, route=None)
 
 
-def _sent(rows: Tensor, labels: Labels | None, route: Route) -> tuple[Tensor, Labels | None]:
+def _sent(rows: Tensor, labels: Labels | None, route: Route) -> SentRows | SentLabelled:
     if labels is None:
-        return send_rows(rows, route), None
-    rows, weight_J, row_J = send_labelled(rows, labels.weight_J, labels.row_J, route)
-    return rows, Labels(row_J=row_J, weight_J=weight_J)
+        return send_rows(rows, route)
+    return send_labelled(rows, labels.weight_J, labels.row_J, route)
 
 
 def _labels_of(parcels: Parcels) -> Labels:

@@ -35,51 +35,99 @@ class Route:
         return replace(self, rows=self.rows[::-1], labels=self.labels[::-1])
 
 
-def send_rows(rows_ND: Tensor, route: Route) -> Tensor:
-    """The rows that the peers send here, peer by peer. Shapes: rows_ND (N, D), by peer; returns (M, D)."""
-    return _SendRows.apply(rows_ND, route)
+def send_rows(rows_ND: Tensor, route: Route) -> "SentRows":
+    """Begin to send rows to the peers; nothing waits before `land`. Shapes: rows_ND (N, D), by peer."""
+    trip = _Trip(route)
+    return SentRows(token=_Depart.apply(trip, rows_ND), trip=trip)
 
 
-def send_labelled(rows_ND: Tensor, weight_J: Tensor, row_J: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows with their labels: which row of its block an assignment takes, and its weight, which has a gradient.
+def send_labelled(rows_ND: Tensor, weight_J: Tensor, row_J: Tensor, route: Route) -> "SentLabelled":
+    """Begin to send rows with their labels: which row of its block an assignment takes, and its weight.
 
-    Shapes: rows_ND (N, D); weight_J, row_J (J,), by peer; returns the same of what the peers send here.
+    The weight has a gradient. Shapes: rows_ND (N, D); weight_J, row_J (J,), by peer.
     """
-    return _SendLabelled.apply(rows_ND, weight_J, row_J, route)
+    trip = _Trip(route)
+    return SentLabelled(token=_DepartLabelled.apply(trip, rows_ND, weight_J, row_J), trip=trip)
 
 
-def all_to_all(parts: Sequence[tuple[Tensor, Splits]], route: Route, phase: Phase) -> list[Tensor]:
-    """Each tensor's entries to their peers, all tensors in one message a peer."""
-    for_peer, from_peer = (_bytes_by_peer(parts, way) for way in (0, 1))
-    noted = {peer: sent for peer, sent in zip(route.peers, for_peer, strict=True) if peer != route.rank}
-    route.ledger.note(route.layer, phase, route.kind, noted)
-    if len(parts) == 1:
-        tensor, (sent, received) = parts[0]
-        out = tensor.new_empty(sum(received), *tensor.shape[1:])
-        _exchange(out, tensor.contiguous(), received, sent, route)
-        return [out]
-    buffer = _packed([tensor for tensor, _ in parts], [splits[0] for _, splits in parts])
-    arrived = buffer.new_empty(sum(from_peer))
-    _exchange(arrived, buffer, from_peer, for_peer, route)
-    return _unpacked(arrived, [tensor for tensor, _ in parts], [splits[1] for _, splits in parts])
+@dataclass(frozen=True, kw_only=True)
+class SentRows:
+    """Rows on their way."""
+
+    token: Tensor  # ties both ends together for autograd
+    trip: "_Trip"
+
+    def land(self) -> Tensor:
+        """Wait for the rows that the peers send here, peer by peer. Shapes: returns (M, D)."""
+        return _Land.apply(self.token, self.trip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentLabelled:
+    """Rows and labels on their way."""
+
+    token: Tensor
+    trip: "_Trip"
+
+    def land(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Wait for what the peers send here: rows (M, D), weights (I,), rows of labels (I,)."""
+        return _LandLabelled.apply(self.token, self.trip)
+
+
+class Flight:
+    """One all-to-all of several tensors, all in one message a peer, from its begin until `land`.
+
+    gloo moves it on threads of its own, NCCL on a stream of its own: `land` makes the host wait for the one, and the
+    current stream for the other.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Splits]], route: Route, phase: Phase) -> None:
+        for_peer, from_peer = (_bytes_by_peer(parts, way) for way in (0, 1))
+        noted = {peer: sent for peer, sent in zip(route.peers, for_peer, strict=True) if peer != route.rank}
+        route.ledger.note(route.layer, phase, route.kind, noted)
+        self._parts, self._route = parts, route
+        if len(parts) == 1:
+            tensor, (sent, received) = parts[0]
+            # held on to until it has landed
+            self._sent = tensor.contiguous()
+            self._out = tensor.new_empty(sum(received), *tensor.shape[1:])
+        else:
+            sent, received = for_peer, from_peer
+            self._sent = _packed([tensor for tensor, _ in parts], [splits[0] for _, splits in parts])
+            self._out = self._sent.new_empty(sum(received))
+        with _naming("all-to-all", route.layer, route.group):
+            work = dist.all_to_all_single(
+                self._out, self._sent, list(received), list(sent), group=route.group, async_op=True
+            )
+        assert work is not None
+        self._work = work
+
+    def land(self) -> list[Tensor]:
+        """What arrived, tensor by tensor."""
+        route = self._route
+        with named("all-to-all", route.layer, route.group, route.ledger):
+            self._work.wait()
+        if len(self._parts) == 1:
+            return [self._out]
+        return _unpacked(self._out, [tensor for tensor, _ in self._parts], [splits[1] for _, splits in self._parts])
 
 
 @contextmanager
 def named(collective: str, layer: str, group: ProcessGroup, ledger: Ledger) -> Iterator[None]:
     """Raises: TransportError that names this rank, the layer and its peers where a collective inside fails."""
+    with _naming(collective, layer, group), ledger.inside(f"{collective} of {layer}"):
+        yield
+
+
+@contextmanager
+def _naming(collective: str, layer: str, group: ProcessGroup) -> Iterator[None]:
     try:
-        with ledger.inside(f"{collective} of {layer}"):
-            yield
+        yield
     except RuntimeError as error:
         raise TransportError(
             f"rank {dist.get_rank()}: the {collective} of {layer} with ranks {dist.get_process_group_ranks(group)} "
             f"failed, because one of them ended or took too long: {error}"
         ) from error
-
-
-def _exchange(out: Tensor, tensor: Tensor, received: Sequence[int], sent: Sequence[int], route: Route) -> None:
-    with named("all-to-all", route.layer, route.group, route.ledger):
-        dist.all_to_all_single(out, tensor, list(received), list(sent), group=route.group)
 
 
 def _packed(tensors: Sequence[Tensor], sent: Sequence[Sequence[int]]) -> Tensor:
@@ -118,35 +166,79 @@ def _entry_bytes(tensor: Tensor) -> int:
     return tensor.element_size() * tensor.shape[1:].numel()
 
 
-class _SendRows(torch.autograd.Function):
+class _Trip:
+    """One exchange and that of its gradients, which autograd's two ends of it share.
+
+    Autograd takes the last node first, so what was begun early and awaited late in the forward pass is so in the
+    backward one: the pipeline runs in reverse.
+    """
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self.flight: Flight | None = None
+
+    def depart(self, parts: Sequence[tuple[Tensor, Splits]], phase: Phase) -> None:
+        self.flight = Flight(parts, self.route if phase == "forward" else self.route.turned(), phase)
+
+    def land(self) -> list[Tensor]:
+        flight, self.flight = self.flight, None
+        assert flight is not None
+        return flight.land()
+
+
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        return all_to_all([(rows_ND, route.rows)], route, "forward")[0]
+    def forward(ctx: Any, trip: _Trip, rows_ND: Tensor) -> Tensor:
+        ctx.trip = trip
+        trip.depart([(rows_ND, trip.route.rows)], "forward")
+        return rows_ND.new_empty(0)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.trip.land()[0]
+
+
+class _Land(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.land()[0]
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        back = ctx.route.turned()
-        return all_to_all([(grads[0], back.rows)], back, "backward")[0], None
+        ctx.trip.depart([(grads[0], ctx.trip.route.turned().rows)], "backward")
+        return grads[0].new_empty(0), None
 
 
-class _SendLabelled(torch.autograd.Function):
+class _DepartLabelled(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows_ND: Tensor, weight_J: Tensor, row_J: Tensor, route: Route
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.route = route
+    def forward(ctx: Any, trip: _Trip, rows_ND: Tensor, weight_J: Tensor, row_J: Tensor) -> Tensor:
+        ctx.trip, route = trip, trip.route
         parts = [(rows_ND, route.rows), (row_J.to(torch.int32), route.labels), (weight_J, route.labels)]
-        rows, row, weight = all_to_all(parts, route, "forward")
+        trip.depart(parts, "forward")
+        return rows_ND.new_empty(0)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_rows, grad_weight = ctx.trip.land()
+        return None, grad_rows, grad_weight, None
+
+
+class _LandLabelled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, trip: _Trip) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.trip = trip
+        rows, row, weight = trip.land()
         row = row.to(torch.int64)
         ctx.mark_non_differentiable(row)
         return rows, weight, row
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        back = ctx.route.turned()
-        parts = [(grads[0], back.rows), (grads[1], back.labels)]
-        grad_rows, grad_weight = all_to_all(parts, back, "backward")
-        return grad_rows, grad_weight, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        back = ctx.trip.route.turned()
+        ctx.trip.depart([(grads[0], back.rows), (grads[1], back.labels)], "backward")
+        return grads[0].new_empty(0), None

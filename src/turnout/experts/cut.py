@@ -52,6 +52,10 @@ class Cut:
         places = [parts[start : start + self.slices] for start in range(0, self.ranks, self.slices)]
         return torch.cat([self._experts(place) for place in places])
 
+    def merged(self, parts: Sequence[Tensor]) -> Tensor:
+        """The whole from all parts, or from those of neighbouring slices of the same experts a wider slice."""
+        return self.joined(parts) if len(parts) == self.ranks else self._experts(parts)
+
     def _experts(self, parts: Sequence[Tensor]) -> Tensor:
         if self.slices == 1 or self.axis == 0:
             return parts[0]

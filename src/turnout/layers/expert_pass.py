@@ -1,10 +1,12 @@
 """From tokens to the experts and back: with rows in between, or in one pass where one process has all of it."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from turnout.contracts import Dispatcher, ExpertBackend, FusedBackend
+from turnout.contracts import Dispatcher, ExpertBackend, ExpertCall, FusedBackend
 from turnout.dispatch import LocalDispatcher, plan_dispatch
 from turnout.experts import FFNExperts
 from turnout.tensors import Admission, Assignment, Ragged, Rows
@@ -26,16 +28,20 @@ def pass_experts(
     """
     if isinstance(backend, FusedBackend) and isinstance(dispatcher, LocalDispatcher):
         return backend.run_tokens(experts, x_TD, assignment, admission)
-    plan = plan_dispatch(assignment, admission)
-    capacity = _width(admission, assignment)
-    sent = dispatcher.dispatch(x_TD, assignment, plan, layout=backend.layout, capacity=capacity)
-    return sent.combine(_computed(experts, backend, sent.rows))
+    call = ExpertCall(
+        layout=backend.layout,
+        capacity=_width(admission, assignment),
+        weights=dict(experts.named_parameters()) if isinstance(experts, FFNExperts) else {},
+        compute=lambda rows, weights: _computed(experts, backend, rows, weights),
+    )
+    return dispatcher.run(x_TD, assignment, plan_dispatch(assignment, admission), call)
 
 
-def _computed(experts: nn.Module, backend: ExpertBackend, rows: Rows) -> Rows:
+def _computed(experts: nn.Module, backend: ExpertBackend, rows: Rows, weights: Mapping[str, Tensor] | None) -> Rows:
     if not isinstance(experts, FFNExperts):
         return backend.run(experts, rows)
-    y = experts(rows.x, rows.counts_L, backend)
+    inputs = (rows.x, rows.counts_L, backend)
+    y = experts(*inputs) if weights is None else functional_call(experts, dict(weights), inputs)
     return replace(rows, x_MD=y) if isinstance(rows, Ragged) else replace(rows, x_LCD=y)
 
 

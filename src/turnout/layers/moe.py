@@ -168,6 +168,10 @@ class MoE(nn.Module):
         """
         assert isinstance(self.experts, FFNExperts)
         self.experts.keep(cuts, rank)
+        self.reach(dispatcher)
+
+    def reach(self, dispatcher: Dispatcher) -> None:
+        """From here on `dispatcher` reaches the experts of other processes; what this one keeps of them it keeps."""
         self.dispatcher = dispatcher
 
     def forward(

@@ -1,17 +1,20 @@
 """A strategy applied to a model: expert weights are cut, and their layers get a dispatcher that reaches the others."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Literal
 
 from torch import Tensor, nn
 
-from turnout.alltoall import PROGRAMS
 from turnout.comm import ExpertGroup, Groups, Ledger, World, make_groups
+from turnout.comm.ledger import Kind
 from turnout.comm.world import current_world
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.experts.cut import Cut
 from turnout.layers import MoE
+from turnout.parallel.auto import auto_strategy
 from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.fully_sharded import reshard, shard_fully, shardings
 from turnout.parallel.shards import Shards
@@ -45,14 +48,41 @@ class Parallel:
         if self.shards.shardings:
             reshard(model)
 
+    def switched(
+        self, model: nn.Module, *, alltoall: str = "", overlap: int = 0, adaptive_r: int | None = None
+    ) -> "Parallel":
+        """The same layout with another program, number of chunks or r from the next pass on; left out: as it is.
+
+        Every rank calls it between steps with the same values. No parameter moves, and nothing is sent.
+        Raises: ConfigError naming the value that is not legal.
+        """
+        was = self.strategy
+        changed = replace(
+            was,
+            alltoall=alltoall or was.alltoall,
+            overlap=overlap or was.overlap,
+            adaptive_r=was.adaptive_r if adaptive_r is None else adaptive_r,
+        )
+        check_supported(changed)
+        check_shards(changed, has_experts=bool(self.shards.cuts))
+        group = self.groups.experts
+        if group is None:
+            return replace(self, strategy=changed)
+        for name, layer in _moe_layers(model):
+            prefix = _prefix(name)
+            cuts = {each.removeprefix(prefix): cut for each, cut in self.shards.cuts.items() if each.startswith(prefix)}
+            layer.reach(_dispatcher(name, changed, group, cuts, self.ledger))
+        return replace(self, strategy=changed)
+
     def take_sent(self) -> dict[str, float] | None:
         """Bytes and messages that expert layers sent since the last call, by class of link; None if they never do."""
         experts = self.groups.experts
         if experts is None:
             return None
         sent = self.ledger.traffic(experts.rank, experts.mesh)
-        if experts.slices is not None:
-            sent += self.ledger.traffic(experts.slices.rank, experts.slices.mesh, kind="slices")
+        kinds: tuple[Kind, ...] = ("slices", "weights")
+        for kind in kinds:
+            sent += self.ledger.traffic(experts.place, experts.whole_mesh, kind=kind)
         self.ledger.clear()
         return dict(vars(sent))
 
@@ -63,7 +93,7 @@ class Parallel:
 
 def apply(
     model: nn.Module,
-    strategy: Strategy,
+    strategy: Strategy | Literal["auto"],
     *,
     world: World | None = None,
     timeout_s: float = TIMEOUT_S,
@@ -74,10 +104,14 @@ def apply(
     The whole model, equal on all ranks, goes in; build the optimizer after. Every rank of the process group calls it;
     `world` tells how many ranks a node has (None: all are on one). With ep=etp=1 the layers stay as they are, and never
     communicate. Gradients are then those of this rank's tokens: `reduce_gradients` makes them the step's.
+    "auto" shares the experts over all ranks, as far as they go, in the layout from which a `Tuner` reaches the others.
     Raises: ConfigError if the strategy does not fit the ranks or the model, or is not in this version.
     """
     world = current_world() if world is None else world
     layers = dict(_moe_layers(model))
+    if strategy == "auto":
+        sizes = [(layer.config.num_experts, layer.config.hidden) for layer in layers.values()]
+        strategy = auto_strategy(gcd(*(number for number, _ in sizes)), gcd(*(hidden for _, hidden in sizes)), world)
     resolved = _resolved(strategy, world, layers)
     groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
     ledger = Ledger()
@@ -102,14 +136,21 @@ def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledg
     found = {}
     for name, layer in layers.items():
         assert isinstance(layer.experts, FFNExperts)
-        placement = Placement.even(layer.config.num_experts, strategy.ep)
-        program = PROGRAMS[strategy.alltoall]
-        share = ExpertParallel(program, group, placement, ledger=ledger, layer=name or "the layer")
-        cuts = layer.experts.cuts(placement, strategy.etp)
+        cuts = layer.experts.cuts(Placement.even(layer.config.num_experts, strategy.ep), strategy.etp)
+        share = _dispatcher(name, strategy, group, cuts, ledger)
         layer.share_experts(share, cuts, group.place)
-        prefix = f"{name}.experts." if name else "experts."
-        found |= {prefix + own: cut for own, cut in cuts.items()}
+        found |= {_prefix(name) + own: cut for own, cut in cuts.items()}
     return found
+
+
+def _dispatcher(
+    layer: str, strategy: Strategy, group: ExpertGroup, cuts: Mapping[str, Cut], ledger: Ledger
+) -> ExpertParallel:
+    return ExpertParallel(strategy, group, cuts, ledger=ledger, layer=layer or "the layer")
+
+
+def _prefix(layer: str) -> str:
+    return f"{layer}.experts." if layer else "experts."
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:

@@ -1,117 +1,178 @@
 """The dispatcher of expert parallelism: rows travel to the ranks of their experts, by an all-to-all program."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from turnout.alltoall import Packing, Program, combine, dispatch, steps_of
+from turnout.alltoall import PROGRAMS, Packing, steps_of
 from turnout.comm import Arrived, ExpertGroup, Ledger, TorchTransport
+from turnout.comm.cuts import cut_plan, lengths_of
 from turnout.comm.parcels import Parcels
-from turnout.comm.picks import Picks, placed, runs, spread
+from turnout.comm.picks import Picks, spread
 from turnout.comm.sizes import Sizes, agreed_capacity, equal_sizes, exchange_sizes
 from turnout.comm.slices import SliceRows
-from turnout.contracts import Dispatched, Dispatcher
-from turnout.dispatch import by_token, pack, unpack
+from turnout.contracts import Dispatcher, ExpertCall
+from turnout.dispatch import LocalDispatcher, by_token, pack, unpack
 from turnout.dispatch import combine as combine_rows
-from turnout.placement import Placement
-from turnout.tensors import Assignment, DispatchPlan, Padded, Ragged, Rows
+from turnout.experts.cut import Cut
+from turnout.parallel.blocks import laid_out, taken_out
+from turnout.parallel.gather import WeightGather
+from turnout.parallel.pipeline import Way, pipelined
+from turnout.strategy import Strategy
+from turnout.tensors import Assignment, DispatchPlan, Padded
 
 
 class ExpertParallel(Dispatcher):
     """One layer's. The sequence of collectives is the same on all ranks, whatever is routed where.
 
-    Where experts are sliced, rows travel to the rank of this slice, then to the other slices of the expert.
+    A call is cut into `strategy.overlap` chunks, and while one computes others are on their way. Where experts are
+    sliced, rows travel to the rank of this slice, then to the other parts of the expert; `strategy.adaptive_r` says how
+    many parts there are, whose slices gather their weights first. With 0 parts all experts come here, and rows stay.
 
-    Ragged: counts of rows are exchanged first, with the one copy that the host waits for. Padded, where the backend
-    wants blocks and a capacity bounds them: blocks of one size travel, and nothing is waited for; a program that
-    merges rows sends them ragged all the same.
+    Ragged: counts of rows are exchanged first, with the one copy that the host waits for, and chunks are runs of
+    tokens. Padded, where the backend wants blocks and a capacity bounds them: blocks of one size travel, chunks are
+    parts of that capacity, and nothing is waited for; a program that merges rows sends them ragged all the same.
     """
 
     def __init__(
-        self, program: Program, group: ExpertGroup, placement: Placement, *, ledger: Ledger, layer: str
+        self,
+        strategy: Strategy,
+        group: ExpertGroup,
+        cuts: Mapping[str, Cut],
+        *,
+        ledger: Ledger,
+        layer: str,
     ) -> None:
-        """Raises: ConfigError if the program does not deliver."""
-        self._program, self._group, self._placement = program, group, placement
+        """`cuts`: how the weights of the experts lie on the ranks of the group, by their own names.
+
+        Raises: ConfigError if the program does not deliver.
+        """
+        program, self._placement = PROGRAMS[strategy.alltoall], next(iter(cuts.values())).placement
+        self._group, self._chunks, self._cuts = group, strategy.overlap, cuts
+        self._stays, self._sharing = strategy.expert_parts == 0, group.sharings[strategy.expert_parts]
         self._ledger, self._layer = ledger, layer
         self._transport = TorchTransport(program, group, ledger, layer)
-        packings: list[Packing] = [step.after for step in steps_of(program)]
+        self._steps = steps_of(program)
+        packings: list[Packing] = [step.after for step in self._steps]
         self._merged: tuple[Packing, ...] = tuple(
             dict.fromkeys(packing for packing in packings if packing != "assignment")
         )
 
-    def dispatch(
-        self,
-        x_TD: Tensor,
-        assignment: Assignment,
-        plan: DispatchPlan,
-        *,
-        layout: Literal["ragged", "padded"],
-        capacity: int | None,
-    ) -> Dispatched:
-        if layout == "padded" and capacity is not None and not self._merged:
-            return self._padded(x_TD, assignment, plan, capacity)
-        return self.after_counts(x_TD, assignment, plan, layout)()
+    def run(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: ExpertCall) -> Tensor:
+        experts = self._with_gathered(experts)
+        if self._stays:
+            return LocalDispatcher().run(x_TD, assignment, plan, experts)
+        if experts.layout == "padded" and experts.capacity is not None and not self._merged:
+            return self._padded(x_TD, assignment, plan, experts)
+        return self.after_counts(x_TD, assignment, plan, experts)()
 
     def after_counts(
-        self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, layout: Literal["ragged", "padded"]
-    ) -> Callable[[], Dispatched]:
+        self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: ExpertCall
+    ) -> Callable[[], Tensor]:
         """Exchange the counts now; the rows move when the result is called."""
+        cut = cut_plan(plan, assignment.num_tokens, self._chunks)
         sizes = exchange_sizes(
-            plan.counts_E,
-            self._merged_counts(assignment, plan),
+            cut.counts_GE,
+            self._merged_counts(assignment, plan, cut.tokens),
             self._group,
             self._placement,
             ledger=self._ledger,
             layer=self._layer,
         )
-        weight_M = assignment.weight_N.index_select(0, plan.assignment_M)
-        tokens = Picks(index_M=plan.token_M, num_rows=assignment.num_tokens, one_each=False, known=by_token(plan))
-        parcels = self._transport.load(x_TD, sizes, picks=tokens, weight_M=weight_M)
-        return lambda: self._ragged(parcels, layout)
+        rows = [sum(each.experts[self._group.rank]) for each in sizes]
+        weight_M = assignment.weight_N.index_select(0, cut.whole.assignment_M)
+        pieces = zip(x_TD.split(cut.tokens), cut.plans(rows), weight_M.split(rows), sizes, strict=True)
+        parcels = [self._loaded(*piece) for piece in pieces]
+        return lambda: _joined(self._pipelined(parcels, experts), dim=0)
 
-    def _ragged(self, parcels: Parcels, layout: Literal["ragged", "padded"]) -> Dispatched:
-        arrived = self._transport.arrive(dispatch(self._program, self._transport, parcels))
-        slices = self._slices(parcels.sizes, arrived)
-        counts = arrived.counts if slices is None else slices.totals
-        rows = _laid_out(arrived.x_MD if slices is None else slices.join(arrived.x_MD), counts, layout)
-        return Dispatched(rows=rows, combine=lambda out: self._back(arrived, _taken_out(out, counts), slices))
+    def _with_gathered(self, experts: ExpertCall) -> ExpertCall:
+        """The experts with weights that begin to be gathered now, and that the first computation waits for."""
+        peers = self._sharing.weights
+        if peers is None:
+            return experts
+        gather = WeightGather(cuts=self._cuts, peers=peers, ledger=self._ledger, layer=self._layer)
+        coming = gather.begin(experts.weights)
+        gathered = cache(lambda: gather.land(coming))
+        return replace(experts, compute=lambda rows, _: experts.compute(rows, gathered()))
 
-    def _padded(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, capacity: int) -> Dispatched:
-        width = agreed_capacity(capacity, self._group, ledger=self._ledger, layer=self._layer)
-        sizes = equal_sizes(self._group, self._placement, width)
+    def _loaded(self, x_TD: Tensor, plan: DispatchPlan, weight_M: Tensor, sizes: Sizes) -> Parcels:
+        tokens = Picks(index_M=plan.token_M, num_rows=len(x_TD), one_each=False, known=by_token(plan))
+        return self._transport.load(x_TD, sizes, picks=tokens, weight_M=weight_M)
+
+    def _pipelined(self, parcels: Sequence[Parcels], experts: ExpertCall) -> list[Tensor]:
+        """What each chunk's rows became, at home."""
+
+        def compute_and_return(here: "_Here") -> Way[Tensor]:
+            rows = laid_out(here.x_ND, here.counts, experts.layout)
+            return self._back(here, taken_out(experts.compute(rows, None), here.counts))
+
+        return pipelined([self._there(each) for each in parcels], compute_and_return)
+
+    def _padded(self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: ExpertCall) -> Tensor:
+        assert experts.capacity is not None
+        width = agreed_capacity(experts.capacity, self._group, ledger=self._ledger, layer=self._layer)
         blocks = pack(x_TD, plan, layout="padded", capacity=width)
         assert isinstance(blocks, Padded)
-        parcels = self._transport.load(blocks.x_LCD.flatten(0, 1), sizes)
-        arrived = self._transport.arrive(dispatch(self._program, self._transport, parcels))
-        num_local, height = len(arrived.counts), width * self._group.size
-        slices = self._slices(sizes, arrived)
-        x_MD = arrived.x_MD if slices is None else slices.join(arrived.x_MD)
-        x_LCD = x_MD.view(num_local, height, x_TD.shape[1])
-        # every row counts: where sources' blocks end nobody knows here, and zeros give rows that are not read
-        rows = Padded(x_LCD=x_LCD, counts_L=torch.full((num_local,), height, device=x_TD.device))
+        widths = lengths_of(width, self._chunks)
+        there = [
+            self._there(self._transport.load(x_ECD.flatten(0, 1), equal_sizes(self._group, self._placement, each)))
+            for x_ECD, each in zip(blocks.x_LCD.split(widths, dim=1), widths, strict=True)
+        ]
 
-        def back(out: Rows) -> Tensor:
-            assert isinstance(out, Padded)
-            y_MD = self._back(arrived, out.x_LCD.flatten(0, 1), slices)
-            home = Padded(x_LCD=y_MD.view(blocks.x_LCD.shape), counts_L=plan.counts_E)
-            return combine_rows(unpack(home, plan), assignment, plan)
+        def compute_and_return(here: "_Here") -> Way[Tensor]:
+            # every row counts: where sources' blocks end nobody knows here, and zeros give rows that are not read
+            height, x_ND = here.counts[0], here.x_ND
+            counts_L = torch.full((len(here.counts),), height, device=x_ND.device)
+            rows = Padded(x_LCD=x_ND.view(len(here.counts), height, x_ND.shape[1]), counts_L=counts_L)
+            return self._back(here, experts.compute(rows, None).x.flatten(0, 1))
 
-        return Dispatched(rows=rows, combine=back)
+        home = pipelined(there, compute_and_return)
+        num_experts, dim = len(plan.counts_E), x_TD.shape[1]
+        parts = [y_MD.view(num_experts, each, dim) for y_MD, each in zip(home, widths, strict=True)]
+        rows = Padded(x_LCD=_joined(parts, dim=1), counts_L=plan.counts_E)
+        return combine_rows(unpack(rows, plan), assignment, plan)
+
+    def _there(self, parcels: Parcels) -> "Way[_Here]":
+        """The way of a chunk to its experts."""
+        for step in self._steps:
+            parcels = step.play(self._transport, parcels)
+            if parcels.arriving is not None:
+                yield
+        arrived = self._transport.arrive(parcels)
+        slices = self._slices(parcels.sizes, arrived)
+        if slices is None:
+            return _Here(x_ND=arrived.x_MD, counts=arrived.counts, arrived=arrived, slices=None)
+        sent = slices.join(arrived.x_MD)
+        yield
+        return _Here(x_ND=slices.joined(sent), counts=tuple(slices.totals), arrived=arrived, slices=slices)
+
+    def _back(self, here: "_Here", y_ND: Tensor) -> Way[Tensor]:
+        """The way of what the experts made of a chunk."""
+        if here.slices is not None:
+            sent = here.slices.add(y_ND)
+            yield
+            y_ND = here.slices.added(sent)
+        parcels = self._transport.depart(here.arrived, y_ND)
+        for step in reversed(self._steps):
+            parcels = step.play_back(self._transport, parcels)
+            if step.verb == "exchange" and parcels.arriving is not None:
+                yield
+        return parcels.landed().sums()
 
     def _slices(self, sizes: Sizes, arrived: Arrived) -> SliceRows | None:
-        group, device = self._group.slices, arrived.x_MD.device
-        if group is None:
+        peers, device = self._sharing.rows, arrived.x_MD.device
+        if peers is None:
             return None
-        return SliceRows(group=group, counts=sizes.slices, device=device, ledger=self._ledger, layer=self._layer)
+        counts = [sizes.slices[place % self._group.num_slices] for place in peers.places]
+        return SliceRows(peers=peers, counts=counts, device=device, ledger=self._ledger, layer=self._layer)
 
-    def _back(self, arrived: Arrived, y_ND: Tensor, slices: SliceRows | None) -> Tensor:
-        y_MD = y_ND if slices is None else slices.add(y_ND)
-        return combine(self._program, self._transport, self._transport.depart(arrived, y_MD)).sums()
-
-    def _merged_counts(self, assignment: Assignment, plan: DispatchPlan) -> Mapping[Packing, Tensor]:
-        """This rank's tokens that go to each rank, and to each node, where the program sends them once."""
+    def _merged_counts(
+        self, assignment: Assignment, plan: DispatchPlan, tokens: Sequence[int]
+    ) -> Mapping[Packing, Tensor]:
+        """Tokens of each chunk that go to each rank, and to each node, where the program sends them once."""
         if not self._merged:
             return {}
         mesh, num_tokens = self._group.mesh, assignment.num_tokens
@@ -120,30 +181,25 @@ class ExpertParallel(Dispatcher):
         rank_M = rank_of_expert_E[assignment.expert_N[plan.assignment_M]]
         goes_PT = torch.zeros(mesh.size * num_tokens, dtype=torch.int64, device=plan.token_M.device)
         goes_PT = goes_PT.index_fill_(0, rank_M * num_tokens + plan.token_M, 1).view(mesh.size, num_tokens)
-        counts: dict[Packing, Tensor] = {
-            "rank": goes_PT.sum(dim=1),
-            "node": goes_PT.view(mesh.nodes, mesh.local, num_tokens).amax(dim=1).sum(dim=1),
+        goes: dict[Packing, Tensor] = {
+            "rank": goes_PT,
+            "node": goes_PT.view(mesh.nodes, mesh.local, num_tokens).amax(dim=1),
         }
-        return {packing: counts[packing] for packing in self._merged}
+        return {
+            packing: torch.stack([part.sum(dim=1) for part in goes[packing].split(list(tokens), dim=1)])
+            for packing in self._merged
+        }
 
 
-def _laid_out(x_MD: Tensor, counts: Sequence[int], layout: Literal["ragged", "padded"]) -> Rows:
-    """The rows as the backend wants them; blocks are as wide as the fullest expert of this rank."""
-    counts_L = placed(counts, x_MD.device)
-    if layout == "ragged":
-        return Ragged(x_MD=x_MD, counts_L=counts_L)
-    width, dim = max(counts), x_MD.shape[1]
-    empty = x_MD.new_zeros(len(counts) * width, dim)
-    filled = empty.index_copy(0, _slots(counts, x_MD.device), x_MD)
-    return Padded(x_LCD=filled.view(len(counts), width, dim), counts_L=counts_L)
+@dataclass(frozen=True, kw_only=True)
+class _Here:
+    """A chunk at its experts."""
+
+    x_ND: Tensor  # by expert
+    counts: tuple[int, ...]  # rows of each expert
+    arrived: Arrived
+    slices: SliceRows | None
 
 
-def _taken_out(out: Rows, counts: Sequence[int]) -> Tensor:
-    if isinstance(out, Ragged):
-        return out.x_MD
-    return out.x_LCD.flatten(0, 1).index_select(0, _slots(counts, out.x_LCD.device))
-
-
-def _slots(counts: Sequence[int], device: torch.device) -> Tensor:
-    width = max(counts)
-    return runs([expert * width for expert in range(len(counts))], counts, device)
+def _joined(parts: Sequence[Tensor], *, dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)

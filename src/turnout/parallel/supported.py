@@ -13,10 +13,12 @@ _ONLY: dict[str, Any] = {
     "pp": 1,
     "virtual_stages": 1,
     "recompute": "none",
-    "overlap": 1,
     "dispatch_precision": "",
     "grad_precision": "fp32",
 }
+
+# degrees of Tutel's pipelining: Hwang et al. 2022, arXiv:2206.03382, section 4.2
+CHUNKS = (1, 2, 4, 8)
 
 
 def check_supported(strategy: Strategy) -> None:
@@ -28,6 +30,12 @@ def check_supported(strategy: Strategy) -> None:
                 f"strategy.{name}={value!r} can be planned (turnout plan) but not trained with in this version; "
                 f"legal: {legal!r}"
             )
+    if strategy.overlap not in CHUNKS:
+        near = min(CHUNKS, key=lambda legal: (abs(legal - strategy.overlap), legal))
+        raise ConfigError(
+            f"strategy.overlap={strategy.overlap} can be planned (turnout plan) but not trained with in this version; "
+            f"legal: {', '.join(map(str, CHUNKS))}; nearest: {near}"
+        )
     if strategy.zero not in (0, 3):
         near = 3 if strategy.zero == 2 else 0
         raise ConfigError(
@@ -47,6 +55,16 @@ def check_supported(strategy: Strategy) -> None:
 def check_shards(strategy: Strategy, *, has_experts: bool) -> None:
     """Raises: ConfigError if a strategy whose dp is known has shards of shards, which this version does not make."""
     shared = strategy.ep * strategy.etp
+    if has_experts and strategy.zero and strategy.overlap > 1 and 1 < shared < strategy.dp:
+        raise ConfigError(
+            f"strategy.overlap={strategy.overlap} with zero=3 would gather shards of shared experts (ep={strategy.ep}, "
+            f"etp={strategy.etp} on dp={strategy.dp} ranks) for every chunk; nearest legal: overlap=1"
+        )
+    if has_experts and strategy.zero and strategy.expert_parts != strategy.etp and 1 < shared < strategy.dp:
+        raise ConfigError(
+            f"strategy.adaptive_r={strategy.adaptive_r} with zero=3 would gather slices of shards (ep={strategy.ep}, "
+            f"etp={strategy.etp} on dp={strategy.dp} ranks), which this version does not; nearest legal: -1"
+        )
     if has_experts and strategy.zero_size not in (0, strategy.dp) and 1 < shared < strategy.dp:
         raise ConfigError(
             f"strategy.zero_size={strategy.zero_size} with copies of shared experts (ep={strategy.ep}, "

@@ -88,8 +88,8 @@ def _experts_s(job: Job, layer: int, engine: Engine) -> float:
     num_experts = shape.experts_of(layer)
     if not num_experts:
         return 0.0
-    width, hidden = shape.latent_dim or shape.dim, shape.expert_hidden / strategy.etp
-    local = num_experts / strategy.ep
+    width, hidden = shape.latent_dim or shape.dim, shape.expert_hidden / max(1, strategy.expert_parts)
+    local = num_experts / strategy.ep if strategy.expert_parts else num_experts
     rows = job.expert_rows / local
     up = (2 if shape.gated else 1) * hidden
     one = engine.product_s(rows, up, width, strategy.precision, grouped=True)

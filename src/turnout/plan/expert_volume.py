@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from turnout.alltoall import PROGRAMS, LoadedRouting, RowSize, Traffic, UniformRouting, round_trip, traffic_of
 from turnout.errors import ConfigError
-from turnout.plan.collectives import Collective, all_gather, chunked, collective, group
+from turnout.plan.collectives import Collective, all_gather, all_to_all, chunked, collective, group
 from turnout.plan.step import Step, layers_of
 from turnout.strategy import Strategy
 from turnout.topology import Mesh
@@ -13,6 +13,7 @@ from turnout.topology import Mesh
 Expected = UniformRouting | LoadedRouting
 FP8_SCALE_BYTES = 4 / 128  # an fp32 scale for 128 elements: DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2
 LABEL_BYTES = 8.0  # which row (int32) and weight (fp32): they travel with each assignment of a merged row
+PARAMETER_BYTES = 4.0  # of a weight that is gathered, and of its gradient: fp32, whatever the products are in
 LABEL_BACK_BYTES = 4.0  # gradient of that weight (fp32), on the way back of the backward pass
 
 
@@ -35,6 +36,7 @@ def expert_volume(step: Step) -> Iterator[Collective]:
         if step.strategy.recompute == "full":
             yield chunked(again, step.strategy.overlap)
         yield from expert_tensor_volume(step, experts, calls)
+        yield from expert_weights_volume(step, experts, calls)
 
 
 def exchange(step: Step, experts: int, calls: float = 1.0) -> tuple[Collective, Collective]:
@@ -44,6 +46,8 @@ def exchange(step: Step, experts: int, calls: float = 1.0) -> tuple[Collective, 
     """
     strategy, routing = step.strategy, _routing(step, experts)
     tensor, width = _coordinated_ranks(strategy), step.shape.latent_dim or step.shape.dim
+    # tokens stay where weights come to them
+    calls = calls if strategy.expert_parts else 0.0
     there = _round_trip(strategy.alltoall, routing, tensor, row_size(strategy, width))
     back = _round_trip(strategy.alltoall, routing, tensor, row_size(strategy, width, labels=False))
     return (
@@ -106,14 +110,31 @@ def _round_trip(program: str, routing: Expected, tensor: int, size: RowSize) -> 
 
 
 def expert_tensor_volume(step: Step, experts: int, calls: float = 1.0) -> Iterator[Collective]:
-    """Ranks that share an expert gather the rows each received, and scatter the sums of what they made of them."""
-    strategy = step.strategy
-    if strategy.etp == 1 or not strategy.tokens_sharded:
+    """Ranks with parts of an expert gather the rows each received, and scatter the sums of what they made of them."""
+    strategy, parts = step.strategy, step.strategy.expert_parts
+    if parts <= 1 or not strategy.tokens_sharded:
         return
-    mesh = group(strategy.etp, 1, step.devices_per_node)
+    mesh = group(parts, strategy.etp // parts, step.devices_per_node)
     routing = _routing(step, experts)
-    rows = routing.num_tokens * routing.top_k * step.capacity_factor * strategy.etp
+    rows = routing.num_tokens * routing.top_k * step.capacity_factor * parts
     width = step.shape.latent_dim or step.shape.dim
     traffic = all_gather(mesh, rows * width * strategy.activation_bytes)
     passes = 6 if strategy.recompute == "full" else 4
     yield collective("etp gather and scatter", "etp", mesh, traffic, calls * passes)
+
+
+def expert_weights_volume(step: Step, experts: int, calls: float = 1.0) -> Iterator[Collective]:
+    """Slices that ranks gather to compute parts of experts, or all of them, and the way back of their gradients.
+
+    Source: Hwang et al. 2022, Tutel, arXiv:2206.03382, table 4 (P / E / r, and P).
+    """
+    strategy, parts = step.strategy, step.strategy.expert_parts
+    ranks = strategy.etp // parts if parts else strategy.ep * strategy.etp
+    if ranks == 1:
+        return
+    mesh = group(ranks, 1, step.devices_per_node)
+    kept = experts * step.shape.expert_params / (strategy.ep * strategy.etp)
+    passes = 3 if strategy.recompute == "full" else 2
+    # a copy of what a rank keeps for each of the others
+    traffic = all_to_all(mesh, ranks * kept * PARAMETER_BYTES)
+    yield collective("expert weights", "etp", mesh, traffic, calls * passes)

@@ -43,11 +43,14 @@ class Job:
 
     @property
     def expert_rows(self) -> float:
-        """Rows of one micro-batch that the busiest expert rank works on in a sparse layer, at 1/etp of an expert.
+        """Rows of one micro-batch that the busiest expert rank works on in a sparse layer, at a part of an expert.
 
         Ranks that share an expert gather each other's rows; rows of replicated tokens are on all of them already.
+        Where weights are gathered and tokens stay, no rank is busier than another.
         """
-        gathered = self.strategy.etp if self.strategy.tokens_sharded else 1
+        if self.strategy.expert_parts == 0:
+            return self.routed_tokens * self.shape.top_k
+        gathered = self.strategy.expert_parts if self.strategy.tokens_sharded else 1
         return self.routed_tokens * self.shape.top_k * self.skew * gathered
 
     @property

@@ -18,6 +18,7 @@ from turnout.plan.wire import (
     dense_reduced,
     exchange_wire,
     expert_tensor_s,
+    expert_weights_s,
     routed_reduced,
     table_s,
     tensor_s,
@@ -54,7 +55,7 @@ def repeated(run: Run) -> Again:
     return Again(forward=0.0, scores=float(scores), light=float(recompute == "light"), whole=False)
 
 
-@reads("tp", "sequence_parallel", "tokens", "ep", "etp")
+@reads("tp", "sequence_parallel", "tokens", "ep", "etp", "adaptive_r")
 def block_s(run: Run, block: int) -> BlockTime:
     """One block, one micro-batch."""
     return block_time(run.job, block, run.engine)
@@ -186,7 +187,7 @@ def _experts_wire_s(of: Terms[Run], block: int) -> Numbers:
     seconds = of(exchange_wire, block, False).seconds(tokens, pieces)
     again = of(exchange_wire, block, True).seconds(tokens, pieces)
     seconds = seconds + either(of(repeated).whole, again, 0.0) + of(expert_tensor_s, block)
-    return of.subject.job.skew * seconds
+    return of.subject.job.skew * seconds + of(expert_weights_s, block)
 
 
 def _hidden(of: Terms[Run], work: _Work) -> dict[str, Numbers]:

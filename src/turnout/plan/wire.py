@@ -11,7 +11,7 @@ from functools import cached_property
 from turnout.plan.collectives import Collective, collective
 from turnout.plan.data_volume import dense_mesh, expert_data_mesh, reductions
 from turnout.plan.engine import Engine
-from turnout.plan.expert_volume import exchange, expert_mesh, expert_tensor_volume
+from turnout.plan.expert_volume import exchange, expert_mesh, expert_tensor_volume, expert_weights_volume
 from turnout.plan.job import Job
 from turnout.plan.parameters import Parameters
 from turnout.plan.pipeline import Stage
@@ -146,17 +146,23 @@ def context_s(run: Run, block: int) -> float:
     return _sum_s(context_volume(run.block(block)), run.cluster)
 
 
-@reads("tp", "sequence_parallel", "ep", "etp", "folded", "alltoall", "dispatch_precision")
+@reads("tp", "sequence_parallel", "ep", "etp", "folded", "alltoall", "dispatch_precision", "adaptive_r")
 def exchange_wire(run: Run, block: int, again: bool) -> Wire:
     """The all-to-all of one block for one token a rank; `again`: what full recomputation sends once more."""
     passed, repeated = exchange(run.step(_stage(layers=(block,)), 1.0), run.job.shape.experts_of(block))
     return wire_of(repeated if again else passed, run.cluster)
 
 
-@reads("tp", "sequence_parallel", "tokens", "recompute", "etp")
+@reads("tp", "sequence_parallel", "tokens", "recompute", "etp", "adaptive_r")
 def expert_tensor_s(run: Run, block: int) -> float:
     """Rows of one block among the ranks that share an expert."""
     return _sum_s(expert_tensor_volume(run.block(block), run.job.shape.experts_of(block)), run.cluster)
+
+
+@reads("recompute", "ep", "etp", "adaptive_r")
+def expert_weights_s(run: Run, block: int) -> float:
+    """Weights of one block's experts that are gathered, and the sums of their gradients."""
+    return _sum_s(expert_weights_volume(run.block(block), run.job.shape.experts_of(block)), run.cluster)
 
 
 # --- one micro-batch ---

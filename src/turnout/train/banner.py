@@ -74,14 +74,19 @@ def _parallel(recipe: Recipe, world: World) -> Fact:
         return Fact(name="parallel", value={"ranks": 1}, text="none")
     strategy, each = recipe.strategy, sequences_per_rank(recipe, world.size)
     words = f"{world.size} ranks, {world.local_size} a node, {each} sequences each; {_experts_on_ranks(strategy)}"
+    words += f", in {strategy.overlap} chunks that overlap" if strategy.overlap > 1 else ""
     words += f"; weights in shards over {strategy.zero_size or world.size} ranks" if strategy.zero else ""
-    names = ("ep", "etp", "alltoall", "zero", "zero_size")
+    names = ("ep", "etp", "adaptive_r", "alltoall", "overlap", "zero", "zero_size")
     value = {"ranks": world.size} | {name: getattr(strategy, name) for name in names}
     return Fact(name="parallel", value=value, text=words)
 
 
 def _experts_on_ranks(strategy: Strategy) -> str:
     sliced = f"each expert cut over {strategy.etp} ranks"
+    if strategy.expert_parts == 0 and strategy.ep * strategy.etp > 1:
+        return f"experts of {strategy.ep * strategy.etp} ranks gathered for every pass, and tokens stay"
+    if strategy.expert_parts != strategy.etp:
+        sliced += f" and gathered in {strategy.expert_parts} parts"
     if strategy.ep == 1:
         return sliced if strategy.etp > 1 else "every rank has all experts"
     return f"experts over {strategy.ep} ranks by {strategy.alltoall}" + (f", {sliced}" if strategy.etp > 1 else "")

@@ -39,6 +39,7 @@ from turnout.train.resume import changed_settings
 from turnout.train.signals import StopRequest
 from turnout.train.state import RunState
 from turnout.train.step import StepResult, train_step
+from turnout.train.tuned import dictionary_path, open_tuner, save_dictionary
 
 Outcome = Literal["done", "stopped", "paused"]
 SPIKE = SpikeRule()
@@ -72,6 +73,7 @@ class Trainer:
             timeout_s=loop.timeout_s,
             cuda=self.device.type == "cuda",
         )
+        self.tuner = open_tuner(recipe, self.model, self.parallel, run, self.device)
         if not self.world.is_first:
             # the weights are everybody's, what routers draw at random is not
             torch.manual_seed((recipe.seed + _GOLDEN * self.world.rank) % 2**32)
@@ -191,9 +193,15 @@ class Trainer:
             return None, None
         keep_last = self.recipe.loop.keep_last
         try:
-            return checkpoint.save(self.run, self.counters.step, files, meta, keep_last=keep_last), None
+            saved = checkpoint.save(self.run, self.counters.step, files, meta, keep_last=keep_last)
         except CheckpointError as error:
             return None, str(error)
+        try:
+            if self.tuner is not None:
+                save_dictionary(self.tuner, dictionary_path(self.recipe, self.run))
+        except OSError as error:
+            return saved, f"what the tuner learned was not written: {error}"
+        return saved, None
 
     def finish(self) -> dict[str, Any]:
         """Last evaluation, checkpoint and token view; returns the summary, also written to summary.json."""
@@ -237,6 +245,8 @@ class Trainer:
         c, recipe = self.counters, self.recipe
         # evaluation sends too, and is no part of a step
         self.parallel.ledger.clear()
+        if self.tuner is not None:
+            self.parallel = self.tuner.before_step(self.model, self.parallel)
         started = time.perf_counter()
         lr = set_lr(self.optimizer, lr_factor(self.done, recipe.schedule))
         batches = [self.sampler.next_batch().to(self.device) for _ in range(recipe.loop.accumulate)]
@@ -252,6 +262,11 @@ class Trainer:
         num_tokens = self.world.size * sum(batch.targets_BS.numel() for batch in batches)
         elapsed = time.perf_counter() - started
         c.step, c.tokens, c.seconds = c.step + 1, c.tokens + num_tokens, c.seconds + elapsed
+        if self.tuner is not None:
+            with self.parallel.ledger.inside("agreement on the time of a step"):
+                decided = self.tuner.after_step(elapsed, result.stats, recipe.loop.accumulate)
+            if decided:
+                self._tell(f"tuner: {decided}")
         line = self.recorder.step(
             c.step,
             seconds=c.seconds,

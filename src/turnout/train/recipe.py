@@ -85,6 +85,7 @@ class LoopConfig(Settings):
     max_skipped: int = 10  # steps skipped in a row before the run stops all the same
     save_failure: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written (full disk)
     timeout_s: float = 600.0  # a rank that keeps the others waiting longer ends a distributed run
+    tune: str = ""  # chooses r, chunks and program of each step by what it measures: "auto", or a JSON file; "": off
     sinks: tuple[str, ...] = ()  # further places for metrics: tensorboard, wandb, trackio
     probe: str = PROBE  # text whose way through the experts the report shows
 
@@ -146,6 +147,11 @@ class Recipe(Settings):
             raise ConfigError(
                 f"loop.compile=true with strategy.zero={strategy.zero}: gathering shards is not compiled in this "
                 "version; nearest legal: loop.compile=false"
+            )
+        if self.loop.compile and self.loop.tune:
+            raise ConfigError(
+                f"loop.compile=true with loop.tune={self.loop.tune!r}: an exchange between ranks is not compiled in "
+                "this version; nearest legal: loop.compile=false"
             )
         if self.loop.compile and strategy.ep * strategy.etp > 1:
             field = f"ep={strategy.ep}" if strategy.ep > 1 else f"etp={strategy.etp}"

@@ -26,6 +26,7 @@ CHANGEABLE = (
     "loop.timeout_s",
     "loop.sinks",
     "loop.probe",
+    "loop.tune",
     "strategy",
 )
 
