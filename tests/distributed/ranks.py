@@ -32,11 +32,11 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
-from tests.distributed.kernel_count import Connection, received
 from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
 from turnout.alltoall import PROGRAMS
 from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
+from turnout.comm.kernel_count import Connection, received
 from turnout.comm.processes import start_ranks
 from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError

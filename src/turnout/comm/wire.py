@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from turnout.comm.ledger import Kind, Ledger, Phase
+from turnout.comm.shared_memory import SharedLine
 from turnout.errors import TransportError
 from turnout.tensors import first_order
 
@@ -29,6 +30,7 @@ class Route:
     ledger: Ledger
     layer: str
     kind: Kind = "rows"
+    shared: SharedLine | None = None  # the group's shared memory, which rows on CPUs then take
 
     def turned(self) -> "Route":
         """The same way back."""
@@ -55,12 +57,9 @@ def all_to_all(parts: Sequence[tuple[Tensor, Splits]], route: Route, phase: Phas
     route.ledger.note(route.layer, phase, route.kind, noted)
     if len(parts) == 1:
         tensor, (sent, received) = parts[0]
-        out = tensor.new_empty(sum(received), *tensor.shape[1:])
-        _exchange(out, tensor.contiguous(), received, sent, route)
-        return [out]
+        return [_exchanged(tensor.contiguous(), received, sent, route)]
     buffer = _packed([tensor for tensor, _ in parts], [splits[0] for _, splits in parts])
-    arrived = buffer.new_empty(sum(from_peer))
-    _exchange(arrived, buffer, from_peer, for_peer, route)
+    arrived = _exchanged(buffer, from_peer, for_peer, route)
     return _unpacked(arrived, [tensor for tensor, _ in parts], [splits[1] for _, splits in parts])
 
 
@@ -77,9 +76,13 @@ def named(collective: str, layer: str, group: ProcessGroup, ledger: Ledger) -> I
         ) from error
 
 
-def _exchange(out: Tensor, tensor: Tensor, received: Sequence[int], sent: Sequence[int], route: Route) -> None:
+def _exchanged(tensor: Tensor, received: Sequence[int], sent: Sequence[int], route: Route) -> Tensor:
     with named("all-to-all", route.layer, route.group, route.ledger):
+        if route.shared is not None and tensor.device.type == "cpu":
+            return route.shared.all_to_all(tensor, received, sent)
+        out = tensor.new_empty(sum(received), *tensor.shape[1:])
         dist.all_to_all_single(out, tensor, list(received), list(sent), group=route.group)
+        return out
 
 
 def _packed(tensors: Sequence[Tensor], sent: Sequence[Sequence[int]]) -> Tensor:

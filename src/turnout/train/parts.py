@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from turnout.comm.world import naming
 from turnout.data.sampler import Batch
 from turnout.layers.lm_loss import IGNORE
 from turnout.models import Decoder
@@ -74,7 +75,8 @@ def mean_over_ranks(values: Sequence[float]) -> list[float]:
 
 def _over_ranks(value: Tensor) -> Tensor:
     if _is_distributed():
-        dist.all_reduce(value)
+        with naming("a sum of statistics"):
+            dist.all_reduce(value)
     return value
 
 
