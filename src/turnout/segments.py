@@ -30,8 +30,13 @@ def segments_of(target_M: Tensor, num_targets: int) -> Segments:
 def permutation(target_M: Tensor) -> Segments:
     """Segments of a permutation: every target has one row."""
     row_M = torch.arange(len(target_M), device=target_M.device)
-    inverse_M = torch.empty_like(target_M).index_copy_(0, target_M, row_M)
-    return Segments(target_M=target_M, row_by_target_M=inverse_M, offset_T=row_M, one_each=True)
+    return Segments(target_M=target_M, row_by_target_M=inverse(target_M), offset_T=row_M, one_each=True)
+
+
+def inverse(target_M: Tensor) -> Tensor:
+    """Where each place of a permutation is taken from, without sorting."""
+    row_M = torch.arange(len(target_M), device=target_M.device)
+    return torch.empty_like(target_M).index_copy_(0, target_M, row_M)
 
 
 def gather(x_TD: Tensor, segments: Segments) -> Tensor:

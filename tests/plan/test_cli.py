@@ -163,12 +163,12 @@ def test_without_a_layout_the_searchs_pick_is_taken_and_said(verb: str, plan: Tu
     assert result.last["layout"].startswith("tp=1,pp=1")
 
 
-@pytest.mark.parametrize("verb", ["volume", "memory", "explain"])
+@pytest.mark.parametrize("verb", ["volume", "memory", "explain", "time"])
 def test_csv_has_a_line_for_every_row(verb: str, plan: Turnout, tmp_path: Path) -> None:
     file = tmp_path / "table.csv"
     result = plan(*ANSWERS[verb][0], "--csv", str(file), "--json")
     assert result.code == 0, result.err
-    key = {"volume": "collectives", "memory": "stages", "explain": "rows"}[verb]
+    key = {"volume": "collectives", "memory": "stages", "explain": "rows", "time": "parts"}[verb]
     assert len(file.read_text().splitlines()) == 1 + len(result.last[key])
 
 
@@ -212,7 +212,10 @@ def test_predict_answers_and_refuses_row_by_row(plan: Turnout, tmp_path: Path) -
     file = tmp_path / "cases.json"
     rows = [ROW, ROW | {"id": "two", "gpu": "Abacus"}, 3, ROW | {"id": "four", "dims": {"layers": "x"}}]
     file.write_text(json.dumps({"rows": rows}))
-    answer = plan("predict", "--cases", str(file), "--json").last["rows"]
+    table = tmp_path / "answers.csv"
+    answer = plan("predict", "--cases", str(file), "--csv", str(table), "--json").last["rows"]
+    assert table.read_text().startswith("id,predicted,unit,refused\none,")
+    assert len(table.read_text().splitlines()) == 1 + len(answer)
     assert [row["id"] for row in answer] == ["one", "two", "", "four"]
     assert answer[0]["predicted"] > 0
     assert answer[0]["unit"] == "s"
@@ -225,8 +228,10 @@ def test_predict_answers_and_refuses_row_by_row(plan: Turnout, tmp_path: Path) -
 def test_validate_judges_a_file_and_names_what_it_refuses(plan: Turnout, tmp_path: Path) -> None:
     file = tmp_path / "cases.json"
     file.write_text(json.dumps([ROW, "x", ROW | {"id": "two", "value": "many"}]))
-    result = plan("validate", "--cases", str(file), "--refused", "--json")
+    table = tmp_path / "suites.csv"
+    result = plan("validate", "--cases", str(file), "--refused", "--csv", str(table), "--json")
     assert result.code == 0, result.err
+    assert len(table.read_text().splitlines()) == 1 + len(result.last["suites"])
     by_suite = {row["suite"]: row for row in result.last["suites"]}
     assert (by_suite["mine"]["n"], by_suite["mine"]["refused"]) == (1, 1)
     assert by_suite[""]["refused"] == 1

@@ -41,11 +41,9 @@ def explain(
     for line in _reading(machine):
         screen.print(f"  {line}", soft_wrap=True)
     documents = [row.to_json() for row in rows]
-    if csv:
-        flat = [{name: value for name, value in row.items() if name != "parts"} | row["parts"] for row in documents]
-        names = dict.fromkeys(name for row in flat for name in row)
-        plan_print.write_csv(csv, [dict.fromkeys(names, 0.0) | row for row in flat])
-        screen.print(f"  wrote {csv}")
+    flat = [{name: value for name, value in row.items() if name != "parts"} | row["parts"] for row in documents]
+    names = dict.fromkeys(name for row in flat for name in row)
+    plan_print.write_csv(csv, [dict.fromkeys(names, 0.0) | row for row in flat], screen)
     if plot:
         from turnout.plan.charts import draw_explain
 

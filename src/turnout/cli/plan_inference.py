@@ -117,9 +117,7 @@ def inference(
             found = infer(serving)
             document = found.to_json() | _price(found) | _asked(serving)
             rows = printed.print_answer(screen, found, document)
-    if csv:
-        plan_print.write_csv(csv, rows)
-        screen.print(f"  wrote {csv}")
+    plan_print.write_csv(csv, rows, screen)
     if as_json:
         print_json(document)
     if not rows:

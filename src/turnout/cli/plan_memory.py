@@ -71,9 +71,7 @@ def memory(
     screen.print(f"  {_verdict(document, device)}")
     if ways:
         screen.print(_remedies(ways))
-    if csv:
-        plan_print.write_csv(csv, document["stages"])
-        screen.print(f"  wrote {csv}")
+    plan_print.write_csv(csv, document["stages"], screen)
     if as_json:
         print_json(document | plan_options.asked(query))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from turnout.cli import options
+from turnout.cli import options, plan_options
 
 CaseFile = Annotated[
     Path, typer.Option("--cases", help="A JSON file in the schema of published_cases.json.", metavar="FILE")
@@ -17,7 +17,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog="Example: turnout plan predict --cases my_runs.json --json")(predict)
 
 
-def predict(cases: CaseFile, as_json: options.Json = False) -> None:
+def predict(cases: CaseFile, csv: plan_options.Csv = None, as_json: options.Json = False) -> None:
     """Answer each row of a file in the row's own quantity and unit, or refuse it and say why."""
     from turnout.cli import plan_print as show
     from turnout.cli.console import print_json, table
@@ -35,9 +35,10 @@ def predict(cases: CaseFile, as_json: options.Json = False) -> None:
     screen.print(table(f"Predictions for {cases}", headings, cells))
     counts = Counter(each.predicted is None for each in answers)
     screen.print(f"  {counts[False]} answered, {counts[True]} refused")
+    rows = [
+        {"id": each.id, "predicted": each.predicted, "unit": each.unit, "refused": each.refused or None}
+        for each in answers
+    ]
+    show.write_csv(csv, rows, screen)
     if as_json:
-        rows = [
-            {"id": each.id, "predicted": each.predicted, "unit": each.unit, "refused": each.refused or None}
-            for each in answers
-        ]
         print_json({"rows": rows})

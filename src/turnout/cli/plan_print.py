@@ -82,8 +82,10 @@ def bar(share: float, width: int = 28) -> str:
     return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows of plain values under the names of the first one."""
+def write_csv(path: Path | None, rows: Sequence[dict[str, Any]], screen: Any) -> None:
+    """Rows of plain values under the names of the first one, into the file that was asked for, if one was."""
+    if path is None:
+        return
     import csv
     import io
 
@@ -94,6 +96,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, text.getvalue().encode())
+    screen.print(f"  wrote {path}")
 
 
 def columns(left: Iterable[str], right: Iterable[str]) -> dict[str, str]:

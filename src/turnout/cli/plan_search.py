@@ -65,11 +65,8 @@ def search(
     _print_result(screen, query, result, by_nodes=bool(sizes))
     if why_not:
         document["why_not"] = _why_not(screen, query, why_not)
-    if csv:
-        plan_print.write_csv(
-            csv, [row | {"layout": text} for row, text in zip(document["best"], _texts(result), strict=True)]
-        )
-        screen.print(f"  wrote {csv}")
+    best = [row | {"layout": text} for row, text in zip(document["best"], _texts(result), strict=True)]
+    plan_print.write_csv(csv, best, screen)
     if as_json:
         print_json(document | {"model": query.shape.name, "cluster": query.machine.name})
     if not result.best:

@@ -37,6 +37,7 @@ def time(
     run_tokens: RunTokens = 0.0,
     usd_per_device_hour: plan_options.Price = 0.0,
     what_if: WhatIfs = False,
+    csv: plan_options.Csv = None,
     plot: Plot = None,
     as_json: options.Json = False,
 ) -> None:
@@ -66,6 +67,7 @@ def time(
         document["what_if"] = [row.to_json() for row in rows]
         screen.print()
         screen.print(_what_if_table(rows, document["step_s"]))
+    plan_print.write_csv(csv, _parts(step), screen)
     if plot:
         from turnout.plan.charts import draw_waterfall
 
@@ -107,6 +109,15 @@ def _document(query: Any, run_tokens: float) -> tuple[dict[str, Any], Any]:
         "twins": [each.to_json() for each in beside],
         "tokens_to_save": tokens_to_save(beside) if beside else None,
     }, step
+
+
+def _parts(step: Any) -> list[dict[str, Any]]:
+    """The rows of the table of parts."""
+    from dataclasses import asdict
+
+    from turnout.plan.waterfall import waterfall
+
+    return [asdict(part) for part in waterfall(step)]
 
 
 # --- for people ---

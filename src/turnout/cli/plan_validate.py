@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from turnout.cli import options
+from turnout.cli import options, plan_options
 
 CaseFile = Annotated[
     Path | None,
@@ -28,7 +28,9 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog="Example: turnout plan validate --json")(validate)
 
 
-def validate(cases: CaseFile = None, refused: Refused = False, as_json: options.Json = False) -> None:
+def validate(
+    cases: CaseFile = None, refused: Refused = False, csv: plan_options.Csv = None, as_json: options.Json = False
+) -> None:
     """Predicted against measured, suite by suite, beside one constant MFU and other planners; memory, out-of-memory."""
     import time
 
@@ -47,8 +49,10 @@ def validate(cases: CaseFile = None, refused: Refused = False, as_json: options.
     if refused:
         screen.print(_refusals(report))
     screen.print(f"  {sum(each.refused for each in report.suites)} rows refused; {seconds:.1f} s")
+    document: dict[str, Any] = to_json(report) | {"seconds": seconds}
+    plan_print.write_csv(csv, document["suites"], screen)
     if as_json:
-        print_json(to_json(report) | {"seconds": seconds})
+        print_json(document)
 
 
 def _suites(report: Any) -> Any:

@@ -61,9 +61,7 @@ def volume(
     screen.print("  bytes sent by one device in a step, the mean over stages; seconds before anything is hidden")
     if layers:
         _print_layers(screen, layers)
-    if csv:
-        plan_print.write_csv(csv, document["collectives"])
-        screen.print(f"  wrote {csv}")
+    plan_print.write_csv(csv, document["collectives"], screen)
     if as_json:
         print_json(document | layers | plan_options.asked(query))
 

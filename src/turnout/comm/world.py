@@ -106,9 +106,14 @@ def is_launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def is_joined() -> bool:
+    """Whether this process is in a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def current_world(local_size: int = 0) -> World:
     """The world of the process group there is, or of this process alone; `local_size` 0: all ranks are on one node."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_joined():
         return World()
     size = dist.get_world_size()
     return World(rank=dist.get_rank(), size=size, local_size=local_size or size)

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from turnout.segments import Segments, gather
+from turnout.segments import Segments, gather, inverse
 from turnout.tensors import Admission, Assignment, DispatchPlan, Padded, Ragged, Rows
 
 
@@ -17,7 +17,7 @@ def plan_dispatch(assignment: Assignment, admission: Admission) -> DispatchPlan:
     token_in_order = assignment.token_N if kept_M is None else assignment.token_N[kept_M]
     counts_E = assignment.counts_E if kept_M is None else torch.bincount(expert_in_order, minlength=num_experts)
     order_M = _argsort(expert_in_order, num_experts)
-    row_M = _inverse(order_M)
+    row_M = inverse(order_M)
     if assignment.top_k is None:
         by_token_M = _argsort(token_in_order, num_tokens)
         row_M = row_M[by_token_M]
@@ -62,10 +62,6 @@ def _argsort(key_N: Tensor, num_keys: int) -> Tensor:
     # narrow keys sort several times faster on CPU
     narrow = torch.int16 if num_keys <= 1 << 15 else torch.int32
     return key_N.to(narrow).argsort(stable=True)
-
-
-def _inverse(order_M: Tensor) -> Tensor:
-    return torch.empty_like(order_M).index_copy_(0, order_M, torch.arange(len(order_M), device=order_M.device))
 
 
 def _slots(plan: DispatchPlan, width: int) -> Tensor:

@@ -9,7 +9,9 @@ from turnout.contracts import ExpertBackend, FusedBackend, Refusal
 from turnout.experts.fused_cpu import rows_as_tokens
 from turnout.experts.quantized import QuantizedFFNExperts
 from turnout.kernels import KINDS, Int8Weights, Kernel, trusted_kernel
+from turnout.kernels.build import Library, compiled
 from turnout.kernels.int8_proof import prove_int8
+from turnout.kernels.proof import once
 from turnout.tensors import Admission, Assignment, Ragged, Rows
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,9 +54,12 @@ class FusedInt8(FusedBackend):
 
 @functools.cache
 def trusted_int8() -> Kernel | str:
-    """The kernel, once its pass of 8 bits is proven too, or why there is none; half a second in each process."""
-    kernel = trusted_kernel()
-    return kernel if isinstance(kernel, str) else prove_int8(kernel) or kernel
+    """The kernel, once its pass of 8 bits is proven too, or why there is none."""
+    kernel, library = trusted_kernel(), compiled()
+    if isinstance(kernel, str):
+        return kernel
+    assert isinstance(library, Library)
+    return once(functools.partial(prove_int8, kernel), library.path.with_suffix(".int8-proven")) or kernel
 
 
 def _weights(experts: QuantizedFFNExperts) -> Int8Weights:

@@ -4,12 +4,11 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from turnout.errors import ConfigError, NonFiniteError
 from turnout.experts.activations import Activation
 from turnout.experts.weights import FFNExperts
-from turnout.kernels.int8_codes import GROUP, PANEL, QUAD, decode, encode
+from turnout.kernels.int8_codes import GROUP, PANEL, QUAD, FFNCodes, decode_ffn, encode_ffn
 
 PRECISIONS = {"int8": 16, "int8-a8": 8}  # of weights of 8 bits -> bits of the activations
 
@@ -83,11 +82,9 @@ class QuantizedFFNExperts(nn.Module):
             if not weight.isfinite().all():
                 raise NonFiniteError(f"experts.{name} has NaN or infinite values; 8 bits have no code for them")
         for e in range(experts.num_experts):
-            parts = experts.up_EDG[e].split(made.hidden, dim=1)
-            padded = torch.stack([F.pad(part, (0, -made.hidden % GROUP)) for part in parts])
-            made.up_codes[e], up_scales = encode(padded)
-            (made.down_codes[e],), down_scales = encode(experts.down_EFD[e : e + 1])
-            made.up_scales[e], made.down_scales[e] = up_scales.view(torch.int16), down_scales[0].view(torch.int16)
+            for name, found in encode_ffn(experts.up_EDG[e : e + 1], experts.down_EFD[e : e + 1])._asdict().items():
+                own = getattr(made, name)
+                own[e] = found[0].view(own.dtype)
         for own, bias in ((made.up_bias_EG, experts.up_bias_EG), (made.down_bias_ED, experts.added_bias_ED)):
             if own is not None and bias is not None:
                 own.copy_(bias)
@@ -100,10 +97,15 @@ class QuantizedFFNExperts(nn.Module):
 
     def weights_of(self, expert: int) -> tuple[Tensor, Tensor]:
         """up_DG and down_FD of one expert as the codes have them, in float32."""
-        parts = decode(self.up_codes[expert], _scales(self.up_scales[expert]), inner=self.dim, outer=self.hidden)
         one = slice(expert, expert + 1)
-        (down_FD,) = decode(self.down_codes[one], _scales(self.down_scales[one]), inner=self.hidden, outer=self.dim)
-        return torch.cat(parts.unbind(), dim=1), down_FD
+        codes = FFNCodes(
+            up_codes=self.up_codes[one],
+            up_scales=self.up_scales[one].view(torch.bfloat16),
+            down_codes=self.down_codes[one],
+            down_scales=self.down_scales[one].view(torch.bfloat16),
+        )
+        up_EDG, down_EFD = decode_ffn(codes, dim=self.dim, hidden=self.hidden)
+        return up_EDG[0], down_EFD[0]
 
     def check_inference(self, *tensors: Tensor) -> None:
         """Raises: ConfigError if a gradient is to come back through the experts."""
@@ -140,10 +142,6 @@ def quantize_experts(model: Model, *, activation_bits: int = 16) -> Model:
     for (module, name, _), experts in zip(found, made, strict=True):
         setattr(module, name, experts)
     return model
-
-
-def _scales(bits: Tensor) -> Tensor:
-    return bits.view(torch.bfloat16)
 
 
 def _up(size: int, step: int) -> int:

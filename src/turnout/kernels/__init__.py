@@ -7,7 +7,7 @@ from torch import Tensor
 
 from turnout.kernels.build import compiled
 from turnout.kernels.kernel import KINDS, Gradients, Int8Weights, Kernel, Routing, Weights
-from turnout.kernels.proof import prove
+from turnout.kernels.proof import once, prove
 
 __all__ = ["KINDS", "Gradients", "Int8Weights", "Kernel", "Routing", "Weights", "kernel_for", "trusted_kernel"]
 
@@ -22,7 +22,7 @@ def trusted_kernel() -> Kernel | str:
         kernel = Kernel(library.load())
     except OSError as error:
         return f"the compiled kernel cannot be loaded: {error}"
-    return prove(kernel, library.path) or kernel
+    return once(functools.partial(prove, kernel), library.path.with_suffix(".proven")) or kernel
 
 
 def kernel_for(rows: Tensor) -> Kernel | None:

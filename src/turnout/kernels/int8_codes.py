@@ -1,11 +1,41 @@
 """Weights as codes of 8 bits, in the order the kernel reads them; one layout on every machine."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 # of int8_tile.h: inner columns that share a scale; outer columns that lie together; inner columns multiplied at once
 GROUP, PANEL, QUAD = 64, 32, 4
+
+
+class FFNCodes(NamedTuple):
+    """Of E feed-forward networks; those of the first product have an axis of parts, gate and up, after E."""
+
+    up_codes: Tensor
+    up_scales: Tensor
+    down_codes: Tensor
+    down_scales: Tensor
+
+
+def encode_ffn(up_EDG: Tensor, down_EFD: Tensor) -> FFNCodes:
+    """Codes and scales of both products."""
+    hidden = down_EFD.shape[1]
+    # each part begins a panel, and ends with a group of the second product
+    parts = torch.stack([F.pad(part, (0, -hidden % GROUP)) for part in up_EDG.split(hidden, dim=2)], dim=1)
+    up_codes, up_scales = (t.unflatten(0, parts.shape[:2]) for t in encode(parts.flatten(0, 1)))
+    down_codes, down_scales = encode(down_EFD)
+    return FFNCodes(up_codes=up_codes, up_scales=up_scales, down_codes=down_codes, down_scales=down_scales)
+
+
+def decode_ffn(codes: FFNCodes, *, dim: int, hidden: int) -> tuple[Tensor, Tensor]:
+    """up_EDG and down_EFD as the codes have them, float32."""
+    parts = [
+        decode(part, scales, inner=dim, outer=hidden)
+        for part, scales in zip(codes.up_codes.unbind(1), codes.up_scales.unbind(1), strict=True)
+    ]
+    return torch.cat(parts, dim=2), decode(codes.down_codes, codes.down_scales, inner=hidden, outer=dim)
 
 
 def encode(weight_EIO: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from turnout import reference
-from turnout.kernels.int8_codes import GROUP, decode, encode
+from turnout.kernels.int8_codes import GROUP, decode_ffn, encode_ffn
 from turnout.kernels.kernel import KINDS, Int8Weights, Kernel
 from turnout.tensors import Assignment
 
@@ -42,7 +42,8 @@ def whole_number_error(kernel: Kernel, sizes: tuple[int, ...], digits: int) -> f
         _per_group(weight, 1, 127.0)
     x_TD = draw(-9, 10, (num_tokens, dim))
     _per_group(x_TD.T.unsqueeze(0), 2, 127.0)
-    weights = int8_weights(up_EDF, down_EFD, None, None, kind="relu")
+    own = encode_ffn(up_EDF, down_EFD)
+    weights = Int8Weights(**own._asdict(), up_bias_EG=None, down_bias_ED=None, hidden=hidden, kind="relu")
     assignment = _drawn(num_tokens, num_experts, k, generator)
     got_TD = kernel.infer_int8(x_TD, assignment.weight_N, weights, kernel.sort(assignment, None), digits=digits)
     want_TD = torch.zeros(num_tokens, dim, dtype=torch.float64)
@@ -65,36 +66,6 @@ def as_codes(h_MF: Tensor, digits: int) -> Tensor:
     return (codes * scale.double()).nan_to_num(0.0).flatten(1)[:, : h_MF.shape[1]]
 
 
-def int8_weights(
-    up_EDG: Tensor, down_EFD: Tensor, up_bias_EG: Tensor | None, down_bias_ED: Tensor | None, *, kind: str
-) -> Int8Weights:
-    """Codes of the weights of all experts."""
-    hidden = down_EFD.shape[1]
-    # each part begins a panel, and ends with a group of the second product
-    parts = torch.stack([functional.pad(p, (0, -hidden % GROUP)) for p in up_EDG.split(hidden, dim=2)], dim=1)
-    up_codes, up_scales = (t.unflatten(0, parts.shape[:2]) for t in encode(parts.flatten(0, 1)))
-    down_codes, down_scales = encode(down_EFD)
-    return Int8Weights(
-        up_codes=up_codes,
-        up_scales=up_scales,
-        down_codes=down_codes,
-        down_scales=down_scales,
-        up_bias_EG=up_bias_EG,
-        down_bias_ED=down_bias_ED,
-        hidden=hidden,
-        kind=kind,
-    )
-
-
-def float_weights(weights: Int8Weights, dim: int) -> tuple[Tensor, Tensor]:
-    """up_EDG and down_EFD as the codes have them, float32."""
-    parts = [
-        decode(codes, scales, inner=dim, outer=weights.hidden)
-        for codes, scales in zip(weights.up_codes.unbind(1), weights.up_scales.unbind(1), strict=True)
-    ]
-    return torch.cat(parts, dim=2), decode(weights.down_codes, weights.down_scales, inner=weights.hidden, outer=dim)
-
-
 def _error(kernel: Kernel, kind: str, sizes: tuple[int, ...], *, bias: bool) -> float:
     """Off the oracle in float64 of what the codes stand for."""
     num_tokens, dim, hidden, num_experts, k = sizes
@@ -103,7 +74,8 @@ def _error(kernel: Kernel, kind: str, sizes: tuple[int, ...], *, bias: bool) -> 
     width = 2 * hidden if kind.startswith("swiglu") else hidden
     up_EDG, down_EFD = draw(num_experts, dim, width) * dim**-0.5, draw(num_experts, hidden, dim) * hidden**-0.5
     biases = (draw(num_experts, width), draw(num_experts, dim)) if bias else (None, None)
-    weights = int8_weights(up_EDG, down_EFD, *biases, kind=kind)
+    own = encode_ffn(up_EDG, down_EFD)
+    weights = Int8Weights(**own._asdict(), up_bias_EG=biases[0], down_bias_ED=biases[1], hidden=hidden, kind=kind)
     x_TD, assignment = draw(num_tokens, dim), _drawn(num_tokens, num_experts, k, generator)
     got_TD = kernel.infer_int8(x_TD, assignment.weight_N, weights, kernel.sort(assignment, None), digits=2)
     gate_TE = torch.zeros(num_tokens, num_experts, dtype=torch.float64)
@@ -117,7 +89,7 @@ def _error(kernel: Kernel, kind: str, sizes: tuple[int, ...], *, bias: bool) -> 
             up_bias_G=0.0 if biases[0] is None else biases[0][e].double(),
             down_bias_D=0.0 if biases[1] is None else biases[1][e].double(),
         )
-        for e, (up, down) in enumerate(zip(*float_weights(weights, dim), strict=True))
+        for e, (up, down) in enumerate(zip(*decode_ffn(own, dim=dim, hidden=hidden), strict=True))
     ]
     return _relative(got_TD, reference.moe(x_TD.double(), gate_TE, experts))
 

@@ -144,12 +144,9 @@ class Kernel:
     ) -> Tensor:
         """y_TD of weights of 8 bits; activations have 7 bits and a sign in one digit, 14 and a sign in two."""
         y_TD = torch.empty_like(x_TD)
-        num_experts = len(weights.up_codes)
-        sizes = (routing.num_tokens, x_TD.shape[1], weights.hidden, num_experts, routing.num_assignments)
+        sizes = (routing.num_tokens, x_TD.shape[1], weights.hidden, len(weights.up_codes), routing.num_assignments)
         own = (weights.up_codes, weights.down_codes, weights.up_bias_EG, weights.down_bias_ED)
-        tensors = (routing.routes, x_TD, weight_N, *own, None, y_TD)
-        job = array("q", (*sizes, KINDS[weights.kind], 0, torch.get_num_threads(), self._pool, *map(_at, tensors)))
-        job.extend([0] * (NUM_FIELDS - len(job)))
+        job = self._job((*sizes, KINDS[weights.kind], 0), (routing.routes, x_TD, weight_N, *own, None, y_TD))
         job.extend(map(_at, (weights.up_scales, weights.down_scales)))
         _check(self._int8(job.buffer_info()[0], digits))
         return y_TD
@@ -182,10 +179,14 @@ class Kernel:
         num_experts, hidden, dim = weights.down_EFD.shape
         sizes = (routing.num_tokens, dim, hidden, num_experts, routing.num_assignments, KINDS[weights.kind])
         own = (weights.up_EDG, weights.down_EFD, weights.up_bias_EG, weights.down_bias_ED)
-        tensors = (routing.routes, x_TD, weight_N, *own, *rest)
-        job = array("q", (*sizes, weights.is_half, torch.get_num_threads(), self._pool, *map(_at, tensors)))
-        job.extend([0] * (NUM_FIELDS - len(job)))
+        job = self._job((*sizes, weights.is_half), (routing.routes, x_TD, weight_N, *own, *rest))
         _check(function(job.buffer_info()[0]))
+
+    def _job(self, numbers: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> "array[int]":
+        """`Job` of job.h; the fields that no tensor is given for are null."""
+        job = array("q", (*numbers, torch.get_num_threads(), self._pool, *map(_at, tensors)))
+        job.extend([0] * (NUM_FIELDS - len(job)))
+        return job
 
 
 NUM_FIELDS = 25  # of `Job` in job.h

@@ -1,7 +1,7 @@
 """A kernel is trusted once it has computed what the dense oracle computes, on this machine."""
 
 import contextlib
-import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,21 +17,23 @@ TOLERANCE = 1e-5
 SIZES = ((70, 288, 320, 4, 2), (33, 20, 12, 5, 2), (9, 64, 96, 3, 1), (1, 5, 3, 2, 1))
 
 
-def prove(kernel: Kernel, path: Path) -> str:
-    """Why not to trust the kernel at `path`, or nothing; a proof that succeeded is kept beside it."""
-    proof = path.with_suffix(".proven")
-    if proof.exists():
-        return ""
+def prove(kernel: Kernel) -> str:
+    """Why not to trust the kernel, or nothing."""
     worst = worst_error(kernel)
     # not <: NaN is no proof
-    if not worst < TOLERANCE:
-        return f"the compiled kernel is off the oracle by {worst:.1e} on this machine"
-    # a cache that cannot be written is proven anew by each process
-    with contextlib.suppress(OSError):
-        fresh = proof.with_suffix(f".{os.getpid()}")
-        fresh.write_text(f"{worst:.1e}\n", encoding="utf-8")
-        os.replace(fresh, proof)
-    return ""
+    return "" if worst < TOLERANCE else f"the compiled kernel is off the oracle by {worst:.1e} on this machine"
+
+
+def once(prove: Callable[[], str], proof: Path) -> str:
+    """What `prove` says, or nothing if it said nothing on this machine before: a proof that succeeded is kept."""
+    if proof.exists():
+        return ""
+    doubt = prove()
+    if not doubt:
+        # a cache that cannot be written is proven anew by each process
+        with contextlib.suppress(OSError):
+            proof.touch()
+    return doubt
 
 
 def worst_error(kernel: Kernel) -> float:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from turnout.comm.world import naming
+from turnout.comm.world import is_joined, naming
 from turnout.data.sampler import Batch
 from turnout.layers.lm_loss import IGNORE
 from turnout.models import Decoder
@@ -30,7 +30,7 @@ def shares(batches: Sequence[Batch]) -> list[Share]:
     targets = [int((batch.targets_BS != IGNORE).sum()) for batch in batches]
     tokens = [batch.tokens_BS.numel() if batch.mask_BS is None else int(batch.mask_BS.sum()) for batch in batches]
     all_targets, all_tokens = _over_ranks(torch.tensor([sum(targets), sum(tokens)])).clamp(min=1).tolist()
-    ranks = dist.get_world_size() if _is_distributed() else 1
+    ranks = dist.get_world_size() if is_joined() else 1
     return [
         Share(main=ranks * main / all_targets, aux=ranks * aux / all_tokens)
         for main, aux in zip(targets, tokens, strict=True)
@@ -57,7 +57,7 @@ def sum_stats(per_batch: Sequence[tuple[MoEStats, ...]]) -> tuple[MoEStats, ...]
     totals = per_batch[0]
     for stats in per_batch[1:]:
         totals = tuple(a + b for a, b in zip(totals, stats, strict=True))
-    if not totals or not _is_distributed():
+    if not totals or not is_joined():
         return totals
     # one message for all layers; float64 holds every count below 2^53
     values = [getattr(stats, field.name) for stats in totals for field in fields(MoEStats)]
@@ -68,17 +68,13 @@ def sum_stats(per_batch: Sequence[tuple[MoEStats, ...]]) -> tuple[MoEStats, ...]
 
 def mean_over_ranks(values: Sequence[float]) -> list[float]:
     """Each number averaged over all ranks: not a number anywhere is not a number everywhere."""
-    if not _is_distributed():
+    if not is_joined():
         return list(values)
     return (_over_ranks(torch.tensor(values, dtype=torch.float64)) / dist.get_world_size()).tolist()
 
 
 def _over_ranks(value: Tensor) -> Tensor:
-    if _is_distributed():
+    if is_joined():
         with naming("a sum of statistics"):
             dist.all_reduce(value)
     return value
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
