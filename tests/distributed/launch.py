@@ -21,7 +21,7 @@ SIZES = ("model.vocab_size=300", "data.vocab_size=300", "data.val_fraction=0.2")
 LOSSES = "model.moe.losses=[{name = 'load_balance', scope = 'global'}]"
 RUN = "launched"
 STEPS, KILLED_AT = 12, 4  # of the run that all tests share
-_PAUSE_S = 0.02
+_PAUSE_S, _SHARE_IN_TRAINING = 0.02, 0.7
 Disturb = Callable[[threading.Event], None]  # until the event is set
 
 
@@ -58,22 +58,34 @@ def started(
 def kill_at_step(run: Path, step: int, stopped: threading.Event) -> None:
     """SIGKILL to the second rank as soon as the run has recorded that step."""
     while not stopped.wait(_PAUSE_S):
-        with suppress(OSError):
-            if (run / "metrics.jsonl").read_bytes().count(b'{"kind":"step"') >= step:
-                _kill(run, 1)
-                return
+        if _recorded(run) >= step:
+            _kill(run, 1)
+            return
 
 
 def kill_at_random(run: Path, times: int, longest_s: float, stopped: threading.Event) -> None:
-    """SIGKILL to either rank, so often: some time after it has started, be it in its imports or in a save."""
+    """SIGKILL to either rank, so often: most after the run has got on since the last one, others in a start."""
     draw = random.Random(times)
-    while times and not stopped.wait(draw.uniform(0, longest_s)):
+    while times and not stopped.is_set():
+        if draw.random() < _SHARE_IN_TRAINING:
+            before = _recorded(run)
+            while _recorded(run) == before and not stopped.wait(_PAUSE_S):
+                pass
+        if stopped.wait(draw.uniform(0, longest_s)):
+            return
         times -= _kill(run, draw.randrange(2))
 
 
 def kills(run: Path) -> list[int]:
     """The ranks that were killed, in order."""
     return [int(line) for line in run.with_suffix(".kills").read_text(encoding="utf-8").splitlines()]
+
+
+def _recorded(run: Path) -> int:
+    """Steps that the run has written down; after a restart they are fewer again."""
+    with suppress(OSError):
+        return (run / "metrics.jsonl").read_bytes().count(b'{"kind":"step"')
+    return 0
 
 
 def _kill(run: Path, rank: int) -> bool:

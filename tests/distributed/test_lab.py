@@ -14,7 +14,14 @@ import pytest
 
 from turnout.bench import alltoall
 from turnout.bench.alltoall_case import ExchangeCase
-from turnout.bench.alltoall_cost import copies_between, crossover, exchange_s, expected_copies
+from turnout.bench.alltoall_cost import (
+    Crossover,
+    copies_between,
+    crossover,
+    exchange_s,
+    expected_copies,
+    planned_crossover,
+)
 from turnout.bench.lab import Links, isolated, isolation, why_not
 from turnout.errors import ConfigError, TurnoutError
 
@@ -175,8 +182,17 @@ def test_slower_links_never_make_an_exchange_faster_and_small_rows_pay_by_the_me
         times = [exchange_s(program, routing, 1024, Links(rate_mbit=400, packet_us=each)) for each in (0, 50, 250)]
         assert times == sorted(times)
         assert exchange_s(program, routing, 1024, None) <= times[0]
-    assert (crossover("hierarchical", routing, SLOW) or inf) > 16384
-    assert crossover("flat", routing, SLOW) == 0
+    change = planned_crossover("hierarchical", routing, SLOW)
+    assert change.small == "hierarchical"
+    assert (change.row_bytes or inf) > 16384
+
+
+def test_a_crossover_is_where_the_faster_one_changes() -> None:
+    assert crossover("p", [(10, 4.0), (1000, 0.25)]) == Crossover(small="p", row_bytes=pytest.approx(100))
+    assert crossover("p", [(10, 0.5), (20, 0.5), (40, 2.0)]) == Crossover(
+        small="flat", row_bytes=pytest.approx(28.28, rel=1e-3)
+    )
+    assert crossover("p", [(10, 1.5), (20, 1.0)]) == Crossover(small="p", row_bytes=None)
 
 
 def test_merging_cuts_the_copies_between_nodes_as_the_closed_form_says() -> None:

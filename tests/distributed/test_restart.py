@@ -1,6 +1,5 @@
 """A rank that is killed: torchrun starts the job again, which goes on where it was and ends as if nothing had been."""
 
-import os
 import re
 import threading
 from datetime import timedelta
@@ -23,7 +22,7 @@ from turnout.train.recipes import load_recipe
 from turnout.train.signals import StopRequest
 from turnout.train.trained import load_trained
 
-KILLS, MANY_STEPS, RESTARTS = 20, 1200, 24
+KILLS, LONGEST_S, MANY_STEPS, RESTARTS = 20, 3.0, 800, 24
 
 
 @pytest.fixture
@@ -110,8 +109,7 @@ def test_a_job_killed_at_twenty_random_moments_ends_with_the_undisturbed_weights
     write_home(tmp_path)
     settings = (f"loop.steps={MANY_STEPS}", "loop.eval_every=100", "loop.save_every=20")
     started(tmp_path, "calm", settings)
-    longest_s = float(os.environ.get("TURNOUT_KILL_WITHIN_S", "12"))
-    disturb = partial(kill_at_random, tmp_path / "wild", KILLS, longest_s)
+    disturb = partial(kill_at_random, tmp_path / "wild", KILLS, LONGEST_S)
     started(tmp_path, "wild", settings, restarts=RESTARTS, disturb=disturb)
     assert len(kills(tmp_path / "wild")) == KILLS
     calm, wild = (checkpoint.load(tmp_path / name) for name in ("calm", "wild"))

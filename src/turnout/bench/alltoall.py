@@ -1,16 +1,21 @@
 """`turnout bench alltoall`: the programs in turns over real connections, beside what the planner says of them."""
 
 import json
-import math
 import os
 import subprocess
 import sys
-from itertools import pairwise
 from typing import Any
 
 from turnout.alltoall import PROGRAMS, pairs_of, round_trip
 from turnout.bench.alltoall_case import ALL_GATHER, ExchangeCase
-from turnout.bench.alltoall_cost import copies_between, crossover, exchange_s, expected_copies, row_size
+from turnout.bench.alltoall_cost import (
+    copies_between,
+    crossover,
+    exchange_s,
+    expected_copies,
+    planned_crossover,
+    row_size,
+)
 from turnout.bench.lab import Links, isolated, why_not
 from turnout.bench.race import Timing, ratio
 from turnout.bench.run import ratio_keys, result, row
@@ -32,10 +37,9 @@ def run(case: ExchangeCase) -> dict[str, Any]:
     found = _started(case)
     traffic = [_traffic(case, size, name, found["counts"]) for size in case.row_bytes for name in _counted(case)]
     rows = _rows(case, found["seconds"])
-    mesh = {"hosts": case.hosts, "ranks": case.ranks, "tokens": case.num_tokens, "experts": case.num_experts}
-    return result(
-        rows, traffic=traffic, crossover=_crossovers(case, rows), mesh=mesh | {"k": case.k}, links=_links(case)
-    )
+    asked = {"hosts": case.hosts, "ranks": case.ranks, "tokens": case.num_tokens, "experts": case.num_experts}
+    asked |= {"k": case.k, "rounds": case.rounds, "repeat": case.repeat}
+    return result(rows, traffic=traffic, crossover=_crossovers(case, rows), mesh=asked, links=_links(case))
 
 
 def _started(case: ExchangeCase) -> dict[str, Any]:
@@ -119,32 +123,18 @@ def _in_order(key: str) -> tuple[int, str, str]:
 
 
 def _crossovers(case: ExchangeCase, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each program: from which size of a row on flat is faster, measured (between two sizes) and planned."""
+    """Of each program beside flat: which is faster with small rows, and from which size on the other one is."""
     found, links = [], _links_of(case)
     flat_s = exchange_s("flat", case.routing, case.row_bytes[0], links)
     for name in _counted(case):
         # on this mesh some make the very collectives of flat
         if name == "flat" or exchange_s(name, case.routing, case.row_bytes[0], links) == flat_s:
             continue
-        curve = sorted(
-            (each["row_bytes"], each["speedup_over_flat"])
-            for each in rows
-            if each["peer"] == name and each["mode"] == "wire"
-        )
-        planned = crossover(name, case.routing, links)
-        found.append({"program": name, "measured_bytes": _crossing(curve), "planned_bytes": planned})
+        wires = [each for each in rows if each["peer"] == name and each["mode"] == "wire"]
+        measured = crossover(name, sorted((each["row_bytes"], each["speedup_over_flat"]) for each in wires))
+        planned = planned_crossover(name, case.routing, links)
+        found.append({"program": name, "measured": vars(measured), "planned": vars(planned)})
     return found
-
-
-def _crossing(curve: list[tuple[int, float]]) -> float | None:
-    """Where the speedup falls to 1, between sizes as a power law; 0: before the first size, None: after the last."""
-    if curve[0][1] < 1:
-        return 0.0
-    for (low, above), (high, below) in pairwise(curve):
-        if below < 1:
-            share = math.log(above) / (math.log(above) - math.log(below))
-            return low * (high / low) ** share
-    return None
 
 
 def _links_of(case: ExchangeCase) -> Links | None:

@@ -34,9 +34,10 @@ class ExchangeCase:
     share_memory: bool = False  # measure ranks of one host through their memory too
     rounds: int = 20
     warmup: int = 3
+    repeat: int = 1  # exchanges in a row, of which a round has the mean: one alone begins with waking up
 
     def __post_init__(self) -> None:
-        for name in ("hosts", "ranks", "k", "rounds"):
+        for name in ("hosts", "ranks", "k", "rounds", "repeat"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.mesh.size > _MOST_RANKS or self.mesh.size < 2:

@@ -1,7 +1,9 @@
 """How long an exchange takes by the planner's bytes and messages, at the costs of this machine and of a lab's links."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from itertools import pairwise
+from math import ceil, log
 
 from turnout.alltoall import PROGRAMS, Move, RoutedTokens, RowSize, UniformRouting, pairs_of, round_trip, traffic_of
 from turnout.bench.alltoall_case import ExchangeCase
@@ -10,7 +12,6 @@ from turnout.bench.lab import Links
 # TCP over Ethernet: bytes of headers in each packet, and of those the part that the mtu counts
 _HEADERS, _IN_MTU = 66, 52
 _GLOO_HEADER = 48
-_LARGEST_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,22 +76,30 @@ def exchange_s(
     return total
 
 
-def crossover(program: str, routing: RoutedTokens, links: Links | None) -> float | None:
-    """Bytes of a row from which `flat` is the faster one; None if it never is, 0 if it always is."""
+@dataclass(frozen=True, kw_only=True)
+class Crossover:
+    """Which of a program and `flat` is faster with small rows, and from which size of a row on the other one is."""
 
-    def loses(row_bytes: int) -> bool:
-        flat_s = exchange_s("flat", routing, row_bytes, links)
-        return exchange_s(program, routing, row_bytes, links) >= flat_s
+    small: str
+    row_bytes: float | None  # None: the same one at all sizes
 
-    low, high = 4, _LARGEST_BYTES
-    if loses(low):
-        return 0.0
-    if not loses(high):
-        return None
-    while high - low > max(1, low // 100):
-        middle = (low + high) // 2
-        low, high = (low, middle) if loses(middle) else (middle, high)
-    return float(high)
+
+def planned_crossover(program: str, routing: RoutedTokens, links: Links | None) -> Crossover:
+    """By planned times, for rows of 4 bytes to 16 MiB."""
+    sizes = [1 << power for power in range(2, 25)]
+    times = {name: [exchange_s(name, routing, size, links) for size in sizes] for name in ("flat", program)}
+    return crossover(program, [(size, f / p) for size, f, p in zip(sizes, times["flat"], times[program], strict=True)])
+
+
+def crossover(program: str, speedups: Sequence[tuple[int, float]]) -> Crossover:
+    """Of (row bytes, speedup over flat) in order of size; between two sizes speedups are taken for a power law."""
+    wins = speedups[0][1] >= 1
+    small = program if wins else "flat"
+    for (low, before), (high, after) in pairwise(speedups):
+        if (after >= 1) != wins:
+            share = log(before) / (log(before) - log(after))
+            return Crossover(small=small, row_bytes=low * (high / low) ** share)
+    return Crossover(small=small, row_bytes=None)
 
 
 def _card_s(pairs: dict[tuple[int, int], list[float]], local: int, links: Links, machine: Machine) -> float:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,7 @@ def main() -> None:
 
 def _longest(case: ExchangeCase) -> float:
     """A generous guess of what the rounds take."""
-    each = 0.1 + case.mesh.size**2 * 1e-4 + 2e-2 * case.links.delay_ms
+    each = case.repeat * (0.1 + case.mesh.size**2 * 1e-4 + 2e-2 * case.links.delay_ms)
     return 2 * len(case.names) * len(case.row_bytes) * (case.rounds + case.warmup) * each
 
 
@@ -188,7 +188,7 @@ def _gathering(case: ExchangeCase, world: World, row_bytes: int) -> Work:
 def _quiet_group(world: World) -> tuple[ProcessGroup, set[kernel_count.Connection]]:
     """A group for what is not measured, and its connections, which are not counted."""
     before = set(kernel_count.received())
-    quiet = dist.new_group(list(range(world.size)))
+    quiet = cast(ProcessGroup, dist.new_group(list(range(world.size))))
     dist.barrier(group=quiet)
     return quiet, set(kernel_count.received()) - before
 
@@ -238,8 +238,9 @@ def _raced(
     for number in range(case.warmup + case.rounds):
         for name in random.Random(number).sample(sorted(contestants), len(contestants)):
             start_s = _common_start(world, quiet, case)
-            contestants[name]()
-            elapsed_s = time.perf_counter() - start_s
+            for _ in range(case.repeat):
+                contestants[name]()
+            elapsed_s = (time.perf_counter() - start_s) / case.repeat
             if number >= case.warmup:
                 ends[name].append(elapsed_s)
     return dict(ends)

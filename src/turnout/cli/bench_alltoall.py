@@ -41,6 +41,7 @@ def alltoall(
     ] = False,
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 20,
     warmup: Annotated[int, typer.Option(help="Rounds before them, which are not counted.", min=0)] = 3,
+    repeat: Annotated[int, typer.Option(help="Exchanges in a row in a round, of which the mean counts.", min=1)] = 1,
     as_json: options.Json = False,
 ) -> None:
     """All-to-all programs in turns: times beside the planner's, bytes by planner, ledger and kernel, rank by rank."""
@@ -64,6 +65,7 @@ def alltoall(
         share_memory=share_memory,
         rounds=rounds,
         warmup=warmup,
+        repeat=repeat,
     )
     result = run(case)
     screen = console(as_json=as_json)
@@ -73,8 +75,8 @@ def alltoall(
         screen.print(_times(size, result))
     screen.print(_bytes(result))
     for each in result["crossover"]:
-        measured, planned = (_where(each[f"{how}_bytes"]) for how in ("measured", "planned"))
-        screen.print(f"  {each['program']}: flat is faster {measured} as measured, {planned} as planned")
+        measured, planned = (_words(each["program"], each[how]) for how in ("measured", "planned"))
+        screen.print(f"  measured: {measured}; planned: {planned}", soft_wrap=True)
     if as_json:
         print_json(result)
 
@@ -137,10 +139,12 @@ def _bytes(result: dict[str, Any]) -> Any:
     )
 
 
-def _where(value: float | None) -> str:
-    if value is None:
-        return "nowhere"
-    return f"from {value:,.0f} bytes a row on" if value else "at every size"
+def _words(program: str, change: dict[str, Any]) -> str:
+    small, size = change["small"], change["row_bytes"]
+    other = program if small == "flat" else "flat"
+    if size is None:
+        return f"{small} is faster than {other} at all sizes"
+    return f"{small} is faster than {other} below {size:,.0f} bytes a row"
 
 
 def _number(value: float | None) -> str:
