@@ -288,6 +288,10 @@ class ExpertBackend(ABC):
     def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
         """None when this backend can run these experts on such rows, forward and, if it `trains`, backward."""
 
+    def held_back(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
+        """Why "auto" does not take this backend even where it runs; one that must win a race first overrides it."""
+        return None
+
     @abstractmethod
     def run(self, experts: nn.Module, rows: Rows) -> Rows:
         """Outputs in the layout of the input; padding rows are unspecified but finite."""

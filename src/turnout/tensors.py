@@ -47,7 +47,7 @@ class Assignment:
     @cached_property
     def counts_E(self) -> Int64[Tensor, "E"]:
         """Assignments per expert, counted once; a declined choice counts, a padding token has none."""
-        return torch.bincount(self.expert_N, minlength=self.num_experts)
+        return counted(self.expert_N, self.num_experts)
 
     def first_choice_counts_E(self) -> Int64[Tensor, "E"]:
         """First choices per expert."""
@@ -172,6 +172,16 @@ class MoEOutput:
     losses: tuple[LossTerm, ...]
     stats: MoEStats
     assignment: Assignment  # who went where, for a recording or a picture
+
+
+def counted(index_N: Tensor, size: int) -> Tensor:
+    """How often each number below `size` occurs, without a host copy: on a GPU bincount asks for the largest one.
+
+    Shapes: index_N (N,) int64; returns (size,) int64.
+    """
+    if index_N.device.type == "cpu":
+        return torch.bincount(index_N, minlength=size)
+    return index_N.new_zeros(size).scatter_add_(0, index_N, torch.ones_like(index_N))
 
 
 def as_token_ids(ids: Tensor | None) -> Tensor | None:

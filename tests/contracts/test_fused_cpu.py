@@ -71,7 +71,7 @@ def run(backend: str, experts: FFNExperts, x_TD: Tensor, assignment: Assignment,
     )
     y_grad_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     leaves = [x_TD, assignment.weight_N, *experts.parameters()]
-    return [y_TD, *torch.autograd.grad(y_TD, leaves, y_grad_TD.to(y_TD.dtype))]
+    return [y_TD, *torch.autograd.grad(y_TD, leaves, y_grad_TD.to(y_TD))]
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Expert weights, activations and the backends that compute them: one file and one row a backend."""
 
-from turnout.experts.choose import available_backends, choose_backend
+from turnout.experts.choose import available_backends, choose_backend, passed_by
 from turnout.experts.fused_cpu import FusedCPU
 from turnout.experts.fused_int8 import FusedInt8
+from turnout.experts.fused_triton import FusedTriton
 from turnout.experts.grouped_mm import GroupedMM
 from turnout.experts.loop import Loop
 from turnout.experts.padded_bmm import PaddedBMM
@@ -15,6 +16,7 @@ __all__ = [
     "FFNExperts",
     "FusedCPU",
     "FusedInt8",
+    "FusedTriton",
     "GroupedMM",
     "Loop",
     "ModuleExperts",
@@ -23,5 +25,6 @@ __all__ = [
     "ThreadedMM",
     "available_backends",
     "choose_backend",
+    "passed_by",
     "quantize_experts",
 ]

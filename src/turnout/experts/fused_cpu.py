@@ -89,14 +89,16 @@ class FusedCPU(FusedBackend):
 def rows_as_tokens(backend: FusedBackend, experts: nn.Module, rows: Ragged) -> Ragged:
     """What a fused backend makes of rows that are tokens of their own."""
     num_rows, num_experts = len(rows.x_MD), len(rows.counts_L)
-    row_M = torch.arange(num_rows)
+    device = rows.x_MD.device
+    row_M = torch.arange(num_rows, device=device)
     assignment = Assignment(
         token_N=row_M,
-        expert_N=torch.arange(num_experts).repeat_interleave(rows.counts_L, output_size=num_rows),
-        weight_N=torch.ones(num_rows),
+        expert_N=torch.arange(num_experts, device=device).repeat_interleave(rows.counts_L, output_size=num_rows),
+        weight_N=torch.ones(num_rows, device=device),
         choice_N=torch.zeros_like(row_M),
         num_tokens=num_rows,
         num_experts=num_experts,
+        top_k=1,
     )
     admission = Admission(keep_N=None, capacity=None, dropped_E={})
     return Ragged(x_MD=backend.run_tokens(experts, rows.x_MD, assignment, admission), counts_L=rows.counts_L)

@@ -32,6 +32,7 @@ def once(prove: Callable[[], str], proof: Path) -> str:
     if not doubt:
         # a cache that cannot be written is proven anew by each process
         with contextlib.suppress(OSError):
+            proof.parent.mkdir(parents=True, exist_ok=True)
             proof.touch()
     return doubt
 
@@ -47,6 +48,14 @@ def worst_error(kernel: Kernel) -> float:
 
 
 def _error(kernel: Kernel, kind: str, sizes: tuple[int, ...], *, bias: bool) -> Tensor:
+    leaves, expert_TK, y_grad_TD = drawn(kind, sizes, bias=bias)
+    got = _by_kernel(kernel, kind, leaves, expert_TK, y_grad_TD)
+    y_TD, *grads = by_oracle(kind, leaves, expert_TK, y_grad_TD)
+    return largest_error(got, [y_TD, y_TD, *grads])
+
+
+def drawn(kind: str, sizes: tuple[int, ...], *, bias: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Leaves in float32 (x, weights of assignments, both matrices, both biases), choices, and the gradient of y."""
     num_tokens, dim, hidden, num_experts, k = sizes
     generator = torch.Generator().manual_seed(sum(sizes))
     draw = partial(torch.randn, generator=generator, dtype=torch.float32)
@@ -59,10 +68,12 @@ def _error(kernel: Kernel, kind: str, sizes: tuple[int, ...], *, bias: bool) -> 
         draw(num_experts, hidden, dim) * hidden**-0.5,
         *([draw(num_experts, width), draw(num_experts, dim)] if bias else []),
     ]
-    y_grad_TD = draw(num_tokens, dim)
-    got = _by_kernel(kernel, kind, leaves, expert_TK, y_grad_TD)
-    y_TD, *grads = _by_oracle(kind, leaves, expert_TK, y_grad_TD)
-    pairs = zip(got, [y_TD, y_TD, *grads], strict=True)
+    return leaves, expert_TK, draw(num_tokens, dim)
+
+
+def largest_error(got: list[Tensor], want: list[Tensor]) -> Tensor:
+    """Of all pairs, relative to the largest value of each or 1; NaN where there is one."""
+    pairs = zip(got, want, strict=True)
     return torch.stack([(a.double() - b).abs().max() / b.abs().max().clamp(min=1) for a, b in pairs]).max()
 
 
@@ -71,7 +82,7 @@ def _by_kernel(kernel: Kernel, kind: str, leaves: list[Tensor], expert_TK: Tenso
     x_TD, weight_N, up_EDG, down_EFD, *biases = leaves
     up_bias, down_bias = biases or (None, None)
     weights = Weights(up_EDG=up_EDG, down_EFD=down_EFD, up_bias_EG=up_bias, down_bias_ED=down_bias, kind=kind)
-    routing = kernel.sort(_assignment(weight_N, expert_TK, len(up_EDG)), None)
+    routing = kernel.sort(assignment_of(weight_N, expert_TK, len(up_EDG)), None)
     inferred_TD, _ = kernel.forward(x_TD, weight_N, weights, routing, saved_rows=None)
     y_TD, saved = kernel.forward(x_TD, weight_N, weights, routing, saved_rows=routing.num_rows)
     assert saved is not None
@@ -80,7 +91,8 @@ def _by_kernel(kernel: Kernel, kind: str, leaves: list[Tensor], expert_TK: Tenso
     return [inferred_TD, y_TD, *(grad for grad in grads if grad is not None)]
 
 
-def _assignment(weight_N: Tensor, expert_TK: Tensor, num_experts: int) -> Assignment:
+def assignment_of(weight_N: Tensor, expert_TK: Tensor, num_experts: int) -> Assignment:
+    """Choices of each token side by side, as routers by top-k give them."""
     num_tokens, k = expert_TK.shape
     return Assignment(
         token_N=torch.arange(num_tokens).repeat_interleave(k),
@@ -93,7 +105,7 @@ def _assignment(weight_N: Tensor, expert_TK: Tensor, num_experts: int) -> Assign
     )
 
 
-def _by_oracle(kind: str, leaves: list[Tensor], expert_TK: Tensor, y_grad_TD: Tensor) -> list[Tensor]:
+def by_oracle(kind: str, leaves: list[Tensor], expert_TK: Tensor, y_grad_TD: Tensor) -> list[Tensor]:
     """Output, and the gradients of all leaves."""
     wide = [leaf.double().requires_grad_() for leaf in leaves]
     x_TD, weight_N, up_EDG, down_EFD, *biases = wide

@@ -46,7 +46,7 @@ class MoEConfig(Settings):
     bias: bool = False  # experts have biases
     shared_hidden: int = 0  # hidden width of the shared expert that sees every token; 0: none
     latent_dim: int = 0  # width in which the routed experts work, between two projections they share; 0: the model's
-    backend: str = "auto"  # expert backend: auto, loop, padded_bmm, grouped_mm, fused_cpu, threaded_mm; fused_int8
+    backend: str = "auto"  # auto, loop, padded_bmm, grouped_mm, fused_cpu, fused_triton, threaded_mm, fused_int8
     init_std: float = 0.02  # standard deviation of the experts' initial weights
 
     def __post_init__(self) -> None:

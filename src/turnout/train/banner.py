@@ -7,7 +7,7 @@ import torch
 
 from turnout.comm import World
 from turnout.contracts import ExpertBackend
-from turnout.experts import available_backends, choose_backend
+from turnout.experts import available_backends, choose_backend, passed_by
 from turnout.layers import MoE
 from turnout.models.size import sizes
 from turnout.strategy import Strategy
@@ -117,7 +117,8 @@ def _kernel(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Fact:
 
     def ask() -> tuple[ExpertBackend, dict[str, str]]:
         chosen = choose_backend(experts, moe.backend, dtype=dtype, device=device)
-        return chosen, available_backends(experts, dtype=dtype, device=device)
+        reasons = passed_by if moe.backend == "auto" else available_backends
+        return chosen, reasons(experts, dtype=dtype, device=device)
 
     # a backend may refuse to be compiled, which it knows only while it is
     chosen, reasons = torch.compile(ask, backend="eager")() if recipe.loop.compile else ask()

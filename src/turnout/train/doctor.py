@@ -10,7 +10,7 @@ from torch import Tensor
 from turnout import reference
 from turnout.contracts import ExpertBackend
 from turnout.errors import TurnoutError
-from turnout.experts import QuantizedFFNExperts, quantize_experts
+from turnout.experts import FFNExperts, QuantizedFFNExperts, quantize_experts
 from turnout.kernels.build import has_vnni
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
@@ -22,6 +22,7 @@ OPTIONAL = {
     "tensorboard": "turnout[track]",
     "matplotlib": "turnout[plot]",
     "fastapi": "turnout[serve]",
+    "triton": "turnout[gpu]",
     "wandb": "wandb",
     "trackio": "trackio",
 }
@@ -53,7 +54,9 @@ def _try_backend(name: str) -> Finding:
         return _try_quantized(name)
     try:
         layer, x_TD = _layer(name)
-        pairs = zip(_run_layer(layer, x_TD), _run_oracle(layer, x_TD), strict=True)
+        want = _run_oracle(layer, x_TD)
+        device = _home(name)
+        pairs = zip(_run_layer(layer.to(device), x_TD.to(device)), want, strict=True)
         # torch's max keeps NaN, Python's would drop it
         worst = float(
             torch.stack([(got - want).abs().max() / want.abs().max().clamp(min=1) for got, want in pairs]).max()
@@ -97,6 +100,13 @@ def _try_quantized(name: str) -> Finding:
     )
 
 
+def _home(backend: str) -> torch.device:
+    """Where it is tried: on the CPU, or on a GPU if that is all it takes and there is one."""
+    cpu = torch.device("cpu")
+    refusal = ExpertBackend.TABLE[backend].refusal(FFNExperts(2, 2, 2), dtype=torch.float32, device=cpu)
+    return cpu if refusal is None or not torch.cuda.is_available() else torch.device("cuda")
+
+
 def _layer(backend: str) -> tuple[MoE, Tensor]:
     """A layer large enough that every expert has rows, with weights that matter, and its input."""
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +122,7 @@ def _run_layer(layer: MoE, x_TD: Tensor) -> list[Tensor]:
     x_TD = x_TD.clone().requires_grad_()
     out = layer(x_TD)
     loss = out.y.square().sum() + total_loss(out.losses)
-    return [t.double() for t in (out.y.detach(), *torch.autograd.grad(loss, [x_TD, *layer.parameters()]))]
+    return [t.double().cpu() for t in (out.y.detach(), *torch.autograd.grad(loss, [x_TD, *layer.parameters()]))]
 
 
 def _run_oracle(layer: MoE, x_TD: Tensor) -> list[Tensor]:

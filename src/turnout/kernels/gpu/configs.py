@@ -1,0 +1,108 @@
+"""Sizes of tiles for the kernels: a few to choose from, by how many rows an expert has and how wide numbers are."""
+
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """One product: its tile's columns, numbers multiplied per step, warps, and steps loaded ahead."""
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a call is launched with; the same rows for every product, so that there is one schedule of tiles."""
+
+    rows: int  # of a tile
+    up: Tile
+    down: Tile
+    hidden_grad: Tile
+    x_grad: Tile
+    matrix_grad: Tile  # its depth runs over an expert's rows
+    matrix_rows: int  # of a tile of a matrix's gradient
+    group: int = 8  # tiles of rows that share columns before the next columns begin
+
+    def as_list(self) -> list:
+        """As JSON has it."""
+        return [list(value) if isinstance(value, tuple) else value for value in astuple(self)]
+
+    @classmethod
+    def of_list(cls, values: list) -> "Config":
+        """The reverse of `as_list`. Raises: TypeError, ValueError if it is none."""
+        rows, *tiles, matrix_rows, group = values
+        up, down, hidden_grad, x_grad, matrix_grad = (Tile(*tile) for tile in tiles)
+        return cls(
+            rows=int(rows),
+            up=up,
+            down=down,
+            hidden_grad=hidden_grad,
+            x_grad=x_grad,
+            matrix_grad=matrix_grad,
+            matrix_rows=int(matrix_rows),
+            group=int(group),
+        )
+
+
+def _config(
+    rows: int, up: Tile, other: Tile, *, hidden_grad: Tile, matrix: Tile, matrix_rows: int = 128, group: int = 8
+) -> Config:
+    return Config(
+        rows=rows,
+        up=up,
+        down=other,
+        hidden_grad=hidden_grad,
+        x_grad=other,
+        matrix_grad=matrix,
+        matrix_rows=matrix_rows,
+        group=group,
+    )
+
+
+# The first of each is taken before any was measured. All of one have the same rows: a backward pass then finds
+# its forward pass's schedule of tiles whatever was measured in between. After its product `hidden_grad` holds three
+# more tiles in registers, so its own is half as wide as others.
+NARROW, HALF, WHOLE = Tile(64, 64, 4, 4), Tile(128, 64, 8, 3), Tile(256, 64, 8, 3)
+MANY_ROWS = (
+    _config(128, HALF, WHOLE, hidden_grad=HALF, matrix=WHOLE),
+    _config(128, Tile(128, 64, 8, 4), Tile(256, 64, 8, 4), hidden_grad=Tile(64, 64, 8, 4), matrix=WHOLE),
+    _config(128, NARROW, Tile(128, 64, 4, 4), hidden_grad=Tile(64, 64, 8, 3), matrix=Tile(128, 64, 4, 4)),
+    _config(128, HALF, Tile(128, 64, 8, 4), hidden_grad=Tile(64, 64, 4, 4), matrix=Tile(128, 64, 8, 4), group=16),
+)
+SOME_ROWS = (
+    _config(64, NARROW, Tile(128, 64, 4, 4), hidden_grad=NARROW, matrix=Tile(128, 32, 4, 4)),
+    _config(64, HALF, HALF, hidden_grad=HALF, matrix=HALF),
+    _config(64, Tile(128, 64, 4, 3), WHOLE, hidden_grad=NARROW, matrix=Tile(128, 64, 8, 3)),
+)
+SLIM = Tile(64, 64, 4, 3)
+FEW_ROWS = (
+    _config(16, Tile(32, 128, 4, 4), Tile(32, 256, 4, 4), hidden_grad=SLIM, matrix=Tile(128, 16, 4, 3), group=1),
+    _config(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 4), hidden_grad=SLIM, matrix=Tile(128, 16, 4, 3), group=1),
+    _config(16, Tile(32, 64, 4, 6), Tile(32, 128, 4, 6), hidden_grad=SLIM, matrix=Tile(128, 16, 4, 3), group=1),
+    _config(16, Tile(16, 256, 4, 3), Tile(16, 256, 4, 4), hidden_grad=SLIM, matrix=Tile(128, 16, 4, 3), group=1),
+)
+# float32 in full precision has no matrix units: a tile of 64 by 64 is what registers hold
+FULL = Tile(64, 32, 8, 2)
+WIDE_MANY = (
+    _config(64, FULL, FULL, hidden_grad=FULL, matrix=FULL, matrix_rows=64),
+    _config(64, SLIM, Tile(64, 32, 4, 3), hidden_grad=FULL, matrix=Tile(64, 32, 4, 3), matrix_rows=64),
+)
+WIDE_FEW = (
+    _config(16, Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), hidden_grad=SLIM, matrix=FULL, matrix_rows=32, group=1),
+    _config(16, SLIM, SLIM, hidden_grad=SLIM, matrix=FULL, matrix_rows=32, group=1),
+)
+
+
+def candidates(num_assignments: int, num_experts: int, dtype: torch.dtype) -> tuple[Config, ...]:
+    """Configs worth a try for so many rows, likeliest first, all with the same rows to a tile."""
+    per_expert = num_assignments / num_experts
+    if dtype == torch.float32:
+        return WIDE_MANY if per_expert > 16 else WIDE_FEW
+    if per_expert <= 16:
+        return FEW_ROWS
+    return SOME_ROWS if per_expert <= 128 else MANY_ROWS

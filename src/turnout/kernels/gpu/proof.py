@@ -1,0 +1,92 @@
+"""Triton's kernels are trusted once they have computed, on this very device, what the dense oracle computes."""
+
+import hashlib
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from turnout.cache import kernel_cache
+from turnout.kernels.gpu import launch
+from turnout.kernels.gpu.configs import Config, Tile
+from turnout.kernels.kernel import Weights
+from turnout.kernels.proof import assignment_of, by_oracle, drawn, largest_error, once
+
+# of the largest value; beside float32's, that of three roundings to the dtype (before and after the activation, and of
+# each expert's row) and of their sums
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# more assignments than are counted at once, and very few; widths that no tile divides
+SIZES = ((140, 40, 24, 3, 2), (3, 40, 24, 3, 2))
+TILE = Tile(32, 32, 4, 2)
+CONFIG = Config(
+    rows=64, up=TILE, down=TILE, hidden_grad=TILE, x_grad=TILE, matrix_grad=Tile(64, 32, 4, 2), matrix_rows=64
+)
+
+
+def prove(kind: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Why not to trust the kernels there, or nothing."""
+    try:
+        worst = worst_error(kind, dtype, device)
+    except Exception as error:  # whatever Triton, its compiler or the driver raise
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        return f"Triton's kernels do not run here: {type(error).__name__}: {first_line}"
+    # not <: NaN is no proof
+    is_near = worst < TOLERANCE[dtype]
+    return "" if is_near else f"Triton's kernels are off the oracle by {worst:.1e} in {dtype} on this device"
+
+
+def prove_once(kind: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The same; on a device a proof that succeeded is kept. The interpreter proves anew in each process."""
+    ask = partial(prove, kind, dtype, device)
+    if device.type != "cuda":
+        return ask()
+    return once(ask, kernel_cache() / f"triton-{_key(kind, dtype, device)}.proven")
+
+
+def worst_error(kind: str, dtype: torch.dtype, device: torch.device) -> float:
+    """Largest difference from the oracle in float64, given the same rounded numbers, relative to the largest or 1."""
+    # whatever the caller is in the middle of
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        errors = [_error(kind, sizes, dtype, device, bias=bias) for sizes in SIZES for bias in (False, True)]
+        # torch's max keeps NaN, Python's would drop it
+        return float(torch.stack(errors).max())
+
+
+def _error(kind: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, bias: bool) -> Tensor:
+    leaves, expert_TK, y_grad_TD = drawn(kind, sizes, bias=bias)
+    # the weights of assignments stay float32
+    leaves = [leaf if index == 1 else leaf.to(dtype) for index, leaf in enumerate(leaves)]
+    y_grad_TD = y_grad_TD.to(dtype)
+    want = by_oracle(kind, leaves, expert_TK, y_grad_TD)
+    compute = partial(_by_kernels, kind, leaves, expert_TK, y_grad_TD, device)
+    # choices as they lie, and looked up token by token
+    return largest_error([*compute(top_k=sizes[-1]), *compute(top_k=0)], [*want, *want])
+
+
+def _by_kernels(
+    kind: str, leaves: list[Tensor], expert_TK: Tensor, y_grad_TD: Tensor, device: torch.device, *, top_k: int
+) -> list[Tensor]:
+    """Output, and the gradients of all leaves."""
+    x_TD, weight_N, up_EDG, down_EFD, *biases = (leaf.to(device) for leaf in leaves)
+    up_bias, down_bias = biases or (None, None)
+    weights = Weights(up_EDG=up_EDG, down_EFD=down_EFD, up_bias_EG=up_bias, down_bias_ED=down_bias, kind=kind)
+    assignment = assignment_of(leaves[1], expert_TK, len(up_EDG))
+    token_N, expert_N = assignment.token_N.to(device), assignment.expert_N.to(device)
+    y_TD, up_MG, routes = launch.forward(
+        x_TD, weight_N, token_N, expert_N, None, weights, CONFIG, top_k=top_k, keep=True
+    )
+    wanted = (True,) * len(leaves) + (False,) * (6 - len(leaves))
+    grads = launch.backward(
+        y_grad_TD.to(device), x_TD, weight_N, token_N, weights, routes, up_MG, CONFIG, top_k=top_k, wanted=wanted
+    )
+    return [y_TD.cpu(), *(grad.cpu() for grad in grads if grad is not None)]
+
+
+def _key(kind: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Whatever changes the code or what it was proven with."""
+    facts = [kind, str(dtype), torch.__version__, triton.__version__]
+    facts += [torch.cuda.get_device_name(device), str(torch.version.cuda)]
+    facts += [path.name + path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]

@@ -1,0 +1,41 @@
+"""Which rows and columns a program computes, and how two tiles are multiplied."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def swizzled(program, num_rows, num_cols, GROUP: tl.constexpr):
+    """Row and column of a program: GROUP rows share columns before the next, while both are in the L2 cache."""
+    per_group = GROUP * num_cols
+    first = program // per_group * GROUP
+    size = tl.minimum(num_rows - first, GROUP)
+    inside = program % per_group
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def rows_of(tile, start_E, tile_start_E, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Expert of a tile, its first row, and the end of its expert's rows; experts that end before it are counted."""
+    expert = tl.arange(0, BLOCK_E)
+    ends = tl.load(tile_start_E + 1 + expert, mask=expert < E, other=2147483647)
+    mine = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    first = tl.load(start_E + mine) + (tile - tl.load(tile_start_E + mine)) * BLOCK_M
+    return mine.to(tl.int64), first, tl.load(start_E + mine + 1)
+
+
+@triton.jit
+def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Which indices exist: all, known to the compiler, where the block divides the size."""
+    if SIZE % BLOCK == 0:
+        return tl.full(index.shape, True, tl.int1)
+    else:
+        return index < SIZE
+
+
+@triton.jit
+def product(left, right, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """total + left @ right in float32. WIDEN: Triton 3.6's interpreter multiplies the bits of bfloat16 as integers."""
+    if WIDEN:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision=PRECISION)
