@@ -32,10 +32,10 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
-from tests.distributed.kernel_count import Connection, received
 from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
 from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
+from turnout.comm.kernel_count import Connection, received
 from turnout.comm.processes import start_ranks
 from turnout.contracts import ExpertCall
 from turnout.dispatch import plan_dispatch

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed import kernel_count
 from tests.distributed.cases import (
     DIM,
     LayerCase,
@@ -30,7 +29,7 @@ from tests.distributed.cases import (
 )
 from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_many, spawn, summary
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
-from turnout.comm import expert_mesh
+from turnout.comm import expert_mesh, kernel_count
 from turnout.dispatch import plan_dispatch
 from turnout.placement import Placement
 from turnout.plan.expert_volume import expert_tensor_volume, expert_weights_volume

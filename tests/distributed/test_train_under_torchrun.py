@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.cases import worst
+from tests.distributed.launch import STEPS as LAUNCHED_STEPS
 from tests.distributed.runs import PARTS, RUN, STEPS, recipe_of, trained
 from turnout.comm import World
 from turnout.config import dump_toml, from_dict
@@ -68,7 +69,7 @@ def test_the_strategy_of_a_recipe_survives_toml(tmp_path: Path) -> None:
 def test_turnout_train_needs_nothing_but_the_strategy(four_ranks: Path) -> None:
     run, said = four_ranks / "launched", (four_ranks / "launched.err").read_text()
     summary = json.loads((four_ranks / "launched.out").read_text().strip().splitlines()[-1])
-    assert summary["steps"] == 4
+    assert summary["steps"] == LAUNCHED_STEPS
     assert summary["val_loss"] is not None
     assert "experts over 2 ranks by flat" in said
     learned = Dictionary.from_json((run / "strategies.json").read_text(), "strategies.json")

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from turnout.cli import options
+from turnout.cli import bench_alltoall, options
 from turnout.cli.console import console, print_json, table
 
 bench = typer.Typer(
@@ -19,6 +19,9 @@ Warmup = Annotated[int, typer.Option(help="Rounds before them, which are not cou
 
 def add_to(app: typer.Typer) -> None:
     app.add_typer(bench, name="bench")
+
+
+bench.command("alltoall", epilog=bench_alltoall.EXAMPLES)(bench_alltoall.alltoall)
 
 
 @bench.command("train-step", epilog="Example: turnout bench train-step --json")

@@ -72,7 +72,7 @@ def train(
 ) -> None:
     """Train a model by a recipe; the run folder holds recipe, tokenizer, metrics, trace, checkpoints, report."""
     from turnout.cli.process import own_process
-    from turnout.cli.training import Training, choose_run, recipe_for
+    from turnout.cli.training import Training, place, recipe_for
     from turnout.comm import is_launched, join
     from turnout.errors import ConfigError
     from turnout.train.device import pick_device
@@ -89,14 +89,19 @@ def train(
     process = own_process(threads)
     on_cuda = pick_device(chosen.loop.device).type == "cuda"
     with join(cuda=on_cuda, timeout_s=chosen.loop.timeout_s) as world:
+        placed = world.first(world.together(lambda: place(chosen.name, out, resume) if world.is_first else None))
+        assert placed is not None
+        run, goes_on = placed
         training = Training(
             recipe=with_strategy(chosen, world),
-            run=world.first(choose_run(chosen.name, out, resume)),
+            run=run,
             screen=patient_console(as_json=as_json, quiet=not world.is_first),
             process=process,
             world=world,
         )
-        summary = _trained(training, resume=resume is not None, dry_run=dry_run)
+        if goes_on and resume is None:
+            training.screen.print(f"  torchrun restarted this job: it goes on in {run}", soft_wrap=True)
+        summary = _trained(training, resume=goes_on, dry_run=dry_run)
     if as_json and world.is_first:
         print_json(summary)
     if summary.get("stopped_by"):

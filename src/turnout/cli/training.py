@@ -13,12 +13,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from turnout.cache import default_cache
-from turnout.comm import Watch, World
+from turnout.comm import Watch, World, is_launched
+from turnout.comm.elastic import begun_run, remember_run
 from turnout.config import to_dict
 from turnout.data.prepare import Dataset, is_prepared, prepare
 from turnout.errors import CheckpointError, ConfigError
 from turnout.observe.report import write_report
 from turnout.observe.sinks import require_sinks
+from turnout.train.agreement import require_free
 from turnout.train.banner import Fact, banner
 from turnout.train.device import pick_device
 from turnout.train.estimate import estimate_time, require_fits
@@ -200,6 +202,23 @@ def recipe_for(name: str | None, resume: Path | None, overrides: Sequence[str]) 
     # the run's checkpoint is asked again; here nothing has been read yet
     changed_settings(to_dict(own), recipe)
     return recipe
+
+
+def place(name: str, out: Path | None, resume: Path | None) -> tuple[Path, bool]:
+    """The folder of the run, and whether it goes on there: also where torchrun restarted a job that began it.
+
+    Raises: ConfigError as `choose_run` does, or if a new run would write over another.
+    """
+    begun = begun_run()
+    if begun is not None:
+        # a run that ended before it had a recipe left nothing to go on from
+        return Path(begun), (Path(begun) / "recipe.toml").exists()
+    run = choose_run(name, out, resume)
+    if is_launched():
+        if resume is None:
+            require_free(run)
+        remember_run(str(run))
+    return run, resume is not None
 
 
 def choose_run(name: str, out: Path | None, resume: Path | None) -> Path:

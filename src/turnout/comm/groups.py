@@ -1,7 +1,7 @@
 """Groups of ranks that a strategy needs, made at the start and all warmed, with one timeout."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import cast
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from turnout.alltoall import Axis
+from turnout.comm.shared_memory import SharedLine, is_wanted, shared_line
 from turnout.comm.sharing import Sharing, sharings
 from turnout.comm.world import World
 from turnout.errors import ConfigError
@@ -31,6 +32,7 @@ class ExpertGroup:
     place: int  # this process's, in `whole`
     num_slices: int  # ranks that an expert is cut over
     sharings: Mapping[int, Sharing]  # Tutel's r -> whom rows and weights are shared with
+    shared: Mapping[frozenset[Axis], SharedLine] = field(default_factory=dict)  # of those that are on one host
 
     @property
     def size(self) -> int:
@@ -67,10 +69,13 @@ def expert_mesh(ep: int, ranks_per_node: int, axis: str = "ep") -> Mesh:
     raise ConfigError(f"strategy.{axis}={ep} would cut through nodes of {ranks_per_node} ranks; nearest legal: {near}")
 
 
-def make_groups(strategy: Strategy, world: World, *, timeout_s: float, cuda: bool = False) -> Groups:
+def make_groups(
+    strategy: Strategy, world: World, *, timeout_s: float, cuda: bool = False, share_memory: bool | None = None
+) -> Groups:
     """All groups of a strategy whose dp is known; every rank of the job calls it with the same arguments.
 
-    Raises: ConfigError if expert groups cut through nodes.
+    `share_memory`: rows between ranks of one host travel through memory; None: as the environment says.
+    Raises: ConfigError if expert groups cut through nodes, or memory cannot be shared here.
     """
     ep, etp = strategy.ep, strategy.etp
     expert_mesh(etp, world.local_size, "etp")
@@ -88,6 +93,8 @@ def make_groups(strategy: Strategy, world: World, *, timeout_s: float, cuda: boo
         wires[frozenset((axis,))] = column if extent == ep else maker.group(lines)
     whole, sharing = maker.group(blocks), sharings(ep, etp, world.rank, world.size, maker.group)
     replicas = maker.group([list(ranks[first :: ep * etp]) for first in range(ep * etp)])
+    sharded = _sharded(strategy, world, maker)
+    _warm([*maker.made(), *wires.values(), whole, replicas, *sharded], cuda=cuda)
     experts, place = None, world.rank % (ep * etp)
     if whole is not None:
         experts = ExpertGroup(
@@ -99,9 +106,8 @@ def make_groups(strategy: Strategy, world: World, *, timeout_s: float, cuda: boo
             place=place,
             num_slices=etp,
             sharings=sharing,
+            shared=_shared(wires, timeout_s) if (is_wanted() if share_memory is None else share_memory) else {},
         )
-    sharded = _sharded(strategy, world, maker)
-    _warm([*maker.made(), *wires.values(), whole, replicas, *sharded], cuda=cuda)
     return Groups(world=world, experts=experts, replicas=replicas, sharded=sharded)
 
 
@@ -112,6 +118,15 @@ def _sharded(strategy: Strategy, world: World, maker: "_Maker") -> tuple[Process
     copies = maker.group([list(ranks[first::size]) for first in range(size)])
     shards = maker.group([list(ranks[start : start + size]) for start in ranks[::size]])
     return tuple(group for group in (copies, shards) if group is not None)
+
+
+def _shared(
+    wires: Mapping[frozenset[Axis], ProcessGroup | None], timeout_s: float
+) -> dict[frozenset[Axis], SharedLine]:
+    """The groups whose ranks are on one host; those that are the same share one line."""
+    lines = {group: shared_line(group, timeout_s=timeout_s) for group in dict.fromkeys(wires.values()) if group}
+    found = {axes: lines[group] for axes, group in wires.items() if group is not None}
+    return {axes: line for axes, line in found.items() if line is not None}
 
 
 def _lines(group: Sequence[int], mesh: Mesh, keep: int) -> list[list[int]]:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from turnout.errors import ConfigError, TurnoutError
+from turnout.comm.elastic import fresh_store
+from turnout.errors import ConfigError, TransportError, TurnoutError
 
 T = TypeVar("T")
 
@@ -33,7 +34,8 @@ class World:
         if self.size == 1:
             return value
         box = [value if self.is_first else None]
-        dist.broadcast_object_list(box, src=0)
+        with naming("an agreement"):
+            dist.broadcast_object_list(box, src=0)
         return box[0]  # pyright: ignore[reportReturnType]
 
     def all(self, value: T) -> list[T]:
@@ -41,7 +43,8 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with naming("an agreement"):
+            dist.all_gather_object(values, value)
         return values
 
     def together(self, work: Callable[[], T]) -> T:
@@ -55,6 +58,9 @@ class World:
         value = failure = None
         try:
             value = work()
+        except TransportError:
+            # a rank is gone: there is nobody to settle it with
+            raise
         except (TurnoutError, OSError) as error:
             failure = error
         found = next((error for error in self.all(failure) if error is not None), None)
@@ -78,8 +84,21 @@ class World:
         if self.size == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(numbers, op=how)
+        with naming("an agreement"):
+            dist.all_reduce(numbers, op=how)
         return numbers.tolist()
+
+
+@contextmanager
+def naming(collective: str) -> Iterator[None]:
+    """Raises: TransportError that names this rank and the collective where the one inside fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TransportError(
+            f"rank {dist.get_rank()}: {collective} over {dist.get_world_size()} ranks failed, because one of "
+            f"them ended or took too long: {error}"
+        ) from error
 
 
 def is_launched() -> bool:
@@ -113,12 +132,19 @@ def join(*, cuda: bool, timeout_s: float) -> Iterator[World]:
     rank, size, local_rank, local_size = _launch()
     if cuda:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    store = fresh_store(rank, timeout_s=timeout_s)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+    )
     world = World(rank=rank, size=size, local_size=local_size)
     try:
         yield world
         # all is done and written: a rank that is gone already does no harm
-        with suppress(RuntimeError):
+        with suppress(TransportError):
             world.barrier()
     finally:
         dist.destroy_process_group()

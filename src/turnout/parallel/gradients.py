@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from turnout.comm.world import naming
 from turnout.parallel.apply import Parallel
 from turnout.parallel.fully_sharded import here
 
@@ -50,7 +51,8 @@ def _average(grads: Sequence[Tensor], group: ProcessGroup | None, divisor: int) 
     for bucket in _buckets(grads):
         flat = torch.cat([grad.reshape(-1) for grad in bucket])
         if group is not None:
-            dist.all_reduce(flat, group=group)
+            with naming("the reduction of gradients"):
+                dist.all_reduce(flat, group=group)
         for grad, part in zip(bucket, flat.div_(divisor).split([g.numel() for g in bucket]), strict=True):
             grad.copy_(part.view_as(grad))
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from turnout.comm.world import naming
 from turnout.errors import TransportError
 from turnout.parallel.apply import Parallel
 
@@ -40,7 +41,8 @@ def _differing(names: Sequence[str], tensors: dict[str, Tensor], group: ProcessG
     marks = torch.tensor([_mark(tensors[name]) for name in names], dtype=torch.int64)
     # the largest of x and of -x: they belong to one number only if all ranks have it
     extremes = torch.stack([marks, -marks])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    with naming("the comparison of replicas"):
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     differ = extremes[0] != -extremes[1]
     return [name for name, differs in zip(names, differ.tolist(), strict=True) if differs]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from turnout.comm import ExpertGroup
+from turnout.comm.world import naming
 from turnout.experts.cut import Cut
 from turnout.parallel.fully_sharded import Sharding
 
@@ -74,7 +75,8 @@ class Shards:
         block = tensor.new_zeros(max(math.prod(shape) for shape in shapes))
         block[: tensor.numel()] = tensor.detach().reshape(-1)
         blocks = [torch.empty_like(block) for _ in shapes]
-        dist.all_gather(blocks, block, group=self.group.whole)
+        with naming("the gathering of whole tensors"):
+            dist.all_gather(blocks, block, group=self.group.whole)
         parts = [each[: math.prod(shape)].view(shape).cpu() for each, shape in zip(blocks, shapes, strict=True)]
         return cut.joined(parts)
 

@@ -42,7 +42,7 @@ def claim(run: Path, world: World, *, resume: bool) -> RunLock | None:
         if not world.is_first:
             return None
         if not resume:
-            _require_free(run)
+            require_free(run)
         return RunLock(run)
 
     return world.together(claimed)
@@ -59,7 +59,7 @@ def last_checkpoint(run: Path, world: World, device: torch.device) -> Checkpoint
     return world.together(lambda: checkpoint.load(path, device) if chosen is None else chosen)
 
 
-def _require_free(run: Path) -> None:
+def require_free(run: Path) -> None:
     """Raises: ConfigError if the folder holds what a new run would write over, be it only somebody's recipe."""
     for name in (METRICS_NAME, "recipe.toml"):
         if (run / name).exists():

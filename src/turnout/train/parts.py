@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from turnout.comm.world import is_joined
+from turnout.comm.world import is_joined, naming
 from turnout.data.sampler import Batch
 from turnout.layers.lm_loss import IGNORE
 from turnout.models import Decoder
@@ -75,5 +75,6 @@ def mean_over_ranks(values: Sequence[float]) -> list[float]:
 
 def _over_ranks(value: Tensor) -> Tensor:
     if is_joined():
-        dist.all_reduce(value)
+        with naming("a sum of statistics"):
+            dist.all_reduce(value)
     return value

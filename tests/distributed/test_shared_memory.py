@@ -1,0 +1,156 @@
+"""Ranks of one host through memory they share: what gloo would have brought, bit for bit, and no faults of its own."""
+
+import gc
+import os
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed.cases import EMPTY, PROGRAMS, LayerCase
+from tests.distributed.ranks import _groups, run_layer, spawn
+from turnout.comm import World, shared_memory
+from turnout.comm.shared_memory import SETTING, SharedLine, shared_line
+from turnout.dispatch import FixedCapacity
+from turnout.errors import ConfigError
+
+CALLS = 60
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8)
+HERE = pytest.mark.skipif(bool(shared_memory.why_not()), reason=shared_memory.why_not())
+
+
+def cases() -> list[LayerCase]:
+    """Every program on two hosts of two, and what programs do not do alike."""
+    plain = LayerCase(local=2)
+    found = [replace(plain, program=program) for program in PROGRAMS]
+    found += [replace(plain, program="node_dedup", tokens=EMPTY), replace(plain, crowded=True)]
+    found += [replace(plain, tokens=(0, 0, 0, 0)), replace(plain, dtype=torch.float32, program="hierarchical")]
+    return [*found, replace(plain, capacity=FixedCapacity(factor=1.0), backend="padded_bmm")]
+
+
+def work(world: World, folder: Path) -> None:
+    """Layers over gloo and through memory; single calls; then a rank that ends."""
+    outcomes: dict[str, Any] = {}
+    for wanted in ("0", "1"):
+        os.environ[SETTING] = wanted
+        _groups.cache_clear()
+        outcomes[wanted] = [run_layer(case, replace(world, local_size=case.local)) for case in cases()]
+    line = shared_line(dist.group.WORLD, timeout_s=30)
+    assert line is not None
+    outcomes["differ"] = differing_calls(line, world)
+    outcomes["kept"] = kept(line, world)
+    outcomes["segments"] = len(os.listdir("/proc/self/fd"))
+    for _ in range(CALLS):
+        one_call(line, world, torch.zeros(world.size, 50_000))
+    outcomes["segments_after"] = len(os.listdir("/proc/self/fd"))
+    torch.save(outcomes, folder / f"rank-{world.rank}.pt")
+    dist.barrier()
+    if world.rank == 1:
+        os._exit(0)
+    (folder / f"said-{world.rank}").write_text(said_of_the_dead(line, world), encoding="utf-8")
+    # not again through a group with a rank less
+    os._exit(0)
+
+
+def one_call(line: SharedLine, world: World, tensor: Tensor) -> Tensor:
+    each = [len(tensor) // world.size] * world.size
+    return line.all_to_all(tensor, each, each)
+
+
+def differing_calls(line: SharedLine, world: World) -> list[int]:
+    """Calls in which memory brought something else than gloo; sizes are uneven and often zero."""
+    wrong = []
+    for call in range(CALLS):
+        draw = random.Random(call)
+        sent = [[draw.choice((0, 0, 1, 3, 700)) for _ in range(world.size)] for _ in range(world.size)]
+        dtype, width = draw.choice(DTYPES), draw.choice((1, 5, 33))
+        mine, theirs = sent[world.rank], [row[world.rank] for row in sent]
+        tensor = (torch.arange(sum(mine) * width) + 1000 * world.rank).to(dtype).view(sum(mine), width)
+        got, want = line.all_to_all(tensor, theirs, mine), tensor.new_empty(sum(theirs), width)
+        dist.all_to_all_single(want, tensor, theirs, mine)
+        if got.dtype != dtype or not torch.equal(got, want):
+            wrong.append(call)
+    return wrong
+
+
+def kept(line: SharedLine, world: World) -> bool:
+    """Whether what was received stays as it was for as long as anything refers to it, be it a view."""
+    views = [one_call(line, world, torch.full((world.size, 9), float(number)))[1:] for number in range(20)]
+    gc.collect()
+    for _ in range(20):
+        one_call(line, world, torch.full((world.size, 9), -1.0))
+    return all(bool((view == number).all()) for number, view in enumerate(views))
+
+
+def said_of_the_dead(line: SharedLine, world: World) -> str:
+    started = time.monotonic()
+    try:
+        one_call(line, world, torch.zeros(world.size, 2))
+    except RuntimeError as error:
+        return f"{error} after {time.monotonic() - started:.0f} s"
+    return "nothing"
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("shared-memory")
+    spawn(work, 4, folder)
+    of_ranks = [torch.load(folder / f"rank-{rank}.pt") for rank in range(4)]
+    for rank, outcome in enumerate(of_ranks):
+        said = folder / f"said-{rank}"
+        outcome["said"] = said.read_text(encoding="utf-8") if said.exists() else ""
+    return of_ranks
+
+
+@HERE
+@pytest.mark.parametrize("number", range(len(cases())), ids=[case.name for case in cases()])
+def test_a_layer_is_the_same_through_memory_bit_for_bit(number: int, outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        by_gloo, by_memory = outcome["0"][number], outcome["1"][number]
+        for name in ("y", "x_grad", "losses", "stats"):
+            assert torch.equal(by_memory[name], by_gloo[name]), name
+        for name, grad in by_gloo["grads"].items():
+            assert torch.equal(by_memory["grads"][name], grad), name
+        for way in ("forward", "backward"):
+            assert by_memory[way] == by_gloo[way]
+
+
+@HERE
+def test_any_exchange_brings_what_gloo_brings(outcomes: list[dict[str, Any]]) -> None:
+    assert [outcome["differ"] for outcome in outcomes] == [[]] * 4
+
+
+@HERE
+def test_memory_is_used_again_only_when_nothing_lies_in_it(outcomes: list[dict[str, Any]]) -> None:
+    assert all(outcome["kept"] for outcome in outcomes)
+    assert all(outcome["segments_after"] == outcome["segments"] for outcome in outcomes)
+
+
+@HERE
+def test_who_waits_for_a_rank_that_ended_says_which(outcomes: list[dict[str, Any]]) -> None:
+    for rank in (0, 2, 3):
+        # those that wait for a survivor which gave up wait no longer than it did
+        assert outcomes[rank]["said"].startswith("rank "), outcomes[rank]["said"]
+        assert "of the group has ended after" in outcomes[rank]["said"]
+
+
+@pytest.mark.parametrize(("system", "processor"), [("darwin", "arm64"), ("linux", "aarch64")])
+def test_where_memory_cannot_be_shared_it_is_refused(
+    system: str, processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_memory.sys, "platform", system)
+    monkeypatch.setattr(shared_memory.platform, "machine", lambda: processor)
+    with pytest.raises(ConfigError, match=f"cannot share memory here: .*nearest legal: {SETTING}=0"):
+        shared_line(dist.group.WORLD, timeout_s=1)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_environment_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, wanted in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv(SETTING, value)
+        assert shared_memory.is_wanted() == wanted
