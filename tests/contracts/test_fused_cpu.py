@@ -85,15 +85,21 @@ def threads(number: int) -> Iterator[None]:
 
 
 def assert_equals_the_loop(
-    experts: FFNExperts, x_TD: Tensor, assignment: Assignment, *, keep_N: Tensor | None = None, num_threads: int = 1
+    experts: FFNExperts,
+    x_TD: Tensor,
+    assignment: Assignment,
+    *,
+    keep_N: Tensor | None = None,
+    num_threads: int = 1,
+    backend: str = "fused_cpu",
 ) -> None:
     """Against float64, forward and backward; and forward alone, as in inference."""
     with threads(num_threads):
-        got = run("fused_cpu", experts, x_TD, assignment, keep_N)
+        got = run(backend, experts, x_TD, assignment, keep_N)
         with torch.no_grad():
             admission = Admission(keep_N=keep_N, capacity=None, dropped_E={})
             inferred = pass_experts(
-                experts, ExpertBackend.TABLE["fused_cpu"], x_TD, assignment, admission, dispatcher=LocalDispatcher()
+                experts, ExpertBackend.TABLE[backend], x_TD, assignment, admission, dispatcher=LocalDispatcher()
             )
     wide = FFNExperts(
         experts.dim, experts.hidden, experts.num_experts, kind=experts.kind, bias=experts.up_bias_EG is not None
@@ -230,6 +236,13 @@ def test_a_processor_with_narrower_vectors_computes_what_the_oracle_does(
     for num_threads in (1, 3):
         with threads(num_threads):
             assert worst_error(Kernel(library.load())) < 1e-5
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 5])
+def test_experts_on_threads_of_their_own_compute_what_the_loop_does(num_experts: int) -> None:
+    for kind, bias in (("swiglu", False), ("gelu", True)):
+        experts, assignment = drawn_experts(20, 24, num_experts, kind=kind, bias=bias), drawn(40, num_experts, 1)
+        assert_equals_the_loop(experts, torch.randn(40, 20), assignment, num_threads=3, backend="threaded_mm")
 
 
 @with_kernel

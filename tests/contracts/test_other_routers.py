@@ -153,6 +153,10 @@ def test_forced_experts_get_equally_many_real_tokens(data: st.DataObject, num_ex
     assert torch.equal(assignment.token_N, mask_T.nonzero().flatten().repeat_interleave(k))
 
 
+def test_the_steepest_load_is_all_tokens_of_the_first_experts() -> None:
+    assert zipf_shares(5, 2, 1e9).tolist() == [1, 1, 0, 0, 0]
+
+
 @settings(max_examples=100)
 @given(data=st.data(), num_experts=st.integers(1, 13), skew=st.floats(0.01, 5))
 def test_a_skewed_load_follows_zipf_up_to_every_token(data: st.DataObject, num_experts: int, skew: float) -> None:

@@ -187,6 +187,12 @@ def test_a_comparison_says_better_or_worse_on_which_budget_and_from_when(margin:
 
 
 BAD_USES: dict[str, tuple[list[str], int, str]] = {
+    "a name no folder has": (
+        ["train", "smoke", "--set", 'name="a/b"'],
+        2,
+        r"name='a/b' must be good as the name of a folder",
+    ),
+    "a home nobody has": (["train", "smoke", "--data", "~no-such-user/x"], 2, r"knows no home folder '~no-such-user'"),
     "unknown recipe": (["train", "tinny"], 2, r"unknown recipe 'tinny'; built in: .*did you mean 'tiny'"),
     "no recipe": (["train"], 2, r"give a recipe"),
     "missing recipe file": (["train", "nowhere.toml"], 2, r"cannot read nowhere\.toml"),

@@ -65,6 +65,11 @@ def test_an_unknown_name_lists_the_names_and_the_nearest() -> None:
         open_corpus("sotv")
 
 
+def test_a_home_that_nobody_has_is_no_path() -> None:
+    with pytest.raises(ConfigError, match=r"path '~no-such-user/x': this machine knows no home folder '~no-such-user'"):
+        open_corpus("~no-such-user/x")
+
+
 @pytest.mark.parametrize("asked", ["txt", "text", "no/text"])
 def test_no_name_is_offered_that_is_then_refused(asked: str) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -99,6 +104,7 @@ def notes(tmp_path: Path) -> Path:
         "picture.png": "no",
         "empty.txt": " \n",
         "rows.jsonl": '{"text": "one"}\n\n{"text": "two", "more": 1}\n',
+        "shout.JSONL": '{"text": "three"}\n',
     }.items():
         (folder / name).write_text(content, "utf-8")
     return folder
@@ -112,6 +118,7 @@ def test_a_folder_gives_its_text_files_in_the_order_of_their_names(notes: Path) 
         "empty.txt": " \n",
         "rows.jsonl:1": "one",
         "rows.jsonl:3": "two",
+        "shout.JSONL:1": "three",
     }
 
 
@@ -131,7 +138,7 @@ def test_a_changed_file_changes_the_fingerprint_and_a_moved_folder_does_not(note
 
 def test_a_survey_counts_text_and_what_holds_none(notes: Path) -> None:
     card = survey(open_corpus(str(notes)), notes)
-    assert (card.documents, card.left_out, card.text_bytes) == (5, 1, len("aybeeseaonetwo"))
+    assert (card.documents, card.left_out, card.text_bytes) == (6, 1, len("aybeeseaonetwothree"))
 
 
 def test_a_folder_or_file_without_text_is_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +213,18 @@ def test_a_trained_model_speaks_with_experts_of_8_bits(turnout, trained_run: Pat
     result = turnout("generate", str(trained_run), "--prompt", "a", "--quantize", quantize, "--max-new-tokens", "5")
     assert result.code == 0, result.err
     assert result.out.startswith("a")
+
+
+def test_another_tokenizer_than_the_models_is_refused(turnout, trained_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    file = run / "tokenizer.json"
+    own = json.loads(file.read_text())
+    vocab = own["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(own))
+    result = turnout("generate", str(run), "--prompt", "a", "--max-new-tokens", "2")
+    assert (result.code, result.out) == (1, "")
+    assert "is not the tokenizer that the model was trained with" in " ".join(result.err.split())
 
 
 def test_an_unknown_precision_is_refused_with_those_there_are(turnout, trained_run: Path) -> None:

@@ -12,6 +12,7 @@ import tokenizers
 from turnout.config import Settings, from_dict
 from turnout.data.atomic import write_atomic
 from turnout.data.corpora import Corpus, Document, open_corpus
+from turnout.data.corpora.files import path_of
 from turnout.data.excerpt import spread_excerpt
 from turnout.data.shards import FORMAT, ShardWriter, TokenShard, write_shard
 from turnout.data.split import Split, choose_split, in_validation
@@ -114,7 +115,7 @@ def is_prepared(config: DataConfig, cache: Path) -> bool:
 
 def _sources(config: DataConfig) -> tuple[Corpus, Tokenizer | None]:
     corpus = open_corpus(config.corpus, text_field=config.text_field, invalid_utf8=config.invalid_utf8)
-    return corpus, None if config.tokenizer == "bpe" else Tokenizer.load(Path(config.tokenizer).expanduser())
+    return corpus, None if config.tokenizer == "bpe" else Tokenizer.load(path_of(config.tokenizer))
 
 
 def _folder(config: DataConfig, corpus: Corpus, given: Tokenizer | None, cache: Path) -> Path:

@@ -84,12 +84,17 @@ def zipf_shares(num_experts: int, k: int, skew: float) -> Tensor:
 
     Shapes: returns (E,) float64.
     """
-    weights = [(e + 1) ** -skew for e in range(num_experts)]
     full = 0  # experts that take every token
-    while full < k and weights[full] * (k - full) > sum(weights[full:]):
+    while full < k and k - full > sum(_zipf_from(full, num_experts, skew)):
         full += 1
-    factor = (k - full) / sum(weights[full:])
-    return torch.tensor([1.0] * full + [factor * weight for weight in weights[full:]], dtype=torch.float64)
+    rest = _zipf_from(full, num_experts, skew)
+    factor = (k - full) / sum(rest)
+    return torch.tensor([1.0] * full + [factor * weight for weight in rest], dtype=torch.float64)
+
+
+def _zipf_from(first: int, num_experts: int, skew: float) -> list[float]:
+    """Weights over that of expert `first`: the greatest is 1, however steep the fall."""
+    return [((e + 1) / (first + 1)) ** -skew for e in range(first, num_experts)]
 
 
 def spread_by_share(share_E: Tensor, num_tokens: int, k: int) -> Tensor:

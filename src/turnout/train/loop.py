@@ -371,6 +371,7 @@ class Trainer:
             counters=asdict(self.counters),
             parallel=self.parallel,
             recipe=to_dict(self.recipe),
+            tokenizer=self.dataset.tokenizer.fingerprint,
         )
 
     def _resume(self) -> tuple[str, ...]:

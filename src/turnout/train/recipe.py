@@ -111,7 +111,7 @@ class LoopConfig(Settings):
 class Recipe(Settings):
     """All of a run: the same recipe, seed and data give the same weights."""
 
-    name: str = "custom"  # name of the recipe, for reports
+    name: str = "custom"  # name of the recipe, for reports and run folders
     seed: int = 0  # seed of initial weights, data order and router noise
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -121,6 +121,8 @@ class Recipe(Settings):
     strategy: Strategy = Strategy()  # how the model lies on ranks; precision and micro-batch are the loop's
 
     def __post_init__(self) -> None:
+        if not self.name.isprintable() or self.name in ("", ".", "..") or "/" in self.name:
+            raise ConfigError(f"name={self.name!r} must be good as the name of a folder: printable, without /")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} must be at least 0 and below 2**32")
         if self.loop.seq_len > self.model.max_seq_len:

@@ -29,6 +29,7 @@ class RunState:
     counters: Mapping[str, Any]
     parallel: Parallel
     recipe: Mapping[str, Any]  # as data: what the settings were
+    tokenizer: str  # fingerprint of what the token ids mean
 
     def capture(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         """(files, meta) for `checkpoint.save`: weights and router state, moments, random generators, data position.
@@ -50,6 +51,7 @@ class RunState:
             "sampler": self.sampler.state_dict(),
             "counters": dict(self.counters),
             "recipe": dict(self.recipe),
+            "tokenizer": self.tokenizer,
         }
         return files, meta
 

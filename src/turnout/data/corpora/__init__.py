@@ -6,6 +6,7 @@ from pathlib import Path
 from turnout.data.corpora.austen import Austen
 from turnout.data.corpora.contract import CORPORA, Corpus, Document, FetchedCorpus
 from turnout.data.corpora.debian_descriptions import DebianPackageDescriptions
+from turnout.data.corpora.files import path_of
 from turnout.data.corpora.gcide import Gcide
 from turnout.data.corpora.git_doc import GitDoc
 from turnout.data.corpora.kjv import KingJames
@@ -70,4 +71,4 @@ def open_corpus(name_or_path: str, *, text_field: str = "text", invalid_utf8: In
 
 
 def _looks_like_path(text: str) -> bool:
-    return Path(text).expanduser().exists() or glob.has_magic(text) or "/" in text or bool(Path(text).suffix)
+    return path_of(text).exists() or glob.has_magic(text) or "/" in text or bool(Path(text).suffix)

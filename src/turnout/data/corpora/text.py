@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from turnout.data.corpora.contract import CORPORA, Corpus, Document
-from turnout.data.corpora.files import file_documents, fingerprint_files, named_under
+from turnout.data.corpora.files import file_documents, fingerprint_files, named_under, path_of
 from turnout.data.jsonl import read_jsonl
 from turnout.data.utf8 import InvalidUtf8
 from turnout.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ class Text(Corpus):
     def problem(self) -> str | None:
         if not self.path:
             return "needs a path: give a file, folder or glob instead of the name"
-        if not glob.has_magic(self.path) and not Path(self.path).expanduser().exists():
+        if not glob.has_magic(self.path) and not path_of(self.path).exists():
             return f"path {self.path!r} does not exist"
         return None
 
@@ -53,7 +53,7 @@ class Text(Corpus):
     def documents(self, cache: Path) -> Iterator[Document]:
         root = self._root()
         for name, file in named_under(self._files(), root):
-            if file.suffix == ".jsonl":
+            if file.suffix.lower() == ".jsonl":
                 yield from self._lines(file, name)
             else:
                 yield from file_documents([file], root, self.invalid_utf8)
@@ -63,7 +63,7 @@ class Text(Corpus):
             yield Document(name=f"{name}:{number}", text=text)
 
     def _root(self) -> Path:
-        path = Path(self.path).expanduser()
+        path = path_of(self.path)
         if glob.has_magic(self.path) and not path.exists():
             fixed = [index for index, part in enumerate(path.parts) if glob.has_magic(part)]
             return Path(*path.parts[: fixed[0]])
@@ -73,7 +73,7 @@ class Text(Corpus):
         problem = self.problem()
         if problem is not None:
             raise ConfigError(f"corpus {problem}")
-        path, root = Path(self.path).expanduser(), self._root()
+        path, root = path_of(self.path), self._root()
         if path.is_file():
             return [path]
         if path.is_dir():
