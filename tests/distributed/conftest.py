@@ -52,7 +52,7 @@ def four_ranks(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
         recipe = load_recipe("smoke", ["strategy.etp=2", "strategy.zero=3", "strategy.overlap=2"])
         rows = [vars(row) | {"holds": row.holds} for row in verify_parallel(recipe, 2)]
         (folder / "self-check.json").write_text(json.dumps(rows), encoding="utf-8")
-        learned = tune_here(load_recipe("smoke", ["loop.tune=auto"]), 2, Plan(loads=(1, 2), most_steps=6), "", "it")
+        learned = tune_here(load_recipe("smoke"), 2, Plan(loads=(1, 2), most_steps=6), "", "it")
         (folder / "tuned.json").write_text(learned.to_json(), encoding="utf-8")
 
     return once("four-ranks", make)

@@ -48,15 +48,12 @@ def tune(recipe: Recipe, world: World, plan: Plan, known: str, name: str, say: S
     `known`: the text of the file `name` that it goes on from; empty: there is none.
     Raises: ConfigError if there is nothing to tune.
     """
-    recipe = with_strategy(recipe, world)
-    check_ranks(recipe, world.size)
+    recipe = _laid_out(recipe, world)
     device = pick_device(recipe.loop.device)
     torch.manual_seed(recipe.seed)
     model = Decoder(recipe.model).to(device)
     cuda = device.type == "cuda"
     parallel = apply(model, recipe.strategy, world=world, timeout_s=recipe.loop.timeout_s, cuda=cuda)
-    if parallel.groups.experts is None:
-        raise ConfigError(f"{recipe.name} on {world.size} ranks shares no experts: there is nothing to tune")
     element_bytes = compute_dtype(device, recipe.loop.precision).itemsize
     tuner = Tuner(model, parallel, dictionary_for(parallel, device, known, name), element_bytes=element_bytes)
     for load in plan.loads:
@@ -72,11 +69,23 @@ def tune_here(recipe: Recipe, ranks: int, plan: Plan, known: str, name: str) -> 
     if ranks < 2:
         raise ConfigError(f"ranks={ranks} must be at least 2: one process sends nothing, and has nothing to choose")
     world = World(size=ranks, local_size=ranks)
-    check_ranks(with_strategy(recipe, world), ranks)
+    _laid_out(recipe, world)
     with tempfile.TemporaryDirectory() as folder:
         start_ranks(_rank, ranks, dump_toml(recipe), ranks, folder, (plan, known, name))
         text = (Path(folder) / "found.json").read_text(encoding="utf-8")
     return Dictionary.from_json(text, name)
+
+
+def _laid_out(recipe: Recipe, world: World) -> Recipe:
+    """The recipe with a layout for these ranks: its own, or what the tuner would begin with."""
+    recipe = with_strategy(replace(recipe, loop=replace(recipe.loop, tune=recipe.loop.tune or "auto")), world)
+    check_ranks(recipe, world.size)
+    if recipe.strategy.ep == recipe.strategy.etp == 1:
+        raise ConfigError(
+            f"{recipe.name} on {world.size} ranks shares no experts: there is nothing to tune; give the model experts "
+            "whose number has a divisor in common with the ranks, or set strategy.ep"
+        )
+    return recipe
 
 
 def _until_warm(

@@ -59,7 +59,7 @@ def _reason(
 
 def _why_chosen(choice: Choice, times: dict[Choice, float], busy: float) -> str:
     if times[choice] > min(times.values()):
-        return "measured again"
+        return "to be measured again"
     cut = [
         seconds
         for other, seconds in times.items()
