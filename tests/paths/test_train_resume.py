@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -285,3 +286,15 @@ def test_a_run_has_one_writer(small_recipe: Recipe, small_dataset: Dataset, tmp_
         child.kill()
         child.wait()
     Trainer(small_recipe, small_dataset, run, resume=True).close()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_learns_what_the_run_learns(with_loop, small_dataset: Dataset, tmp_path: Path) -> None:
+    plain, compiled = (
+        train_to_end(with_loop(steps=4, compile=compile), small_dataset, tmp_path / str(compile))
+        for compile in (False, True)
+    )
+    for name, weight in plain.model.state_dict().items():
+        assert torch.allclose(compiled.model.state_dict()[name], weight, atol=1e-5), name
+    assert checkpoint.load(tmp_path / "True").files["model"].keys() == plain.model.state_dict().keys()
