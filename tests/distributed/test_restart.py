@@ -1,5 +1,6 @@
 """A rank that is killed: torchrun starts the job again, which goes on where it was and ends as if nothing had been."""
 
+import os
 import re
 import threading
 from datetime import timedelta
@@ -22,7 +23,9 @@ from turnout.train.recipes import load_recipe
 from turnout.train.signals import StopRequest
 from turnout.train.trained import load_trained
 
-KILLS, LONGEST_S, MANY_STEPS, RESTARTS = 20, 3.0, 800, 24
+# TURNOUT_KILLS=20 for a look as long as one likes; every kill costs a start
+KILLS, LONGEST_S = int(os.environ.get("TURNOUT_KILLS", "5")), 1.5
+MANY_STEPS, RESTARTS = 200 + 40 * KILLS, KILLS + 4
 
 
 @pytest.fixture
@@ -105,9 +108,10 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_it_had_not_been(
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1500)
-def test_a_job_killed_at_twenty_random_moments_ends_with_the_undisturbed_weights(tmp_path: Path) -> None:
+def test_a_job_killed_at_random_moments_ends_with_the_undisturbed_weights(tmp_path: Path) -> None:
     write_home(tmp_path)
-    settings = (f"loop.steps={MANY_STEPS}", "loop.eval_every=100", "loop.save_every=20")
+    # a tuner goes by the clock, and sums in another order differ in their last bits
+    settings = ('loop.tune=""', f"loop.steps={MANY_STEPS}", "loop.eval_every=100", "loop.save_every=20")
     started(tmp_path, "calm", settings)
     disturb = partial(kill_at_random, tmp_path / "wild", KILLS, LONGEST_S)
     started(tmp_path, "wild", settings, restarts=RESTARTS, disturb=disturb)
