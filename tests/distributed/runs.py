@@ -43,7 +43,17 @@ def recipe_of(folder: Path, strategy: Strategy) -> Recipe:
     attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
     model = ModelConfig(vocab_size=300, dim=16, num_layers=2, max_seq_len=64, attention=attention, moe=moe)
     data = DataConfig(corpus=str(folder / "text"), vocab_size=300, val_fraction=0.2)
-    loop = LoopConfig(steps=STEPS, batch_size=4, seq_len=16, eval_every=4, eval_tokens=144, save_every=100, keep_last=9)
+    # compared with one process to 1e-4: never bfloat16, which `auto` chooses on processors that multiply it natively
+    loop = LoopConfig(
+        steps=STEPS,
+        batch_size=4,
+        seq_len=16,
+        eval_every=4,
+        eval_tokens=144,
+        save_every=100,
+        keep_last=9,
+        precision="float32",
+    )
     return Recipe(
         name="ranks", model=model, data=data, loop=loop, schedule=ScheduleConfig(warmup=0.2), strategy=strategy
     )

@@ -159,7 +159,7 @@ def combine_kernel(
         taken = tl.load(offset_T + run + 1, mask=is_run, other=0) - start
         most = tl.max(taken, axis=0)
         token = run.to(tl.int64)
-    for choice in range(most):
+    for choice in range(most):  # pyright: ignore[reportArgumentType] - a number once compiled
         is_there = choice < taken
         if TOP_K > 0:
             assignment = start + choice
