@@ -66,8 +66,8 @@ def _measured(
     """What the first rank found; on other ranks nothing."""
     from turnout.comm import is_launched, join
     from turnout.train.device import pick_device
-    from turnout.train.durable import make_folder, replace_text
     from turnout.train.recipes import load_recipe
+    from turnout.train.tuned import save_dictionary
     from turnout.train.tuning import Plan, tune, tune_here
 
     recipe, known = load_recipe(name, settings), out.read_text(encoding="utf-8") if out.exists() else ""
@@ -82,8 +82,7 @@ def _measured(
         found = tune_here(recipe, ranks, asked, known, str(out))
     if not is_first:
         return None
-    make_folder(out.absolute().parent)
-    replace_text(out.absolute(), found.to_json())
+    save_dictionary(found, out.absolute())
     screen.print(f"  written: {out}")
     return found
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from turnout.comm.picks import starts
 from turnout.comm.slabs import Slab, Slabs, mapped, segment
 from turnout.errors import ConfigError
 
@@ -83,7 +84,7 @@ class SharedLine:
         entry_bytes = tensor.element_size() * tensor.shape[1:].numel()
         from_peer, to_peer = ([entry_bytes * number for number in numbers] for numbers in (received, sent))
         slab, out = self._slabs.tensor(sum(from_peer), tensor, sum(received))
-        mine, starts_in, starts_out = _as_bytes(tensor), _starts(from_peer), _starts(to_peer)
+        mine, starts_in, starts_out = _as_bytes(tensor), starts(from_peer), starts(to_peer)
         for peer in self._others():
             self._give(peer, slab, starts_in[peer], from_peer[peer])
         start = starts_out[self._rank]
@@ -169,11 +170,3 @@ def _mailbox_bytes(size: int) -> int:
 
 def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    starts, total = [], 0
-    for size in sizes:
-        starts.append(total)
-        total += size
-    return starts

@@ -1,5 +1,6 @@
 """The kernel as an operator that torch.compile knows: one node, whose shapes do not hang on the routing."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,12 +101,7 @@ def _(
     kind: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    inputs = (x_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED)
-    return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor, is_wanted in zip(inputs, wanted, strict=True)
-        if is_wanted and tensor is not None
-    ]
+    return empty_gradients((x_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED), wanted)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -116,8 +112,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _backward(ctx: Any, y_grad_TD: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:6])
-    found = iter(fused_experts_backward(y_grad_TD, *ctx.saved_tensors, ctx.kind, wanted))
-    return (*(next(found) if is_wanted else None for is_wanted in wanted), None, None, None, None, None)
+    found = fused_experts_backward(y_grad_TD, *ctx.saved_tensors, ctx.kind, wanted)
+    return (*at_wanted(found, wanted), None, None, None, None, None)
 
 
 fused_experts.register_autograd(_backward, setup_context=_remember)
@@ -143,6 +139,21 @@ def kernel_weights(
         down_bias_ED=down_bias,
         kind=kind,
     )
+
+
+def empty_gradients(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+    """Room for the gradients of those inputs that are wanted: what an operator gives, without its values."""
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor, is_wanted in zip(inputs, wanted, strict=True)
+        if is_wanted and tensor is not None
+    ]
+
+
+def at_wanted(found: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients at the places of their inputs, None elsewhere."""
+    following = iter(found)
+    return [next(following) if is_wanted else None for is_wanted in wanted]
 
 
 def in_dtypes_of(weights: Weights, found: Gradients) -> Gradients:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turnout.experts.fused_op import at_wanted, empty_gradients, kernel_weights
 from turnout.kernels.gpu import launcher
 from turnout.kernels.gpu.configs import Config
 from turnout.kernels.gpu.tuned import config_for, shape_of, size_of
@@ -35,13 +36,7 @@ def triton_experts(
     Bit for bit the same each time: a token's rows are written first and then added up by one program, in their order.
     Compared with atomic additions that is one write and one read of (N, D) more.
     """
-    weights = Weights(
-        up_EDG=up_EDG.contiguous(),
-        down_EFD=down_EFD.contiguous(),
-        up_bias_EG=up_bias_EG,
-        down_bias_ED=down_bias_ED,
-        kind=kind,
-    )
+    weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
     config = _config(weights, x_TD, len(weight_N))
     with torch.cuda.device_of(x_TD):
         y_TD, up_MG, routes = launcher().forward(
@@ -103,13 +98,7 @@ def triton_experts_backward(
 
     A matrix is written once, in the fixed order of its rows; zeros for an expert without rows.
     """
-    weights = Weights(
-        up_EDG=up_EDG.contiguous(),
-        down_EFD=down_EFD.contiguous(),
-        up_bias_EG=up_bias_EG,
-        down_bias_ED=down_bias_ED,
-        kind=kind,
-    )
+    weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
     config = _config(weights, x_TD, len(weight_N))
     with torch.cuda.device_of(x_TD):
         found: Gradients = launcher().backward(
@@ -143,12 +132,7 @@ def _(
     top_k: int,
     wanted: list[bool],
 ) -> list[Tensor]:
-    inputs = (x_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED)
-    return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor, is_wanted in zip(inputs, wanted, strict=True)
-        if is_wanted and tensor is not None
-    ]
+    return empty_gradients((x_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED), wanted)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -161,8 +145,8 @@ def _backward(ctx: Any, y_grad_TD: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     *tensors, up_MG = ctx.saved_tensors[:8]
     wanted = list(ctx.needs_input_grad[:6])
     routes = list(ctx.saved_tensors[8:])
-    found = iter(triton_experts_backward(y_grad_TD, *tensors, up_MG, routes, ctx.kind, ctx.top_k, wanted))
-    return (*(next(found) if is_wanted else None for is_wanted in wanted), None, None, None, None, None, None)
+    found = triton_experts_backward(y_grad_TD, *tensors, up_MG, routes, ctx.kind, ctx.top_k, wanted)
+    return (*at_wanted(found, wanted), None, None, None, None, None, None)
 
 
 triton_experts.register_autograd(first_order(_backward), setup_context=_remember)

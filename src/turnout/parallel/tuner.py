@@ -28,7 +28,7 @@ from turnout.tune import (
     candidates,
     is_warm,
     key_of,
-    predict,
+    predictions,
 )
 from turnout.tune.search import Entry, Predicted
 
@@ -43,23 +43,22 @@ class Tuner:
         self._choice = _own(parallel.strategy)
         every = dict.fromkeys((*candidates(self._shape, dictionary.hardware), self._choice))
         self._legal = [choice for choice in every if _is_legal(parallel.strategy, choice)]
-        self._seen: Workload | None = None  # by the last step: the next one will be much like it
+        # key and predictions of the last step: the next one will be much like it
+        self._seen: tuple[Key, Predicted] | None = None
         self._key: Key | None = None  # of the step before the current one: what its choice was made by
         self._is_cold = True  # the first step makes buffers and connections, and is no measure
 
     @property
     def is_warm(self) -> bool:
         """Whether a step like the last one has nothing left to try."""
-        if self._seen is None:
-            return False
-        return self._is_warm(key_of(self._seen, self.dictionary.hardware.name), self._predicted(self._seen))
+        return self._seen is not None and self._is_warm(*self._seen)
 
     def before_step(self, model: nn.Module, parallel: Parallel) -> Parallel:
         """The layout of the next step, on every rank the same."""
         if self._seen is None:
             return parallel
-        self._key = key_of(self._seen, self.dictionary.hardware.name)
-        chosen = self.dictionary.choose(self._key, self._predicted(self._seen))
+        self._key, predicted = self._seen
+        chosen = self.dictionary.choose(self._key, predicted)
         if chosen == self._choice:
             return parallel
         self._choice = chosen
@@ -71,12 +70,13 @@ class Tuner:
         Returns what was decided, if this step decided it; else nothing.
         """
         (slowest_s,) = self._world.largest([seconds])
-        self._seen = seen = _workload(self._shape, stats, passes)
+        hardware, seen = self.dictionary.hardware, _workload(self._shape, stats, passes)
+        own_key, predicted = self._seen = key_of(seen, hardware.name), predictions(seen, hardware, self._legal)
         if self._is_cold:
             self._is_cold = False
             return ""
         # what is known of a step before it runs is the step before it, so that is what its time is remembered by
-        key, predicted = self._key or key_of(seen, self.dictionary.hardware.name), self._predicted(seen)
+        key = self._key or own_key
         was_warm = self._is_warm(key, predicted)
         self.dictionary = self.dictionary.observed(key, self._choice, predicted, slowest_s)
         if was_warm or not self._is_warm(key, predicted):
@@ -86,9 +86,6 @@ class Tuner:
 
     def _is_warm(self, key: Key, predicted: Predicted) -> bool:
         return is_warm(self.dictionary.entries.get(key, Entry()), predicted, self.dictionary.rules)
-
-    def _predicted(self, workload: Workload) -> dict[Choice, float]:
-        return {choice: predict(choice, workload, self.dictionary.hardware).step_s for choice in self._legal}
 
 
 def dictionary_for(

@@ -198,7 +198,7 @@ class Trainer:
             return None, str(error)
         try:
             if self.tuner is not None:
-                save_dictionary(self.tuner, dictionary_path(self.recipe, self.run))
+                save_dictionary(self.tuner.dictionary, dictionary_path(self.recipe, self.run))
         except OSError as error:
             return saved, f"what the tuner learned was not written: {error}"
         return saved, None

@@ -14,6 +14,7 @@ from turnout.strategy import Strategy
 from turnout.train.device import compute_dtype
 from turnout.train.durable import make_folder, replace_text
 from turnout.train.recipe import Recipe
+from turnout.tune import Dictionary
 
 FILE = "strategies.json"  # in a run's folder
 
@@ -46,7 +47,7 @@ def open_tuner(recipe: Recipe, model: Decoder, parallel: Parallel, run: Path, de
     return Tuner(model, parallel, dictionary_for(parallel, device, known, str(path)), element_bytes=element_bytes)
 
 
-def save_dictionary(tuner: Tuner, path: Path) -> None:
+def save_dictionary(dictionary: Dictionary, path: Path) -> None:
     """Called by the first rank."""
     make_folder(path.parent)
-    replace_text(path, tuner.dictionary.to_json())
+    replace_text(path, dictionary.to_json())

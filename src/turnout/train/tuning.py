@@ -1,20 +1,17 @@
 """Steps for the sake of their time: a recipe's model on random tokens until nothing is left to try."""
 
 import math
-import os
 import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from turnout.comm import World
-from turnout.comm.processes import start_ranks
+from turnout.comm.processes import as_rank, start_ranks
 from turnout.config import dump_toml, from_dict
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
@@ -123,15 +120,9 @@ def _batches(recipe: Recipe, load: int, world: World, device: torch.device) -> S
 
 def _rank(rank: int, text: str, ranks: int, folder: str, asked: tuple[Plan, str, str]) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
-    # this process is a rank of the measurement, whatever torchrun says
-    for name in ("WORLD_SIZE", "RANK"):
-        os.environ.pop(name, None)
     recipe, (plan, known, source) = from_dict(Recipe, tomllib.loads(text)), asked
     recipe = replace(recipe, loop=replace(recipe.loop, device="cpu"))
-    store, timeout = f"file://{folder}/store", timedelta(seconds=recipe.loop.timeout_s)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
-    found = tune(recipe, World(rank=rank, size=ranks, local_size=ranks), plan, known, source, lambda _: None)
-    if rank == 0:
-        (Path(folder) / "found.json").write_text(found.to_json(), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    with as_rank(rank, ranks, folder, timeout_s=recipe.loop.timeout_s) as world:
+        found = tune(recipe, world, plan, known, source, lambda _: None)
+        if world.is_first:
+            (Path(folder) / "found.json").write_text(found.to_json(), encoding="utf-8")

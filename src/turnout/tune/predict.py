@@ -4,7 +4,7 @@ The law of d chunks: of the exchange a share `busy` is the processor's own work 
 the computation take the longer of both, and the first or last chunk of the shorter. Weights are awaited first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -49,10 +49,10 @@ def candidates(shape: LayerShape, hardware: Hardware) -> tuple[Choice, ...]:
     return tuple(_candidates(shape, hardware))
 
 
-def predictions(workload: Workload, hardware: Hardware) -> dict[Choice, float]:
-    """Seconds of a layer under every candidate."""
-    every = candidates(workload.shape, hardware)
-    return {choice: predict(choice, workload, hardware).step_s for choice in every}
+def predictions(workload: Workload, hardware: Hardware, choices: Iterable[Choice] | None = None) -> dict[Choice, float]:
+    """Seconds of a layer under each of `choices`; None: under every candidate."""
+    asked = candidates(workload.shape, hardware) if choices is None else choices
+    return {choice: predict(choice, workload, hardware).step_s for choice in asked}
 
 
 def predict(choice: Choice, workload: Workload, hardware: Hardware) -> Prediction:

@@ -1,21 +1,18 @@
 """The self-check of a layout: a recipe's model on many ranks of this machine against one process, tensor by tensor."""
 
 import math
-import os
 import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from turnout.comm import World
-from turnout.comm.processes import start_ranks
+from turnout.comm.processes import as_rank, start_ranks
 from turnout.config import dump_toml, from_dict
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
@@ -73,18 +70,11 @@ def verify_parallel(recipe: Recipe, ranks: int) -> list[Compared]:
 
 def _rank(rank: int, text: str, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    # this process is a rank of the check, whatever torchrun says
-    for name in ("WORLD_SIZE", "RANK"):
-        os.environ.pop(name, None)
     recipe = from_dict(Recipe, tomllib.loads(text))
-    store, timeout = f"file://{folder}/store", timedelta(seconds=TIMEOUT_S)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
-    world = World(rank=rank, size=ranks, local_size=ranks)
-    batch = _batches(recipe.model, ranks)[rank]
-    outcome = _step(recipe.model, _dtype(recipe.model), [batch], (recipe, world))
-    torch.save(outcome, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with as_rank(rank, ranks, folder, timeout_s=TIMEOUT_S) as world:
+        batch = _batches(recipe.model, ranks)[rank]
+        outcome = _step(recipe.model, _dtype(recipe.model), [batch], (recipe, world))
+        torch.save(outcome, Path(folder) / f"{rank}.pt")
 
 
 def _step(
