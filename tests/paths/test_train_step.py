@@ -10,7 +10,7 @@ from turnout.data.prepare import Dataset
 from turnout.data.sampler import Batch, Sampler
 from turnout.layers import MoE
 from turnout.models import Decoder, presets
-from turnout.train.device import autocast_for
+from turnout.train.device import autocast_for, compute_dtype
 from turnout.train.estimate import memory_here, seconds_per_step
 from turnout.train.optimizer import build_optimizer
 from turnout.train.recipe import Recipe
@@ -89,3 +89,30 @@ def test_the_compiled_layer_of_tiny_gives_what_the_layer_gives(dtype: torch.dtyp
     for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
         assert ours.grad is not None, name
         torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("has_units", "width", "precision", "chosen"),
+    [
+        (True, 512, "auto", torch.bfloat16),
+        (True, 256, "auto", torch.float32),
+        (False, 512, "auto", torch.float32),
+        (False, 256, "bfloat16", torch.bfloat16),
+        (True, 512, "float32", torch.float32),
+    ],
+)
+def test_a_processor_takes_bfloat16_by_itself_only_for_wide_matrices(
+    small_recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    has_units: bool,
+    width: int,
+    precision: str,
+    chosen: torch.dtype,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_units)
+    model = replace(small_recipe.model, dim=width, moe=None, hidden=1024)
+    recipe = replace(small_recipe, model=model, loop=replace(small_recipe.loop, precision=precision))
+    assert compute_dtype(torch.device("cpu"), recipe) == chosen
+    narrow = replace(recipe, model=replace(model, hidden=width // 2))
+    if precision == "auto":
+        assert compute_dtype(torch.device("cpu"), narrow) == torch.float32

@@ -176,7 +176,8 @@ def _two_matrix_experts() -> Any:
             for expert in choices_TK.unique().tolist():
                 token, place = torch.where(choices_TK == expert)
                 h = self.act_fn(F.linear(x_TD[token], self.up_proj[expert]))
-                y_TD.index_add_(0, token, F.linear(h, self.down_proj[expert]) * weight_TK[token, place, None])
+                row_MD = F.linear(h, self.down_proj[expert]) * weight_TK[token, place, None]
+                y_TD.index_add_(0, token, row_MD.to(y_TD.dtype))
             return y_TD
 
     return Experts

@@ -97,7 +97,7 @@ def notes(recipe: Recipe, dense: Recipe, peers: tuple[str, ...]) -> list[str]:
         said.append(f"loop.accumulate={loop.accumulate}: everybody takes one micro-batch a step")
     if loop.device == "cuda":
         said.append("loop.device='cuda': everybody computes on the CPU")
-    if compute_dtype(torch.device("cpu"), loop.precision) != torch.float32:
+    if compute_dtype(torch.device("cpu"), recipe) != torch.float32:
         said.append(f"loop.precision={loop.precision!r}, here bfloat16: everybody computes in float32")
     if loop.compile:
         said.append("loop.compile=true: nobody is compiled")

@@ -106,7 +106,7 @@ def seconds_per_step(recipe: Recipe, device: torch.device) -> float:
         shape = (loop.batch_size, loop.seq_len)
         tokens_BS = torch.randint(recipe.model.vocab_size, shape, device=device)
         batches = [Batch(tokens_BS=tokens_BS, targets_BS=tokens_BS)] * loop.accumulate
-        step = step_on(model, batches, recipe, compute_dtype(device, loop.precision))
+        step = step_on(model, batches, recipe, compute_dtype(device, recipe))
         seconds = []
         for _ in range(_WARMUP + _TIMED):
             started = time.perf_counter()

@@ -87,7 +87,7 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
         )
-        self.autocast = autocast_for(self.device, compute_dtype(self.device, loop.precision))
+        self.autocast = autocast_for(self.device, compute_dtype(self.device, recipe))
         self.counters = Counters()
         self.notes: tuple[str, ...] = ()  # what a person should know of a resume
         self.stopped_by = 0  # number of the signal that ended it, whichever rank got it

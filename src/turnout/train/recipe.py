@@ -78,7 +78,7 @@ class LoopConfig(Settings):
     eval_tokens: int = 65_536  # validation tokens of one evaluation, the same ones each time
     save_every: int = 500  # steps between checkpoints; 0: only at the end
     keep_last: int = 2  # checkpoints kept
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 autocast; auto: where the device has it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 autocast; auto: where it is faster
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
     compile: bool = False  # torch.compile the model
     nonfinite: NonFinitePolicy = "stop"  # on NaN or infinity in loss or gradients

@@ -43,7 +43,7 @@ def open_tuner(recipe: Recipe, model: Decoder, parallel: Parallel, run: Path, de
         return None
     path, world = dictionary_path(recipe, run), parallel.world
     known = world.together(lambda: path.read_text(encoding="utf-8") if world.is_first and path.exists() else "")
-    element_bytes = compute_dtype(device, recipe.loop.precision).itemsize
+    element_bytes = compute_dtype(device, recipe).itemsize
     return Tuner(model, parallel, dictionary_for(parallel, device, known, str(path)), element_bytes=element_bytes)
 
 

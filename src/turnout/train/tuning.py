@@ -51,7 +51,7 @@ def tune(recipe: Recipe, world: World, plan: Plan, known: str, name: str, say: S
     model = Decoder(recipe.model).to(device)
     cuda = device.type == "cuda"
     parallel = apply(model, recipe.strategy, world=world, timeout_s=recipe.loop.timeout_s, cuda=cuda)
-    element_bytes = compute_dtype(device, recipe.loop.precision).itemsize
+    element_bytes = compute_dtype(device, recipe).itemsize
     tuner = Tuner(model, parallel, dictionary_for(parallel, device, known, name), element_bytes=element_bytes)
     for load in plan.loads:
         parallel = _until_warm(recipe, load, plan.most_steps, model, parallel, tuner, say)
@@ -89,7 +89,7 @@ def _until_warm(
     recipe: Recipe, load: int, most_steps: int, model: Decoder, parallel: Parallel, tuner: Tuner, say: Say
 ) -> Parallel:
     device = next(model.parameters()).device
-    autocast = autocast_for(device, compute_dtype(device, recipe.loop.precision))
+    autocast = autocast_for(device, compute_dtype(device, recipe))
     # the step changes nothing: what is measured is one and the same
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     batches = _batches(recipe, load, parallel.world, device)
