@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from turnout.cli import bench_alltoall, options
+from turnout.cli import bench_alltoall, bench_train_ranks, options
 from turnout.cli.console import console, print_json, table
 
 bench = typer.Typer(
@@ -22,6 +22,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 bench.command("alltoall", epilog=bench_alltoall.EXAMPLES)(bench_alltoall.alltoall)
+bench.command("train-ranks", epilog=bench_train_ranks.EXAMPLES)(bench_train_ranks.train_ranks)
 
 
 @bench.command("train-step", epilog="Example: turnout bench train-step --json")
