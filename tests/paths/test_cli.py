@@ -192,6 +192,7 @@ BAD_USES: dict[str, tuple[list[str], int, str]] = {
         2,
         r"name='a/b' must be good as the name of a folder",
     ),
+    "nothing to explain": (["tune", "--explain", "absent.json"], 2, r"absent.json: no such file; .*tune RECIPE"),
     "a home nobody has": (["train", "smoke", "--data", "~no-such-user/x"], 2, r"knows no home folder '~no-such-user'"),
     "unknown recipe": (["train", "tinny"], 2, r"unknown recipe 'tinny'; built in: .*did you mean 'tiny'"),
     "no recipe": (["train"], 2, r"give a recipe"),

@@ -55,6 +55,10 @@ def tune(
         assert recipe is not None
         found = _measured(recipe, settings or [], ranks, out, (loads, steps), as_json=as_json)
     else:
+        if not explain.is_file():
+            raise ConfigError(
+                f"--explain {explain}: there is no such file; `turnout tune RECIPE --out {explain}` writes one"
+            )
         found = Dictionary.from_json(explain.read_text(encoding="utf-8"), str(explain))
     if found is not None:
         _show(found, console(as_json=as_json), as_json=as_json)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import tokenizers
 
+from turnout.cache import path_of
 from turnout.config import Settings, from_dict
 from turnout.data.atomic import write_atomic
 from turnout.data.corpora import Corpus, Document, open_corpus
-from turnout.data.corpora.files import path_of
 from turnout.data.excerpt import spread_excerpt
 from turnout.data.shards import FORMAT, ShardWriter, TokenShard, write_shard
 from turnout.data.split import Split, choose_split, in_validation

@@ -3,10 +3,10 @@
 import glob
 from pathlib import Path
 
+from turnout.cache import path_of
 from turnout.data.corpora.austen import Austen
 from turnout.data.corpora.contract import CORPORA, Corpus, Document, FetchedCorpus
 from turnout.data.corpora.debian_descriptions import DebianPackageDescriptions
-from turnout.data.corpora.files import path_of
 from turnout.data.corpora.gcide import Gcide
 from turnout.data.corpora.git_doc import GitDoc
 from turnout.data.corpora.kjv import KingJames

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from turnout.data.corpora.contract import Document
 from turnout.data.utf8 import InvalidUtf8, decode_utf8
-from turnout.errors import ConfigError, DataError
+from turnout.errors import DataError
 
 
 def file_documents(files: Iterable[Path], root: Path, invalid: InvalidUtf8 = "error") -> Iterator[Document]:
@@ -22,20 +22,6 @@ def file_documents(files: Iterable[Path], root: Path, invalid: InvalidUtf8 = "er
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"cannot read {file}: {error}") from error
         yield Document(name=name, text=decode_utf8(raw, str(file), invalid))
-
-
-def path_of(text: str) -> Path:
-    """The path a user wrote, `~` and `~name` read as home folders.
-
-    Raises: ConfigError if there is no such home folder.
-    """
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(
-            f"path {text!r}: this machine knows no home folder {text.split('/')[0]!r}; write the folder out, or "
-            f"./{text} for a name that begins so"
-        ) from error
 
 
 def fingerprint_files(files: Iterable[Path], root: Path) -> str:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from turnout.cache import path_of
 from turnout.data.corpora.contract import CORPORA, Corpus, Document
-from turnout.data.corpora.files import file_documents, fingerprint_files, named_under, path_of
+from turnout.data.corpora.files import file_documents, fingerprint_files, named_under
 from turnout.data.jsonl import read_jsonl
 from turnout.data.utf8 import InvalidUtf8
 from turnout.errors import ConfigError, DataError
