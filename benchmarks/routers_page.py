@@ -1,11 +1,15 @@
 """Write docs/routers.md: every router on the same text for the same steps, over seeds.
 
-Usage: turnout compare tiny --routers all --steps N --seeds 3 --json | tail -1 > RESULT.json
-       python -m benchmarks.routers_page RESULT.json [MORE.json ...]
+Usage: turnout compare tiny --set "model.moe.router={name='topk', k=2}" --routers all --steps N --seeds 3 --json \
+           | tail -1 > RESULT.json
+       turnout bench routers --json | tail -1 > BENCH.json
+       python -m benchmarks.routers_page RESULT.json [MORE.json ...] --bench BENCH.json \
+           --set "model.moe.router={name='topk', k=2}"
 
-Several files are joined: the same routers at other seeds, say.
+Several files are joined: other routers, or the same ones at other seeds. `--set` as of the comparison.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -19,34 +23,42 @@ from turnout.train.recipes import load_recipe
 from turnout.train.variants import with_routers
 
 PAGE = Path(__file__).parents[1] / "docs" / "routers.md"
-BESIDE = "topk"  # whose loss and speed the others stand beside
+BESIDE = "topk"  # whose loss the others stand beside
 INTRO = """# Routers side by side
 
 Written by `python -m benchmarks.routers_page` from `turnout compare {recipe} --routers all`: the recipe `{recipe}` with
 each router, {tokens} tokens each, seeds {first} to {last}. Loss is nats a token on validation text, mean and spread
-(greatest less least) over seeds; beside {beside}: the mean difference at the same seed, below 0 is better. Speed is
-tokens a second over {beside}'s at the same seed, on two CPU cores. Dropped (for want of
-room), left out (by design) and undecided (entropy of the scores, 1 is a fair draw) are of the last step of training.
-On validation text after training: experts a token; worst load (the greatest over the fair share, less 1, mean over
-layers); told by id (share of an expert's identity that the token's id tells); bytes that a layer would send between 8
-ranks, there and back, a token.
+(greatest less least) over seeds; beside {beside}: the mean difference at the same seed, below 0 is better. Dropped (for
+want of room), left out (by design) and undecided (entropy of the scores, 1 is a fair draw) are of the last step of
+training. On validation text after training: experts a token; worst load (the greatest over the fair share, less 1,
+mean over layers); told by id (share of an expert's identity that the token's id tells); bytes that a layer would send
+between 8 ranks, there and back, a token. Time: a layer forward and backward over one with softmax top-k of as many
+choices, in the shapes of `turnout bench routers` on two CPU cores: {shapes}.
 """
 COLUMNS = (
-    *("router", "loss", "spread", f"beside {BESIDE}", "speed", "experts a token", "dropped", "left out"),
-    *("worst load", "undecided", "told by id", "bytes"),
+    *("router", "loss", "spread", f"beside {BESIDE}", "experts a token", "dropped", "left out"),
+    *("worst load", "undecided", "told by id", "bytes", "time"),
 )
 
 
 def main() -> None:
-    """Raises: SystemExit without a file, or if the row everything stands beside is missing."""
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    rows = [row for path in sys.argv[1:] for row in json.loads(Path(path).read_text(encoding="utf-8"))["rows"]]
+    """Raises: SystemExit if the row everything stands beside is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--bench", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[], dest="settings")
+    asked = parser.parse_args()
+    rows = [row for path in asked.results for row in _read(path)]
     recipe, by_router = _by_router(rows)
     if BESIDE not in by_router:
         sys.exit(f"no rows of the router {BESIDE}, which the others stand beside")
-    PAGE.write_text("\n".join(_page(recipe, by_router, rows)), encoding="utf-8")
+    page = _page(recipe, by_router, _read(asked.bench), asked.settings)
+    PAGE.write_text("\n".join(page), encoding="utf-8")
     print(f"wrote {PAGE.name}: {len(by_router)} routers, {len(rows)} runs")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
 def _by_router(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, list[dict[str, Any]]]]:
@@ -64,39 +76,68 @@ def _shared_start(names: Sequence[str]) -> str:
     return names[0].removesuffix(f"-{router}")
 
 
-def _page(recipe: str, by_router: dict[str, list[dict[str, Any]]], rows: Sequence[dict[str, Any]]) -> list[str]:
+def _page(
+    recipe: str,
+    by_router: dict[str, list[dict[str, Any]]],
+    timed: Sequence[dict[str, Any]],
+    settings: Sequence[str],
+) -> list[str]:
+    rows = [row for runs in by_router.values() for row in runs]
     seeds = sorted({row["seed"] for row in rows})
     tokens = statistics.median(row["tokens"] for row in rows)
     beside = by_router[BESIDE]
     order = sorted(by_router, key=lambda name: _mean(by_router[name], "val_loss"))
     ahead = [name for name in order if not RouterConfig.TABLE[name].causal]
+    shapes = _shapes(timed)
     return [
         *INTRO.format(
-            recipe=recipe, tokens=f"{tokens / 1e6:.2f} M", first=seeds[0], last=seeds[-1], beside=BESIDE
+            recipe=recipe,
+            tokens=f"{tokens / 1e6:.2f} M",
+            first=seeds[0],
+            last=seeds[-1],
+            beside=BESIDE,
+            shapes="; ".join(shapes),
         ).splitlines(),
         "",
         *([f"A loss that no generation can have, for they see later tokens: {', '.join(ahead)}.", ""] if ahead else []),
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
-        *(_row(name, by_router[name], beside) for name in order),
+        *(_row(name, by_router[name], beside, timed) for name in order),
         "",
-        *_settings(recipe, order),
+        *_settings(recipe, order, settings),
         "",
     ]
 
 
-def _row(name: str, runs: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]]) -> str:
+def _shapes(timed: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(_shape_words(row["shape"]) for row in timed))
+
+
+def _shape_words(shape: dict[str, Any]) -> str:
+    return (
+        f"{shape['experts']} experts of {shape['dim']} by {shape['hidden']}, {shape['k']} a token, "
+        f"{shape['tokens']:,} tokens"
+    )
+
+
+def _row(
+    name: str,
+    runs: Sequence[dict[str, Any]],
+    beside: Sequence[dict[str, Any]],
+    timed: Sequence[dict[str, Any]],
+) -> str:
     losses = [run["val_loss"] for run in runs]
     same_seed = {run["seed"]: run for run in beside}
     pairs = [(run, same_seed[run["seed"]]) for run in runs if run["seed"] in same_seed]
     behind = statistics.fmean(a["val_loss"] - b["val_loss"] for a, b in pairs)
-    speed = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs)
+    own = {_shape_words(row["shape"]): f"{row['time_over_topk']:.2f}" for row in timed if row["peer"] == name}
+    # a shape may not allow a router
+    times = [own.get(shape, "-") for shape in _shapes(timed)]
     routing = [run["routing"] for run in runs]
     cells = [
         f"{statistics.fmean(losses):.3f}",
         f"{max(losses) - min(losses):.3f}",
         f"{behind:+.3f}",
-        f"{speed:.2f}",
         f"{_mean(routing, 'experts_per_token'):.2f}",
         f"{_mean(runs, 'dropped_share'):.1%}",
         f"{_mean(runs, 'declined_share'):.1%}",
@@ -104,6 +145,7 @@ def _row(name: str, runs: Sequence[dict[str, Any]], beside: Sequence[dict[str, A
         f"{_mean(runs, 'router_entropy'):.2f}",
         f"{_mean(routing, 'specialisation'):.2f}",
         f"{_mean(routing, 'sent_bytes_per_token'):,.0f}",
+        ", ".join(times),
     ]
     return f"| `{name}` | {' | '.join(cells)} |"
 
@@ -112,10 +154,10 @@ def _mean(rows: Sequence[dict[str, Any]], key: str) -> float:
     return statistics.fmean(row[key] for row in rows)
 
 
-def _settings(recipe: str, names: Sequence[str]) -> list[str]:
+def _settings(recipe: str, names: Sequence[str], settings: Sequence[str]) -> list[str]:
     """What each router was set to, and its losses: a router is compared with these, not with its paper's."""
     lines = ["Settings, where they are not the router's own defaults are those of the recipe:", ""]
-    for variant in with_routers(load_recipe(recipe), sorted(names)):
+    for variant in with_routers(load_recipe(recipe, settings), sorted(names)):
         assert variant.model.moe is not None
         moe = variant.model.moe
         losses = ", ".join(repr(loss) for loss in moe.losses) or "no auxiliary loss"
