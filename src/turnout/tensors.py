@@ -171,7 +171,8 @@ class MoEOutput:
     y: Tensor
     losses: tuple[LossTerm, ...]
     stats: MoEStats
-    assignment: Assignment  # who went where, for a recording or a picture
+    assignment: Assignment  # who was to go where, for a recording or a picture
+    keep_N: Tensor | None  # of the assignment, which were sent; None: every one
 
 
 def counted(index_N: Tensor, size: int) -> Tensor:

@@ -412,6 +412,12 @@ def test_first_choices_alone_of_later_groups_are_moe2d() -> None:
     declined_N = routing.assignment.declined_N
     assert declined_N is not None
     assert declined_N.view(-1, 4).tolist() == [[False, False, False, True]] * 13
+    # in Mesh TensorFlow a token of importance 0.5 has one choice in its later group, whose weight there is 1
+    everywhere = built(replace(config, later_groups="all"), 12)(tokens(13)).assignment.weight_N.view(-1, 4)
+    weight_T4 = routing.assignment.weight_N.view(-1, 4)
+    assert torch.equal(weight_T4[:, :2], everywhere[:, :2])
+    assert error(weight_T4[:, 2], everywhere[:, 2:].sum(dim=1)) < 1e-14
+    assert error(weight_T4[:, :3].sum(dim=1), torch.ones(13, dtype=torch.float64)) < 1e-14
 
 
 def test_a_choice_is_declined_if_the_group_or_the_expert_is() -> None:

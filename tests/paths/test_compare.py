@@ -231,8 +231,22 @@ def test_rows_sent_are_counted_once_a_rank() -> None:
         top_k=2,
     )
     # tokens 0, 1 are at home on rank 0 and 2, 3 on rank 1: 1 goes across for both of its experts, and so does 2
-    assert _rows_sent(assignment, 2) == 2
-    assert _rows_sent(replace(assignment, declined_N=expert_N > 1), 2) == 1
+    assert _rows_sent(assignment, None, 2) == 2
+    assert _rows_sent(assignment, expert_N <= 1, 2) == 1
+
+
+def test_what_capacity_drops_is_not_counted_as_sent() -> None:
+    torch.manual_seed(0)
+    recipe = load_recipe("smoke", ["model.moe.capacity={name='fixed', factor=0.1, minimum=1}"])
+    ids_BS = torch.randint(256, (2, 32))
+    facts = routing_facts(Decoder(recipe.model), [Batch(tokens_BS=ids_BS, targets_BS=ids_BS)])
+    whole = routing_facts(Decoder(load_recipe("smoke").model), [Batch(tokens_BS=ids_BS, targets_BS=ids_BS)])
+    assert facts is not None
+    assert whole is not None
+    assert whole.experts_per_token == 2
+    # ceil(0.1 * 2 * 64 / 4) = 4 rows an expert at most
+    assert facts.experts_per_token <= 4 * 4 / 64
+    assert facts.sent_bytes_per_token < 0.3 * whole.sent_bytes_per_token
 
 
 def test_the_worst_load_is_that_of_all_validation_text_in_evaluation() -> None:

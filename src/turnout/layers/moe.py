@@ -226,6 +226,7 @@ class MoE(nn.Module):
             losses=routing.losses + terms,
             stats=collect_stats(routing, admission),
             assignment=routing.assignment,
+            keep_N=admission.keep_N,
         )
 
     def _check(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:

@@ -83,7 +83,8 @@ class DecoderOutput:
     h_BSD: Tensor
     losses: tuple[LossTerm, ...]
     stats: tuple[MoEStats, ...]
-    assignments: tuple[Assignment, ...]  # who went where
+    assignments: tuple[Assignment, ...]  # who was to go where
+    keeps: tuple[Tensor | None, ...]  # which of these were sent; None: every one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,7 @@ class Decoder(nn.Module):
             losses=losses,
             stats=tuple(r.stats for r in reports),
             assignments=tuple(r.assignment for r in reports),
+            keeps=tuple(r.keep_N for r in reports),
         )
 
     def logits(self, h: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ class Hierarchical(RouterConfig):
     A choice weighs the product of its two weights. An `inner` that is hierarchical itself makes the tree deeper.
     Expert e stands in group e // (E / groups). An inner router sees only its group's tokens, so the scores of experts
     in a group a token did not ask are those of an undecided router: the group's score, divided evenly.
-    Both levels gshard with later_groups="first" is MoE2D of Mesh TensorFlow, up to 3 experts a token.
+    Both levels gshard with later_groups="first" is MoE2D of Mesh TensorFlow, up to 3 experts a token: the choice that
+    is sent to a later group carries the weights of those that are not.
     Source: Shazeer et al. 2017, arXiv:1701.06538, appendix B; transformer_moe_layer_v2 in
         https://github.com/tensorflow/mesh/blob/master/mesh_tensorflow/transformer/moe.py.
     """
@@ -159,10 +160,12 @@ def _joined(groups: Assignment, branches: list[Branch], tokens: RouterInput, lat
     # the choice of group by which each of them came
     via_N = torch.cat([branch.choice_M[part.token_N] for branch, part in zip(branches, parts, strict=True)])
     row_N, outer_N = groups.token_N[via_N], groups.choice_N[via_N]
-    declined_N = _either_declines(groups, parts, via_N)
+    declined_N, inner_N = _either_declines(groups, parts, via_N), torch.cat([part.weight_N for part in parts])
     if later_groups == "first":
         beyond_N = (outer_N > 0) & (within_N > 0)
         declined_N = beyond_N if declined_N is None else declined_N | beyond_N
+        whole_N = torch.zeros_like(groups.weight_N, dtype=inner_N.dtype).index_add(0, via_N, inner_N)[via_N]
+        inner_N = torch.where(outer_N > 0, whole_N, inner_N)
     priority_N = _priority(groups, parts, via_N)
     order_N = ((row_N * len(branches) + outer_N) * group_size + within_N).argsort(stable=True)
     row_N = row_N[order_N]
@@ -171,7 +174,7 @@ def _joined(groups: Assignment, branches: list[Branch], tokens: RouterInput, lat
     return Assignment(
         token_N=tokens.token_R[row_N],
         expert_N=expert_N[order_N],
-        weight_N=(groups.weight_N[via_N] * torch.cat([part.weight_N for part in parts]))[order_N],
+        weight_N=(groups.weight_N[via_N] * inner_N)[order_N],
         choice_N=torch.arange(len(row_N), device=row_N.device) - first_R[row_N],
         num_tokens=tokens.num_tokens,
         num_experts=group_size * len(branches),

@@ -56,21 +56,26 @@ def _facts(model: Decoder, batch: Batch, num_ranks: int) -> tuple[list[Tensor], 
     """For each layer how often each id meets each expert (V, E); rows sent over all layers; tokens."""
     out = model(batch.tokens_BS)
     ids_T = batch.tokens_BS.reshape(-1)
-    tables = [_meetings(a, ids_T, model.config.vocab_size) for a in out.assignments]
-    return tables, sum(_rows_sent(a, num_ranks) for a in out.assignments), len(ids_T)
+    sent = list(zip(out.assignments, out.keeps, strict=True))
+    tables = [_meetings(a, keep_N, ids_T, model.config.vocab_size) for a, keep_N in sent]
+    return tables, sum(_rows_sent(a, keep_N, num_ranks) for a, keep_N in sent), len(ids_T)
 
 
-def _meetings(assignment: Assignment, ids_T: Tensor, vocab_size: int) -> Tensor:
+def _meetings(assignment: Assignment, keep_N: Tensor | None, ids_T: Tensor, vocab_size: int) -> Tensor:
     size = assignment.num_experts
-    sent_N = slice(None) if assignment.declined_N is None else ~assignment.declined_N
-    cell_N = ids_T[assignment.token_N[sent_N]] * size + assignment.expert_N[sent_N]
-    return torch.bincount(cell_N, minlength=vocab_size * size).view(vocab_size, size).double()
+    token_N, expert_N = _sent(assignment, keep_N)
+    return torch.bincount(ids_T[token_N] * size + expert_N, minlength=vocab_size * size).view(vocab_size, size).double()
 
 
-def _rows_sent(assignment: Assignment, num_ranks: int) -> int:
+def _sent(assignment: Assignment, keep_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token and expert of each assignment that was sent."""
+    kept = slice(None) if keep_N is None else keep_N
+    return assignment.token_N[kept], assignment.expert_N[kept]
+
+
+def _rows_sent(assignment: Assignment, keep_N: Tensor | None, num_ranks: int) -> int:
     """Pairs (token, other rank): a token that two experts of one rank want is sent there once."""
-    sent_N = slice(None) if assignment.declined_N is None else ~assignment.declined_N
-    token_N, expert_N = assignment.token_N[sent_N], assignment.expert_N[sent_N]
+    token_N, expert_N = _sent(assignment, keep_N)
     here_N = token_N * num_ranks // max(assignment.num_tokens, 1)
     there_N = expert_N * num_ranks // assignment.num_experts
     pairs_N = (token_N * num_ranks + there_N)[here_N != there_N]
