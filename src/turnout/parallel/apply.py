@@ -5,20 +5,25 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Literal
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from turnout.comm import ExpertGroup, Groups, Ledger, World, make_groups
+from turnout.comm import ExpertGroup, Groups, Ledger, TensorGroup, TensorWire, World, make_groups
 from turnout.comm.ledger import Kind
 from turnout.comm.world import current_world
+from turnout.contracts import Dispatcher
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.experts.cut import Cut
 from turnout.layers import MoE
 from turnout.parallel.auto import auto_strategy
+from turnout.parallel.dense_cuts import DenseCut
 from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.fully_sharded import reshard, shard_fully, shardings
+from turnout.parallel.own_tokens import OwnTokens
 from turnout.parallel.shards import Shards
 from turnout.parallel.supported import check_shards, check_supported
+from turnout.parallel.tensor_parallel import check_dense, cutting, share_dense
 from turnout.placement import Placement
 from turnout.strategy import Strategy
 
@@ -37,6 +42,28 @@ class Parallel:
     @property
     def world(self) -> World:
         return self.groups.world
+
+    @property
+    def text_place(self) -> tuple[int, int]:
+        """Which text is this rank's, and of how many: tensor-parallel ranks are all given the same."""
+        return self.world.rank // self.strategy.tp, self.world.size // self.strategy.tp
+
+    def own_tokens(self, value_BS: Tensor) -> Tensor:
+        """Of a number for each token of a batch those that this rank's experts layers report on."""
+        tensor = self.groups.tensor
+        if tensor is None or not self.strategy.sequence_parallel:
+            return value_BS
+        return cutting(value_BS.shape, tensor.size).share(value_BS, tensor.place)
+
+    @property
+    def repeats(self) -> int:
+        """On how many ranks the experts' layers report the same tokens."""
+        return 1 if self.strategy.sequence_parallel else self.strategy.tp
+
+    @property
+    def random_stream(self) -> tuple[int, int]:
+        """Which random numbers are this rank's, and of how many: those that route the same tokens route them alike."""
+        return self.world.rank // self.repeats, self.world.size // self.repeats
 
     def copies(self, model: nn.Module) -> dict[Tensor, int]:
         """The parameters of which this rank has only a part, and on how many ranks there is the same part."""
@@ -64,14 +91,16 @@ class Parallel:
             adaptive_r=was.adaptive_r if adaptive_r is None else adaptive_r,
         )
         check_supported(changed)
-        check_shards(changed, has_experts=bool(self.shards.cuts))
+        of_experts = self.shards.of_experts()
+        check_shards(changed, has_experts=bool(of_experts))
         group = self.groups.experts
         if group is None:
             return replace(self, strategy=changed)
         for name, layer in _moe_layers(model):
             prefix = _prefix(name)
-            cuts = {each.removeprefix(prefix): cut for each, cut in self.shards.cuts.items() if each.startswith(prefix)}
-            layer.reach(_dispatcher(name, changed, group, cuts, self.ledger))
+            cuts = {each.removeprefix(prefix): cut for each, cut in of_experts.items() if each.startswith(prefix)}
+            dispatcher = _dispatcher(name, changed, group, cuts, self.ledger)
+            layer.reach(_of_own_tokens(name, dispatcher, changed, self.groups.tensor, self.ledger))
         return replace(self, strategy=changed)
 
     def take_sent(self) -> dict[str, float] | None:
@@ -99,11 +128,12 @@ def apply(
     timeout_s: float = TIMEOUT_S,
     cuda: bool = False,
 ) -> Parallel:
-    """Cut the experts of every MoE layer over `strategy.ep` times `etp` neighbouring ranks, and make all groups.
+    """Cut experts over `strategy.ep` times `etp` ranks, attention and dense layers over `tp`, and make all groups.
 
     The whole model, equal on all ranks, goes in; build the optimizer after. Every rank of the process group calls it;
     `world` tells how many ranks a node has (None: all are on one). With ep=etp=1 the layers stay as they are, and never
     communicate. Gradients are then those of this rank's tokens: `reduce_gradients` makes them the step's.
+    With tp every rank of a group of neighbours calls the model with the same tokens, and gets the same output.
     "auto" shares the experts over all ranks, as far as they go, in the layout from which a `Tuner` reaches the others.
     Raises: ConfigError if the strategy does not fit the ranks or the model, or is not in this version.
     """
@@ -113,22 +143,41 @@ def apply(
         sizes = [(layer.config.num_experts, layer.config.hidden) for layer in layers.values()]
         strategy = auto_strategy(gcd(*(number for number, _ in sizes)), gcd(*(hidden for _, hidden in sizes)), world)
     resolved = _resolved(strategy, world, layers)
+    if resolved.tp > 1:
+        check_dense(model, resolved.tp, sequence_parallel=resolved.sequence_parallel)
+        if any(weight.is_meta for weight in model.parameters()):
+            raise ConfigError("the model is on the meta device: give its weights values, then apply")
     groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
     ledger = Ledger()
     cuts = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
+    tensor, dense = groups.tensor, dict[str, DenseCut]()
+    if tensor is not None:
+        dense = share_dense(model, tensor, ledger, sequence_parallel=resolved.sequence_parallel)
+        for name, layer in layers.items():
+            layer.reach(_of_own_tokens(name, layer.dispatcher, resolved, tensor, ledger))
     if resolved.zero == 3 and world.size > 1:
         shard_fully(model, groups, cuts, "cuda" if cuda else "cpu")
     return Parallel(
         strategy=resolved,
         groups=groups,
         shards=Shards(
-            cuts=cuts,
+            cuts=cuts | dense,
             group=groups.experts,
-            has_first=world.rank < resolved.ep * resolved.etp,
+            has_first=_has_first(groups),
             shardings=shardings(model),
+            tensor=tensor,
         ),
         ledger=ledger,
     )
+
+
+def _has_first(groups: Groups) -> bool:
+    """Whether whole tensors are put together here: the job's first rank writes them down."""
+    wires = [
+        *([] if groups.experts is None else [groups.experts.whole]),
+        *([] if groups.tensor is None else [groups.tensor.wire]),
+    ]
+    return all(0 in dist.get_process_group_ranks(wire) for wire in wires) if wires else groups.world.is_first
 
 
 def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledger: Ledger) -> dict[str, Cut]:
@@ -147,6 +196,15 @@ def _dispatcher(
     layer: str, strategy: Strategy, group: ExpertGroup, cuts: Mapping[str, Cut], ledger: Ledger
 ) -> ExpertParallel:
     return ExpertParallel(strategy, group, cuts, ledger=ledger, layer=layer or "the layer")
+
+
+def _of_own_tokens(
+    layer: str, dispatcher: Dispatcher, strategy: Strategy, tensor: TensorGroup | None, ledger: Ledger
+) -> Dispatcher:
+    """The dispatcher of a rank that has the tokens of others too, and is to send its share of them."""
+    if tensor is None or not strategy.shard_tokens or strategy.sequence_parallel:
+        return dispatcher
+    return OwnTokens(dispatcher, TensorWire(group=tensor, ledger=ledger, layer=layer or "the layer"))
 
 
 def _prefix(layer: str) -> str:

@@ -21,11 +21,13 @@ def mean_loss(
     seq_len: int,
     max_tokens: int,
     world: World,
+    place: tuple[int, int],
     autocast: torch.autocast,
     stop: StopRequest | None = None,
 ) -> float | None:
     """Mean loss of a target, the same number on every rank; None where a stop request of any rank ended it early.
 
+    `place`: whose turn is this rank's, and how many take turns; ranks of one turn get the same text.
     All ranks make the same number of calls, for experts may lie on any of them: a rank that is left without text
     computes on padding.
     """
@@ -34,11 +36,12 @@ def mean_loss(
     model.eval()
     # weights that are gathered for the first time in inference mode could not be trained after
     with torch.no_grad(), autocast:
-        for turn in _turns(validation_batches(text, batch_size, seq_len, max_tokens), world.size):
+        at, turns = place
+        for turn in _turns(validation_batches(text, batch_size, seq_len, max_tokens), turns):
             if world.largest([float(stop is not None and stop.requested)])[0]:
                 count = 0
                 break
-            mine = turn[world.rank] if world.rank < len(turn) else _padding(turn[0])
+            mine = turn[at] if at < len(turn) else _padding(turn[0])
             batch = mine.to(device)
             main = model.loss(batch.tokens_BS, batch.targets_BS, mask_BS=batch.mask_BS).main.item()
             targets = batch.targets_BS.numel() if batch.mask_BS is None else 0
