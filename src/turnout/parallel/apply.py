@@ -16,14 +16,16 @@ from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.experts.cut import Cut
 from turnout.layers import MoE
+from turnout.models import Decoder
 from turnout.parallel.auto import auto_strategy
 from turnout.parallel.dense_cuts import DenseCut
 from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.fully_sharded import reshard, shard_fully, shardings
+from turnout.parallel.own_targets import OwnTargets
 from turnout.parallel.own_tokens import OwnTokens
 from turnout.parallel.shards import Shards
 from turnout.parallel.supported import check_shards, check_supported
-from turnout.parallel.tensor_parallel import check_dense, cutting, share_dense
+from turnout.parallel.tensor_parallel import Tokens, check_dense, cutting, share_dense
 from turnout.placement import Placement
 from turnout.strategy import Strategy
 
@@ -54,6 +56,11 @@ class Parallel:
         if tensor is None or not self.strategy.sequence_parallel:
             return value_BS
         return cutting(value_BS.shape, tensor.size).share(value_BS, tensor.place)
+
+    def own_targets(self, targets_BS: Tensor) -> Tensor:
+        """Those whose loss `Decoder.loss` takes on this rank."""
+        tensor = self.groups.tensor
+        return targets_BS if tensor is None else cutting(targets_BS.shape, tensor.size).share(targets_BS, tensor.place)
 
     @property
     def repeats(self) -> int:
@@ -152,7 +159,7 @@ def apply(
     cuts = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
     tensor, dense = groups.tensor, dict[str, DenseCut]()
     if tensor is not None:
-        dense = share_dense(model, tensor, ledger, sequence_parallel=resolved.sequence_parallel)
+        dense = _share_dense(model, tensor, ledger, sequence_parallel=resolved.sequence_parallel)
         for name, layer in layers.items():
             layer.reach(_of_own_tokens(name, layer.dispatcher, resolved, tensor, ledger))
     if resolved.zero == 3 and world.size > 1:
@@ -196,6 +203,17 @@ def _dispatcher(
     layer: str, strategy: Strategy, group: ExpertGroup, cuts: Mapping[str, Cut], ledger: Ledger
 ) -> ExpertParallel:
     return ExpertParallel(strategy, group, cuts, ledger=ledger, layer=layer or "the layer")
+
+
+def _share_dense(
+    model: nn.Module, tensor: TensorGroup, ledger: Ledger, *, sequence_parallel: bool
+) -> dict[str, DenseCut]:
+    """Attention and dense layers over ranks, and of a decoder the loss too."""
+    tokens = Tokens(tensor.size) if sequence_parallel else None
+    if isinstance(model, Decoder):
+        # in the place of the method, for whoever calls it: what weighs its parts counts a rank's own targets
+        vars(model)["loss"] = OwnTargets(model, tensor.size, tensor.place, tokens)
+    return share_dense(model, tensor, ledger, tokens)
 
 
 def _of_own_tokens(

@@ -11,7 +11,8 @@ functions of their own; its PrepareModuleInput takes the gradient of what is gat
 is not where weights are plain tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,32 @@ def cutting(shape: tuple[int, ...], ranks: int) -> Cutting:
     return Cutting(dim=1, lengths=tuple((length + ranks - 1 - rank) // ranks for rank in range(ranks)))
 
 
+class Tokens:
+    """How the pass that runs cuts its tokens: blocks are told nothing that says so."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self.now = cutting((0, 0), ranks)
+        self.stay_apart = False  # what comes out of the model is a rank's own share
+
+    @staticmethod
+    @contextmanager
+    def kept_apart(tokens: "Tokens | None") -> Iterator[None]:
+        """For a pass whose end needs a rank's own tokens alone."""
+        if tokens is None:
+            yield
+            return
+        tokens.stay_apart = True
+        try:
+            yield
+        finally:
+            tokens.stay_apart = False
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before the model: it is given all tokens."""
+        self.now = cutting((args[0] if args else kwargs["tokens_BS"]).shape, self._ranks)
+
+
 def check_dense(model: nn.Module, ranks: int, *, sequence_parallel: bool) -> None:
     """Raises: ConfigError if these ranks cannot share the model's attention and dense layers."""
     if sequence_parallel and not isinstance(model, Decoder):
@@ -67,14 +94,11 @@ def check_dense(model: nn.Module, ranks: int, *, sequence_parallel: bool) -> Non
             raise ConfigError(f"{name} is laid out already: apply a strategy once, to the whole model")
 
 
-def share_dense(
-    model: nn.Module, group: TensorGroup, ledger: Ledger, *, sequence_parallel: bool
-) -> dict[str, DenseCut]:
+def share_dense(model: nn.Module, group: TensorGroup, ledger: Ledger, tokens: Tokens | None) -> dict[str, DenseCut]:
     """Cut the layers that ranks share and hang their sums on them; returns who has which part, by name.
 
-    With sequence parallel the dense network beside experts stays whole: it computes a rank's own tokens alone.
+    `tokens`: of sequence parallel; the dense network beside experts then stays whole: it computes a rank's own alone.
     """
-    tokens = _Tokens(group.size) if sequence_parallel else None
     found: dict[str, DenseCut] = {}
     for name, layer in list(cut_layers(model, shared_experts=tokens is None)):
         cuts = cuts_of(name, layer, group.size)
@@ -88,22 +112,10 @@ def share_dense(
     return found
 
 
-class _Tokens:
-    """How the pass that runs cuts its tokens: blocks are told nothing that says so."""
-
-    def __init__(self, ranks: int) -> None:
-        self._ranks = ranks
-        self.now = cutting((0, 0), ranks)
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before the model: it is given all tokens."""
-        self.now = cutting((args[0] if args else kwargs["tokens_BS"]).shape, self._ranks)
-
-
 class _Shared:
     """Around a layer that ranks share: its input is gathered, its output summed."""
 
-    def __init__(self, wire: TensorWire, tokens: _Tokens | None) -> None:
+    def __init__(self, wire: TensorWire, tokens: Tokens | None) -> None:
         self._wire, self._tokens = wire, tokens
 
     def hang(self, layer: nn.Module) -> None:
@@ -129,7 +141,7 @@ class _Shared:
         return total
 
 
-def _cut_tokens(model: Decoder, tokens: _Tokens, wire: TensorWire) -> None:
+def _cut_tokens(model: Decoder, tokens: Tokens, wire: TensorWire) -> None:
     """The first block gets a rank's own tokens, and the head gets all again; experts are told their mask and ids."""
 
     def own(value: Tensor | None) -> Tensor | None:
@@ -145,6 +157,8 @@ def _cut_tokens(model: Decoder, tokens: _Tokens, wire: TensorWire) -> None:
         return args, kwargs | {name: own(kwargs.get(name)) for name in ("mask", "token_ids")}
 
     def leave(norm: nn.Module, args: tuple[Any, ...], h_BSD: Tensor) -> Tensor:
+        if tokens.stay_apart:
+            return h_BSD
         return wire.gather(h_BSD, tokens.now.lengths, dim=tokens.now.dim)
 
     model.register_forward_pre_hook(tokens.begin, with_kwargs=True)

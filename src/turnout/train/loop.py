@@ -147,8 +147,7 @@ class Trainer:
             batch_size=self._rank_batch,
             seq_len=loop.seq_len,
             max_tokens=loop.eval_tokens,
-            world=self.world,
-            place=self.parallel.text_place,
+            parallel=self.parallel,
             autocast=self.autocast,
             stop=stop,
         )

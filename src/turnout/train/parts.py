@@ -29,16 +29,17 @@ class Share:
 def shares(batches: Sequence[Batch], parallel: Parallel | None = None) -> list[Share]:
     """The share of each of this rank's micro-batches; so neither accumulation nor padding changes a coefficient.
 
-    Ranks that were given the same text each have the loss of it, and count its targets as often.
+    Of ranks that were given the same text each counts the targets and the tokens that are its own.
     """
-    targets = [int((batch.targets_BS != IGNORE).sum()) for batch in batches]
+    targets = [batch.targets_BS if parallel is None else parallel.own_targets(batch.targets_BS) for batch in batches]
     masks = [torch.ones_like(batch.tokens_BS) if batch.mask_BS is None else batch.mask_BS for batch in batches]
     tokens = [int((mask if parallel is None else parallel.own_tokens(mask)).sum()) for mask in masks]
-    all_targets, all_tokens = _over_ranks(torch.tensor([sum(targets), sum(tokens)])).clamp(min=1).tolist()
+    counts = [int((each != IGNORE).sum()) for each in targets]
+    all_targets, all_tokens = _over_ranks(torch.tensor([sum(counts), sum(tokens)])).clamp(min=1).tolist()
     ranks = dist.get_world_size() if is_joined() else 1
     return [
         Share(main=ranks * main / all_targets, aux=ranks * aux / all_tokens)
-        for main, aux in zip(targets, tokens, strict=True)
+        for main, aux in zip(counts, tokens, strict=True)
     ]
 
 
