@@ -1,17 +1,13 @@
 """A strategy applied to a model: expert weights are cut, and their layers get a dispatcher that reaches the others."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from math import gcd
 from typing import Literal
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from turnout.comm import ExpertGroup, Groups, Ledger, TensorGroup, TensorWire, World, make_groups
-from turnout.comm.ledger import Kind
+from turnout.comm import ExpertGroup, Groups, Ledger, TensorGroup, World, make_groups
 from turnout.comm.world import current_world
-from turnout.contracts import Dispatcher
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.experts.cut import Cut
@@ -19,112 +15,17 @@ from turnout.layers import MoE
 from turnout.models import Decoder
 from turnout.parallel.auto import auto_strategy
 from turnout.parallel.dense_cuts import DenseCut
-from turnout.parallel.expert_parallel import ExpertParallel
-from turnout.parallel.fully_sharded import reshard, shard_fully, shardings
+from turnout.parallel.fully_sharded import shard_fully, shardings
+from turnout.parallel.layout import Parallel
 from turnout.parallel.own_targets import OwnTargets
-from turnout.parallel.own_tokens import OwnTokens
+from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.shards import Shards
 from turnout.parallel.supported import check_shards, check_supported
-from turnout.parallel.tensor_parallel import Tokens, check_dense, cutting, share_dense
+from turnout.parallel.tensor_parallel import Tokens, check_dense, share_dense
 from turnout.placement import Placement
 from turnout.strategy import Strategy
 
 TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parallel:
-    """How a model lies on the ranks of a job, and what their collectives need."""
-
-    strategy: Strategy  # dp is filled in
-    groups: Groups
-    shards: Shards  # which tensors are slices, by name
-    ledger: Ledger  # what expert layers sent
-
-    @property
-    def world(self) -> World:
-        return self.groups.world
-
-    @property
-    def text_place(self) -> tuple[int, int]:
-        """Which text is this rank's, and of how many: tensor-parallel ranks are all given the same."""
-        return self.world.rank // self.strategy.tp, self.world.size // self.strategy.tp
-
-    def own_tokens(self, value_BS: Tensor) -> Tensor:
-        """Of a number for each token of a batch those that this rank's experts layers report on."""
-        tensor = self.groups.tensor
-        if tensor is None or not self.strategy.sequence_parallel:
-            return value_BS
-        return cutting(value_BS.shape, tensor.size).share(value_BS, tensor.place)
-
-    def own_targets(self, targets_BS: Tensor) -> Tensor:
-        """Those whose loss `Decoder.loss` takes on this rank."""
-        tensor = self.groups.tensor
-        return targets_BS if tensor is None else cutting(targets_BS.shape, tensor.size).share(targets_BS, tensor.place)
-
-    @property
-    def repeats(self) -> int:
-        """On how many ranks the experts' layers report the same tokens."""
-        return 1 if self.strategy.sequence_parallel else self.strategy.tp
-
-    @property
-    def random_stream(self) -> tuple[int, int]:
-        """Which random numbers are this rank's, and of how many: those that route the same tokens route them alike."""
-        return self.world.rank // self.repeats, self.world.size // self.repeats
-
-    def copies(self, model: nn.Module) -> dict[Tensor, int]:
-        """The parameters of which this rank has only a part, and on how many ranks there is the same part."""
-        parts: dict[Tensor, int] = {weight: self.shards.parts(name) for name, weight in model.named_parameters()}
-        return {weight: self.world.size // number for weight, number in parts.items() if number > 1}
-
-    def reshard(self, model: nn.Module) -> None:
-        """After a forward pass without a backward one: the parameters are again what this rank keeps of them."""
-        if self.shards.shardings:
-            reshard(model)
-
-    def switched(
-        self, model: nn.Module, *, alltoall: str = "", overlap: int = 0, adaptive_r: int | None = None
-    ) -> "Parallel":
-        """The same layout with another program, number of chunks or r from the next pass on; left out: as it is.
-
-        Every rank calls it between steps with the same values. No parameter moves, and nothing is sent.
-        Raises: ConfigError naming the value that is not legal.
-        """
-        was = self.strategy
-        changed = replace(
-            was,
-            alltoall=alltoall or was.alltoall,
-            overlap=overlap or was.overlap,
-            adaptive_r=was.adaptive_r if adaptive_r is None else adaptive_r,
-        )
-        check_supported(changed)
-        of_experts = self.shards.of_experts()
-        check_shards(changed, has_experts=bool(of_experts))
-        group = self.groups.experts
-        if group is None:
-            return replace(self, strategy=changed)
-        for name, layer in _moe_layers(model):
-            prefix = _prefix(name)
-            cuts = {each.removeprefix(prefix): cut for each, cut in of_experts.items() if each.startswith(prefix)}
-            dispatcher = _dispatcher(name, changed, group, cuts, self.ledger)
-            layer.reach(_of_own_tokens(name, dispatcher, changed, self.groups.tensor, self.ledger))
-        return replace(self, strategy=changed)
-
-    def take_sent(self) -> dict[str, float] | None:
-        """Bytes and messages that expert layers sent since the last call, by class of link; None if they never do."""
-        experts = self.groups.experts
-        if experts is None:
-            return None
-        sent = self.ledger.traffic(experts.rank, experts.mesh)
-        kinds: tuple[Kind, ...] = ("slices", "weights")
-        for kind in kinds:
-            sent += self.ledger.traffic(experts.place, experts.whole_mesh, kind=kind)
-        self.ledger.clear()
-        return dict(vars(sent))
-
-    def over_ranks(self, value: float) -> float:
-        """A number added up over all ranks."""
-        return self.world.total([value])[0]
 
 
 def apply(
@@ -145,7 +46,7 @@ def apply(
     Raises: ConfigError if the strategy does not fit the ranks or the model, or is not in this version.
     """
     world = current_world() if world is None else world
-    layers = dict(_moe_layers(model))
+    layers = dict(moe_layers(model))
     if strategy == "auto":
         sizes = [(layer.config.num_experts, layer.config.hidden) for layer in layers.values()]
         strategy = auto_strategy(gcd(*(number for number, _ in sizes)), gcd(*(hidden for _, hidden in sizes)), world)
@@ -161,7 +62,7 @@ def apply(
     if tensor is not None:
         dense = _share_dense(model, tensor, ledger, sequence_parallel=resolved.sequence_parallel)
         for name, layer in layers.items():
-            layer.reach(_of_own_tokens(name, layer.dispatcher, resolved, tensor, ledger))
+            layer.reach(sending_own(name, layer.dispatcher, resolved, tensor, ledger))
     if resolved.zero == 3 and world.size > 1:
         shard_fully(model, groups, cuts, "cuda" if cuda else "cpu")
     return Parallel(
@@ -193,16 +94,10 @@ def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledg
     for name, layer in layers.items():
         assert isinstance(layer.experts, FFNExperts)
         cuts = layer.experts.cuts(Placement.even(layer.config.num_experts, strategy.ep), strategy.etp)
-        share = _dispatcher(name, strategy, group, cuts, ledger)
+        share = dispatcher_of(name, strategy, group, cuts, ledger)
         layer.share_experts(share, cuts, group.place)
-        found |= {_prefix(name) + own: cut for own, cut in cuts.items()}
+        found |= {prefix_of(name) + own: cut for own, cut in cuts.items()}
     return found
-
-
-def _dispatcher(
-    layer: str, strategy: Strategy, group: ExpertGroup, cuts: Mapping[str, Cut], ledger: Ledger
-) -> ExpertParallel:
-    return ExpertParallel(strategy, group, cuts, ledger=ledger, layer=layer or "the layer")
 
 
 def _share_dense(
@@ -214,23 +109,6 @@ def _share_dense(
         # in the place of the method, for whoever calls it: what weighs its parts counts a rank's own targets
         vars(model)["loss"] = OwnTargets(model, tensor.size, tensor.place, tokens)
     return share_dense(model, tensor, ledger, tokens)
-
-
-def _of_own_tokens(
-    layer: str, dispatcher: Dispatcher, strategy: Strategy, tensor: TensorGroup | None, ledger: Ledger
-) -> Dispatcher:
-    """The dispatcher of a rank that has the tokens of others too, and is to send its share of them."""
-    if tensor is None or not strategy.shard_tokens or strategy.sequence_parallel:
-        return dispatcher
-    return OwnTokens(dispatcher, TensorWire(group=tensor, ledger=ledger, layer=layer or "the layer"))
-
-
-def _prefix(layer: str) -> str:
-    return f"{layer}.experts." if layer else "experts."
-
-
-def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, MoE))
 
 
 def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strategy:

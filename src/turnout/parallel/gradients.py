@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from turnout.comm.world import naming
-from turnout.parallel.apply import Parallel
 from turnout.parallel.dense_cuts import DenseCut
 from turnout.parallel.fully_sharded import here
+from turnout.parallel.layout import Parallel
 
 BUCKET_BYTES = 32 << 20
 

@@ -10,8 +10,8 @@ from torch.distributed import ProcessGroup
 from turnout.comm.world import naming
 from turnout.errors import TransportError
 from turnout.experts.cut import Cut
-from turnout.parallel.apply import Parallel
 from turnout.parallel.dense_cuts import DenseCut
+from turnout.parallel.layout import Parallel
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
