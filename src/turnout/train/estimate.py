@@ -66,17 +66,24 @@ def require_fits(recipe: Recipe, device: torch.device, world: World | None = Non
 def memory_per_rank(recipe: Recipe, ranks: int) -> int:
     """Estimated bytes of a training step on one of `ranks`; every rank holds all weights once, before they are cut.
 
-    Of sharded weights no more is gathered at a time than there is; gradients and moments stay in shards. Activations of
-    tensor-parallel ranks are estimated as those of one rank: what they share of them is left out, for safety.
+    Of sharded weights no more is gathered at a time than there is; gradients and moments stay in shards. In
+    sequence parallel a rank keeps activations of its own tokens, and what attention gathers; else of all its group's.
     """
     loop, model, strategy = recipe.loop, recipe.model, recipe.strategy
-    memory = train_memory(model, sequences_per_rank(recipe, ranks), loop.seq_len)
+    sequences = sequences_per_rank(recipe, ranks)
+    memory = train_memory(model, sequences, loop.seq_len)
     shares = strategy.ep * strategy.etp
     elsewhere = 4 * sizes(model).routed * (shares - 1) // shares
-    elsewhere += 4 * dense_parameters(model, strategy) * (strategy.tp - 1) // strategy.tp
+    if strategy.tp > 1:
+        elsewhere += 4 * shared_parameters(model, strategy) * (strategy.tp - 1) // strategy.tp
     shards = (strategy.zero_size or ranks) if strategy.zero else 1
+    activations = memory.activations
+    if strategy.sequence_parallel:
+        gathered = 4 * model.num_layers * model.dim * sequences * loop.seq_len
+        activations = activations // strategy.tp + gathered
     own = replace(
         memory,
+        activations=activations,
         parameters=memory.parameters - elsewhere,
         gradients=memory.gradients // shards if strategy.zero else memory.gradients - elsewhere,
         moments=memory.moments // shards if strategy.zero else memory.moments - 2 * elsewhere,
@@ -84,7 +91,7 @@ def memory_per_rank(recipe: Recipe, ranks: int) -> int:
     return max(own.peak, memory.parameters)
 
 
-def dense_parameters(model: ModelConfig, strategy: Strategy) -> int:
+def shared_parameters(model: ModelConfig, strategy: Strategy) -> int:
     """The parameters that tensor-parallel ranks share."""
     with torch.device("meta"):
         decoder = Decoder(model)
