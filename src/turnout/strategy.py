@@ -192,7 +192,8 @@ class Strategy:
         if self.etp not in (1, self.tp):
             near = min((1, self.tp), key=lambda legal: abs(legal - self.etp))
             raise ConfigError(f"strategy.etp={self.etp} must be 1 or tp={self.tp} unless folded; nearest legal: {near}")
-        _must_divide("ep", self.ep, "dp * cp", room, gcd(num_experts, room))
+        hint = "" if self.tp == 1 else "; with folded=True experts take tensor-parallel ranks too"
+        _must_divide("ep", self.ep, "dp * cp", room, gcd(num_experts, room), hint)
 
     def _check_layers(self, num_layers: int) -> None:
         chunks = self.pp * self.virtual_stages
@@ -222,8 +223,8 @@ def nearest_divisor(value: int, total: int) -> int:
     return min({*divisors, *(total // d for d in divisors)}, key=lambda d: (abs(d - value), d))
 
 
-def _must_divide(name: str, value: int, of: str, total: int, also: int = 0) -> None:
+def _must_divide(name: str, value: int, of: str, total: int, also: int = 0, hint: str = "") -> None:
     """Refuse a `value` that does not divide `total`; the nearest legal one divides `also`, which divides `total`."""
     if total % value:
         near = nearest_divisor(value, also or total)
-        raise ConfigError(f"strategy.{name}={value} must divide {of}={total}; nearest legal: {near}")
+        raise ConfigError(f"strategy.{name}={value} must divide {of}={total}; nearest legal: {near}{hint}")

@@ -15,7 +15,8 @@ from turnout.dispatch import Dropless, FixedCapacity, TutelCapacity
 from turnout.experts import FFNExperts
 from turnout.experts.cut import Cut
 from turnout.layers import MoEConfig
-from turnout.layers.attention import AttentionConfig
+from turnout.layers.attention import AttentionConfig, AttentionKind
+from turnout.layers.mla import MLAConfig
 from turnout.losses import LoadBalance, RouterZ
 from turnout.models import Decoder, ModelConfig
 from turnout.placement import Placement
@@ -25,6 +26,13 @@ DIM, HIDDEN = 6, 5
 UNEVEN, EMPTY = (5, 7, 3, 6), (5, 0, 3, 6)
 PROGRAMS = ("flat", "hierarchical", "node_dedup", "rank_dedup", "coordinated")
 VOCAB, LENGTH = 50, 10
+_ALL = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, bias=True, sinks=True, smear_keys=True, qk_norm="head")
+ATTENTION: dict[str, AttentionKind] = {
+    "grouped": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
+    "all": _ALL,
+    "many": replace(_ALL, num_kv_heads=4),
+    "latent": MLAConfig(num_heads=2, q_rank=6, kv_rank=8, nope_dim=4, rope_dim=4, v_dim=6),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +251,12 @@ class TrainCase:
     program: str = "flat"
     overlap: int = 1
     adaptive_r: int = -1
+    tp: int = 1
+    sequence_parallel: bool = False
+    shard_tokens: bool = False
+    folded: bool = False
+    pieces: bool = False  # a group of tensor-parallel ranks has one sequence alone, which they cut
+    attention: str = "grouped"
     switches: tuple[tuple[str, int, int], ...] = ()  # program, chunks and r before each step
     bias: bool = False
     accumulate: int = 1
@@ -259,7 +273,8 @@ class TrainCase:
     @property
     def strategy(self) -> Strategy:
         sizes = {"ep": self.ep, "etp": self.etp, "zero": self.zero, "zero_size": self.zero_size}
-        sizes |= {"adaptive_r": self.adaptive_r}
+        sizes |= {"adaptive_r": self.adaptive_r, "tp": self.tp, "folded": self.folded}
+        sizes |= {"sequence_parallel": self.sequence_parallel, "shard_tokens": self.shard_tokens}
         return Strategy(**sizes, alltoall=self.program, overlap=self.overlap)
 
 
@@ -289,6 +304,35 @@ def train_cases() -> Iterator[TrainCase]:
     yield TrainCase(ep=1, etp=4, adam=True, bias=True, steps=5, switches=to_and_fro)
     yield TrainCase(ep=2, adam=True, accumulate=2, switches=(("node_dedup", 8, 1), ("flat", 1, 0)))
     yield from sharded_cases()
+    yield from tensor_cases()
+
+
+def tensor_cases() -> Iterator[TrainCase]:
+    """Attention and dense layers over ranks, with the experts' axes folded on the same ones: tokens whole, each rank's
+    share of them dispatched, and sequence parallel.
+    """
+    stepwise = (LoadBalance(coefficient=0.1, scope="global"), RouterZ(coefficient=0.1))
+    plain = TrainCase(tp=2, ep=1, attention="all", bias=True)
+    for tokens in ({}, {"shard_tokens": True}, {"sequence_parallel": True}):
+        case = replace(plain, **tokens)
+        yield replace(case, ranks=2, ep=2, local=2, folded=True, adam=True)
+        yield replace(case, ep=2, adam=True, accumulate=2)
+        yield replace(case, ep=4, folded=True, local=2, program="hierarchical", overlap=2, idle_rank=True)
+        yield replace(case, ep=2, losses=stepwise, accumulate=2, dtype=torch.float32)
+    # a curve: what is wrong in the last digits of a step would be wrong in the first ones of its end
+    yield replace(plain, ep=4, folded=True, sequence_parallel=True, steps=24)
+    yield replace(plain, ranks=2)
+    yield replace(plain, ranks=2, sequence_parallel=True, accumulate=2)
+    balanced = replace(plain, router=DeepSeekV3(k=2, bias_step=0.1), losses=(), attention="latent", ep=2, steps=3)
+    yield balanced
+    yield replace(balanced, sequence_parallel=True, folded=True, program="rank_dedup")
+    yield replace(plain, capacity=FixedCapacity(factor=1.0), ep=2, shard_tokens=True)
+    yield replace(plain, ep=2, etp=2, shard_tokens=True)
+    yield replace(plain, ep=1, etp=4, adaptive_r=2, folded=True, sequence_parallel=True, adam=True)
+    # ten tokens over four ranks
+    pieces = TrainCase(tp=4, attention="many", sequence_parallel=True, pieces=True, losses=stepwise, folded=True)
+    yield replace(pieces, accumulate=2, adam=True)
+    yield replace(pieces, ep=2, bias=True, dtype=torch.float32)
 
 
 def sharded_cases() -> Iterator[TrainCase]:
@@ -306,9 +350,19 @@ def decoder(case: TrainCase) -> Decoder:
     moe = MoEConfig(
         num_experts=8, hidden=8, router=case.router, losses=case.losses, capacity=case.capacity, bias=case.bias
     )
-    attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
-    config = ModelConfig(vocab_size=VOCAB, dim=16, num_layers=2, max_seq_len=32, attention=attention, moe=moe)
-    return Decoder(replace(config, init_std=0.2)).to(case.dtype)
+    config = ModelConfig(
+        vocab_size=VOCAB, dim=16, num_layers=2, max_seq_len=32, attention=ATTENTION[case.attention], moe=moe
+    )
+    if case.tp > 1:
+        # a dense block before, and a dense network beside the experts
+        wider = replace(moe, shared_hidden=4)
+        config = replace(config, moe=wider, num_layers=3, dense_first=1, hidden=12, ffn_bias=case.bias)
+    model = Decoder(replace(config, init_std=0.2)).to(case.dtype)
+    if case.tp > 1:
+        for name, weight in model.named_parameters():
+            if "bias" in name or name.endswith(("sink_H", "smear_H")):
+                torch.nn.init.normal_(weight)
+    return model
 
 
 def optimizer(case: TrainCase, model: Decoder) -> optim.Optimizer:
@@ -328,6 +382,30 @@ def parts(case: TrainCase, step: int) -> list[Batch]:
         targets_BS = tokens_BS[:, 1:].masked_fill(~mask_BS, -100)
         made.append(Batch(tokens_BS=tokens_BS[:, :-1].contiguous(), targets_BS=targets_BS, mask_BS=mask_BS))
     return made
+
+
+def texts(case: TrainCase, step: int) -> list[list[Batch]]:
+    """The micro-batches of a step by those whose they are: ranks, or groups of tensor-parallel ranks that share one."""
+    made, groups = parts(case, step), []
+    for first in range(0, case.ranks, case.tp):
+        of_ranks = [
+            made[rank * case.accumulate : (rank + 1) * case.accumulate] for rank in range(first, first + case.tp)
+        ]
+        groups.append([_together(case, batches) for batches in zip(*of_ranks, strict=True)])
+    return groups
+
+
+def _together(case: TrainCase, batches: Sequence[Batch]) -> Batch:
+    number = 1 if case.pieces else None
+    fields = ("tokens_BS", "targets_BS", "mask_BS")
+    return Batch(**{name: torch.cat([getattr(batch, name) for batch in batches])[:number] for name in fields})
+
+
+def in_turn(case: TrainCase, step: int) -> list[Batch]:
+    """The same for one process: whoever routes tokens by himself has a micro-batch of his own."""
+    if case.sequence_parallel and not case.pieces:
+        return parts(case, step)
+    return [batch for group in texts(case, step) for batch in group]
 
 
 def _is_idle(case: TrainCase, number: int) -> bool:

@@ -29,6 +29,7 @@ from tests.distributed.cases import (
     optimizer,
     parts,
     passed,
+    texts,
     train_cases,
     worst,
 )
@@ -210,8 +211,7 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         if case.switches:
             parallel, has_moved = switch(model, parallel, *case.switches[step])
             moved = moved or has_moved
-        first = world.rank * case.accumulate
-        mine = parts(case, step)[first : first + case.accumulate]
+        mine = texts(case, step)[parallel.text_place[0]]
         autocast = autocast_for(torch.device("cpu"), torch.float32)
         result = train_step(model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel)
         results.append(result)

@@ -23,8 +23,12 @@ STEPS = 8
 RUN = "run"
 # ranks -> how the model lies on them, and the share of the run after which they save, one part of the run after another
 PARTS = {
-    4: [(Strategy(ep=2, zero=3, alltoall="rank_dedup"), 0.25), (Strategy(ep=2, etp=2), 0.5)],
-    2: [(Strategy(etp=2, zero=3), 0.75)],
+    4: [
+        (Strategy(ep=2, zero=3, alltoall="rank_dedup"), 0.25),
+        (Strategy(ep=2, etp=2), 0.375),
+        (Strategy(tp=2, ep=4, folded=True, sequence_parallel=True), 0.5),
+    ],
+    2: [(Strategy(tp=2), 0.625), (Strategy(etp=2, zero=3), 0.75)],
 }
 
 
@@ -40,7 +44,7 @@ def recipe_of(folder: Path, strategy: Strategy) -> Recipe:
     # counted over the step, for one process has the whole batch in one call
     losses = (LoadBalance(scope="global"),)
     moe = MoEConfig(num_experts=4, hidden=16, router=TopK(k=2), losses=losses, bias=True)
-    attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
+    attention = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8)
     model = ModelConfig(vocab_size=300, dim=16, num_layers=2, max_seq_len=64, attention=attention, moe=moe)
     data = DataConfig(corpus=str(folder / "text"), vocab_size=300, val_fraction=0.2)
     # compared with one process to 1e-4: never bfloat16, which `auto` chooses on processors that multiply it natively

@@ -17,11 +17,11 @@ from tests.distributed.cases import (
     build,
     cuts_of,
     decoder,
+    in_turn,
     inputs_of,
     kernel_cases,
     layer_cases,
     optimizer,
-    parts,
     passed,
     tolerance,
     train_cases,
@@ -318,7 +318,7 @@ def alone(case: TrainCase) -> tuple[list[tuple[Tensor, list[Tensor]]], dict[str,
     autocast = autocast_for(torch.device("cpu"), torch.float32)
     found = []
     for step in range(case.steps):
-        result = train_step(model, model.loss, optim, parts(case, step), max_norm=MAX_NORM, autocast=autocast)
+        result = train_step(model, model.loss, optim, in_turn(case, step), max_norm=MAX_NORM, autocast=autocast)
         found.append((summary(result), [numbers(stats) for stats in result.stats]))
     return found, model.state_dict()
 

@@ -16,8 +16,10 @@ from turnout.train.recipe import LoopConfig, Recipe, check_ranks
 from turnout.train.recipes import load_recipe
 
 REFUSED = [
-    (Strategy(tp=2), "strategy.tp=2 can be planned (turnout plan) but not trained with in this version; legal: 1"),
-    (Strategy(cp=2), "strategy.cp=2 can be planned"),
+    (Strategy(cp=2), "strategy.cp=2 can be planned (turnout plan) but not trained with in this version; legal: 1"),
+    (Strategy(tp=2, zero=3), "strategy.zero=3 with tp=2 would shard parts of tensors, which this version does not"),
+    (Strategy(tp=2, etp=2), "strategy.etp=2 with tp=2: slices of an expert would get every token tp times; nearest"),
+    (Strategy(tp=2, alltoall="coordinated"), "strategy.alltoall='coordinated' with tp=2 can be planned"),
     (Strategy(pp=2), "strategy.pp=2 can be planned"),
     (
         Strategy(zero=2),
@@ -40,6 +42,15 @@ def test_a_strategy_this_version_does_not_train_with_is_refused(strategy: Strate
         Recipe(strategy=strategy)
 
 
+SEQUENCES = "model.moe.losses=[{name = 'load_balance', scope = 'sequence'}]"
+
+
+def tensor(*settings: str) -> Recipe:
+    """A recipe whose heads two ranks can share."""
+    own = [setting if "." in setting.partition("=")[0] else f"strategy.{setting}" for setting in settings]
+    return load_recipe("smoke", ["model.attention.num_kv_heads=2", *own])
+
+
 def layer(**settings: object) -> MoE:
     return MoE(4, 4, 4, **settings)  # type: ignore[arg-type]
 
@@ -55,6 +66,31 @@ def layer(**settings: object) -> MoE:
         (
             lambda: Recipe(strategy=Strategy(ep=2), loop=LoopConfig(compile=True)),
             r"loop\.compile=true with strategy\.ep=2.*nearest legal: loop\.compile=false",
+        ),
+        (
+            lambda: Recipe(strategy=Strategy(tp=2), loop=LoopConfig(compile=True)),
+            r"loop\.compile=true with strategy\.tp=2.*nearest legal: loop\.compile=false",
+        ),
+        (
+            lambda: Recipe(strategy=Strategy(tp=2), loop=LoopConfig(tune="auto")),
+            r"loop\.tune='auto' with strategy\.tp=2.*nearest legal: loop\.tune=\"\"",
+        ),
+        (
+            lambda: check_ranks(load_recipe("smoke", ["strategy.tp=2"]), 2),
+            r"strategy\.tp=2 must divide attention\.num_kv_heads=1 of blocks\.0\.attention; nearest legal: 1",
+        ),
+        (lambda: check_ranks(tensor("tp=2", 'model.attention.qk_norm="full"'), 2), r"qk_norm='full' of blocks\.0\.att"),
+        (lambda: check_ranks(tensor("tp=2", "ep=2"), 2), r"strategy\.ep=2 must divide dp \* cp=1; nearest legal: 1"),
+        (lambda: check_ranks(tensor("tp=2", "ep=2"), 1), r"tp=2 \* ep=2 needs at least 4 processes"),
+        (lambda: check_ranks(tensor("tp=2", "ep=2", "folded=true"), 1), r"tp=2 \* ep=2 needs at least 2 processes"),
+        (lambda: check_ranks(tensor("tp=2"), 6), r"batch_size=4 is that of all 3 groups of tp=2 ranks.*legal: 3"),
+        (
+            lambda: check_ranks(tensor("tp=2", "sequence_parallel=true", SEQUENCES), 8),
+            r"LoadBalance counts over scope=",
+        ),
+        (
+            lambda: apply(layer(), Strategy(tp=2, sequence_parallel=True), world=World(size=2, local_size=2)),
+            r"strategy\.sequence_parallel=True cuts the tokens of a Decoder; MoE is none; nearest legal: False",
         ),
         (lambda: LoopConfig(timeout_s=0.0), r"loop\.timeout_s=0\.0 must be from 1 to 86400"),
         (lambda: check_ranks(load_recipe("smoke", ["strategy.ep=2"]), 1), r"ep=2 needs at least 2 processes: torchrun"),

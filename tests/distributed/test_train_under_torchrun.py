@@ -16,12 +16,15 @@ from turnout.config import dump_toml, from_dict
 from turnout.errors import ConfigError
 from turnout.strategy import Strategy
 from turnout.train import checkpoint
+from turnout.train.estimate import memory_per_rank
 from turnout.train.recipe import Recipe
 from turnout.train.recipes import load_recipe
 from turnout.train.trained import load_trained
 from turnout.train.tuning import Plan, tune_here
 from turnout.tune import Dictionary
 from turnout.verify.parallel import Compared, verify_parallel
+
+SEQUENCE_PARALLEL = "strategy.sequence_parallel=true"
 
 
 def test_a_run_goes_on_at_any_layout_and_ends_like_one_process(four_ranks: Path, tmp_path: Path) -> None:
@@ -59,6 +62,17 @@ def test_what_experts_sent_is_recorded(four_ranks: Path) -> None:
     assert first["sent"]["intra_messages"] == 2 * 4
     assert first["sent"]["intra_bytes"] > 0
     assert first["sent"]["inter_bytes"] == first["sent"]["inter_messages"] == 0
+
+
+def test_tensor_parallel_ranks_need_memory_for_their_parts_alone() -> None:
+    wide = ["model.hidden=4096", "loop.batch_size=2", "loop.seq_len=8"]
+    apart, shared = (memory_per_rank(load_recipe("tiny-dense", [*wide, f"strategy.tp={tp}"]), 2) for tp in (1, 2))
+    assert shared < 0.7 * apart, "weights, gradients and moments"
+    long = ["strategy.tp=2", "loop.batch_size=64"]
+    whole, own = (memory_per_rank(load_recipe("tiny-dense", [*long, *more]), 2) for more in ([], [SEQUENCE_PARALLEL]))
+    assert own < 0.7 * whole, "activations"
+    # what only tensor-parallel ranks refuse
+    assert memory_per_rank(load_recipe("smoke", ['model.attention.qk_norm="full"']), 2) > 0
 
 
 def test_the_strategy_of_a_recipe_survives_toml(tmp_path: Path) -> None:

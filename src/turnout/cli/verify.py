@@ -65,6 +65,8 @@ def _verify_parallel(target: str, ranks: int, settings: list[str], screen: Conso
     heading += f", each cut over {strategy.etp}" if strategy.etp > 1 else ""
     heading += f", in {strategy.overlap} chunks" if strategy.overlap > 1 else ""
     heading += f", r={strategy.adaptive_r}" if strategy.adaptive_r >= 0 else ""
+    heading += f"; attention and dense layers over {strategy.tp}" if strategy.tp > 1 else ""
+    heading += " in sequence parallel" if strategy.sequence_parallel else ""
     columns = {"tensor": "left", "largest error": "right", "outcome": "left"}
     screen.print(table(f"verify {heading}, against one process", columns, cells))
     failed = [row.name for row in rows if not row.holds]

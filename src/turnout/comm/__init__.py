@@ -1,9 +1,10 @@
 """Processes and what moves between them: the world, groups of ranks, the torch.distributed transport, the ledger."""
 
-from turnout.comm.groups import ExpertGroup, Groups, expert_mesh, make_groups
+from turnout.comm.groups import ExpertGroup, Groups, TensorGroup, expert_mesh, make_groups
 from turnout.comm.ledger import Ledger
 from turnout.comm.sharing import Peers, Sharing
 from turnout.comm.sizes import Sizes
+from turnout.comm.tensor_wire import TensorWire
 from turnout.comm.transport import Arrived, TorchTransport
 from turnout.comm.watch import Watch
 from turnout.comm.world import World, is_launched, join
@@ -16,6 +17,8 @@ __all__ = [
     "Peers",
     "Sharing",
     "Sizes",
+    "TensorGroup",
+    "TensorWire",
     "TorchTransport",
     "Watch",
     "World",

@@ -45,12 +45,27 @@ class ExpertGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TensorGroup:
+    """The neighbouring ranks that share attention and dense layers, and are given the same tokens."""
+
+    mesh: Mesh  # on their nodes
+    place: int  # this process's
+    wire: ProcessGroup  # all of them
+    replicas: ProcessGroup | None  # ranks of other groups that hold the same parts; None: there are none
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size
+
+
+@dataclass(frozen=True, kw_only=True)
 class Groups:
     """The groups this process is in. None stands for a group of itself alone, which never communicates."""
 
     world: World
     experts: ExpertGroup | None  # ranks among which the experts of a layer are shared
     replicas: ProcessGroup | None  # ranks that hold the same slices of the same experts
+    tensor: TensorGroup | None = None  # ranks that share attention and dense layers
     # of ZeRO: ranks that have all shards between them, and before these, where there are such, those with equal shards
     sharded: tuple[ProcessGroup, ...] = ()
 
@@ -77,13 +92,13 @@ def make_groups(
     `share_memory`: rows between ranks of one host travel through memory; None: as the environment says.
     Raises: ConfigError if expert groups cut through nodes, or memory cannot be shared here.
     """
-    ep, etp = strategy.ep, strategy.etp
+    ep, etp, apart = strategy.ep, strategy.etp, _apart(strategy)
     expert_mesh(etp, world.local_size, "etp")
-    mesh = expert_mesh(ep, max(1, world.local_size // etp))
-    ranks = range(world.size)
+    mesh = expert_mesh(ep, max(1, world.local_size // (etp * apart)))
+    ranks, block = range(world.size), ep * etp * apart
     maker = _Maker(world, timedelta(seconds=timeout_s))
-    blocks = [list(ranks[start : start + ep * etp]) for start in ranks[:: ep * etp]]
-    columns = [block[first::etp] for block in blocks for first in range(etp)]
+    blocks = [list(ranks[start + at : start + block : apart]) for start in ranks[::block] for at in range(apart)]
+    columns = [members[first::etp] for members in blocks for first in range(etp)]
     column = maker.group(columns)
     wires: dict[frozenset[Axis], ProcessGroup | None] = {_BOTH: column}
     axes: tuple[tuple[Axis, int], ...] = (("node", 1), ("local", 0))
@@ -91,24 +106,42 @@ def make_groups(
         extent = mesh.nodes if axis == "node" else mesh.local
         lines = [line for group in columns for line in _lines(group, mesh, keep)]
         wires[frozenset((axis,))] = column if extent == ep else maker.group(lines)
-    whole, sharing = maker.group(blocks), sharings(ep, etp, world.rank, world.size, maker.group)
-    replicas = maker.group([list(ranks[first :: ep * etp]) for first in range(ep * etp)])
-    sharded = _sharded(strategy, world, maker)
-    _warm([*maker.made(), *wires.values(), whole, replicas, *sharded], cuda=cuda)
-    experts, place = None, world.rank % (ep * etp)
+    place = world.rank % block // apart
+    whole, sharing = maker.group(blocks), sharings(blocks, etp, place, world.size, maker.group)
+    replicas = maker.group([[members[at] for members in blocks] for at in range(ep * etp)])
+    tensor, sharded = _tensor(strategy, world, maker), _sharded(strategy, world, maker)
+    shared_parts = [] if tensor is None else [tensor.wire, tensor.replicas]
+    _warm([*maker.made(), *wires.values(), whole, replicas, *shared_parts, *sharded], cuda=cuda)
+    experts = None
     if whole is not None:
         experts = ExpertGroup(
             mesh=mesh,
             rank=place // etp,
             wires=wires,
             whole=whole,
-            whole_mesh=expert_mesh(ep * etp, world.local_size, "ep * etp"),
+            whole_mesh=expert_mesh(ep * etp, max(1, world.local_size // apart), "ep * etp"),
             place=place,
             num_slices=etp,
             sharings=sharing,
             shared=_shared(wires, timeout_s) if (is_wanted() if share_memory is None else share_memory) else {},
         )
-    return Groups(world=world, experts=experts, replicas=replicas, sharded=sharded)
+    return Groups(world=world, experts=experts, replicas=replicas, tensor=tensor, sharded=sharded)
+
+
+def _apart(strategy: Strategy) -> int:
+    """How far apart the ranks of an expert group are: ep runs along dp, whose neighbours are tp ranks, unless folded.
+
+    Slices of an expert lie on those very tp ranks, so that whole groups are neighbours again.
+    """
+    return strategy.tp if strategy.etp == 1 and not strategy.folded else 1
+
+
+def _tensor(strategy: Strategy, world: World, maker: "_Maker") -> TensorGroup | None:
+    tp, ranks = strategy.tp, range(world.size)
+    mesh = expert_mesh(tp, world.local_size, "tp")
+    wire = maker.group([list(ranks[start : start + tp]) for start in ranks[::tp]])
+    replicas = maker.group([list(ranks[at::tp]) for at in range(tp)])
+    return None if wire is None else TensorGroup(mesh=mesh, place=world.rank % tp, wire=wire, replicas=replicas)
 
 
 def _sharded(strategy: Strategy, world: World, maker: "_Maker") -> tuple[ProcessGroup, ...]:

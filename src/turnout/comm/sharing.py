@@ -39,11 +39,13 @@ class Sharing:
     weights: Peers | None  # whose slices it gathers; None: it computes with its own
 
 
-def sharings(ep: int, etp: int, rank: int, world: int, group: Maker) -> Mapping[int, Sharing]:
-    """Every r that `etp` slices allow; `group` makes the process groups of such lists, and returns this rank's."""
-    ranks, place = range(world), rank % (ep * etp)
-    whole = group([ranks[start : start + ep * etp] for start in ranks[:: ep * etp]])
-    found = {0: Sharing(rows=None, weights=_peers(range(ep * etp), place, whole))}
+def sharings(blocks: Sequence[Sequence[int]], etp: int, place: int, world: int, group: Maker) -> Mapping[int, Sharing]:
+    """Every r that `etp` slices allow; `group` makes the process groups of such lists, and returns this rank's.
+
+    `blocks`: the ranks that share experts, all of them, this one at `place`; the slices of an expert are neighbours.
+    """
+    ranks = range(world)
+    found = {0: Sharing(rows=None, weights=_peers(range(len(blocks[0])), place, group(blocks)))}
     first, at = place - place % etp, place % etp
     for parts in legal_parts(etp)[1:]:
         width = etp // parts

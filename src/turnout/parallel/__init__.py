@@ -1,19 +1,24 @@
 """Parallelism applied to a model from outside, from a `Strategy`; the model itself never knows the machine."""
 
-from turnout.parallel.apply import Parallel, apply
+from turnout.parallel.apply import apply
 from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.gradients import reduce_gradients
+from turnout.parallel.layout import Parallel
 from turnout.parallel.replicas import check_replicas
 from turnout.parallel.shards import Shards
 from turnout.parallel.supported import check_shards, check_supported
+from turnout.parallel.tensor_parallel import check_dense, check_sequences, cutting
 
 __all__ = [
     "ExpertParallel",
     "Parallel",
     "Shards",
     "apply",
+    "check_dense",
     "check_replicas",
+    "check_sequences",
     "check_shards",
     "check_supported",
+    "cutting",
     "reduce_gradients",
 ]

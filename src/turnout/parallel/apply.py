@@ -1,94 +1,31 @@
 """A strategy applied to a model: expert weights are cut, and their layers get a dispatcher that reaches the others."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from math import gcd
 from typing import Literal
 
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
-from turnout.comm import ExpertGroup, Groups, Ledger, World, make_groups
-from turnout.comm.ledger import Kind
+from turnout.comm import ExpertGroup, Groups, Ledger, TensorGroup, World, make_groups
 from turnout.comm.world import current_world
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.experts.cut import Cut
 from turnout.layers import MoE
+from turnout.models import Decoder
 from turnout.parallel.auto import auto_strategy
-from turnout.parallel.expert_parallel import ExpertParallel
-from turnout.parallel.fully_sharded import reshard, shard_fully, shardings
+from turnout.parallel.dense_cuts import DenseCut
+from turnout.parallel.fully_sharded import shard_fully, shardings
+from turnout.parallel.layout import Parallel
+from turnout.parallel.own_targets import OwnTargets
+from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.shards import Shards
 from turnout.parallel.supported import check_shards, check_supported
+from turnout.parallel.tensor_parallel import Tokens, check_dense, share_dense
 from turnout.placement import Placement
 from turnout.strategy import Strategy
 
 TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parallel:
-    """How a model lies on the ranks of a job, and what their collectives need."""
-
-    strategy: Strategy  # dp is filled in
-    groups: Groups
-    shards: Shards  # which tensors are slices, by name
-    ledger: Ledger  # what expert layers sent
-
-    @property
-    def world(self) -> World:
-        return self.groups.world
-
-    def copies(self, model: nn.Module) -> dict[Tensor, int]:
-        """The parameters of which this rank has only a part, and on how many ranks there is the same part."""
-        parts: dict[Tensor, int] = {weight: self.shards.parts(name) for name, weight in model.named_parameters()}
-        return {weight: self.world.size // number for weight, number in parts.items() if number > 1}
-
-    def reshard(self, model: nn.Module) -> None:
-        """After a forward pass without a backward one: the parameters are again what this rank keeps of them."""
-        if self.shards.shardings:
-            reshard(model)
-
-    def switched(
-        self, model: nn.Module, *, alltoall: str = "", overlap: int = 0, adaptive_r: int | None = None
-    ) -> "Parallel":
-        """The same layout with another program, number of chunks or r from the next pass on; left out: as it is.
-
-        Every rank calls it between steps with the same values. No parameter moves, and nothing is sent.
-        Raises: ConfigError naming the value that is not legal.
-        """
-        was = self.strategy
-        changed = replace(
-            was,
-            alltoall=alltoall or was.alltoall,
-            overlap=overlap or was.overlap,
-            adaptive_r=was.adaptive_r if adaptive_r is None else adaptive_r,
-        )
-        check_supported(changed)
-        check_shards(changed, has_experts=bool(self.shards.cuts))
-        group = self.groups.experts
-        if group is None:
-            return replace(self, strategy=changed)
-        for name, layer in _moe_layers(model):
-            prefix = _prefix(name)
-            cuts = {each.removeprefix(prefix): cut for each, cut in self.shards.cuts.items() if each.startswith(prefix)}
-            layer.reach(_dispatcher(name, changed, group, cuts, self.ledger))
-        return replace(self, strategy=changed)
-
-    def take_sent(self) -> dict[str, float] | None:
-        """Bytes and messages that expert layers sent since the last call, by class of link; None if they never do."""
-        experts = self.groups.experts
-        if experts is None:
-            return None
-        sent = self.ledger.traffic(experts.rank, experts.mesh)
-        kinds: tuple[Kind, ...] = ("slices", "weights")
-        for kind in kinds:
-            sent += self.ledger.traffic(experts.place, experts.whole_mesh, kind=kind)
-        self.ledger.clear()
-        return dict(vars(sent))
-
-    def over_ranks(self, value: float) -> float:
-        """A number added up over all ranks."""
-        return self.world.total([value])[0]
 
 
 def apply(
@@ -99,36 +36,56 @@ def apply(
     timeout_s: float = TIMEOUT_S,
     cuda: bool = False,
 ) -> Parallel:
-    """Cut the experts of every MoE layer over `strategy.ep` times `etp` neighbouring ranks, and make all groups.
+    """Cut experts over `strategy.ep` times `etp` ranks, attention and dense layers over `tp`, and make all groups.
 
     The whole model, equal on all ranks, goes in; build the optimizer after. Every rank of the process group calls it;
     `world` tells how many ranks a node has (None: all are on one). With ep=etp=1 the layers stay as they are, and never
     communicate. Gradients are then those of this rank's tokens: `reduce_gradients` makes them the step's.
+    With tp every rank of a group of neighbours calls the model with the same tokens, and gets the same output.
     "auto" shares the experts over all ranks, as far as they go, in the layout from which a `Tuner` reaches the others.
     Raises: ConfigError if the strategy does not fit the ranks or the model, or is not in this version.
     """
     world = current_world() if world is None else world
-    layers = dict(_moe_layers(model))
+    layers = dict(moe_layers(model))
     if strategy == "auto":
         sizes = [(layer.config.num_experts, layer.config.hidden) for layer in layers.values()]
         strategy = auto_strategy(gcd(*(number for number, _ in sizes)), gcd(*(hidden for _, hidden in sizes)), world)
     resolved = _resolved(strategy, world, layers)
+    if resolved.tp > 1:
+        check_dense(model, resolved.tp, sequence_parallel=resolved.sequence_parallel)
+        if any(weight.is_meta for weight in model.parameters()):
+            raise ConfigError("the model is on the meta device: give its weights values, then apply")
     groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
     ledger = Ledger()
     cuts = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
+    tensor, dense = groups.tensor, dict[str, DenseCut]()
+    if tensor is not None:
+        dense = _share_dense(model, tensor, ledger, sequence_parallel=resolved.sequence_parallel)
+        for name, layer in layers.items():
+            layer.reach(sending_own(name, layer.dispatcher, resolved, tensor, ledger))
     if resolved.zero == 3 and world.size > 1:
         shard_fully(model, groups, cuts, "cuda" if cuda else "cpu")
     return Parallel(
         strategy=resolved,
         groups=groups,
         shards=Shards(
-            cuts=cuts,
+            cuts=cuts | dense,
             group=groups.experts,
-            has_first=world.rank < resolved.ep * resolved.etp,
+            has_first=_has_first(groups),
             shardings=shardings(model),
+            tensor=tensor,
         ),
         ledger=ledger,
     )
+
+
+def _has_first(groups: Groups) -> bool:
+    """Whether whole tensors are put together here: the job's first rank writes them down."""
+    wires = [
+        *([] if groups.experts is None else [groups.experts.whole]),
+        *([] if groups.tensor is None else [groups.tensor.wire]),
+    ]
+    return all(0 in dist.get_process_group_ranks(wire) for wire in wires) if wires else groups.world.is_first
 
 
 def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledger: Ledger) -> dict[str, Cut]:
@@ -137,24 +94,21 @@ def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledg
     for name, layer in layers.items():
         assert isinstance(layer.experts, FFNExperts)
         cuts = layer.experts.cuts(Placement.even(layer.config.num_experts, strategy.ep), strategy.etp)
-        share = _dispatcher(name, strategy, group, cuts, ledger)
+        share = dispatcher_of(name, strategy, group, cuts, ledger)
         layer.share_experts(share, cuts, group.place)
-        found |= {_prefix(name) + own: cut for own, cut in cuts.items()}
+        found |= {prefix_of(name) + own: cut for own, cut in cuts.items()}
     return found
 
 
-def _dispatcher(
-    layer: str, strategy: Strategy, group: ExpertGroup, cuts: Mapping[str, Cut], ledger: Ledger
-) -> ExpertParallel:
-    return ExpertParallel(strategy, group, cuts, ledger=ledger, layer=layer or "the layer")
-
-
-def _prefix(layer: str) -> str:
-    return f"{layer}.experts." if layer else "experts."
-
-
-def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, MoE))
+def _share_dense(
+    model: nn.Module, tensor: TensorGroup, ledger: Ledger, *, sequence_parallel: bool
+) -> dict[str, DenseCut]:
+    """Attention and dense layers over ranks, and of a decoder the loss too."""
+    tokens = Tokens(tensor.size) if sequence_parallel else None
+    if isinstance(model, Decoder):
+        # in the place of the method, for whoever calls it: what weighs its parts counts a rank's own targets
+        vars(model)["loss"] = OwnTargets(model, tensor.size, tensor.place, tokens)
+    return share_dense(model, tensor, ledger, tokens)
 
 
 def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strategy:

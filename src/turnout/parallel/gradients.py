@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from turnout.comm.world import naming
-from turnout.parallel.apply import Parallel
+from turnout.parallel.dense_cuts import DenseCut
 from turnout.parallel.fully_sharded import here
+from turnout.parallel.layout import Parallel
 
 BUCKET_BYTES = 32 << 20
 
@@ -19,6 +20,7 @@ def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
 
     A dense gradient is the mean over all ranks. An expert's, or that of its slice, has the tokens of its whole expert
     group already, for they were brought there: what is missing is the sum over its replicas, and the same divisor.
+    So it is with a part that tensor-parallel ranks have of a dense weight: the losses of their group are all in it.
     In shards either is averaged already, over the ranks that have them: of experts the divisor is not yet the same.
     A parameter with a gradient on any rank has one on all after; the collectives do not depend on which.
     """
@@ -33,18 +35,21 @@ def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
 def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> None:
     world = parallel.world
     has_grad = world.largest([float(parameter.grad is not None) for _, parameter in named])
-    dense, experts = [], []
+    dense, parts, experts = [], [], []
     for (name, parameter), wanted in zip(named, has_grad, strict=True):
         if not wanted:
             continue
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         cut = parallel.shards.cuts.get(name)
         if name not in parallel.shards.shardings:
-            (dense if cut is None else experts).append(parameter.grad)
+            kind = dense if cut is None else parts if isinstance(cut, DenseCut) else experts
+            kind.append(parameter.grad)
         elif cut is not None:
             here(parameter.grad).div_(cut.ranks)
     _average(dense, dist.group.WORLD, world.size)
     _average(experts, parallel.groups.replicas, world.size)
+    tensor = parallel.groups.tensor
+    _average(parts, None if tensor is None else tensor.replicas, world.size)
 
 
 def _average(grads: Sequence[Tensor], group: ProcessGroup | None, divisor: int) -> None:

@@ -9,13 +9,15 @@ from torch.distributed import ProcessGroup
 
 from turnout.comm.world import naming
 from turnout.errors import TransportError
-from turnout.parallel.apply import Parallel
+from turnout.experts.cut import Cut
+from turnout.parallel.dense_cuts import DenseCut
+from turnout.parallel.layout import Parallel
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_replicas(model: nn.Module, parallel: Parallel) -> None:
-    """Compare a sum over the bits of every tensor: dense ones over all ranks, slices of experts over their replicas.
+    """Compare a sum over the bits of every tensor: dense ones over all ranks, parts of others over their replicas.
 
     Every rank calls it. What lies in shards has no other copy than those of whole groups of ranks, which FSDP keeps.
     Raises: TransportError naming the first tensor that differs, on every rank that sees it differ.
@@ -24,9 +26,12 @@ def check_replicas(model: nn.Module, parallel: Parallel) -> None:
         return
     shards = parallel.shards.shardings
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel() and name not in shards}
-    cut = [name for name in tensors if name in parallel.shards.cuts]
-    dense = [name for name in tensors if name not in parallel.shards.cuts]
-    differing = _differing(dense, tensors, dist.group.WORLD) + _differing(cut, tensors, parallel.groups.replicas)
+    cuts, tensor = parallel.shards.cuts, parallel.groups.tensor
+    dense = [name for name in tensors if name not in cuts]
+    experts = [name for name in tensors if isinstance(cuts.get(name), Cut)]
+    parts = [name for name in tensors if isinstance(cuts.get(name), DenseCut)]
+    differing = _differing(dense, tensors, dist.group.WORLD) + _differing(experts, tensors, parallel.groups.replicas)
+    differing += _differing(parts, tensors, None if tensor is None else tensor.replicas)
     if differing:
         raise TransportError(
             f"rank {parallel.world.rank}: {differing[0]} is not the same on all ranks that hold it "

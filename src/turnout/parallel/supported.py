@@ -8,7 +8,6 @@ from turnout.strategy import Strategy
 
 # fields that `turnout plan` knows and training does not yet -> the one value that training has
 _ONLY: dict[str, Any] = {
-    "tp": 1,
     "cp": 1,
     "pp": 1,
     "virtual_stages": 1,
@@ -30,6 +29,7 @@ def check_supported(strategy: Strategy) -> None:
                 f"strategy.{name}={value!r} can be planned (turnout plan) but not trained with in this version; "
                 f"legal: {legal!r}"
             )
+    _check_tensor(strategy)
     if strategy.overlap not in CHUNKS:
         near = min(CHUNKS, key=lambda legal: (abs(legal - strategy.overlap), legal))
         raise ConfigError(
@@ -50,6 +50,27 @@ def check_supported(strategy: Strategy) -> None:
         )
     if strategy.alltoall not in PROGRAMS:
         PROGRAMS[strategy.alltoall]
+
+
+def _check_tensor(strategy: Strategy) -> None:
+    """What tensor-parallel ranks cannot do yet."""
+    if strategy.tp == 1:
+        return
+    if strategy.zero:
+        raise ConfigError(
+            f"strategy.zero={strategy.zero} with tp={strategy.tp} would shard parts of tensors, which this version "
+            "does not; nearest legal: zero=0, or tp=1"
+        )
+    if strategy.etp > 1 and not strategy.tokens_sharded:
+        raise ConfigError(
+            f"strategy.etp={strategy.etp} with tp={strategy.tp}: slices of an expert would get every token tp times; "
+            "nearest legal: shard_tokens=True, sequence_parallel=True, or etp=1"
+        )
+    if strategy.alltoall == "coordinated":
+        raise ConfigError(
+            f"strategy.alltoall='coordinated' with tp={strategy.tp} can be planned (turnout plan) but not trained with "
+            "in this version; nearest legal: 'flat' with shard_tokens=True, where each rank sends its share too"
+        )
 
 
 def check_shards(strategy: Strategy, *, has_experts: bool) -> None:

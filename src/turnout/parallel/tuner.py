@@ -13,7 +13,7 @@ from torch import nn
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.layers import MoE
-from turnout.parallel.apply import Parallel
+from turnout.parallel.layout import Parallel
 from turnout.parallel.probe import hardware_name, probe
 from turnout.parallel.supported import check_shards, check_supported
 from turnout.strategy import Strategy

@@ -73,10 +73,25 @@ def _parallel(recipe: Recipe, world: World) -> Fact:
     if world.size == 1:
         return Fact(name="parallel", value={"ranks": 1}, text="none")
     strategy, each = recipe.strategy, sequences_per_rank(recipe, world.size)
-    words = f"{world.size} ranks, {world.local_size} a node, {each} sequences each; {_experts_on_ranks(strategy)}"
+    whose = "each" if strategy.tp == 1 else f"for every {strategy.tp}"
+    words = f"{world.size} ranks, {world.local_size} a node, {each} sequences {whose}; {_experts_on_ranks(strategy)}"
     words += f", in {strategy.overlap} chunks that overlap" if strategy.overlap > 1 else ""
+    words += f"; attention and dense layers over {strategy.tp} ranks" if strategy.tp > 1 else ""
+    words += " in sequence parallel" if strategy.sequence_parallel else ""
     words += f"; weights in shards over {strategy.zero_size or world.size} ranks" if strategy.zero else ""
-    names = ("ep", "etp", "adaptive_r", "alltoall", "overlap", "zero", "zero_size")
+    names = (
+        "tp",
+        "sequence_parallel",
+        "shard_tokens",
+        "folded",
+        "ep",
+        "etp",
+        "adaptive_r",
+        "alltoall",
+        "overlap",
+        "zero",
+        "zero_size",
+    )
     value = {"ranks": world.size} | {name: getattr(strategy, name) for name in names}
     return Fact(name="parallel", value=value, text=words)
 

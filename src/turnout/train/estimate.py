@@ -1,6 +1,7 @@
 """How long a run will take here: measured on a few steps of its own, not guessed from FLOPs."""
 
 import functools
+import math
 import os
 import statistics
 import time
@@ -12,9 +13,11 @@ import torch
 from turnout.comm import World
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
-from turnout.models import Decoder
+from turnout.models import Decoder, ModelConfig
 from turnout.models.memory import train_memory
 from turnout.models.size import sizes
+from turnout.parallel.dense_cuts import cut_layers, cuts_of
+from turnout.strategy import Strategy
 from turnout.train.device import autocast_for, compute_dtype
 from turnout.train.optimizer import build_optimizer
 from turnout.train.recipe import Recipe, sequences_per_rank
@@ -63,20 +66,38 @@ def require_fits(recipe: Recipe, device: torch.device, world: World | None = Non
 def memory_per_rank(recipe: Recipe, ranks: int) -> int:
     """Estimated bytes of a training step on one of `ranks`; every rank holds all weights once, before they are cut.
 
-    Of sharded weights no more is gathered at a time than there is; gradients and moments stay in shards.
+    Of sharded weights no more is gathered at a time than there is; gradients and moments stay in shards. In
+    sequence parallel a rank keeps activations of its own tokens, and what attention gathers; else of all its group's.
     """
     loop, model, strategy = recipe.loop, recipe.model, recipe.strategy
-    memory = train_memory(model, sequences_per_rank(recipe, ranks), loop.seq_len)
+    sequences = sequences_per_rank(recipe, ranks)
+    memory = train_memory(model, sequences, loop.seq_len)
     shares = strategy.ep * strategy.etp
     elsewhere = 4 * sizes(model).routed * (shares - 1) // shares
+    if strategy.tp > 1:
+        elsewhere += 4 * shared_parameters(model, strategy) * (strategy.tp - 1) // strategy.tp
     shards = (strategy.zero_size or ranks) if strategy.zero else 1
+    activations = memory.activations
+    if strategy.sequence_parallel:
+        gathered = 4 * model.num_layers * model.dim * sequences * loop.seq_len
+        activations = activations // strategy.tp + gathered
     own = replace(
         memory,
+        activations=activations,
         parameters=memory.parameters - elsewhere,
         gradients=memory.gradients // shards if strategy.zero else memory.gradients - elsewhere,
         moments=memory.moments // shards if strategy.zero else memory.moments - 2 * elsewhere,
     )
     return max(own.peak, memory.parameters)
+
+
+def shared_parameters(model: ModelConfig, strategy: Strategy) -> int:
+    """The parameters that tensor-parallel ranks share."""
+    with torch.device("meta"):
+        decoder = Decoder(model)
+    layers = cut_layers(decoder, shared_experts=not strategy.sequence_parallel)
+    cuts = [cut for name, layer in layers for cut in cuts_of(name, layer, strategy.tp).values()]
+    return sum(math.prod(cut.shape) for cut in cuts)
 
 
 def _misfit(recipe: Recipe, device: torch.device, world: World) -> str:

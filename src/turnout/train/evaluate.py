@@ -5,11 +5,11 @@ from itertools import islice
 
 import torch
 
-from turnout.comm import World
 from turnout.data.sampler import Batch, validation_batches
 from turnout.data.shards import TokenShard
 from turnout.layers.lm_loss import IGNORE
 from turnout.models import Decoder
+from turnout.parallel import Parallel
 from turnout.train.signals import StopRequest
 
 
@@ -20,12 +20,11 @@ def mean_loss(
     batch_size: int,
     seq_len: int,
     max_tokens: int,
-    world: World,
+    parallel: Parallel,
     autocast: torch.autocast,
     stop: StopRequest | None = None,
 ) -> float | None:
     """Mean loss of a target, the same number on every rank; None where a stop request of any rank ended it early.
-
     All ranks make the same number of calls, for experts may lie on any of them: a rank that is left without text
     computes on padding.
     """
@@ -34,17 +33,18 @@ def mean_loss(
     model.eval()
     # weights that are gathered for the first time in inference mode could not be trained after
     with torch.no_grad(), autocast:
-        for turn in _turns(validation_batches(text, batch_size, seq_len, max_tokens), world.size):
-            if world.largest([float(stop is not None and stop.requested)])[0]:
+        at, turns = parallel.text_place
+        for turn in _turns(validation_batches(text, batch_size, seq_len, max_tokens), turns):
+            if parallel.world.largest([float(stop is not None and stop.requested)])[0]:
                 count = 0
                 break
-            mine = turn[world.rank] if world.rank < len(turn) else _padding(turn[0])
+            mine = turn[at] if at < len(turn) else _padding(turn[0])
             batch = mine.to(device)
             main = model.loss(batch.tokens_BS, batch.targets_BS, mask_BS=batch.mask_BS).main.item()
-            targets = batch.targets_BS.numel() if batch.mask_BS is None else 0
+            targets = parallel.own_targets(batch.targets_BS).numel() if batch.mask_BS is None else 0
             total, count = total + (main * targets if targets else 0.0), count + targets
     model.train()
-    total, count = world.total([total, float(count)])
+    total, count = parallel.world.total([total, float(count)])
     return total / count if count else None
 
 

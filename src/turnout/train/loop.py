@@ -74,19 +74,13 @@ class Trainer:
             cuda=self.device.type == "cuda",
         )
         self.tuner = open_tuner(recipe, self.model, self.parallel, run, self.device)
-        if not self.world.is_first:
-            # the weights are everybody's, what routers draw at random is not
-            torch.manual_seed((recipe.seed + _GOLDEN * self.world.rank) % 2**32)
+        # the weights are everybody's, what routers draw at random is not
+        if stream := self.parallel.random_stream[0]:
+            torch.manual_seed((recipe.seed + _GOLDEN * stream) % 2**32)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         count_windows(dataset.val, loop.seq_len)  # refuses too short a validation text before anything is trained
-        self.sampler = Sampler(
-            dataset.train,
-            self._rank_batch,
-            loop.seq_len,
-            recipe.seed,
-            rank=self.world.rank,
-            world_size=self.world.size,
-        )
+        place, texts = self.parallel.text_place
+        self.sampler = Sampler(dataset.train, self._rank_batch, loop.seq_len, recipe.seed, rank=place, world_size=texts)
         self.autocast = autocast_for(self.device, compute_dtype(self.device, recipe))
         self.counters = Counters()
         self.notes: tuple[str, ...] = ()  # what a person should know of a resume
@@ -153,7 +147,7 @@ class Trainer:
             batch_size=self._rank_batch,
             seq_len=loop.seq_len,
             max_tokens=loop.eval_tokens,
-            world=self.world,
+            parallel=self.parallel,
             autocast=self.autocast,
             stop=stop,
         )
@@ -210,7 +204,9 @@ class Trainer:
         if self.counters.evaluated_at != self.counters.step:
             self.evaluate_and_record(None)
             self.save()
-        record_token_view(self.recorder, self.recipe, self.dataset, self.model, step=self.counters.step)
+        record_token_view(
+            self.recorder, self.recipe, self.dataset, self.model, parallel=self.parallel, step=self.counters.step
+        )
         summary = self.summary()
         if self.world.is_first:
             (self.run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -259,7 +255,7 @@ class Trainer:
             autocast=self.autocast,
             parallel=self.parallel,
         )
-        num_tokens = self.world.size * sum(batch.targets_BS.numel() for batch in batches)
+        num_tokens = self.parallel.text_place[1] * sum(batch.targets_BS.numel() for batch in batches)
         elapsed = time.perf_counter() - started
         c.step, c.tokens, c.seconds = c.step + 1, c.tokens + num_tokens, c.seconds + elapsed
         if self.tuner is not None:

@@ -11,6 +11,7 @@ from turnout.comm.world import is_joined, naming
 from turnout.data.sampler import Batch
 from turnout.layers.lm_loss import IGNORE
 from turnout.models import Decoder
+from turnout.parallel import Parallel
 from turnout.tensors import MoEStats
 
 
@@ -25,20 +26,27 @@ class Share:
     aux: float  # of the tokens that are not padding
 
 
-def shares(batches: Sequence[Batch]) -> list[Share]:
-    """The share of each of this rank's micro-batches; so neither accumulation nor padding changes a coefficient."""
-    targets = [int((batch.targets_BS != IGNORE).sum()) for batch in batches]
-    tokens = [batch.tokens_BS.numel() if batch.mask_BS is None else int(batch.mask_BS.sum()) for batch in batches]
-    all_targets, all_tokens = _over_ranks(torch.tensor([sum(targets), sum(tokens)])).clamp(min=1).tolist()
+def shares(batches: Sequence[Batch], parallel: Parallel | None = None) -> list[Share]:
+    """The share of each of this rank's micro-batches; so neither accumulation nor padding changes a coefficient.
+
+    Of ranks that were given the same text each counts the targets and the tokens that are its own.
+    """
+    targets = [batch.targets_BS if parallel is None else parallel.own_targets(batch.targets_BS) for batch in batches]
+    masks = [torch.ones_like(batch.tokens_BS) if batch.mask_BS is None else batch.mask_BS for batch in batches]
+    tokens = [int((mask if parallel is None else parallel.own_tokens(mask)).sum()) for mask in masks]
+    counts = [int((each != IGNORE).sum()) for each in targets]
+    all_targets, all_tokens = _over_ranks(torch.tensor([sum(counts), sum(tokens)])).clamp(min=1).tolist()
     ranks = dist.get_world_size() if is_joined() else 1
     return [
         Share(main=ranks * main / all_targets, aux=ranks * aux / all_tokens)
-        for main, aux in zip(targets, tokens, strict=True)
+        for main, aux in zip(counts, tokens, strict=True)
     ]
 
 
 @torch.no_grad()
-def count_ahead(model: Decoder, batches: Sequence[Batch], autocast: torch.autocast) -> tuple[MoEStats, ...] | None:
+def count_ahead(
+    model: Decoder, batches: Sequence[Batch], autocast: torch.autocast, *, repeats: int = 1
+) -> tuple[MoEStats, ...] | None:
     """What the step will do in each MoE layer, where a loss has to know it before the first gradient; None elsewhere.
 
     It takes a forward pass over every micro-batch, with the random draws that the training pass will make again. A
@@ -49,11 +57,12 @@ def count_ahead(model: Decoder, batches: Sequence[Batch], autocast: torch.autoca
         return None
     device = batches[0].tokens_BS.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
-        return sum_stats([model(batch.tokens_BS, mask_BS=batch.mask_BS).stats for batch in batches])
+        stats = [model(batch.tokens_BS, mask_BS=batch.mask_BS).stats for batch in batches]
+        return sum_stats(stats, repeats=repeats)
 
 
-def sum_stats(per_batch: Sequence[tuple[MoEStats, ...]]) -> tuple[MoEStats, ...]:
-    """Each layer's stats over this rank's micro-batches and over all ranks."""
+def sum_stats(per_batch: Sequence[tuple[MoEStats, ...]], *, repeats: int = 1) -> tuple[MoEStats, ...]:
+    """Each layer's stats over this rank's micro-batches and all ranks, of which `repeats` report the same tokens."""
     totals = per_batch[0]
     for stats in per_batch[1:]:
         totals = tuple(a + b for a, b in zip(totals, stats, strict=True))
@@ -61,7 +70,8 @@ def sum_stats(per_batch: Sequence[tuple[MoEStats, ...]]) -> tuple[MoEStats, ...]
         return totals
     # one message for all layers; float64 holds every count below 2^53
     values = [getattr(stats, field.name) for stats in totals for field in fields(MoEStats)]
-    parts = _over_ranks(torch.cat([value.double().flatten() for value in values])).split([v.numel() for v in values])
+    together = _over_ranks(torch.cat([value.double().flatten() for value in values])) / repeats
+    parts = together.split([value.numel() for value in values])
     summed = iter(part.view_as(value).to(value.dtype) for part, value in zip(parts, values, strict=True))
     return tuple(MoEStats(**{field.name: next(summed) for field in fields(MoEStats)}) for _ in totals)
 

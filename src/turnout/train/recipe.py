@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from turnout.config import Settings
 from turnout.data.prepare import DataConfig
 from turnout.errors import ConfigError
-from turnout.models import ModelConfig
-from turnout.parallel import check_shards, check_supported
+from turnout.models import Decoder, ModelConfig
+from turnout.parallel import check_dense, check_sequences, check_shards, check_supported, cutting
 from turnout.strategy import Strategy, nearest_divisor
 from turnout.train.guards import NonFinitePolicy
 
@@ -155,19 +157,28 @@ class Recipe(Settings):
                 f"loop.compile=true with loop.tune={self.loop.tune!r}: an exchange between ranks is not compiled in "
                 "this version; nearest legal: loop.compile=false"
             )
-        if self.loop.compile and strategy.ep * strategy.etp > 1:
-            field = f"ep={strategy.ep}" if strategy.ep > 1 else f"etp={strategy.etp}"
+        if self.loop.tune and strategy.tp > 1:
             raise ConfigError(
-                f"loop.compile=true with strategy.{field}: an exchange between ranks is not compiled in this "
+                f"loop.tune={self.loop.tune!r} with strategy.tp={strategy.tp}: the tuner knows no such ranks in "
+                'this version; nearest legal: loop.tune=""'
+            )
+        shared = [f"{name}={getattr(strategy, name)}" for name in ("tp", "ep", "etp") if getattr(strategy, name) > 1]
+        if self.loop.compile and shared:
+            raise ConfigError(
+                f"loop.compile=true with strategy.{shared[0]}: an exchange between ranks is not compiled in this "
                 "version; nearest legal: loop.compile=false"
             )
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
     """Raises: ConfigError if the recipe cannot run on so many ranks, naming the nearest that can be."""
-    sizes = {"ep": recipe.strategy.ep, "etp": recipe.strategy.etp}
-    needed, several = math.prod(sizes.values()), [name for name, size in sizes.items() if size > 1]
+    strategy = recipe.strategy
+    sizes = {name: getattr(strategy, name) for name in ("tp", "ep", "etp")}
+    several = [name for name, size in sizes.items() if size > 1]
     if ranks == 1 and several:
+        # folded, experts take the very ranks that attention has
+        experts = strategy.ep * strategy.etp
+        needed = math.lcm(strategy.tp, experts) if strategy.folded or strategy.etp > 1 else strategy.tp * experts
         given = " * ".join(f"{name}={sizes[name]}" for name in several)
         raise ConfigError(
             f"strategy.{given} needs at least {needed} processes: torchrun --nproc-per-node {needed} -m turnout train "
@@ -181,18 +192,27 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
         raise ConfigError(
             f"strategy.etp={recipe.strategy.etp} must divide moe.hidden={moe.hidden}; nearest legal: {near}"
         )
-    sequences_per_rank(recipe, ranks)
+    each = sequences_per_rank(recipe, ranks)
+    if strategy.tp > 1:
+        with torch.device("meta"):
+            model = Decoder(recipe.model)
+        check_dense(model, strategy.tp, sequence_parallel=strategy.sequence_parallel)
+    if strategy.sequence_parallel and moe is not None:
+        check_sequences(moe.losses, cutting((each, recipe.loop.seq_len), strategy.tp))
 
 
 def sequences_per_rank(recipe: Recipe, ranks: int) -> int:
     """Sequences in a micro-batch of one of `ranks`: a run is the same run on any number of them.
 
+    Those that are tensor-parallel have the same sequences.
     Raises: ConfigError if the ranks do not divide loop.batch_size.
     """
-    size = recipe.loop.batch_size
+    size, ranks = recipe.loop.batch_size, max(1, ranks // recipe.strategy.tp)
     if size % ranks:
         near = max(1, round(size / ranks)) * ranks
+        whose = "ranks" if recipe.strategy.tp == 1 else f"groups of tp={recipe.strategy.tp} ranks"
         raise ConfigError(
-            f"loop.batch_size={size} is that of all {ranks} ranks together: they must divide it; nearest legal: {near}"
+            f"loop.batch_size={size} is that of all {ranks} {whose} together: they must divide it; "
+            f"nearest legal: {near}"
         )
     return size // ranks

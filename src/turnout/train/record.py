@@ -11,6 +11,7 @@ from turnout.models import Decoder
 from turnout.observe.recorder import Recorder
 from turnout.observe.silent import SilentRecorder
 from turnout.observe.token_view import token_choices
+from turnout.parallel import Parallel
 from turnout.train.durable import replace_text
 from turnout.train.recipe import Recipe
 from turnout.train.recipes import recipe_of
@@ -39,9 +40,15 @@ def open_record(
 
 
 def record_token_view(
-    recorder: Recorder | SilentRecorder, recipe: Recipe, dataset: Dataset, model: Decoder, *, step: int
+    recorder: Recorder | SilentRecorder,
+    recipe: Recipe,
+    dataset: Dataset,
+    model: Decoder,
+    *,
+    parallel: Parallel,
+    step: int,
 ) -> None:
-    """The way of the recipe's probe text through the experts, if the model has any."""
+    """The way of the recipe's probe text through the experts, if the model has any. Every rank calls it."""
     if not recorder.header.layers:
         return
     tokenizer = dataset.tokenizer
@@ -51,5 +58,9 @@ def record_token_view(
         out = model(torch.tensor([ids], device=next(model.parameters()).device))
     model.train()
     choices = [token_choices(assignment) for assignment in out.assignments]
+    if parallel.strategy.sequence_parallel:
+        # of one sequence each of these ranks has a piece
+        of_layers = zip(*parallel.world.all(choices)[: parallel.strategy.tp], strict=True)
+        choices = [tuple([token for part in parts for token in part[of]] for of in (0, 1)) for parts in of_layers]
     pieces = [tokenizer.decode([token]) for token in ids]
     recorder.token_view(step, pieces, [e for e, _ in choices], [w for _, w in choices])

@@ -39,7 +39,7 @@ class RunState:
         shards = self.parallel.shards
         moments = optimizer_state(self.optimizer, self.model.named_parameters())
         shapes = {name: shards.whole_shape(name, shape) for name, shape in moments.meta["shapes"].items()}
-        rng = join_rng_states(self.parallel.world.all(rng_state()))
+        rng = join_rng_states(self.parallel.world.all(rng_state())[:: self.parallel.repeats])
         files: dict[str, Mapping[str, Tensor]] = {
             "model": shards.whole(self.model.state_dict()),
             "optimizer": shards.whole(moments.tensors),
@@ -68,7 +68,8 @@ class RunState:
         moments = FlatState(tensors=shards.mine(loaded.files["optimizer"]), meta=self._own_shapes(loaded))
         set_optimizer_state(self.optimizer, self.model.named_parameters(), moments, own_settings=True)
         self.model.load_state_dict(model)
-        rng, notes = rng_state_of(FlatState(tensors=loaded.files["rng"], meta=loaded.meta["rng"]), self.parallel.world)
+        states = FlatState(tensors=loaded.files["rng"], meta=loaded.meta["rng"])
+        rng, notes = rng_state_of(states, *self.parallel.random_stream)
         return loaded.meta["counters"], notes + (() if rng is None else set_rng_state(rng))
 
     def _own_shapes(self, loaded: Checkpoint) -> dict[str, Any]:

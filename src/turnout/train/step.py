@@ -50,14 +50,16 @@ def train_step(
     ranks, so that they decide alike. Without `parallel` the gradients stay those of this rank.
     """
     with _inside(parallel, "sum of targets"):
-        weights = shares(batches)
-    step_stats = count_ahead(model, batches, autocast)
+        weights = shares(batches, parallel)
+    repeats = 1 if parallel is None else parallel.repeats
+    step_stats = count_ahead(model, batches, autocast, repeats=repeats)
     results = [
         _forward_backward(loss_function, batch, share, step_stats, autocast)
         for batch, share in zip(batches, weights, strict=True)
     ]
     with _inside(parallel, "sum of statistics and losses"):
-        stats = sum_stats([result.stats for result in results]) if step_stats is None else step_stats
+        own = [result.stats for result in results]
+        stats = sum_stats(own, repeats=repeats) if step_stats is None else step_stats
         loss, aux_total, aux = _losses(results, weights)
     if parallel is not None:
         reduce_gradients(model, parallel)

@@ -58,9 +58,12 @@ def verify_parallel(recipe: Recipe, ranks: int) -> list[Compared]:
         text = dump_toml(recipe)
         start_ranks(_rank, ranks, text, ranks, folder)
         found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
-    want = _step(_in_one_process(recipe.model), dtype, _batches(recipe.model, ranks), None)
+    batches, tp = _batches(recipe.model, ranks), recipe.strategy.tp
+    # who routes by himself has a micro-batch of his own
+    batches = batches if recipe.strategy.sequence_parallel else _together(batches, tp)
+    want = _step(_in_one_process(recipe.model), dtype, batches, None)
     limit = TOLERANCE[dtype]
-    logits = torch.cat([each.pop("logits") for each in found])
+    logits = torch.cat([each.pop("logits") for each in found][::tp])
     rows = [Compared(name="logits", error=_error(logits, want.pop("logits")), tolerance=limit)]
     return rows + [
         Compared(name=name, error=max(_error(each[name], value) for each in found if name in each), tolerance=limit)
@@ -72,7 +75,8 @@ def _rank(rank: int, text: str, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     recipe = from_dict(Recipe, tomllib.loads(text))
     with as_rank(rank, ranks, folder, timeout_s=TIMEOUT_S) as world:
-        batch = _batches(recipe.model, ranks)[rank]
+        tp = recipe.strategy.tp
+        batch = _together(_batches(recipe.model, ranks), tp)[rank // tp]
         outcome = _step(recipe.model, _dtype(recipe.model), [batch], (recipe, world))
         torch.save(outcome, Path(folder) / f"{rank}.pt")
 
@@ -111,7 +115,7 @@ def _gradients(model: Decoder, parallel: Parallel | None) -> dict[str, Tensor]:
         return grads
     shards = parallel.shards
     whole = shards.whole(grads)
-    return {name: grad for name, grad in whole.items() if shards.has_first or shards.parts(name) == 1}
+    return {name: grad for name, grad in whole.items() if shards.gathers(name) or shards.parts(name) == 1}
 
 
 def _batches(config: ModelConfig, ranks: int) -> list[Batch]:
@@ -120,6 +124,13 @@ def _batches(config: ModelConfig, ranks: int) -> list[Batch]:
     length = min(LENGTH, config.max_seq_len)
     tokens_BS = torch.randint(config.vocab_size, (ranks, length + 1), generator=g)
     return [Batch(tokens_BS=row[:, :-1].contiguous(), targets_BS=row[:, 1:].contiguous()) for row in tokens_BS.split(1)]
+
+
+def _together(batches: Sequence[Batch], tp: int) -> list[Batch]:
+    """The sequences of tensor-parallel ranks, which all of them get."""
+    groups = [batches[start : start + tp] for start in range(0, len(batches), tp)]
+    fields = ("tokens_BS", "targets_BS")
+    return [Batch(**{name: torch.cat([getattr(each, name) for each in group]) for name in fields}) for group in groups]
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:

@@ -1,0 +1,126 @@
+"""Sums and gathers over tensor-parallel ranks, differentiable; the gradient of each is its exact adjoint.
+
+Every rank has a loss of its own, and what is differentiated is their sum. So the adjoint of a gather is a sum that is
+scattered, and that of a sum is a sum; a copy that all ranks hold needs none: its gradients differ from rank to rank,
+and their sum is the gradient. `reduce_gradients` adds those up, for weights of every kind with one divisor.
+
+torch has these as DTensor.redistribute, whose gradients are those of one loss that all ranks repeat: a weight that each
+rank applies to tokens or heads of its own (norms of heads, routers, heads of the model) would then need a sum of its
+own. DTensor's rules know neither our autograd functions nor parts of unequal length, nor does the byte ledger see it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from turnout.comm.groups import TensorGroup
+from turnout.comm.ledger import Ledger, Phase
+from turnout.comm.wire import named
+from turnout.tensors import first_order
+
+# torch 2.13 renamed them
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorWire:
+    """The collectives of one layer."""
+
+    group: TensorGroup
+    ledger: Ledger
+    layer: str
+
+    def sum(self, x: Tensor) -> Tensor:
+        """What the ranks have, added up, on each of them."""
+        return _Sum.apply(self, x)
+
+    def gather(self, x: Tensor, lengths: Sequence[int], *, dim: int) -> Tensor:
+        """The parts of all ranks, one after another along `dim`, where that of rank r has lengths[r]."""
+        return _Gather.apply(self, x, tuple(lengths), dim)
+
+    def scatter_sum(self, x: Tensor, lengths: Sequence[int], *, dim: int) -> Tensor:
+        """This rank's part of the sum."""
+        return _ScatterSum.apply(self, x, tuple(lengths), dim)
+
+    def all_reduce(self, x: Tensor, phase: Phase) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        size = total.numel() * total.element_size() // self.group.size
+        self._note(phase, 2 * size)
+        with named("all-reduce", self.layer, self.group.wire, self.ledger):
+            dist.all_reduce(total, group=self.group.wire)
+        return total
+
+    def all_gather(self, x: Tensor, lengths: Sequence[int], dim: int, phase: Phase) -> Tensor:
+        # blocks of one size, the longest: gloo and NCCL are at their best with those
+        width, first = max(lengths), x.movedim(dim, 0)
+        block = first.contiguous() if len(first) == width else _widened(first, width)
+        out = block.new_empty(self.group.size * width, *block.shape[1:])
+        self._note(phase, block.numel() * block.element_size())
+        with named("all-gather", self.layer, self.group.wire, self.ledger):
+            _all_gather(out, block, group=self.group.wire)
+        if min(lengths) < width:
+            out = torch.cat([each[:length] for each, length in zip(out.split(width), lengths, strict=True)])
+        return out.movedim(0, dim)
+
+    def reduce_scatter(self, x: Tensor, lengths: Sequence[int], dim: int, phase: Phase) -> Tensor:
+        width, first = max(lengths), x.movedim(dim, 0)
+        if min(lengths) < width:
+            first = torch.cat([_widened(part, width) for part in first.split(list(lengths))])
+        sent = first.contiguous()
+        out = sent.new_empty(width, *sent.shape[1:])
+        self._note(phase, out.numel() * out.element_size())
+        with named("reduce-scatter", self.layer, self.group.wire, self.ledger):
+            _reduce_scatter(out, sent, group=self.group.wire)
+        return out[: lengths[self.group.place]].movedim(0, dim)
+
+    def _note(self, phase: Phase, size: int) -> None:
+        """As a ring or a direct exchange sends it: as much to each of the others."""
+        others = (place for place in range(self.group.size) if place != self.group.place)
+        self.ledger.note(self.layer, phase, "tensor", dict.fromkeys(others, size))
+
+
+def _widened(part: Tensor, width: int) -> Tensor:
+    wide = part.new_zeros(width, *part.shape[1:])
+    wide[: len(part)] = part
+    return wide
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, wire: TensorWire, x: Tensor) -> Tensor:
+        ctx.wire = wire
+        return wire.all_reduce(x, "forward")
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.wire.all_reduce(grads[0], "backward")
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, wire: TensorWire, x: Tensor, lengths: tuple[int, ...], dim: int) -> Tensor:
+        ctx.wire, ctx.along = wire, (lengths, dim)
+        return wire.all_gather(x, lengths, dim, "forward")
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.wire.reduce_scatter(grads[0], *ctx.along, "backward"), None, None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, wire: TensorWire, x: Tensor, lengths: tuple[int, ...], dim: int) -> Tensor:
+        ctx.wire, ctx.along = wire, (lengths, dim)
+        return wire.reduce_scatter(x, lengths, dim, "forward")
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.wire.all_gather(grads[0], *ctx.along, "backward"), None, None

@@ -1,0 +1,109 @@
+"""How a model lies on the ranks of a job, once a strategy is applied to it."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from turnout.comm import Groups, Ledger, World
+from turnout.comm.ledger import Kind
+from turnout.parallel.fully_sharded import reshard
+from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
+from turnout.parallel.shards import Shards
+from turnout.parallel.supported import check_shards, check_supported
+from turnout.parallel.tensor_parallel import cutting
+from turnout.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How a model lies on the ranks of a job, and what their collectives need."""
+
+    strategy: Strategy  # dp is filled in
+    groups: Groups
+    shards: Shards  # which tensors are slices, by name
+    ledger: Ledger  # what expert layers sent
+
+    @property
+    def world(self) -> World:
+        return self.groups.world
+
+    @property
+    def text_place(self) -> tuple[int, int]:
+        """Which text is this rank's, and of how many: tensor-parallel ranks are all given the same."""
+        return self.world.rank // self.strategy.tp, self.world.size // self.strategy.tp
+
+    def own_tokens(self, value_BS: Tensor) -> Tensor:
+        """Of a number for each token of a batch those that this rank's experts layers report on."""
+        tensor = self.groups.tensor
+        if tensor is None or not self.strategy.sequence_parallel:
+            return value_BS
+        return cutting(value_BS.shape, tensor.size).share(value_BS, tensor.place)
+
+    def own_targets(self, targets_BS: Tensor) -> Tensor:
+        """Those whose loss `Decoder.loss` takes on this rank."""
+        tensor = self.groups.tensor
+        return targets_BS if tensor is None else cutting(targets_BS.shape, tensor.size).share(targets_BS, tensor.place)
+
+    @property
+    def repeats(self) -> int:
+        """On how many ranks the experts' layers report the same tokens."""
+        return 1 if self.strategy.sequence_parallel else self.strategy.tp
+
+    @property
+    def random_stream(self) -> tuple[int, int]:
+        """Which random numbers are this rank's, and of how many: those that route the same tokens route them alike."""
+        return self.world.rank // self.repeats, self.world.size // self.repeats
+
+    def copies(self, model: nn.Module) -> dict[Tensor, int]:
+        """The parameters of which this rank has only a part, and on how many ranks there is the same part."""
+        parts: dict[Tensor, int] = {weight: self.shards.parts(name) for name, weight in model.named_parameters()}
+        return {weight: self.world.size // number for weight, number in parts.items() if number > 1}
+
+    def reshard(self, model: nn.Module) -> None:
+        """After a forward pass without a backward one: the parameters are again what this rank keeps of them."""
+        if self.shards.shardings:
+            reshard(model)
+
+    def switched(
+        self, model: nn.Module, *, alltoall: str = "", overlap: int = 0, adaptive_r: int | None = None
+    ) -> "Parallel":
+        """The same layout with another program, number of chunks or r from the next pass on; left out: as it is.
+
+        Every rank calls it between steps with the same values. No parameter moves, and nothing is sent.
+        Raises: ConfigError naming the value that is not legal.
+        """
+        was = self.strategy
+        changed = replace(
+            was,
+            alltoall=alltoall or was.alltoall,
+            overlap=overlap or was.overlap,
+            adaptive_r=was.adaptive_r if adaptive_r is None else adaptive_r,
+        )
+        check_supported(changed)
+        of_experts = self.shards.of_experts()
+        check_shards(changed, has_experts=bool(of_experts))
+        group = self.groups.experts
+        if group is None:
+            return replace(self, strategy=changed)
+        for name, layer in moe_layers(model):
+            prefix = prefix_of(name)
+            cuts = {each.removeprefix(prefix): cut for each, cut in of_experts.items() if each.startswith(prefix)}
+            dispatcher = dispatcher_of(name, changed, group, cuts, self.ledger)
+            layer.reach(sending_own(name, dispatcher, changed, self.groups.tensor, self.ledger))
+        return replace(self, strategy=changed)
+
+    def take_sent(self) -> dict[str, float] | None:
+        """Bytes and messages that expert layers sent since the last call, by class of link; None if they never do."""
+        experts = self.groups.experts
+        if experts is None:
+            return None
+        sent = self.ledger.traffic(experts.rank, experts.mesh)
+        kinds: tuple[Kind, ...] = ("slices", "weights")
+        for kind in kinds:
+            sent += self.ledger.traffic(experts.place, experts.whole_mesh, kind=kind)
+        self.ledger.clear()
+        return dict(vars(sent))
+
+    def over_ranks(self, value: float) -> float:
+        """A number added up over all ranks."""
+        return self.world.total([value])[0]
