@@ -1,16 +1,18 @@
 """EM never lowers its objective, posteriors are probabilities, and blocks do not matter."""
 
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 
 from tests.hme.problems import as_block, random_problem, stirred
 
 pytest.importorskip("sklearn")
 
-from benchmarks.hme_speed import on_disk
+from benchmarks.hme_speed import on_disk, problem
 from turnout.hme import sweep as sweeping
 from turnout.hme.em import EMConfig, fit_em, ridge_of
 from turnout.hme.glim import GAINED, newton_step
@@ -112,6 +114,33 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_blocks_are_held_up_to_a_bound_and_give_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture, rows = problem(3000, 4, 2, 2)
+    held = rows.held_for(mixture)
+    held_bytes = sum(b.x_PN.nbytes + b.y_TN.nbytes + b.product_QN.nbytes for b in held.held)
+    assert len(held.held) > 0
+    with_them = fit_em(mixture, rows, EMConfig(max_iter=5, tol=0))
+    monkeypatch.setattr("turnout.hme.sweep.MOST_HELD_BYTES", held_bytes)
+    assert rows.held_for(mixture).held
+    monkeypatch.setattr("turnout.hme.sweep.MOST_HELD_BYTES", held_bytes - 1)
+    assert not rows.held_for(mixture).held
+    assert fit_em(mixture, rows, EMConfig(max_iter=5, tol=0)).loglik_path == with_them.loglik_path
+
+
+def test_no_posterior_is_subnormal_and_the_rest_are_exact() -> None:
+    """Experts of nearly no noise: all leaves but one are farther than e^-745 away."""
+    mixture, rows = problem(500, 3, 2, 1)
+    mixture = fit_em(mixture, rows, EMConfig(max_iter=3, tol=0)).mixture
+    tiny = replace(mixture, experts=replace(mixture.experts, covariance_LOO=1e-6 * mixture.experts.covariance_LOO))
+    block = rows.block(slice(None))
+    posterior = tiny.posterior(block.x_PN, block.y_TN)
+    log_joint_LN = tiny.log_priors(posterior.shares.log_MBN) + posterior.judged.log_density_LN
+    want_LN = np.exp(log_joint_LN - logsumexp(log_joint_LN, axis=0))
+    assert ((want_LN > 0) & (want_LN < np.finfo(float).tiny)).any() or (want_LN == 0).any()
+    assert (posterior.leaf_LN >= np.finfo(float).tiny).all()
+    np.testing.assert_allclose(posterior.leaf_LN, want_LN, rtol=1e-9, atol=1e-100)
 
 
 def test_algorithm_2_returns_the_best_mixture_it_met() -> None:

@@ -8,8 +8,8 @@ from scipy.special import log_softmax
 
 from turnout.hme.algebra import pair_products
 from turnout.hme.families import Experts, Poisson
-from turnout.hme.glim import Moments, climbed, newton_step, safe_share, spread
-from turnout.hme.shares import predictors, softmax_moments, softmax_with_last_zero
+from turnout.hme.glim import Moments, climbed, moments, newton_step, safe_share, spread
+from turnout.hme.shares import predictors, softmax_slopes, softmax_with_last_zero
 from turnout.hme.tree import Floats
 
 NO_RIDGE = 1e-9
@@ -29,7 +29,7 @@ def _softmax(x_PN: Floats, mass_1BN: Floats, weight_1PO: Floats) -> tuple[float,
     log_share_BN = log_softmax(np.vstack([predictor_ON, np.zeros(x_PN.shape[1])]), axis=0)
     shares = softmax_with_last_zero(predictors(x_PN, weight_1PO))
     value = float((mass_1BN[0] * log_share_BN).sum()) - 0.5 * NO_RIDGE * float((weight_1PO**2).sum())
-    return value, softmax_moments(x_PN, pair_products(x_PN), shares.free_MON, mass_1BN)
+    return value, moments(x_PN, pair_products(x_PN), softmax_slopes(shares.free_MON, mass_1BN))[0]
 
 
 def _move(x_PN: Floats, step_MPO: Floats) -> Floats:
@@ -41,12 +41,12 @@ def test_a_damped_step_never_lowers_a_softmax_and_a_whole_one_does() -> None:
     for seed in range(300):
         x_PN, mass_1BN, weight_1PO = _far_problem(seed)
         ridge_P = np.full(len(x_PN), NO_RIDGE)
-        value, moments = _softmax(x_PN, mass_1BN, weight_1PO)
-        after_1PO, promise = climbed(weight_1PO, moments, ridge_P, partial(_move, x_PN), 0.0)
+        value, found = _softmax(x_PN, mass_1BN, weight_1PO)
+        after_1PO, promise = climbed(weight_1PO, found, ridge_P, partial(_move, x_PN), 0.0)
         after, _ = _softmax(x_PN, mass_1BN, after_1PO)
         assert after >= value - 1e-9 * (1 + abs(value)), seed
         assert after > value or promise < 1e-6, seed
-        whole_1PO = weight_1PO + newton_step(moments.with_ridge(weight_1PO, ridge_P), ridge_P)
+        whole_1PO = weight_1PO + newton_step(found.with_ridge(weight_1PO, ridge_P), ridge_P)
         falls += _softmax(x_PN, mass_1BN, whole_1PO)[0] < value
     assert falls > 30
 
@@ -58,8 +58,8 @@ def test_a_damped_step_never_lowers_a_poisson_likelihood() -> None:
         y_1N, weight_LN = random.poisson(3.0, (1, 20)).astype(float), random.uniform(0, 1, (1, 20))
         experts = Experts(weight_LPO=random.normal(size=(1, 3, 1)) * 2, covariance_LOO=np.zeros((1, 0, 0)))
         judged = Poisson().judge(x_PN, y_1N, experts)
-        sums = Poisson().sums(x_PN, pair_products(x_PN), y_1N, weight_LN, judged, experts)
-        after_LPO, _ = climbed(experts.weight_LPO, sums.moments, np.zeros(3), partial(_move, x_PN), 0.0)
+        (found,) = moments(x_PN, pair_products(x_PN), Poisson().slopes(y_1N, weight_LN, judged))
+        after_LPO, _ = climbed(experts.weight_LPO, found, np.zeros(3), partial(_move, x_PN), 0.0)
         after = Poisson().judge(x_PN, y_1N, Experts(weight_LPO=after_LPO, covariance_LOO=experts.covariance_LOO))
         assert (weight_LN * (after.log_density_LN - judged.log_density_LN)).sum() >= -1e-9, seed
 

@@ -15,9 +15,9 @@ from turnout.contracts import Loss, RouterConfig
 from turnout.errors import ConfigError
 from turnout.hme.algebra import pair_products
 from turnout.hme.gaussian import Gaussian
-from turnout.hme.glim import climbed, spread
+from turnout.hme.glim import climbed, moments, spread
 from turnout.hme.regressor import HMERegressor
-from turnout.hme.shares import predictors, softmax_moments, softmax_with_last_zero
+from turnout.hme.shares import predictors, softmax_slopes, softmax_with_last_zero
 from turnout.hme.text import in_units
 from turnout.hme.tree import CLOSED, Floats, Tree
 from turnout.layers import MoE
@@ -172,9 +172,9 @@ def _softmax_regression(x_PN: Floats, target_LN: Floats) -> Floats:
     weight_1PO = np.zeros((1, len(x_PN), len(target_LN) - 1))
     for _ in range(ROUTER_STEPS):
         share_1ON = softmax_with_last_zero(predictors(x_PN, weight_1PO)).free_MON
-        moments = softmax_moments(x_PN, product_QN, share_1ON, target_LN[None])
+        (found,) = moments(x_PN, product_QN, softmax_slopes(share_1ON, target_LN[None]))
         weight_1PO, promise = climbed(
-            weight_1PO, moments, ridge_P, lambda step_1PO: spread(predictors(x_PN, step_1PO)), 1e-9 * x_PN.shape[1]
+            weight_1PO, found, ridge_P, lambda step_1PO: spread(predictors(x_PN, step_1PO)), 1e-9 * x_PN.shape[1]
         )
         if promise == 0:
             break

@@ -69,6 +69,7 @@ def fit_em(
     total_weight = float(rows.weight_N.sum())
     logliks, objectives, passes = [], [], 0
     best, converged = mixture, False
+    rows = rows.held_for(mixture)
     for iteration in range(config.max_iter + 1):
         sums = sweep(rows, mixture, log_posteriors=config.algorithm == 2)
         passes += 1

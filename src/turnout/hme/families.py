@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.special import gammaln
 
-from turnout.hme.glim import Moments
-from turnout.hme.shares import predictors, softmax_moments, softmax_with_last_zero
+from turnout.hme.glim import Moments, Slopes
+from turnout.hme.shares import predictors, softmax_slopes, softmax_with_last_zero
 from turnout.hme.tree import Floats
 
 # e ** 30 events a row: beyond any count, and no exponential of it overflows
@@ -29,6 +29,18 @@ class Experts:
         root_LOO: Floats = np.asarray(np.linalg.cholesky(self.covariance_LOO), dtype=np.float64)
         whiten_LOO: Floats = np.asarray(np.linalg.inv(root_LOO), dtype=np.float64).swapaxes(1, 2)
         return root_LOO, whiten_LOO
+
+    @cached_property
+    def white_LZO(self) -> Floats:
+        """Predictors of the white residuals from inputs and targets together: minus the weights, above the identity."""
+        _, whiten_LOO = self.roots
+        return np.concatenate([self.weight_LPO @ -whiten_LOO, whiten_LOO], axis=1)
+
+    @cached_property
+    def log_root_L(self) -> Floats:
+        """Half the log determinants of the covariances."""
+        root_LOO, _ = self.roots
+        return np.asarray(np.log(np.diagonal(root_LOO, axis1=1, axis2=2)).sum(axis=1), dtype=np.float64)
 
     def __getitem__(self, leaves: Any) -> "Experts":
         """The experts at these leaves, by anything that indexes an axis."""
@@ -79,13 +91,19 @@ class Family(ABC):
 
     @abstractmethod
     def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
-        """Log densities of the targets under each expert, and what `sums` needs."""
+        """Log densities of the targets under each expert, and what `slopes` needs."""
 
     @abstractmethod
-    def sums(
-        self, x_PN: Floats, product_QN: Floats, y_TN: Floats, weight_LN: Floats, judged: Judgement, experts: Experts
-    ) -> ExpertSums:
-        """Moments at `experts` with rows weighted by `weight_LN` (posterior times sample weight)."""
+    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
+        """Derivatives by the predictors, rows weighted by `weight_LN` (posterior times sample weight)."""
+
+    def squares(self, slopes: Slopes, judged: Judgement) -> Floats:
+        """Weighted products of white residuals, (L, O, O); (L, 0, 0) unless a family has noise of its own."""
+        return np.zeros((len(judged.log_density_LN), 0, 0))
+
+    def coloured(self, sums: ExpertSums, experts: Experts) -> ExpertSums:
+        """Sums over white residuals of `experts` in the units of the targets; as they are unless a family whitens."""
+        return sums
 
     @abstractmethod
     def mean(self, x_PN: Floats, experts: Experts) -> Floats:
@@ -118,15 +136,8 @@ class Softmax(Family):
         shares = softmax_with_last_zero(predictors(x_PN, experts.weight_LPO))
         return Judgement(log_density_LN=(y_TN * shares.log_MBN).sum(axis=1), signal_LON=shares.free_MON)
 
-    def sums(
-        self, x_PN: Floats, product_QN: Floats, y_TN: Floats, weight_LN: Floats, judged: Judgement, experts: Experts
-    ) -> ExpertSums:
-        mass_LTN = weight_LN[:, None] * y_TN
-        return ExpertSums(
-            moments=softmax_moments(x_PN, product_QN, judged.signal_LON, mass_LTN),
-            weight_L=weight_LN.sum(axis=1),
-            square_LOO=experts.covariance_LOO,
-        )
+    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
+        return softmax_slopes(judged.signal_LON, weight_LN[:, None] * y_TN)
 
     def mean(self, x_PN: Floats, experts: Experts) -> Floats:
         return np.exp(softmax_with_last_zero(predictors(x_PN, experts.weight_LPO)).log_MBN)
@@ -160,15 +171,9 @@ class Poisson(Family):
         rate_LN = np.exp(log_rate_LN)
         return Judgement(log_density_LN=y_TN * log_rate_LN - rate_LN - gammaln(y_TN + 1), signal_LON=rate_LN[:, None])
 
-    def sums(
-        self, x_PN: Floats, product_QN: Floats, y_TN: Floats, weight_LN: Floats, judged: Judgement, experts: Experts
-    ) -> ExpertSums:
-        rate_LN = judged.signal_LON[:, 0]
-        moments = Moments(
-            gradient_MPO=((weight_LN * (y_TN - rate_LN)) @ x_PN.T)[:, :, None],
-            information_MCQ=((weight_LN * rate_LN) @ product_QN.T)[:, None],
-        )
-        return ExpertSums(moments=moments, weight_L=weight_LN.sum(axis=1), square_LOO=experts.covariance_LOO)
+    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
+        weight_L1N = weight_LN[:, None]
+        return Slopes(score_MON=weight_L1N * (y_TN - judged.signal_LON), curvature_MCN=weight_L1N * judged.signal_LON)
 
     def mean(self, x_PN: Floats, experts: Experts) -> Floats:
         return np.exp(predictors(x_PN, experts.weight_LPO).clip(-MOST_LOG_RATE, MOST_LOG_RATE))

@@ -1,6 +1,6 @@
 """Linear-Gaussian experts, all at once: residuals made white, weighted least squares, noise of four forms."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from turnout.errors import ConfigError
 from turnout.hme.algebra import unpack
 from turnout.hme.families import Experts, ExpertSums, Family, Judgement
-from turnout.hme.glim import Moments
+from turnout.hme.glim import Slopes
 from turnout.hme.shares import predictors
 from turnout.hme.tree import Floats
 
@@ -51,36 +51,32 @@ class Gaussian(Family):
 
     def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
         """Residuals are whitened inside the product with the inputs: one matrix product for all experts."""
-        outputs = experts.weight_LPO.shape[2]
-        root_LOO, whiten_LOO = experts.roots
-        white_LON = predictors(x_PN, experts.weight_LPO @ whiten_LOO)
-        from_y = whiten_LOO.swapaxes(1, 2).reshape(-1, outputs)
-        np.subtract((from_y @ y_TN).reshape(white_LON.shape), white_LON, out=white_LON)
+        white_LON = predictors(np.concatenate([x_PN, y_TN]), experts.white_LZO)
         log_density_LN = np.einsum("lon,lon->ln", white_LON, white_LON)
         log_density_LN *= -0.5
-        log_density_LN -= (_log_determinant(root_LOO) + 0.5 * outputs * np.log(2 * np.pi))[:, None]
+        log_density_LN -= (experts.log_root_L + 0.5 * self.outputs * np.log(2 * np.pi))[:, None]
         return Judgement(log_density_LN=log_density_LN, signal_LON=white_LON)
 
-    def sums(
-        self, x_PN: Floats, product_QN: Floats, y_TN: Floats, weight_LN: Floats, judged: Judgement, experts: Experts
-    ) -> ExpertSums:
-        """The gradient is that of half the squared residuals; `square_LOO` sums h r r^T, in the form of the noise."""
-        num_leaves, size, outputs = experts.weight_LPO.shape
-        root_LOO, _ = experts.roots
-        weighted_LON = weight_LN[:, None] * judged.signal_LON
-        white_LOP = (weighted_LON.reshape(-1, x_PN.shape[1]) @ x_PN.T).reshape(num_leaves, outputs, size)
-        moments = Moments(
-            gradient_MPO=white_LOP.swapaxes(1, 2) @ root_LOO.swapaxes(1, 2),
-            information_MCQ=(weight_LN @ product_QN.T)[:, None],
-        )
-        square_LOO = root_LOO @ self._squares(weighted_LON, judged.signal_LON) @ root_LOO.swapaxes(1, 2)
-        return ExpertSums(moments=moments, weight_L=weight_LN.sum(axis=1), square_LOO=square_LOO)
+    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
+        """Of half the squared white residuals; all outputs of an expert share one matrix of inputs."""
+        weight_L1N = weight_LN[:, None]
+        return Slopes(score_MON=weight_L1N * judged.signal_LON, curvature_MCN=weight_L1N)
 
-    def _squares(self, weighted_LON: Floats, white_LON: Floats) -> Floats:
-        """Sums of products of residuals; those of different outputs only where the noise knows of them."""
+    def squares(self, slopes: Slopes, judged: Judgement) -> Floats:
+        """Those of different outputs are summed only where the noise knows of them."""
+        weighted_LON, white_LON = slopes.score_MON, judged.signal_LON
         if self.noise == "full":
             return weighted_LON @ white_LON.swapaxes(1, 2)
-        return np.einsum("lon,lon->lo", weighted_LON, white_LON)[:, :, None] * np.eye(self.outputs)
+        square_LOO = np.zeros((*white_LON.shape[:2], self.outputs))
+        np.einsum("lon,lon->lo", weighted_LON, white_LON, out=np.einsum("loo->lo", square_LOO))
+        return square_LOO
+
+    def coloured(self, sums: ExpertSums, experts: Experts) -> ExpertSums:
+        """The gradient is that of half the squared residuals; `square_LOO` sums h r r^T, in the form of the noise."""
+        root_LOO, _ = experts.roots
+        colour_LOO = root_LOO.swapaxes(1, 2)
+        moments = replace(sums.moments, gradient_MPO=sums.moments.gradient_MPO @ colour_LOO)
+        return replace(sums, moments=moments, square_LOO=root_LOO @ sums.square_LOO @ colour_LOO)
 
     def maximised(self, experts: Experts, sums: ExpertSums, step_LPO: Floats, ridge_P: Floats) -> Experts:
         """The M-step: weights moved by `step_LPO` (weighted least squares), and the noise that is left.
@@ -100,11 +96,11 @@ class Gaussian(Family):
 
     def log_prior(self, experts: Experts, ridge_P: Floats) -> float:
         """The ridge counts in units of an expert's own noise, so that its weights do not depend on the noise."""
-        root_LOO, whiten_LOO = experts.roots
+        _, whiten_LOO = experts.roots
         scatter_LOO = experts.weight_LPO.swapaxes(1, 2) @ (ridge_P[:, None] * experts.weight_LPO)
         scatter_LOO = scatter_LOO + self.noise_rows * self.noise_floor * np.eye(self.outputs)
         precision_LOO = whiten_LOO @ whiten_LOO.swapaxes(1, 2)
-        return float(-0.5 * (precision_LOO * scatter_LOO).sum() - self.noise_rows * _log_determinant(root_LOO).sum())
+        return float(-0.5 * (precision_LOO * scatter_LOO).sum() - self.noise_rows * experts.log_root_L.sum())
 
     def shaped(self, covariance_LOO: Floats) -> Floats:
         """The likeliest covariances of the form that `noise` names."""
@@ -121,8 +117,3 @@ class Gaussian(Family):
             return np.broadcast_to(eye_OO, square_LOO.shape).copy()
         scatter_LOO = square_LOO + self.noise_rows * self.noise_floor * eye_OO
         return self.shaped(scatter_LOO / (weight_L + self.noise_rows)[:, None, None])
-
-
-def _log_determinant(root_LOO: Floats) -> Floats:
-    """Half the log determinants of the covariances with these Cholesky factors."""
-    return np.log(np.diagonal(root_LOO, axis1=1, axis2=2)).sum(axis=1)

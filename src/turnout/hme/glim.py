@@ -43,6 +43,29 @@ class Moments:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Slopes:
+    """Derivatives of the log-likelihoods of M models by their predictors, row by row: what moments are sums of."""
+
+    score_MON: Floats
+    curvature_MCN: Floats  # minus the second ones, for pairs of predictors; C = 1 as in `Moments`
+
+
+def moments(x_PN: Floats, product_QN: Floats, *slopes: Slopes) -> list[Moments]:
+    """Moments of several kinds of models: every weighted sum of x x^T, of all of them, in one matrix product."""
+    num_rows = x_PN.shape[1]
+    curvature_EN = np.concatenate([one.curvature_MCN.reshape(-1, num_rows) for one in slopes])
+    information_EQ, start, found = curvature_EN @ product_QN.T, 0, []
+    for one in slopes:
+        (models, outputs, _), pairs_of_outputs = one.score_MON.shape, one.curvature_MCN.shape[1]
+        gradient = (one.score_MON.reshape(-1, num_rows) @ x_PN.T).reshape(models, outputs, len(x_PN))
+        own_EQ = information_EQ[start : start + models * pairs_of_outputs]
+        information_MCQ = own_EQ.reshape(models, pairs_of_outputs, len(product_QN))
+        found.append(Moments(gradient_MPO=gradient.swapaxes(1, 2), information_MCQ=information_MCQ))
+        start += len(own_EQ)
+    return found
+
+
 def newton_step(moments: Moments, ridge_P: Floats) -> Floats:
     """The step to the maximum of each model's quadratic approximation, the ridge included; (M, P, O)."""
     num_models, size, outputs = moments.gradient_MPO.shape

@@ -8,6 +8,9 @@ from turnout.hme.families import Experts, Family, Judgement, ridge_log_prior
 from turnout.hme.shares import Shares, predictors, softmax_with_last_zero
 from turnout.hme.tree import Floats, Tree
 
+# of a leaf relative to the likeliest: where posteriors become subnormal, each product with one takes a hundred cycles
+LEAST_LOG_POSTERIOR = -300.0
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mixture:
@@ -49,6 +52,7 @@ class Mixture:
         leaf_LN += judged.log_density_LN
         top_N = leaf_LN.max(axis=0)
         leaf_LN -= top_N
+        np.maximum(leaf_LN, LEAST_LOG_POSTERIOR, out=leaf_LN)
         np.exp(leaf_LN, out=leaf_LN)
         sum_N = leaf_LN.sum(axis=0)
         leaf_LN /= sum_N

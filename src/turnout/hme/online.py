@@ -17,7 +17,7 @@ from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import Moments, newton_step, safe_share, spread
 from turnout.hme.mixture import Mixture
 from turnout.hme.shares import predictors
-from turnout.hme.sweep import Block, Rows, block_sums, sweep
+from turnout.hme.sweep import Block, Rows, gathered, sweep
 from turnout.hme.tree import Floats
 
 LEAST_NOISE_ROWS, MOST_NOISE_ROWS = 100.0, 10_000.0  # rows that the running noise of an expert stands for
@@ -112,7 +112,7 @@ def forgetting_at(rows_seen: int, config: OnlineConfig) -> float:
 
 def _learned(state: Recursion, block: Block, config: OnlineConfig) -> Recursion:
     mixture, num_rows = state.mixture, len(block.weight_N)
-    sums = block_sums(block, mixture, mixture, log_posteriors=config.gates == "log_posteriors")
+    sums = gathered([block], mixture, mixture, log_posteriors=config.gates == "log_posteriors")
     mass_L = sums.experts.weight_L
     # a gate ages as an expert below it does: by the mean of their rows
     under_GL = mixture.tree.under_GBL.any(axis=1)

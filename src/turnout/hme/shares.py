@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from turnout.hme.algebra import pairs
-from turnout.hme.glim import Moments
+from turnout.hme.glim import Slopes
 from turnout.hme.tree import Floats
 
 MOST_PREDICTOR = 700.0  # its exponential is just below the largest number
@@ -51,20 +51,13 @@ def _logistic(predictor_M1N: Floats, log_M2N: Floats) -> Shares:
     return Shares(log_MBN=log_M2N, free_MON=free_M1N)
 
 
-def softmax_moments(x_PN: Floats, product_QN: Floats, share_MON: Floats, mass_MBN: Floats) -> Moments:
-    """Moments of M softmax models with `mass_MBN` of each row on each branch; gates and softmax experts are both such.
+def softmax_slopes(share_MON: Floats, mass_MBN: Floats) -> Slopes:
+    """Slopes of M softmax models with `mass_MBN` of each row on each branch; gates and softmax experts are both such.
 
     Source: Jordan & Jacobs 1994, appendix A (IRLS); the whole Hessian, not its diagonal blocks.
     """
-    num_models, outputs, num_rows = share_MON.shape
     weighted_MON = mass_MBN.sum(axis=1, keepdims=True) * share_MON
-    score_MON = mass_MBN[:, :-1] - weighted_MON
-    gradient = score_MON.reshape(-1, num_rows) @ x_PN.T
-    information = softmax_curvature(share_MON, weighted_MON).reshape(-1, num_rows) @ product_QN.T
-    return Moments(
-        gradient_MPO=gradient.reshape(num_models, outputs, len(x_PN)).swapaxes(1, 2),
-        information_MCQ=information.reshape(num_models, outputs * (outputs + 1) // 2, len(product_QN)),
-    )
+    return Slopes(score_MON=mass_MBN[:, :-1] - weighted_MON, curvature_MCN=softmax_curvature(share_MON, weighted_MON))
 
 
 def softmax_curvature(share_MON: Floats, weighted_MON: Floats) -> Floats:

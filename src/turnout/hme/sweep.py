@@ -1,15 +1,17 @@
 """One pass over the rows: the E-step and the sums of all M-steps, block by block, so that memory stays bounded."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from operator import add
 
 import numpy as np
 
 from turnout.hme.algebra import pair_products
 from turnout.hme.families import ExpertSums
-from turnout.hme.glim import Moments, spread
+from turnout.hme.glim import Moments, Slopes, moments, spread
 from turnout.hme.mixture import Mixture
-from turnout.hme.shares import predictors, softmax_moments
+from turnout.hme.shares import predictors, softmax_slopes
 from turnout.hme.tree import Floats, Ints, Tree
 
 # posteriors below this are taken as this when their logarithm is regressed on (algorithm 2)
@@ -18,6 +20,8 @@ LEAST_POSTERIOR = 1e-3
 # block, where larger ones are given back to the system and taken from it page by page
 BLOCK_BYTES = 384 << 10
 LEAST_ROWS = 128  # of a block, however wide its arrays
+# of all blocks of a fit with their products of inputs: up to this they are kept from pass to pass, else formed anew
+MOST_HELD_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,6 +31,7 @@ class Rows:
     x_NP: Floats
     y_NT: Floats
     weight_N: Floats
+    held: "tuple[Block, ...]" = ()  # all rows, for passes to come; empty: each pass forms its blocks anew
 
     def __len__(self) -> int:
         return len(self.x_NP)
@@ -48,8 +53,18 @@ class Rows:
             weight_N=self.weight_N[part],
         )
 
+    def held_for(self, mixture: Mixture) -> "Rows":
+        """The same rows with their blocks for trees of this size kept, or as they are where that takes much memory."""
+        inputs, targets = self.x_NP.shape[1], self.y_NT.shape[1]
+        numbers_a_row = inputs * (inputs + 1) // 2 + inputs + targets
+        if 8 * numbers_a_row * len(self) > MOST_HELD_BYTES:
+            return self
+        return replace(self, held=tuple(self.blocks(mixture)))
+
     def blocks(self, mixture: Mixture) -> "Iterator[Block]":
         """Blocks small enough that the widest array of `mixture` takes about BLOCK_BYTES."""
+        if self.held:
+            return iter(self.held)
         tree, size = mixture.tree, self.x_NP.shape[1]
         widest = max(size * (size + 1) // 2, tree.num_leaves * max(1, mixture.family.outputs), tree.child_GB.size)
         return (self.block(part) for part in self.parts(widest))
@@ -62,6 +77,11 @@ class Block:
     x_PN: Floats
     y_TN: Floats
     weight_N: Floats
+
+    @cached_property
+    def product_QN(self) -> Floats:
+        """Formed once, for every pass over a block that is held."""
+        return pair_products(self.x_PN)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,31 +103,36 @@ def sweep(rows: Rows, believed: Mixture, at: Mixture | None = None, *, log_poste
 
     `log_posteriors`: gates regress on log posteriors (algorithm 2), instead of climbing their likelihood.
     """
-    total: Sums | None = None
-    for block in rows.blocks(believed):
-        sums = block_sums(block, believed, believed if at is None else at, log_posteriors=log_posteriors)
-        total = sums if total is None else total + sums
-    assert total is not None
-    return total
+    at = believed if at is None else at
+    return gathered(rows.blocks(believed), believed, at, log_posteriors=log_posteriors)
 
 
-def block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors: bool) -> Sums:
-    """`sweep` of one block."""
+def gathered(blocks: Iterable[Block], believed: Mixture, at: Mixture, *, log_posteriors: bool) -> Sums:
+    """`sweep` of these blocks, of which there is at least one."""
+    total = reduce(add, (_block_sums(block, believed, at, log_posteriors=log_posteriors) for block in blocks))
+    return replace(total, experts=at.family.coloured(total.experts, at.experts))
+
+
+def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors: bool) -> Sums:
+    """Sums over one block, those of Gaussian experts over white residuals."""
     posterior = believed.posterior(block.x_PN, block.y_TN)
     weight_LN = block.weight_N * posterior.leaf_LN
     if at is believed:
         shares, judged = posterior.shares, posterior.judged
     else:
         shares, judged = at.shares(block.x_PN), at.family.judge(block.x_PN, block.y_TN, at.experts)
-    product_QN, mass_GBN = pair_products(block.x_PN), branch_mass(at.tree, weight_LN)
+    mass_GBN = branch_mass(at.tree, weight_LN)
     if log_posteriors:
-        gates = _log_posterior_moments(block.x_PN, product_QN, shares.log_MBN, mass_GBN)
+        gate_slopes = _log_posterior_slopes(shares.log_MBN, mass_GBN)
     else:
-        gates = softmax_moments(block.x_PN, product_QN, shares.free_MON, mass_GBN)
+        gate_slopes = softmax_slopes(shares.free_MON, mass_GBN)
+    expert_slopes = at.family.slopes(block.y_TN, weight_LN, judged)
+    gates, experts = moments(block.x_PN, block.product_QN, gate_slopes, expert_slopes)
+    square_LOO = at.family.squares(expert_slopes, judged)
     return Sums(
         loglik=float(block.weight_N @ posterior.loglik_N),
         gates=gates,
-        experts=at.family.sums(block.x_PN, product_QN, block.y_TN, weight_LN, judged, at.experts),
+        experts=ExpertSums(moments=experts, weight_L=weight_LN.sum(axis=1), square_LOO=square_LOO),
     )
 
 
@@ -131,7 +156,7 @@ def branch_mass(tree: Tree, weight_LN: Floats) -> Floats:
     return (tree.path_EL @ weight_LN).reshape(*tree.child_GB.shape, weight_LN.shape[1])
 
 
-def _log_posterior_moments(x_PN: Floats, product_QN: Floats, log_share_GBN: Floats, mass_GBN: Floats) -> Moments:
+def _log_posterior_slopes(log_share_GBN: Floats, mass_GBN: Floats) -> Slopes:
     """Least squares of a gate's predictors on log posteriors, weighted by the gate's own posterior.
 
     Both are taken relative to the last branch, whose predictor is zero.
@@ -143,9 +168,4 @@ def _log_posterior_moments(x_PN: Floats, product_QN: Floats, log_share_GBN: Floa
     is_open_GON = np.isfinite(log_share_GBN[:, :-1])
     log_ratio_GON = np.where(is_open_GON, log_share_GBN[:, :-1] - log_share_GBN[:, -1:], 0.0)
     error_GON = np.where(is_open_GON, target_GBN[:, :-1] - target_GBN[:, -1:] - log_ratio_GON, 0.0)
-    score_GON = weight_GN[:, None] * error_GON
-    gates, free, num_rows = score_GON.shape
-    return Moments(
-        gradient_MPO=(score_GON.reshape(-1, num_rows) @ x_PN.T).reshape(gates, free, len(x_PN)).swapaxes(1, 2),
-        information_MCQ=(weight_GN @ product_QN.T)[:, None],
-    )
+    return Slopes(score_MON=weight_GN[:, None] * error_GON, curvature_MCN=weight_GN[:, None])

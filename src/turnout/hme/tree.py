@@ -5,6 +5,7 @@ that the short axes (branches, outputs) are summed a whole vector at a time:
 
     N rows     D inputs    P inputs and the constant (D + 1, the constant last)    O outputs of one expert
     G gates    B branches of a gate    L leaves (experts)    Q pairs of inputs p <= q    C pairs of outputs o <= r
+    Z inputs, the constant and targets (P + O)    M models: gates or experts    E several of these axes in one
 """
 
 from dataclasses import dataclass
