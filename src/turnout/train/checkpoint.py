@@ -4,7 +4,6 @@ The order of a save: every file and the manifest, each flushed; their folder; it
 only then are old ones deleted. So a kill at any moment loses at most the save in progress.
 """
 
-import errno
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import CheckpointError, ConfigError
+from turnout.train.checkpoint_failure import failed_save
 from turnout.train.checkpoint_folder import (
     FOLDER,
     LATEST,
@@ -39,17 +39,6 @@ from turnout.train.checkpoint_manifest import (
 )
 from turnout.train.checkpoint_tensors import check_tensors, read_tensors, write_tensors
 from turnout.train.durable import make_folder, sync_folder, write_file
-
-_ADVICE = {
-    errno.ENOSPC: "Free disk space, then save again",
-    errno.EDQUOT: "Free some of your quota, then save again",
-    errno.EFBIG: "Raise the file size limit (ulimit -f), then save again",
-    errno.EACCES: "Make the folder writable again",
-    errno.EPERM: "Make the folder writable again",
-    errno.EROFS: "The file system became read-only: check the disk, then mount it writable",
-    errno.ENOTDIR: "A part of this path is a file: give another run folder (--out)",
-    errno.EEXIST: "A part of this path is a file: give another run folder (--out)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +79,7 @@ def save(
         publish(staged, target)
         point_latest(folder, target)
     except OSError as error:
-        raise _failed_save(error, target) from error
+        raise failed_save(error, target) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     prune(folder, target, keep_last)
@@ -182,15 +171,3 @@ def _candidates(folder: Path, notes: list[str]) -> list[Path]:
     older = [path for path in paths if path != latest and (step_of(path) or 0) <= last]
     newer = [path for path in paths if (step_of(path) or 0) > last]
     return [latest, *older, *newer]
-
-
-def _failed_save(error: OSError, target: Path) -> CheckpointError:
-    try:
-        intact = f"{read_latest(target.parent).name} is untouched and still the latest"
-    except CheckpointError:
-        intact = "there is no earlier checkpoint"
-    advice = _ADVICE.get(error.errno or 0, "Check the disk, then save again")
-    return CheckpointError(
-        f"cannot save {target}: {error.strerror or error} (errno {error.errno}, at {error.filename or target}); "
-        f"{intact}. {advice}"
-    )
