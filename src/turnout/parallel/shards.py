@@ -11,8 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from turnout.comm import ExpertGroup
 from turnout.comm.world import naming
+from turnout.errors import CheckpointError
 from turnout.experts.cut import Cut
 from turnout.parallel.fully_sharded import Sharding
+from turnout.parallel.layout import Layout, layout_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,27 @@ class Shards:
         """
         return {name: self._whole(name, tensor) for name, tensor in tensors.items()}
 
-    def mine(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with every whole cut to this rank's part; what has another shape stays as it is."""
-        return {name: self._sharded(name, self._cut(name, tensor)) for name, tensor in tensors.items()}
+    def layout(self, name: str, whole: tuple[int, ...]) -> Layout:
+        """What of a tensor of the shape `whole` this rank has.
+
+        Raises: CheckpointError if that cannot be the tensor that is cut here.
+        """
+        cut = self._of(name)
+        if cut is not None and len(whole) == len(cut.shape) and whole != tuple(cut.shape):
+            # of another number of experts the whole may look like a part of ours
+            raise CheckpointError(
+                f"{name} is {list(whole)} in the checkpoint, {list(cut.shape)} here; use the recipe of the run that "
+                "saved it"
+            )
+        place = 0 if self.group is None else self.group.place
+        return layout_of(whole, cut, place, self._sharding(name))
+
+    def whole_of(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of the logical tensor of which this is the part that this rank has."""
+        cut = self._of(name)
+        if cut is None or self.group is None or tensor.shape != cut.part_shape(self.group.place):
+            return tuple(tensor.shape)
+        return tuple(cut.shape)
 
     def parts(self, name: str) -> int:
         """How many parts a parameter has."""
@@ -58,9 +78,8 @@ class Shards:
     def _of(self, name: str) -> Cut | None:
         return self.cuts.get(name) or self.cuts.get(name.rpartition("/")[0])
 
-    def _sharded(self, name: str, tensor: Tensor) -> Tensor:
-        sharding = self.shardings.get(name) or self.shardings.get(name.rpartition("/")[0])
-        return tensor if sharding is None or tensor.ndim == 0 else sharding.shard(tensor)
+    def _sharding(self, name: str) -> Sharding | None:
+        return self.shardings.get(name) or self.shardings.get(name.rpartition("/")[0])
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
         unsharded = _unsharded(tensor)
@@ -79,12 +98,6 @@ class Shards:
             dist.all_gather(blocks, block, group=self.group.whole)
         parts = [each[: math.prod(shape)].view(shape).cpu() for each, shape in zip(blocks, shapes, strict=True)]
         return cut.joined(parts)
-
-    def _cut(self, name: str, tensor: Tensor) -> Tensor:
-        cut = self._of(name)
-        if cut is None or self.group is None or tensor.shape != cut.shape:
-            return tensor
-        return cut.part(tensor, self.group.place).clone(memory_format=torch.contiguous_format)
 
 
 def _unsharded(tensor: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ _ADVICE = {
 }
 
 
-def failed_save(error: OSError, target: Path) -> CheckpointError:
-    """The error of a save of `target` that the disk refused."""
+def failed_save(error: OSError, target: Path, rank: str = "") -> CheckpointError:
+    """The error of a save of `target` that the disk of `rank` ("rank 3: ", or nothing) refused."""
     try:
         intact = f"{read_latest(target.parent).name} is untouched and still the latest"
     except CheckpointError:
         intact = "there is no earlier checkpoint"
     advice = _ADVICE.get(error.errno or 0, "Check the disk, then save again")
     return CheckpointError(
-        f"cannot save {target}: {error.strerror or error} (errno {error.errno}, at {error.filename or target}); "
+        f"{rank}cannot save {target}: {error.strerror or error} (errno {error.errno}, at {error.filename or target}); "
         f"{intact}. {advice}"
     )
