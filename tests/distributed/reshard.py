@@ -56,7 +56,9 @@ def reshard(world: World, folder: Path) -> dict[str, Any]:
         state.restore(loaded)
         files, meta = state.capture()
         changed = _changed(files, first.files) if state.parallel.shards.has_first else []
-        changed += [] if meta["optimizer"] == first.meta["optimizer"] else ["the optimizer's settings"]
+        # FSDP lists parameters in another order, which says nothing
+        keys = ("kind", "shapes", "scalars")
+        changed += [f"optimizer: {key}" for key in keys if meta["optimizer"][key] != first.meta["optimizer"][key]]
         found[name] = {"step": loaded.step, "changed": changed, "held": _held(state.model)}
         if in_pieces:
             pieces, meta = state.capture_pieces()

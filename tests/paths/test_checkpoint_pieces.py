@@ -20,6 +20,7 @@ from torch import Tensor
 from turnout.comm import World
 from turnout.errors import CheckpointError
 from turnout.experts.cut import Cut
+from turnout.parallel import Shards
 from turnout.parallel.layout import Layout, layout_of
 from turnout.placement import Placement
 from turnout.train import checkpoint
@@ -313,3 +314,11 @@ def test_pieces_that_leave_a_gap_or_overlap_are_never_saved(tmp_path: Path) -> N
         planner.set_up_planner(dict(own), is_coordinator=True)
     with pytest.raises(ValueError, match="invalid fill tensor-volume"):
         planners[0].create_global_plan([planner.create_local_plan() for planner in planners])
+
+
+def test_a_tensor_of_another_number_of_experts_is_refused_even_where_it_looks_like_a_part() -> None:
+    cut = Cut(shape=(4, 3), placement=Placement.even(4, 2))
+    shards = Shards(cuts={"up": cut}, group=None, has_first=True)
+    assert shards.layout("up/step", ()).here == ()
+    with pytest.raises(CheckpointError, match=r"up/exp_avg is \[2, 3\] in the checkpoint, \[4, 3\] here"):
+        shards.layout("up/exp_avg", (2, 3))
