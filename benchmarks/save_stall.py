@@ -1,6 +1,6 @@
 """How long a checkpoint holds up the steps of a run, by who writes it and whether steps go on meanwhile.
 
-Usage: python -m benchmarks.save_stall [--hidden 512] [--saves 6] [--every 8] [--rounds 2] > RESULT.json
+Usage: python -m benchmarks.save_stall [--hidden 512] [--saves 6] [--every 6] [--rounds 1] > RESULT.json
 
 One process trains `tiny` with wider experts on its own text; every `--every` steps it saves weights, moments and the
 rest. `held_up_s`: from the step before a save to the one after it, less a step without one. `per_save_s`: the time of
@@ -54,11 +54,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--saves", type=int, default=6)
-    parser.add_argument("--every", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--every", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    settings = [f"model.moe.hidden={asked.hidden}", "loop.batch_size=4", "loop.eval_every=0", "loop.eval_tokens=256"]
+    settings = [f"model.moe.hidden={asked.hidden}", "loop.batch_size=1", "loop.seq_len=128"]
+    settings += ["loop.eval_every=0", "loop.eval_tokens=128"]
     settings += [f"loop.steps={asked.saves * asked.every + asked.every}", "loop.keep_last=1"]
     recipe = load_recipe("tiny", settings)
     dataset = prepare(recipe.data, default_cache(), say=lambda line: print(line, file=sys.stderr))
