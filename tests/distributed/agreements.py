@@ -1,11 +1,14 @@
 """What the ranks of a run settle together: who writes, by which recipe, where it goes on, and when it ends."""
 
+import errno
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -16,7 +19,7 @@ from turnout.data.prepare import Dataset
 from turnout.errors import DataError, TurnoutError
 from turnout.layers import MoE
 from turnout.strategy import Strategy
-from turnout.train import checkpoint
+from turnout.train import checkpoint, checkpoint_write
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
 from turnout.train.signals import StopRequest
@@ -41,17 +44,18 @@ def agreements(world: World, folder: Path, share: Callable[[MoE, LayerCase], obj
     found["two recipes"] = refusal(lambda: trainer(slower if world.is_first else recipe))
     odd = dataset if world.is_first else replace(dataset, path=folder / "elsewhere")
     found["two texts"] = refusal(lambda: trainer(data=odd))
-    second = trainer(slower)
+    second = trainer(replace(slower, loop=replace(slower.loop, checkpoint="sharded")))
     found["resumed"] = {"step": second.counters.step, "lr": [g["peak_lr"] for g in second.optimizer.param_groups]}
     second.train(StopRequest(), pause_at=3 / recipe.loop.steps)
+    found["full disk"] = without_room(second, world)
     saved = second.save()
     second.close()
     if world.is_first:
         assert saved is not None
-        damage(saved / "model.safetensors")
+        damage(saved / "model.00001.safetensors")
     third = trainer(slower)
     third.close()
-    found["damaged"] = {"step": third.counters.step}
+    found["damaged"] = {"step": third.counters.step, "said": third.notes}
     found["one fails"] = refusal(lambda: world.together(lambda: read(world)))
     found["second derivatives"] = refusal(lambda: differentiate_twice(world, share))
     return found
@@ -68,6 +72,18 @@ def stopped(first: Trainer, world: World) -> dict[str, Any]:
         outcome = first.train(stop, on_step=lambda progress: hang_up(progress.step))
     first.close()
     return {"outcome": outcome, "by": first.stopped_by, "step": checkpoint.load(first.run).step}
+
+
+def without_room(second: Trainer, world: World) -> dict[str, Any]:
+    """A save for which the disk of the last rank has no room."""
+
+    def full(path: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with patch.object(checkpoint_write, "write_pieces", full) if not world.is_first else nullcontext():
+        saved = second.save()
+    left = sorted(path.name for path in (second.run / "checkpoints").iterdir())
+    return {"saved": saved, "said": second.unsaved, "left": left}
 
 
 def refusal(cause: Callable[[], object]) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed.launch import launch
 from tests.distributed.ranks import run_cases, spawn
+from tests.distributed.reshard import begin
 from tests.distributed.runs import prepare_text
 from turnout.train.recipes import load_recipe
 from turnout.train.tuning import Plan, tune_here
@@ -47,6 +48,7 @@ def four_ranks(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
 
     def make(folder: Path) -> None:
         prepare_text(folder)
+        begin(folder)
         spawn(run_cases, 4, folder)
         launch(folder)
         recipe = load_recipe("smoke", ["strategy.etp=2", "strategy.zero=3", "strategy.overlap=2"])

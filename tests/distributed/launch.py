@@ -27,6 +27,7 @@ SETTINGS = (
 SIZES = ("model.vocab_size=300", "data.vocab_size=300", "data.val_fraction=0.2")
 # counted over all ranks, so that one process has the same
 LOSSES = "model.moe.losses=[{name = 'load_balance', scope = 'global'}]"
+BESIDE = ("loop.checkpoint=sharded", "loop.async_save=true")  # how the run that all tests share is saved
 RUN = "launched"
 STEPS, KILLED_AT = 12, 4  # of the run that all tests share
 _PAUSE_S, _SHARE_IN_TRAINING = 0.02, 0.7
@@ -36,7 +37,7 @@ Disturb = Callable[[threading.Event], None]  # until the event is set
 def launch(folder: Path) -> None:
     """A run in `folder`/launched, of which a rank is killed; what it prints in launched.out and launched.err."""
     write_home(folder)
-    settings = (f"loop.steps={STEPS}", "loop.eval_every=4", "loop.save_every=4")
+    settings = (f"loop.steps={STEPS}", "loop.eval_every=4", "loop.save_every=4", *BESIDE)
     started(folder, RUN, settings, restarts=1, disturb=partial(kill_at_step, folder / RUN, KILLED_AT))
 
 

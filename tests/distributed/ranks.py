@@ -33,6 +33,7 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
+from tests.distributed.reshard import reshard
 from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
 from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
@@ -103,6 +104,7 @@ def run_cases(world: World, folder: Path) -> None:
             outcomes["kernel"] = counted_by_kernel(world)
             outcomes["stalls"] = {"said": stalls(world)}
             outcomes["tuned"] = tuned(world)
+            outcomes["resharded"] = reshard(world, folder)
             outcomes["disagreement"] = {"said": disagreement(world)}
         _groups.cache_clear()
     if world.rank < 2:

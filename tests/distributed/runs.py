@@ -1,6 +1,8 @@
 """A run of the training loop that is begun on four ranks, goes on on two, and is ended by one process."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,14 +23,16 @@ SENTENCE = "a router sends each token to its experts and the experts answer in t
 WORDS = SENTENCE.split()
 STEPS = 8
 RUN = "run"
-# ranks -> how the model lies on them, and the share of the run after which they save, one part of the run after another
-PARTS = {
+# ranks -> how the model lies on them, how they save, and the share of the run after which they do, one part of the run
+# after another
+BESIDE = {"checkpoint": "sharded", "async_save": True, "save_every": 1}
+PARTS: dict[int, list[tuple[Strategy, dict[str, Any], float]]] = {
     4: [
-        (Strategy(ep=2, zero=3, alltoall="rank_dedup"), 0.25),
-        (Strategy(ep=2, etp=2), 0.375),
-        (Strategy(tp=2, ep=4, folded=True, sequence_parallel=True), 0.5),
+        (Strategy(ep=2, zero=3, alltoall="rank_dedup"), BESIDE, 0.25),
+        (Strategy(ep=2, etp=2), {}, 0.375),
+        (Strategy(tp=2, ep=4, folded=True, sequence_parallel=True), {"checkpoint": "sharded"}, 0.5),
     ],
-    2: [(Strategy(tp=2), 0.625), (Strategy(etp=2, zero=3), 0.75)],
+    2: [(Strategy(tp=2), {"checkpoint": "sharded"}, 0.625), (Strategy(etp=2, zero=3), {"checkpoint": "sharded"}, 0.75)],
 }
 
 
@@ -75,14 +79,17 @@ def prepare_text(folder: Path) -> None:
 
 def run_part(world: World, folder: Path) -> None:
     """The parts of the run that so many ranks train."""
-    for number, (strategy, until) in enumerate(PARTS[world.size]):
+    for number, (strategy, saving, until) in enumerate(PARTS[world.size]):
         begins = number == 0 and world.size == max(PARTS)
-        trained(folder, strategy, folder / RUN, world, resume=not begins, until=until).close()
+        trained(folder, strategy, folder / RUN, world, resume=not begins, until=until, **saving).close()
 
 
-def trained(folder: Path, strategy: Strategy, run: Path, world: World, *, resume: bool, until: float) -> Trainer:
-    """A run brought to the share `until`, and saved there."""
+def trained(
+    folder: Path, strategy: Strategy, run: Path, world: World, *, resume: bool, until: float, **saving: Any
+) -> Trainer:
+    """A run brought to the share `until`, and saved there; `saving`: fields of its loop."""
     recipe = recipe_of(folder, strategy)
+    recipe = replace(recipe, loop=replace(recipe.loop, **saving))
     trainer = Trainer(recipe, dataset_of(folder, recipe), run, resume=resume, world=world)
     if resume:
         assert_restored(trainer, run)

@@ -50,3 +50,17 @@ def test_all_ranks_go_on_with_the_settings_that_changed(found: list[dict[str, An
 
 def test_all_ranks_pass_over_a_damaged_checkpoint(found: list[dict[str, Any]]) -> None:
     assert [outcome["damaged"]["step"] for outcome in found] == [STOPPED_AT, STOPPED_AT]
+    for outcome in found:
+        assert re.match(r"passed over step-3: .*model\.00001\.safetensors is damaged", outcome["damaged"]["said"][0])
+
+
+def test_all_ranks_say_whose_disk_was_full_and_what_is_intact(found: list[dict[str, Any]]) -> None:
+    for outcome in found:
+        full = outcome["full disk"]
+        assert full["saved"] is None
+        assert full["left"] == ["latest", f"step-{STOPPED_AT}"]
+        assert re.match(
+            r"rank 1: cannot save .*step-3: No space left on device \(errno 28, at .*model\.00001\.safetensors\); "
+            rf"step-{STOPPED_AT} is untouched and still the latest\. Free disk space",
+            full["said"],
+        )

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from tests.distributed.cases import worst
 from tests.distributed.launch import STEPS as LAUNCHED_STEPS
+from tests.distributed.reshard import CHAIN
+from tests.distributed.reshard import RUN as RESHARDED
 from tests.distributed.runs import PARTS, RUN, STEPS, recipe_of, trained
 from turnout.comm import World
 from turnout.config import dump_toml, from_dict
@@ -40,6 +43,33 @@ def test_a_run_goes_on_at_any_layout_and_ends_like_one_process(four_ranks: Path,
     assert worst(torch.tensor(lines[0]), torch.tensor(lines[1])) <= 1e-5
 
 
+@pytest.fixture(scope="module")
+def resharded(four_ranks: Path) -> list[dict[str, Any]]:
+    """What each rank found at each layout."""
+    return [torch.load(four_ranks / f"rank-{rank}.pt")["resharded"] for rank in range(4)]
+
+
+@pytest.mark.parametrize("layout", [name for name, _, _ in CHAIN])
+def test_weights_and_moments_are_the_same_bits_at_every_layout(layout: str, resharded: list[dict[str, Any]]) -> None:
+    """ep 1 -> 2 -> 4 -> 1, slices and shards, in pieces and in one file: each loads what the one before it saved."""
+    found = [of_rank[layout] for of_rank in resharded]
+    assert [of_rank["changed"] for of_rank in found] == [[]] * 4
+    assert {of_rank["step"] for of_rank in found} == {[name for name, _, _ in CHAIN].index(layout)}
+    whole = resharded[0]["ep 1"]["held"]
+    assert layout in ("ep 1", "ep 1 again") or all(of_rank["held"] < whole for of_rank in found)
+
+
+def test_one_process_reads_what_ranks_wrote_in_pieces(four_ranks: Path) -> None:
+    folder = four_ranks / RESHARDED / "checkpoints"
+    first = checkpoint.load(folder / "step-0")
+    for step, (_, _, in_pieces) in enumerate(CHAIN, start=1):
+        loaded = checkpoint.load(folder / f"step-{step}")
+        assert (folder / f"step-{step}" / "model.safetensors").exists() != in_pieces
+        for part in ("model", "optimizer"):
+            assert loaded.files[part].keys() == first.files[part].keys()
+            assert all(torch.equal(loaded.files[part][name], each) for name, each in first.files[part].items()), step
+
+
 def losses(run: Path) -> list[float]:
     """Training and validation losses in the order they were recorded."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -49,7 +79,7 @@ def losses(run: Path) -> list[float]:
 def test_ranks_of_one_run_draw_their_own_noise(four_ranks: Path) -> None:
     """The checkpoint holds a random state for each rank, and no two are alike."""
     states: list[Tensor] = []
-    step = round(PARTS[4][0][1] * STEPS)
+    step = round(PARTS[4][0][-1] * STEPS)
     loaded = checkpoint.load(four_ranks / RUN / "checkpoints" / f"step-{step}")
     for rank in range(4):
         states.append(loaded.files["rng"]["torch_cpu" if rank == 0 else f"rank-{rank}/torch_cpu"])

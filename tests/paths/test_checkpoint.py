@@ -151,7 +151,7 @@ def test_only_the_named_files_are_read(tmp_path: Path) -> None:
     damaged = path / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     assert load(tmp_path, names={"model"}).files.keys() == {"model"}
-    with pytest.raises(CheckpointError, match="no file 'weights'; it has: model, optimizer"):
+    with pytest.raises(CheckpointError, match="no part 'weights'; it has: model, optimizer"):
         load(path, names={"weights"})
 
 

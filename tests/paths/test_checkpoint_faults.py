@@ -12,11 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from turnout.comm import World
 from turnout.errors import CheckpointError
 from turnout.train.checkpoint import load, save
+from turnout.train.checkpoint_pieces import Piece
+from turnout.train.checkpoint_sharded import save_pieces, whole_of
 from turnout.train.durable import write_file
 
+KINDS = ("single", "sharded")
 CALLS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 
 
@@ -24,9 +29,16 @@ class DeadError(BaseException):
     """The process is gone: neither cleaning up nor anything else can run."""
 
 
-def save_marked(run: Path, step: int, mark: int) -> Path:
+def save_marked(run: Path, step: int, mark: int, kind: str = "single") -> Path:
     files = {name: {"w": torch.full((4,), float(mark))} for name in ("model", "optimizer")}
-    return save(run, step, files, {"mark": mark}, keep_last=2)
+    if kind == "single":
+        return save(run, step, files, {"mark": mark}, keep_last=2)
+    pieces = {part: {name: piece(tensor) for name, tensor in own.items()} for part, own in files.items()}
+    return save_pieces(run, step, pieces, {"mark": mark}, keep_last=2, world=World())
+
+
+def piece(tensor: Tensor) -> Piece:
+    return Piece(tensor=tensor, layout=whole_of("model", "w", tuple(tensor.shape)))
 
 
 def loaded_mark(run: Path) -> int:
@@ -93,7 +105,7 @@ class FaultyFile:
 @pytest.fixture(scope="module")
 def two_saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("two_saves")
-    save_marked(run, 1, mark=1)
+    save_marked(run, 1, mark=1, kind="sharded")
     save_marked(run, 2, mark=2)
     return run
 
@@ -106,9 +118,10 @@ def check_recovery(run: Path, legal: set[int]) -> None:
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", [3, 2], ids=["next step", "same step again"])
 def test_an_error_at_any_call_leaves_the_old_checkpoint_and_the_next_save_works(
-    step: int, two_saves: Path, tmp_path: Path
+    step: int, kind: str, two_saves: Path, tmp_path: Path
 ) -> None:
     texts = []
     for nth in range(1, 200):
@@ -118,7 +131,7 @@ def test_an_error_at_any_call_leaves_the_old_checkpoint_and_the_next_save_works(
             warnings.simplefilter("ignore", UserWarning)
             disk = FaultyDisk(patch, nth, lambda: OSError(errno.ENOSPC, "No space left on device"))
             try:
-                save_marked(run, step, mark=3)
+                save_marked(run, step, mark=3, kind=kind)
                 legal = {3}
             except CheckpointError as error:
                 texts.append(str(error))
@@ -130,15 +143,16 @@ def test_an_error_at_any_call_leaves_the_old_checkpoint_and_the_next_save_works(
     assert all(re.search(told, text) for text in texts)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", [3, 2], ids=["next step", "same step again"])
-def test_death_at_any_call_leaves_one_whole_checkpoint(step: int, two_saves: Path, tmp_path: Path) -> None:
+def test_death_at_any_call_leaves_one_whole_checkpoint(step: int, kind: str, two_saves: Path, tmp_path: Path) -> None:
     died = 0
     for nth in range(1, 200):
         run = shutil.copytree(two_saves, tmp_path / f"{nth}")
         with pytest.MonkeyPatch.context() as patch:
             disk = FaultyDisk(patch, nth, DeadError)
             try:
-                save_marked(run, step, mark=3)
+                save_marked(run, step, mark=3, kind=kind)
             except DeadError:
                 died += 1
         check_recovery(run, {2, 3})
@@ -148,8 +162,9 @@ def test_death_at_any_call_leaves_one_whole_checkpoint(step: int, two_saves: Pat
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names open files by /proc")
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_name_appears_only_after_what_it_names_is_on_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "checkpoints"
     save_marked(tmp_path, 1, mark=1)
@@ -163,11 +178,14 @@ def test_every_name_appears_only_after_what_it_names_is_on_the_device(
     record("fsync", lambda args: Path(os.readlink(f"/proc/self/fd/{args[0]}")).name)
     for name in ("rename", "replace"):
         record(name, lambda args: Path(args[1]).name)
-    save_marked(tmp_path, 3, mark=3)
+    save_marked(tmp_path, 3, mark=3, kind=kind)
     pid = os.getpid()
+    names = ["model", "optimizer"] if kind == "single" else ["model.00000", "optimizer.00000"]
+    # each rank flushes the names of its files
+    of_ranks = [] if kind == "single" else [("fsync", f".tmp-step-3-{pid}")]
     assert events == [
-        ("fsync", "model.safetensors"),
-        ("fsync", "optimizer.safetensors"),
+        *(("fsync", f"{name}.safetensors") for name in names),
+        *of_ranks,
         ("fsync", "manifest.json"),
         ("fsync", f".tmp-step-3-{pid}"),
         ("rename", "step-3"),

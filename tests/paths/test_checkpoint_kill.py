@@ -15,15 +15,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from turnout.comm import World
 from turnout.errors import CheckpointError
 from turnout.train.checkpoint import load, save
+from turnout.train.checkpoint_pieces import Piece
+from turnout.train.checkpoint_sharded import save_pieces, whole_of
 
 KILLS = 100  # while saving, and as many while cleaning up
 
@@ -59,8 +63,20 @@ def save_for_ever(run: Path, again: bool) -> None:
     tell("ready", os.getpid())
     while True:
         mark += 1
-        save(run, 5 if again else mark, contents(mark), {"mark": mark}, keep_last=1 if again else 2)
+        # every other one in pieces
+        keep = save if mark % 2 else save_in_pieces
+        keep(run, 5 if again else mark, contents(mark), {"mark": mark}, keep_last=1 if again else 2)
         os.pwrite(progress, struct.pack("<q", mark), 0)
+
+
+def save_in_pieces(
+    run: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], meta: dict[str, Any], *, keep_last: int
+) -> None:
+    pieces = {
+        part: {name: Piece(tensor=t, layout=whole_of(part, name, tuple(t.shape))) for name, t in own.items()}
+        for part, own in files.items()
+    }
+    save_pieces(run, step, pieces, meta, keep_last=keep_last, world=World())
 
 
 def save_with_slow_deletion(run: Path, again: bool) -> None:

@@ -10,6 +10,15 @@ from turnout.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
+class Block:
+    """A box of a whole tensor that is a box of a rank's part as well."""
+
+    whole_at: tuple[int, ...]  # its first index in the whole
+    part_at: tuple[int, ...]  # the same in the part
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cut:
     """One [E, ...] tensor on `slices` times as many ranks as have experts of their own; neighbours slice the same ones.
 
@@ -42,6 +51,25 @@ class Cut:
             return rows if at == 0 else rows[..., :0]
         by_half = rows.unflatten(self.axis, (self.halves, self.slices, -1))
         return by_half.select(self.axis + 1, at).flatten(self.axis, self.axis + 1)
+
+    def blocks(self, rank: int) -> tuple[Block, ...]:
+        """The boxes of the whole of which `part` consists; none where it has no values."""
+        place, at = divmod(rank, self.slices)
+        mine = self.placement.experts_of(place)
+        sizes, start = [len(mine), *self.shape[1:]], [mine.start] + [0] * (len(self.shape) - 1)
+        if self.slices == 1 or self.axis == 0:
+            whole = Block(whole_at=tuple(start), part_at=(0,) * len(sizes), sizes=tuple(sizes))
+            return (whole,) if at == 0 else ()
+        half = self.shape[self.axis] // self.halves
+        width = half // self.slices
+        sizes[self.axis] = width
+
+        def block(number: int) -> Block:
+            whole_at, part_at = list(start), [0] * len(sizes)
+            whole_at[self.axis], part_at[self.axis] = number * half + at * width, number * width
+            return Block(whole_at=tuple(whole_at), part_at=tuple(part_at), sizes=tuple(sizes))
+
+        return tuple(block(number) for number in range(self.halves))
 
     def part_shape(self, rank: int) -> tuple[int, ...]:
         """The shape of `part`."""

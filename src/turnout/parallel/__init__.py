@@ -1,6 +1,7 @@
 """Parallelism applied to a model from outside, from a `Strategy`; the model itself never knows the machine."""
 
 from turnout.parallel.apply import apply
+from turnout.parallel.boxes import Layout
 from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.gradients import reduce_gradients
 from turnout.parallel.layout import Parallel
@@ -11,6 +12,7 @@ from turnout.parallel.tensor_parallel import check_dense, check_sequences, cutti
 
 __all__ = [
     "ExpertParallel",
+    "Layout",
     "Parallel",
     "Shards",
     "apply",

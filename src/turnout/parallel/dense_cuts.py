@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.errors import ConfigError
+from turnout.experts.cut import Block
 from turnout.layers.attention import Attention
 from turnout.layers.mla import MLA
 from turnout.layers.mlp import MLP
@@ -36,6 +37,17 @@ class DenseCut:
         """What a rank has of it."""
         sides = whole.split(list(self.lengths), dim=self.axis)
         return torch.cat([side.chunk(self.ranks, dim=self.axis)[rank] for side in sides], dim=self.axis)
+
+    def blocks(self, rank: int) -> tuple[Block, ...]:
+        """The boxes of the whole of which `part` consists, one for each of what lies side by side."""
+        whole_start, part_start, found = 0, 0, []
+        for length in self.lengths:
+            own = length // self.ranks
+            whole_at, part_at, sizes = [0] * len(self.shape), [0] * len(self.shape), list(self.shape)
+            whole_at[self.axis], part_at[self.axis], sizes[self.axis] = whole_start + rank * own, part_start, own
+            found.append(Block(whole_at=tuple(whole_at), part_at=tuple(part_at), sizes=tuple(sizes)))
+            whole_start, part_start = whole_start + length, part_start + own
+        return tuple(found)
 
     def part_shape(self, rank: int) -> tuple[int, ...]:
         """The shape of `part`."""

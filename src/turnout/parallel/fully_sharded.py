@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from turnout.comm import Groups
 from turnout.layers.block import Block
@@ -29,6 +29,7 @@ class Sharding:
     mesh: DeviceMesh
     placements: tuple[Any, ...]
     rows: int  # of the whole, which is cut along its first axis
+    num_rows: int  # of this rank's shard; none where the whole has no values
 
     @property
     def shards(self) -> int:
@@ -40,9 +41,12 @@ class Sharding:
         """The row that stands first in this rank's shard."""
         return self.mesh.get_local_rank(self._axis) * math.ceil(self.rows / self.shards)
 
-    def shard(self, whole: Tensor) -> Tensor:
-        """A tensor that every rank has, as the shard of it that belongs here; nothing is sent."""
-        return distribute_tensor(whole, self.mesh, self.placements, src_data_rank=None)
+    def placed(self, local: Tensor, whole: tuple[int, ...]) -> Tensor:
+        """This rank's shard of a tensor of the shape `whole`, as what torch knows to be one; nothing is sent."""
+        stride = torch.empty(whole, device="meta").stride()
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=torch.Size(whole), stride=stride
+        )
 
     @property
     def _axis(self) -> int:
@@ -71,7 +75,12 @@ def shard_fully(model: nn.Module, groups: Groups, cut: Collection[str], device: 
 def shardings(model: nn.Module) -> dict[str, Sharding]:
     """The parameters that lie in shards, by name."""
     return {
-        name: Sharding(mesh=parameter.device_mesh, placements=tuple(parameter.placements), rows=len(parameter))
+        name: Sharding(
+            mesh=parameter.device_mesh,
+            placements=tuple(parameter.placements),
+            rows=len(parameter),
+            num_rows=len(parameter.to_local()),
+        )
         for name, parameter in model.named_parameters()
         if isinstance(parameter, DTensor)
     }

@@ -12,7 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from turnout.comm import ExpertGroup, TensorGroup
 from turnout.comm.world import naming
+from turnout.errors import CheckpointError
 from turnout.experts.cut import Cut
+from turnout.parallel.boxes import Layout, layout_of
 from turnout.parallel.dense_cuts import DenseCut
 from turnout.parallel.fully_sharded import Sharding
 
@@ -40,9 +42,26 @@ class Shards:
         """
         return {name: self._whole(name, tensor) for name, tensor in tensors.items()}
 
-    def mine(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with every whole cut to this rank's part; what has another shape stays as it is."""
-        return {name: self._sharded(name, self._cut(name, tensor)) for name, tensor in tensors.items()}
+    def layout(self, name: str, whole: tuple[int, ...]) -> Layout:
+        """What of a tensor of the shape `whole` this rank has.
+
+        Raises: CheckpointError if that cannot be the tensor that is cut here.
+        """
+        cut, holders = self._cut_of(name), self._holders(name)
+        if cut is not None and len(whole) == len(cut.shape) and whole != tuple(cut.shape):
+            # of another number of experts the whole may look like a part of ours
+            raise CheckpointError(
+                f"{name} is {list(whole)} in the checkpoint, {list(cut.shape)} here; use the recipe of the run that "
+                "saved it"
+            )
+        return layout_of(whole, cut, 0 if holders is None else holders.place, self._sharding(name))
+
+    def whole_of(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of the logical tensor of which this is the part that this rank has."""
+        holders = self._holders(name)
+        if holders is None or tensor.shape != holders.cut.part_shape(holders.place):
+            return tuple(tensor.shape)
+        return tuple(holders.cut.shape)
 
     def parts(self, name: str) -> int:
         """How many parts a parameter has."""
@@ -68,17 +87,19 @@ class Shards:
         of_group = 0 if holders is None else holders.cut.first_expert(holders.place)
         return of_group + (0 if sharding is None else sharding.first_row)
 
+    def _cut_of(self, name: str) -> Cut | DenseCut | None:
+        return self.cuts.get(name) or self.cuts.get(name.rpartition("/")[0])
+
     def _holders(self, name: str) -> "_Holders | None":
-        cut = self.cuts.get(name) or self.cuts.get(name.rpartition("/")[0])
+        cut = self._cut_of(name)
         if isinstance(cut, DenseCut) and self.tensor is not None:
             return _Holders(cut=cut, place=self.tensor.place, wire=self.tensor.wire)
         if isinstance(cut, Cut) and self.group is not None:
             return _Holders(cut=cut, place=self.group.place, wire=self.group.whole)
         return None
 
-    def _sharded(self, name: str, tensor: Tensor) -> Tensor:
-        sharding = self.shardings.get(name) or self.shardings.get(name.rpartition("/")[0])
-        return tensor if sharding is None or tensor.ndim == 0 else sharding.shard(tensor)
+    def _sharding(self, name: str) -> Sharding | None:
+        return self.shardings.get(name) or self.shardings.get(name.rpartition("/")[0])
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
         unsharded = _unsharded(tensor)
@@ -89,12 +110,6 @@ class Shards:
         if holders is None or tensor.shape != holders.cut.part_shape(holders.place):
             return tensor
         return holders.joined(tensor.detach())
-
-    def _cut(self, name: str, tensor: Tensor) -> Tensor:
-        holders = self._holders(name)
-        if holders is None or tensor.shape != holders.cut.shape:
-            return tensor
-        return holders.cut.part(tensor, holders.place).clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, kw_only=True)

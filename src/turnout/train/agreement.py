@@ -11,6 +11,8 @@ from turnout.errors import ConfigError
 from turnout.observe.metrics import METRICS_NAME
 from turnout.train import checkpoint
 from turnout.train.checkpoint import Checkpoint
+from turnout.train.checkpoint_sharded import Wanted
+from turnout.train.checkpoint_together import load_together
 from turnout.train.recipe import Recipe
 from turnout.train.run_lock import RunLock
 
@@ -48,15 +50,12 @@ def claim(run: Path, world: World, *, resume: bool) -> RunLock | None:
     return world.together(claimed)
 
 
-def last_checkpoint(run: Path, world: World, device: torch.device) -> Checkpoint:
-    """The run's last sound checkpoint, the same one on every rank: the first chooses.
+def last_checkpoint(run: Path, world: World, device: torch.device, wanted: Wanted) -> Checkpoint:
+    """The run's last sound checkpoint, the same one on every rank, and of its tensors what this rank wants.
 
     Raises: CheckpointError on every rank if one cannot read it.
     """
-    chosen = world.together(lambda: checkpoint.load(run, device) if world.is_first else None)
-    path = world.first(None if chosen is None else chosen.path)
-    assert path is not None
-    return world.together(lambda: checkpoint.load(path, device) if chosen is None else chosen)
+    return checkpoint.load(run, device) if world.size == 1 else load_together(run, device, world, wanted)
 
 
 def require_free(run: Path) -> None:

@@ -4,7 +4,6 @@ The order of a save: every file and the manifest, each flushed; their folder; it
 only then are old ones deleted. So a kill at any moment loses at most the save in progress.
 """
 
-import errno
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import CheckpointError, ConfigError
+from turnout.train.checkpoint_failure import failed_save
 from turnout.train.checkpoint_folder import (
     FOLDER,
     LATEST,
@@ -37,19 +37,9 @@ from turnout.train.checkpoint_manifest import (
     encode,
     read_manifest,
 )
+from turnout.train.checkpoint_sharded import read_pieces, whole_of
 from turnout.train.checkpoint_tensors import check_tensors, read_tensors, write_tensors
 from turnout.train.durable import make_folder, sync_folder, write_file
-
-_ADVICE = {
-    errno.ENOSPC: "Free disk space, then save again",
-    errno.EDQUOT: "Free some of your quota, then save again",
-    errno.EFBIG: "Raise the file size limit (ulimit -f), then save again",
-    errno.EACCES: "Make the folder writable again",
-    errno.EPERM: "Make the folder writable again",
-    errno.EROFS: "The file system became read-only: check the disk, then mount it writable",
-    errno.ENOTDIR: "A part of this path is a file: give another run folder (--out)",
-    errno.EEXIST: "A part of this path is a file: give another run folder (--out)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +48,7 @@ class Checkpoint:
 
     path: Path
     step: int
-    files: dict[str, dict[str, Tensor]]  # file name without .safetensors -> tensor name -> tensor
+    files: dict[str, dict[str, Tensor]]  # part, such as model -> tensor name -> tensor
     meta: dict[str, Any]  # JSON
     notes: tuple[str, ...]  # what a user must hear: which checkpoints were passed over, and why
 
@@ -90,7 +80,7 @@ def save(
         publish(staged, target)
         point_latest(folder, target)
     except OSError as error:
-        raise _failed_save(error, target) from error
+        raise failed_save(error, target) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     prune(folder, target, keep_last)
@@ -103,13 +93,13 @@ def load(
     """The checkpoint at this path, or the latest of the run at this path, verified before any byte is used.
 
     When the latest of a run is damaged, the newest good one before it is taken, and `notes` says so.
-    names: the files to read and hash, such as {"model"}; all, when None.
+    names: the parts to read and hash, such as {"model"}; all, when None.
     Raises: CheckpointError if a checkpoint named explicitly is damaged, or a run has none that is good.
     """
     if (run_or_checkpoint / MANIFEST).exists() or step_of(run_or_checkpoint) is not None:
         return _read(run_or_checkpoint, device, names, notes=())
     notes: list[str] = []
-    for candidate in _candidates(run_or_checkpoint / FOLDER, notes):
+    for candidate in candidates(run_or_checkpoint / FOLDER, notes):
         try:
             passed_over = (*notes, f"loaded {candidate.name} instead") if notes else ()
             return _read(candidate, device, names, notes=passed_over)
@@ -125,18 +115,23 @@ def exists(run: Path) -> bool:
 
 
 def verify(checkpoint: Path, names: Collection[str] | None = None) -> Manifest:
-    """Check every size and hash of a checkpoint folder (the hashes of `names` only) without loading it.
+    """Check every size and hash of a checkpoint folder (the hashes of the parts `names` only) without loading it.
 
     Raises: CheckpointError naming the file that is missing, extra or changed.
     """
     manifest = read_manifest(checkpoint)
+    require_step(checkpoint, manifest)
+    unknown = sorted(set(names or ()) - set(manifest.part_names))
+    if unknown:
+        raise CheckpointError(f"{checkpoint} has no part {unknown[0]!r}; it has: {', '.join(manifest.part_names)}")
+    check_files(checkpoint, manifest, manifest.files_of(names))
+    return manifest
+
+
+def require_step(checkpoint: Path, manifest: Manifest) -> None:
+    """Raises: CheckpointError if the folder is called by another step than it holds."""
     if step_of(checkpoint) not in (None, manifest.step):
         raise CheckpointError(f"{checkpoint} holds step {manifest.step}: the folder was renamed")
-    unknown = sorted(set(names or ()) - set(manifest.files))
-    if unknown:
-        raise CheckpointError(f"{checkpoint} has no file {unknown[0]!r}; it has: {', '.join(manifest.files)}")
-    check_files(checkpoint, manifest, names)
-    return manifest
 
 
 def _check_contents(files: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
@@ -157,16 +152,21 @@ def _read(
     checkpoint: Path, device: torch.device | str, names: Collection[str] | None, notes: tuple[str, ...]
 ) -> Checkpoint:
     manifest = verify(checkpoint, names)
-    files = {
-        name: read_tensors(checkpoint / (name + SUFFIX), entry.aliases, device)
-        for name, entry in manifest.files.items()
-        if names is None or name in names
-    }
+    if manifest.parts:
+        files = read_pieces(checkpoint, manifest, whole_of, device, names)
+    else:
+        files = {
+            name: read_tensors(checkpoint / (name + SUFFIX), manifest.files[name].aliases, device)
+            for name in manifest.files_of(names)
+        }
     return Checkpoint(path=checkpoint, step=manifest.step, files=files, meta=dict(manifest.meta), notes=notes)
 
 
-def _candidates(folder: Path, notes: list[str]) -> list[Path]:
-    """Checkpoints in the order to try: the latest, then older ones, then newer ones (an abandoned future)."""
+def candidates(folder: Path, notes: list[str]) -> list[Path]:
+    """Checkpoints in the order to try: the latest, then older ones, then newer ones (an abandoned future).
+
+    Raises: CheckpointError if there is no such folder; `notes` gets what is wrong with `latest`.
+    """
     try:
         paths = newest_first(folder)
     except OSError as error:
@@ -182,15 +182,3 @@ def _candidates(folder: Path, notes: list[str]) -> list[Path]:
     older = [path for path in paths if path != latest and (step_of(path) or 0) <= last]
     newer = [path for path in paths if (step_of(path) or 0) > last]
     return [latest, *older, *newer]
-
-
-def _failed_save(error: OSError, target: Path) -> CheckpointError:
-    try:
-        intact = f"{read_latest(target.parent).name} is untouched and still the latest"
-    except CheckpointError:
-        intact = "there is no earlier checkpoint"
-    advice = _ADVICE.get(error.errno or 0, "Check the disk, then save again")
-    return CheckpointError(
-        f"cannot save {target}: {error.strerror or error} (errno {error.errno}, at {error.filename or target}); "
-        f"{intact}. {advice}"
-    )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,17 @@ from turnout.train.checkpoint_tensors import FileEntry, hash_file
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
 FORMAT = "turnout-checkpoint"
-VERSION = 1
+VERSION, SHARDED = 1, 2  # of the manifest: with whole tensors in a file for each part, or with pieces in many
 _MAX_BYTES = 64 * 2**20  # read at once, so bounded
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # no separator, no leading dot: no way out of the folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartEntry:
+    """What the manifest says of a part whose tensors lie in pieces in the files of many ranks."""
+
+    files: tuple[str, ...]  # names without .safetensors
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype in safetensors' word, shape of the whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,18 @@ class Manifest:
     step: int
     files: Mapping[str, FileEntry]  # name without .safetensors
     meta: Mapping[str, Any]  # JSON
+    parts: Mapping[str, PartEntry] = field(default_factory=dict)  # empty: every file is a part, of whole tensors
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Its parts, such as model."""
+        return tuple(self.parts or self.files)
+
+    def files_of(self, names: Collection[str] | None) -> tuple[str, ...]:
+        """The files of these parts; of all, when None."""
+        if not self.parts or names is None:
+            return tuple(name for name in self.files if names is None or name in names)
+        return tuple(file for name, part in self.parts.items() if name in names for file in part.files)
 
 
 def check_names(names: Collection[str]) -> None:
@@ -59,7 +79,10 @@ def check_meta(meta: Mapping[str, Any]) -> None:
 
 def encode(manifest: Manifest) -> bytes:
     """The bytes of manifest.json; the same manifest always gives the same bytes."""
-    return _sealed({"format": FORMAT, "version": VERSION} | asdict(manifest))
+    body = asdict(manifest)
+    if not manifest.parts:
+        del body["parts"]
+    return _sealed({"format": FORMAT, "version": SHARDED if manifest.parts else VERSION} | body)
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -70,10 +93,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST
     data, raw = _parsed(path)
-    if (data.get("format"), data.get("version")) != (FORMAT, VERSION):
+    if data.get("format") != FORMAT or data.get("version") not in (VERSION, SHARDED):
         raise CheckpointError(
             f"{path} has format {data.get('format')!r} version {data.get('version')!r}; this Turnout reads "
-            f"{FORMAT!r} version {VERSION}. Use the Turnout that wrote it, or another checkpoint"
+            f"{FORMAT!r} version {VERSION} and {SHARDED}. Use the Turnout that wrote it, or another checkpoint"
         )
     data.pop("blake2b", None)
     try:
@@ -85,8 +108,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return _manifest(data, path)
 
 
-def check_files(checkpoint: Path, manifest: Manifest, names: Collection[str] | None = None) -> None:
-    """Compare the folder with its manifest: the set of files, every size, and the hashes (of `names` only).
+def check_files(checkpoint: Path, manifest: Manifest, hashed: Collection[str]) -> None:
+    """Compare the folder with its manifest: the set of files, every size, and the hashes of the files `hashed`.
 
     Raises: CheckpointError naming the first file that is missing, extra, no plain file, or changed.
     """
@@ -99,19 +122,30 @@ def check_files(checkpoint: Path, manifest: Manifest, names: Collection[str] | N
                 f"unexpected {_listed(found - expected)}"
             )
         for name, entry in manifest.files.items():
-            _check_file(checkpoint / (name + SUFFIX), entry, hashed=names is None or name in names)
+            _check_size(checkpoint / (name + SUFFIX), entry)
     except OSError as error:
         raise CheckpointError(f"cannot read {checkpoint}: {error}") from error
+    check_hashes(checkpoint, manifest, hashed)
 
 
-def _check_file(path: Path, entry: FileEntry, *, hashed: bool) -> None:
+def check_hashes(checkpoint: Path, manifest: Manifest, files: Collection[str]) -> None:
+    """Raises: CheckpointError naming the first of these files that changed in any bit."""
+    for name in files:
+        path = checkpoint / (name + SUFFIX)
+        try:
+            digest = hash_file(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {checkpoint}: {error}") from error
+        if digest != manifest.files[name].blake2b:
+            raise CheckpointError(f"{path} is damaged: its content does not match the hash in its manifest")
+
+
+def _check_size(path: Path, entry: FileEntry) -> None:
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{path} is not a plain file")
     size_bytes = path.stat().st_size
     if size_bytes != entry.size_bytes:
         raise CheckpointError(f"{path} is damaged: {size_bytes} bytes, its manifest says {entry.size_bytes}")
-    if hashed and hash_file(path) != entry.blake2b:
-        raise CheckpointError(f"{path} is damaged: its content does not match the hash in its manifest")
 
 
 def _sealed(body: Mapping[str, Any]) -> bytes:
@@ -146,7 +180,30 @@ def _manifest(data: dict[str, Any], path: Path) -> Manifest:
     if type(step) is not int or step < 0 or not isinstance(files, dict) or not isinstance(meta, dict):
         raise CheckpointError(f"{path} lacks a step, its files or its meta")
     check_names(files)
-    return Manifest(step=step, files={name: _entry(files[name], name, path) for name in files}, meta=meta)
+    entries = {name: _entry(files[name], name, path) for name in files}
+    parts = _parts(data.get("parts"), entries, path) if data["version"] == SHARDED else {}
+    return Manifest(step=step, files=entries, meta=meta, parts=parts)
+
+
+def _parts(data: Any, files: Collection[str], path: Path) -> dict[str, PartEntry]:
+    try:
+        parts = {
+            name: PartEntry(
+                files=tuple(str(file) for file in part["files"]),
+                tensors={
+                    str(tensor): (str(dtype), tuple(int(size) for size in shape))
+                    for tensor, (dtype, shape) in part["tensors"].items()
+                },
+            )
+            for name, part in data.items()
+        }
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not say what its parts are ({error!r})") from error
+    check_names(parts)
+    owned = [file for part in parts.values() for file in part.files]
+    if sorted(owned) != sorted(files):
+        raise CheckpointError(f"{path}: its parts do not have each of its files once")
+    return parts
 
 
 def _entry(data: Any, name: str, path: Path) -> FileEntry:

@@ -57,6 +57,16 @@ class FileEntry:
     aliases: Mapping[str, str]  # name -> name of the stored tensor that is the very same memory
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """How safetensors calls it."""
+    return _DTYPE_NAMES[dtype]
+
+
+def dtype_called(name: str) -> torch.dtype | None:
+    """The dtype that safetensors calls so; None if there is none."""
+    return next((dtype for dtype, word in _DTYPE_NAMES.items() if word == name), None)
+
+
 def check_tensors(file: str, tensors: Mapping[str, Tensor]) -> None:
     """Refuse, before any byte is written, what a checkpoint could not give back exactly.
 
@@ -88,6 +98,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     Raises: OSError.
     """
     stored, aliases = _without_aliases(tensors)
+    return _written(path, stored, aliases)
+
+
+def write_pieces(path: Path, pieces: Mapping[str, Tensor]) -> FileEntry:
+    """The same for tensors each of which is stored as it is called.
+
+    Raises: OSError.
+    """
+    return _written(path, pieces, {})
+
+
+def _written(path: Path, stored: Mapping[str, Tensor], aliases: Mapping[str, str]) -> FileEntry:
     digest = hashlib.blake2b(digest_size=32)
 
     def hashed() -> Iterator[bytes | memoryview]:

@@ -14,7 +14,7 @@ from turnout.comm import World
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
 from turnout.models import Decoder, ModelConfig
-from turnout.models.memory import train_memory
+from turnout.models.memory import TrainMemory, train_memory
 from turnout.models.size import sizes
 from turnout.parallel.dense_cuts import cut_layers, cuts_of
 from turnout.strategy import Strategy
@@ -69,9 +69,24 @@ def memory_per_rank(recipe: Recipe, ranks: int) -> int:
     Of sharded weights no more is gathered at a time than there is; gradients and moments stay in shards. In
     sequence parallel a rank keeps activations of its own tokens, and what attention gathers; else of all its group's.
     """
-    loop, model, strategy = recipe.loop, recipe.model, recipe.strategy
-    sequences = sequences_per_rank(recipe, ranks)
-    memory = train_memory(model, sequences, loop.seq_len)
+    memory = _whole_memory(recipe, ranks)
+    return max(_own_memory(recipe, ranks, memory).peak, memory.parameters)
+
+
+def host_copy(recipe: Recipe, ranks: int) -> int:
+    """Bytes that `loop.async_save` takes on the host of a rank: what it saves, a second time."""
+    memory = _whole_memory(recipe, ranks)
+    # in one file the first rank has the whole
+    saved = memory if recipe.loop.checkpoint == "single" else _own_memory(recipe, ranks, memory)
+    return saved.parameters + saved.moments if recipe.loop.async_save else 0
+
+
+def _whole_memory(recipe: Recipe, ranks: int) -> TrainMemory:
+    return train_memory(recipe.model, sequences_per_rank(recipe, ranks), recipe.loop.seq_len)
+
+
+def _own_memory(recipe: Recipe, ranks: int, memory: TrainMemory) -> TrainMemory:
+    model, strategy = recipe.model, recipe.strategy
     shares = strategy.ep * strategy.etp
     elsewhere = 4 * sizes(model).routed * (shares - 1) // shares
     if strategy.tp > 1:
@@ -79,16 +94,15 @@ def memory_per_rank(recipe: Recipe, ranks: int) -> int:
     shards = (strategy.zero_size or ranks) if strategy.zero else 1
     activations = memory.activations
     if strategy.sequence_parallel:
-        gathered = 4 * model.num_layers * model.dim * sequences * loop.seq_len
+        gathered = 4 * model.num_layers * model.dim * sequences_per_rank(recipe, ranks) * recipe.loop.seq_len
         activations = activations // strategy.tp + gathered
-    own = replace(
+    return replace(
         memory,
         activations=activations,
         parameters=memory.parameters - elsewhere,
         gradients=memory.gradients // shards if strategy.zero else memory.gradients - elsewhere,
         moments=memory.moments // shards if strategy.zero else memory.moments - 2 * elsewhere,
     )
-    return max(own.peak, memory.parameters)
 
 
 def shared_parameters(model: ModelConfig, strategy: Strategy) -> int:
@@ -103,7 +117,8 @@ def shared_parameters(model: ModelConfig, strategy: Strategy) -> int:
 def _misfit(recipe: Recipe, device: torch.device, world: World) -> str:
     """Memory wanted and there, or nothing where it fits; the ranks of a node share the memory of its CPU."""
     needed, here = memory_per_rank(recipe, world.size), memory_here(device)
-    here = here // world.local_size if device.type == "cpu" else here
+    if device.type == "cpu":
+        here, needed = here // world.local_size, needed + host_copy(recipe, world.size)
     if needed <= here:
         return ""
     return f"does not fit: it needs about {needed / 2**20:,.0f} MiB and {device} has {here / 2**20:,.0f}"

@@ -6,13 +6,12 @@ Every rank of a distributed run has a Trainer. They decide together, by the same
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from turnout.comm import World
 from turnout.config import to_dict
@@ -36,6 +35,7 @@ from turnout.train.progress import Counters, Progress
 from turnout.train.recipe import Recipe, sequences_per_rank
 from turnout.train.record import open_record, record_token_view
 from turnout.train.resume import changed_settings
+from turnout.train.saving import Saver
 from turnout.train.signals import StopRequest
 from turnout.train.state import RunState
 from turnout.train.step import StepResult, train_step
@@ -89,6 +89,7 @@ class Trainer:
         self.line: dict[str, Any] = {}  # record of the last step
         self._news: list[str] = []
         self._loss = torch.compile(self.model.loss) if loop.compile else self.model.loss
+        self._saver = Saver(run, loop, self.world)
         self._lock = claim(run, self.world, resume=resume)
         try:
             self.recorder, changes = self._begin(resume=resume)
@@ -118,12 +119,23 @@ class Trainer:
         A stop saves first.
         Raises: NonFiniteError by policy, after saving what is still good.
         """
+        try:
+            return self._steps(stop, on_step, pause_at)
+        except Exception:
+            # what failed is no reason to lose a save that is nearly there
+            self._saver.wait()
+            raise
+
+    def _steps(self, stop: StopRequest, on_step: Callable[[Progress], None], pause_at: float) -> Outcome:
         while True:
-            self.stopped_by, asked_to_save = self._agree(stop)
-            if asked_to_save or self.stopped_by:
-                self.save()
+            self.stopped_by, asked_to_save, is_writing = self._agree(stop)
+            if self._saver.is_pending and not is_writing:
+                self._settle_save()
             if self.stopped_by:
+                self.save()
                 return "stopped"
+            if asked_to_save:
+                self._save_beside()
             if self.done >= 1:
                 return "done"
             if self.done >= pause_at:
@@ -133,7 +145,7 @@ class Trainer:
                 continue
             on_step(self._one_step())
             if self._owes_checkpoint():
-                self.save()
+                self._save_beside()
 
     def evaluate(self, stop: StopRequest | None = None) -> float | None:
         """Mean validation loss over the recipe's eval_tokens: the same text for every model.
@@ -166,12 +178,26 @@ class Trainer:
         return value
 
     def save(self) -> Path | None:
-        """A checkpoint of everything; None if it could not be written and the policy is to go on."""
+        """A checkpoint of everything, on disk when this returns; None if it could not be and the policy is to go on."""
+        self._begin_save()
+        return self._settle_save()
+
+    def _save_beside(self) -> None:
+        """The same; with `loop.async_save` it is written while steps go on."""
+        self._begin_save()
+        if not self.recipe.loop.async_save:
+            self._settle_save()
+
+    def _begin_save(self) -> None:
+        if self._saver.is_pending:
+            self._settle_save()
         # a run that resumes here must find every line up to here
         self.recorder.flush()
         check_replicas(self.model, self.parallel)
-        files, meta = self._state().capture()
-        saved, failure = self.world.first(self._write(files, meta))
+        self._saver.begin(self.counters.step, self._state())
+
+    def _settle_save(self) -> Path | None:
+        saved, failure = self._saver.settle(self._keep_learned)
         if failure is not None and self.recipe.loop.save_failure == "stop":
             raise CheckpointError(failure)
         if failure is not None:
@@ -179,23 +205,13 @@ class Trainer:
         self.unsaved = failure
         return saved
 
-    def _write(
-        self, files: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
-    ) -> tuple[Path | None, str | None]:
-        """The checkpoint the first rank wrote, or why it could not; the others have nothing to write."""
-        if not self.world.is_first:
-            return None, None
-        keep_last = self.recipe.loop.keep_last
-        try:
-            saved = checkpoint.save(self.run, self.counters.step, files, meta, keep_last=keep_last)
-        except CheckpointError as error:
-            return None, str(error)
+    def _keep_learned(self) -> str | None:
         try:
             if self.tuner is not None:
                 save_dictionary(self.tuner.dictionary, dictionary_path(self.recipe, self.run))
         except OSError as error:
-            return saved, f"what the tuner learned was not written: {error}"
-        return saved, None
+            return f"what the tuner learned was not written: {error}"
+        return None
 
     def finish(self) -> dict[str, Any]:
         """Last evaluation, checkpoint and token view; returns the summary, also written to summary.json."""
@@ -214,7 +230,11 @@ class Trainer:
         return summary
 
     def close(self) -> None:
-        """End the record and let others write the run; closing twice does nothing."""
+        """End the record and let others write the run, once what is being saved is; closing twice does nothing."""
+        failure = self._saver.wait()
+        if failure is not None:
+            self.unsaved = failure
+            self._tell(f"checkpoint failed: {failure}")
         self.recorder.close()
         self._release()
 
@@ -315,15 +335,15 @@ class Trainer:
             "--set loop.nonfinite=skip"
         )
 
-    def _agree(self, stop: StopRequest) -> tuple[int, bool]:
-        """The signal that asked any rank to stop, 0 for none; and whether one was asked to save.
+    def _agree(self, stop: StopRequest) -> tuple[int, bool, bool]:
+        """The signal that asked any rank to stop, 0 for none; whether one was asked to save; whether one still writes.
 
         All then have the clock of the slowest.
         """
-        asked = [float(stop.received or 0), float(stop.save_requested())]
+        asked = [float(stop.received or 0), float(stop.save_requested()), float(self._saver.is_writing)]
         with self.parallel.ledger.inside("agreement on going on", step=self.counters.step + 1):
-            signal, save, self.counters.seconds = self.world.largest([*asked, self.counters.seconds])
-        return int(signal), bool(save)
+            signal, save, is_writing, self.counters.seconds = self.world.largest([*asked, self.counters.seconds])
+        return int(signal), bool(save), bool(is_writing)
 
     def _tell(self, text: str) -> None:
         """An event for the record, and for whoever watches."""
@@ -372,7 +392,7 @@ class Trainer:
 
     def _resume(self) -> tuple[str, ...]:
         """Take up the last checkpoint; returns which settings changed since."""
-        loaded = last_checkpoint(self.run, self.world, self.device)
+        loaded = last_checkpoint(self.run, self.world, self.device, self._state().wants)
         return self.world.together(lambda: self._restore(loaded))
 
     def _restore(self, loaded: Checkpoint) -> tuple[str, ...]:

@@ -80,6 +80,11 @@ class LoopConfig(Settings):
     eval_tokens: int = 65_536  # validation tokens of one evaluation, the same ones each time
     save_every: int = 500  # steps between checkpoints; 0: only at the end
     keep_last: int = 2  # checkpoints kept
+    # single: rank 0 gathers whole tensors and writes a file for each part, good for any disk and any reader.
+    # sharded: each rank writes what it has, for models that rank 0 cannot hold or that take long to gather; the run's
+    # folder must be on a disk that all ranks see. Either loads at any layout, and into runs of the other kind
+    checkpoint: Literal["single", "sharded"] = "single"  # who writes a checkpoint: rank 0, or each rank its part
+    async_save: bool = False  # steps go on while a checkpoint is written; costs the host a copy of what is saved
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 autocast; auto: where it is faster
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when there is one
     compile: bool = False  # torch.compile the model

@@ -17,6 +17,8 @@ CHANGEABLE = (
     "loop.eval_every",
     "loop.save_every",
     "loop.keep_last",
+    "loop.checkpoint",
+    "loop.async_save",
     "loop.precision",
     "loop.device",
     "loop.compile",

@@ -7,12 +7,15 @@ from typing import Any
 from torch import Tensor, nn, optim
 
 from turnout.data.sampler import Sampler
-from turnout.parallel import Parallel
+from turnout.parallel import Layout, Parallel
+from turnout.parallel.fully_sharded import here
 from turnout.train.checkpoint import Checkpoint
 from turnout.train.checkpoint_fit import check_fits
 from turnout.train.checkpoint_optimizer import optimizer_state, set_optimizer_state
-from turnout.train.checkpoint_ranks import join_rng_states, rng_state_of
+from turnout.train.checkpoint_pieces import Piece
+from turnout.train.checkpoint_ranks import join_rng_meta, join_rng_states, own_rng_tensors, reads_rng, rng_state_of
 from turnout.train.checkpoint_rng import rng_state, set_rng_state
+from turnout.train.checkpoint_sharded import whole_of
 from turnout.train.checkpoint_tensors import FlatState
 
 
@@ -38,34 +41,62 @@ class RunState:
         """
         shards = self.parallel.shards
         moments = optimizer_state(self.optimizer, self.model.named_parameters())
-        shapes = {name: shards.whole_shape(name, shape) for name, shape in moments.meta["shapes"].items()}
         rng = join_rng_states(self.parallel.world.all(rng_state())[:: self.parallel.repeats])
         files: dict[str, Mapping[str, Tensor]] = {
             "model": shards.whole(self.model.state_dict()),
             "optimizer": shards.whole(moments.tensors),
             "rng": rng.tensors,
         }
-        meta = {
-            "optimizer": {**moments.meta, "shapes": shapes},
-            "rng": rng.meta,
+        return files, self._meta(moments.meta, rng.meta)
+
+    def capture_pieces(self) -> tuple[dict[str, dict[str, Piece]], dict[str, Any]]:
+        """The same for `save_pieces`: what lies on this rank, and nothing is gathered but who draws how."""
+        world = self.parallel.world
+        moments = optimizer_state(self.optimizer, self.model.named_parameters())
+        rng = rng_state()
+        parts = {
+            "model": self.model.state_dict(),
+            "optimizer": moments.tensors,
+            # of ranks that draw alike any one writes it
+            "rng": own_rng_tensors(rng, self.parallel.random_stream[0]),
+        }
+        pieces = {part: {name: self._piece(name, each) for name, each in own.items()} for part, own in parts.items()}
+        return pieces, self._meta(moments.meta, join_rng_meta(world.all(rng.meta)[:: self.parallel.repeats]))
+
+    def wants(self, part: str, name: str, whole: tuple[int, ...]) -> Layout | None:
+        """What of a stored tensor this rank restores."""
+        if part == "rng":
+            return whole_of(part, name, whole) if reads_rng(name, self.parallel.random_stream[0]) else None
+        return self.parallel.shards.layout(name, whole)
+
+    def _piece(self, name: str, tensor: Tensor) -> Piece:
+        shards = self.parallel.shards
+        return Piece(tensor=here(tensor).detach(), layout=shards.layout(name, shards.whole_of(name, tensor)))
+
+    def _meta(self, optimizer: Mapping[str, Any], rng: Mapping[str, Any]) -> dict[str, Any]:
+        whole_shape = self.parallel.shards.whole_shape
+        shapes = {name: whole_shape(name, shape) for name, shape in optimizer["shapes"].items()}
+        return {
+            "optimizer": {**optimizer, "shapes": shapes},
+            "rng": dict(rng),
             "sampler": self.sampler.state_dict(),
             "counters": dict(self.counters),
             "recipe": dict(self.recipe),
             "tokenizer": self.tokenizer,
         }
-        return files, meta
 
     def restore(self, loaded: Checkpoint) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Put everything back, bit for bit; returns the counters, and notes on what cannot be restored here.
 
+        loaded: of every tensor what `wants` says of this rank; a process alone wants all of it.
+
         The optimizer's settings stay those it was built with: they are the recipe's, which may have changed.
         Raises: CheckpointError before anything is changed if the checkpoint is of another model or other data.
         """
-        shards = self.parallel.shards
-        model = shards.mine(loaded.files["model"])
+        model = loaded.files["model"]
         check_fits(self.model.state_dict(), model)
         self.sampler.load_state_dict(loaded.meta["sampler"])
-        moments = FlatState(tensors=shards.mine(loaded.files["optimizer"]), meta=self._own_shapes(loaded))
+        moments = FlatState(tensors=loaded.files["optimizer"], meta=self._own_shapes(loaded))
         set_optimizer_state(self.optimizer, self.model.named_parameters(), moments, own_settings=True)
         self.model.load_state_dict(model)
         states = FlatState(tensors=loaded.files["rng"], meta=loaded.meta["rng"])
