@@ -458,6 +458,16 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: DeviceBalance(coefficient=-1.0), ConfigError, r"device_balance\.coefficient=-1\.0 must be at least 0"),
     (lambda: DeviceBalance(groups=0), ConfigError, r"device_balance\.groups=0 must be at least 1"),
     (lambda: DeviceBalance(groups=3).check(TopK(), 8), ConfigError, r"groups=3 of a balance .* legal: \[1, 2, 4, 8\]"),
+    (
+        lambda: MoE(4, 8, 4, losses=(DeviceBalance(),)),
+        ConfigError,
+        r"device_balance\.groups=1 makes the loss a constant: .* set groups to the number of .* or use load_balance",
+    ),
+    (
+        lambda: MoE(4, 8, 4, losses=(CommunicationBalance(),)),
+        ConfigError,
+        r"communication_balance\.groups=1 makes the loss a constant",
+    ),
     (lambda: Locality(coefficient=NAN), ConfigError, r"locality\.coefficient=nan must be at least 0"),
     (lambda: Locality(epsilon=1.0), ConfigError, r"locality\.epsilon=1\.0 must be between 0 and 1"),
     (
