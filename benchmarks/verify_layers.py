@@ -9,10 +9,10 @@ from pathlib import Path
 from turnout.errors import ConfigError
 from turnout.verify import CHECKS, Result, verify
 from turnout.verify.run import in_order
-from turnout.verify.targets import peer_targets, subject
+from turnout.verify.targets import layer_presets, peer_targets, subject
 
 PAGE = Path(__file__).parents[1] / "docs" / "verify.md"
-OURS = ("mixtral", "olmoe", "qwen3_moe", "deepseek_moe", "switch", "gshard", "tiny")
+OURS = (*layer_presets(), "tiny")
 # their eager experts alone: grouped_mm has no float64, in which most laws are tried
 THEIRS = tuple(f"transformers:{block}:eager" for block in ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"))
 SIGN = {"pass": "yes", "fail": "**no**", "not applicable": "-"}

@@ -23,6 +23,7 @@ PADDING = "tests/contracts/test_padding.py"
 CAPACITY = "tests/contracts/test_capacity.py"
 DISPATCH = "tests/contracts/test_dispatch.py"
 GSHARD = "tests/contracts/test_gshard.py"
+BALANCED = "tests/contracts/test_balanced_routers.py"
 LOCMOE = "tests/contracts/test_locmoe.py"
 GROUPED = "tests/contracts/test_grouped_mm.py"
 GENERATE = "tests/paths/test_generate.py"
@@ -390,6 +391,150 @@ MUTATIONS = (
         "_average(experts, parallel.groups.replicas, world.size)",
         "_average(experts, parallel.groups.replicas, world.size // parallel.strategy.ep)",
         (RANKS,),
+    ),
+    Mutation(
+        "remoe: the balanced term forgets k",
+        "routers/remoe.py",
+        "(num_experts / (k * max(num_tokens, 1)))",
+        "(num_experts / max(num_tokens, 1))",
+        (BALANCED,),
+    ),
+    Mutation(
+        "remoe: the strength shrinks where it should grow",
+        "routers/remoe.py",
+        "self.growths.add_(excess.sign())",
+        "self.growths.sub_(excess.sign())",
+        (BALANCED,),
+    ),
+    Mutation(
+        "noisy top-k: noise in evaluation too",
+        "routers/noisy_topk.py",
+        "if self.training else torch.zeros_like(clean_RE)",
+        "if True else torch.zeros_like(clean_RE)",
+        (TOKEN,),
+    ),
+    Mutation(
+        "noisy top-k: a chosen expert's rival is the k-th",
+        "routers/noisy_topk.py",
+        "torch.where(chosen_RE, next_R1, kth_R1)",
+        "torch.where(chosen_RE, kth_R1, kth_R1)",
+        (TOKEN,),
+    ),
+    Mutation(
+        "sinkhorn: columns are not scaled",
+        "routers/sinkhorn.py",
+        "return scaled_RE + column_E",
+        "return scaled_RE",
+        (BALANCED,),
+    ),
+    Mutation(
+        "sinkhorn: the plan chooses in evaluation too",
+        "routers/sinkhorn.py",
+        "if self.training:",
+        "if True:",
+        (BALANCED,),
+    ),
+    Mutation(
+        "expert choice: a token less for each expert",
+        "routers/expert_choice.py",
+        "per_expert = -(-k * num_tokens // num_experts)",
+        "per_expert = k * num_tokens // num_experts",
+        (BALANCED,),
+    ),
+    Mutation(
+        "expert choice: by logits, not scores",
+        "routers/expert_choice.py",
+        "logits_RE.detach().log_softmax(dim=1), self.config.k",
+        "logits_RE.detach(), self.config.k",
+        (BALANCED,),
+    ),
+    Mutation(
+        "cosine: tokens keep their length",
+        "routers/cosine.py",
+        "tokens = F.normalize(self.projection(x_RD), dim=1, eps=LEAST_NORM)",
+        "tokens = self.projection(x_RD)",
+        (TOKEN,),
+    ),
+    Mutation(
+        "cosine: times the temperature", "routers/cosine.py", "* log_scale.exp()", "* (-log_scale).exp()", (TOKEN,)
+    ),
+    Mutation(
+        "top-p: the last expert is left out",
+        "routers/top_p.py",
+        "before_RK = F.pad(score_RK.cumsum(dim=1)[:, :-1], (1, 0))",
+        "before_RK = score_RK.cumsum(dim=1)",
+        (TOKEN,),
+    ),
+    Mutation(
+        "device limited: a device counts its two best experts",
+        "routers/device_limited.py",
+        "self.config.top_groups, best=1)",
+        "self.config.top_groups, best=2)",
+        (TOKEN,),
+    ),
+    Mutation(
+        "device limited: weights among the chosen alone",
+        "routers/device_limited.py",
+        "scores_RE.gather(1, expert_RK) * self",
+        "logits_RE.gather(1, expert_RK).softmax(dim=1) * self",
+        (TOKEN,),
+    ),
+    Mutation(
+        "hierarchical: inner terms are not weighed",
+        "routers/hierarchical.py",
+        "value=share * term.value",
+        "value=term.value",
+        (OTHERS,),
+    ),
+    Mutation(
+        "hierarchical: the group's weight is forgotten",
+        "routers/hierarchical.py",
+        "weight_N=(groups.weight_N[via_N] * torch.cat([part.weight_N for part in parts]))[order_N]",
+        "weight_N=torch.cat([part.weight_N for part in parts])[order_N]",
+        (OTHERS,),
+    ),
+    Mutation(
+        "locmoe+: rows dropped at a full expert count as kept",
+        "routers/locmoe_plus.py",
+        "stats.assigned_E - stats.dropped_capacity_E - stats.dropped_policy_E",
+        "stats.assigned_E - stats.dropped_policy_E",
+        (LOCMOE,),
+    ),
+    Mutation(
+        "importance: the standard deviation alone",
+        "losses/cv_squared.py",
+        "(load_E - mean).square().mean()",
+        "(load_E - mean).square().mean().sqrt()",
+        (LOSSES,),
+    ),
+    Mutation(
+        "importance: scores where weights are asked for",
+        "losses/importance.py",
+        'if self.of == "scores":',
+        "if True:",
+        (LOSSES,),
+    ),
+    Mutation(
+        "entropy: a sum over tokens",
+        "losses/entropy.py",
+        "(scores_RE * log_RE).sum() / max(scores_RE.shape[0], 1)",
+        "(scores_RE * log_RE).sum()",
+        (LOSSES,),
+    ),
+    Mutation("entropy: the wrong sign", "losses/entropy.py", "return -(scores_RE", "return (scores_RE", (LOSSES,)),
+    Mutation(
+        "device balance: the devices' scores are not summed",
+        "losses/device_balance.py",
+        "sum_by_device(routing.scores_RE, self.groups)",
+        "sum_by_device(routing.scores_RE, self.groups) / self.groups",
+        (LOSSES,),
+    ),
+    Mutation(
+        "communication balance: a token is sent for each expert",
+        "losses/communication_balance.py",
+        "torch.ones_like(device_N, dtype=torch.bool)).sum(dim=0)",
+        "torch.ones_like(device_N, dtype=torch.bool)).sum(dim=0) * 0 + torch.bincount(device_N, minlength=groups)",
+        (LOSSES,),
     ),
     Mutation(
         "ranks: replicas keep their own gradients",

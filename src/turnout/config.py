@@ -13,8 +13,9 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -27,7 +28,7 @@ C = TypeVar("C")
 
 
 class Settings:
-    """Base of frozen dataclasses of settings: a word or a part that a field cannot hold is an error however it came.
+    """Base of frozen dataclasses of settings: what a field cannot hold is an error however it came.
 
     A file's settings are checked as they are read; these, also where Python makes them, before `__post_init__`.
     """
@@ -78,6 +79,16 @@ def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "") -> C:
     if missing:
         raise ConfigError(f"missing field {_join(where, missing[0])!r}")
     return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in data.items()})
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an integer, numpy's included; true and false are none."""
+    return isinstance(value, (int, Integral)) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, numpy's included; true and false are none."""
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
 
 
 def to_dict(value: Any) -> Any:
@@ -233,6 +244,14 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+SCALARS: Mapping[Any, Callable[[object], bool]] = {
+    int: is_whole,
+    float: is_number,
+    str: lambda value: isinstance(value, str),
+    bool: lambda value: isinstance(value, bool),
+}
+
+
 def _require_fitting(settings: Any) -> None:
     cls = type(settings)
     for field in dataclasses.fields(settings):
@@ -247,6 +266,8 @@ def _require_fitting(settings: Any) -> None:
         elif get_origin(hint) is tuple and hasattr(base := get_args(hint)[0], "TABLE"):
             for i, item in enumerate(_expect(value, list | tuple, f"a tuple, each item a {base.TABLE.kind}", where)):
                 _require_part(base, item, f"{where}[{i}]")
+        elif hint in SCALARS and not SCALARS[hint](value):
+            raise ConfigError(f"{where}={value!r} must be {_type_name(hint)}")
 
 
 def _require_literal(hint: Any, value: Any, where: str) -> None:

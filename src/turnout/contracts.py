@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from turnout.config import Settings
+from turnout.config import Settings, is_whole
 from turnout.errors import ConfigError, ShapeError
 from turnout.registry import Table
 from turnout.tensors import (
@@ -98,8 +98,10 @@ class Router(nn.Module, ABC):
                 f"top_k={top_k} for one call: a {type(self).__name__} has its own number of choices; "
                 "leave top_k out, or use the topk router"
             )
-        if not 1 <= top_k <= self.num_experts:
-            raise ConfigError(f"top_k={top_k} must be from 1 to num_experts={self.num_experts}")
+        if not is_whole(top_k) or not 1 <= top_k <= self.num_experts:
+            raise ConfigError(
+                f"top_k={top_k!r} for one call must be a whole number from 1 to num_experts={self.num_experts}"
+            )
 
     def before_training(self, token_counts_V: Int64[Tensor, "V"]) -> None:
         """Called once before a new run with how often its text has each token id; routers by token id override it."""

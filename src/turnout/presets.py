@@ -225,8 +225,7 @@ def locmoe(
 ) -> MoE:
     """LocMoE: top-1 by a gate that learns nothing, GELU experts, balance and locality loss.
 
-    `node` holds `experts_per_node` experts from `node * experts_per_node` on; 0: one node holds them all. `minimum`
-    is the lower bound of theorem 1, which `routers.affinity_theory.min_capacity` evaluates on a batch.
+    `node` holds `experts_per_node` experts from `node * experts_per_node` on; 0: one node holds them all.
     The paper gives no coefficient of the locality loss: it is taken to be that of the balance loss.
     Source: Li et al. 2024, arXiv:2401.13920.
     """

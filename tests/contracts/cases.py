@@ -262,6 +262,13 @@ def _draw_loss(num_experts: int, router: RouterConfig, rng: random.Random, name:
     return draw_settings(LOSS_ROWS[name], rng, fits=lambda loss: loss.check(router, num_experts))
 
 
+def loss_of(name: str, num_experts: int, **settings: Any) -> Loss:
+    """The row, over as few devices as can hold equally many experts: over one, the balance of devices is constant."""
+    if name in ("device_balance", "communication_balance"):
+        settings["groups"] = min(n for n in range(2, num_experts + 1) if num_experts % n == 0)
+    return Loss.TABLE[name](**settings)
+
+
 def fitting_dim(router: RouterConfig, num_experts: int, wanted: int) -> int:
     """The least width from `wanted` on for which the router builds; GrAP needs num_experts to divide it."""
     for dim in range(wanted, wanted + num_experts):

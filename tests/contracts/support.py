@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.contracts.cases import Case, simple_case, takers
+from tests.contracts.cases import Case, loss_of, simple_case, takers
 from tests.contracts.dense import KNOWN_LOSSES, KNOWN_POLICIES, KNOWN_ROUTERS
 from tests.contracts.test_layer_equals_oracle import TOLERANCE, check
 from turnout.contracts import CapacityPolicy, Loss, RouterConfig
@@ -70,10 +70,8 @@ def support(router: str, capacity: str, backend: str) -> Support:
     """
     config = RouterConfig.TABLE[router]()
     rows, refused = {}, {}
-    for name, row in Loss.TABLE.items():
-        # over one device, the balance of devices is a constant
-        settings = {"groups": 2} if name in ("device_balance", "communication_balance") else {}
-        loss = row(**settings)  # type: ignore[call-arg]
+    for name in Loss.TABLE.names():
+        loss = loss_of(name, NUM_EXPERTS)
         try:
             loss.check(config, NUM_EXPERTS)
         except ConfigError as error:

@@ -371,15 +371,15 @@ def test_remoe_sends_tokens_to_the_experts_that_fire_and_returns_the_term_of_the
     rows = [[max(value, 0.0) for value in row] for row in logits_RE.tolist()]
     fired = [(t, e) for t, row in enumerate(rows) for e, gate in enumerate(row) if gate > 0]
     load = [num_experts / max(num_tokens, 1) * sum(row[e] > 0 for row in rows) for e in range(num_experts)]
-    for balanced in (True, False):
-        router = router_of_logits(ReMoE(k=1, balanced=balanced), num_experts)
+    for k, balanced in itertools.product({1, min(2, num_experts), num_experts}, (True, False)):
+        router = router_of_logits(ReMoE(k=k, balanced=balanced), num_experts)
         router.growths.fill_(growths)
         routing = router(logits_RE)
         assignment = routing.assignment
         assert list(zip(assignment.token_N.tolist(), assignment.expert_N.tolist(), strict=True)) == fired
         assert assignment.weight_N.tolist() == [rows[t][e] for t, e in fired]
         (term,) = routing.losses
-        l1 = sum(gate * (load[e] if balanced else 1.0) for row in rows for e, gate in enumerate(row))
+        l1 = sum(gate * (load[e] / k if balanced else 1.0) for row in rows for e, gate in enumerate(row))
         want = 1e-8 * 1.2**growths * l1 / max(num_tokens, 1)
         assert (term.name, term.coefficient) == ("relu_l1", 1.0)
         assert math.isclose(float(term.value.detach()), want, rel_tol=1e-12)

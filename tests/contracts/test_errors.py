@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -86,6 +87,14 @@ def exact_without_scipy() -> object:
 untyped_moe: Any = MoE
 
 Cause = Callable[[], object]
+
+
+def untyped_top_k(top_k: Any) -> object:
+    return MoE(4, 4, 3)(torch.zeros(2, 4), top_k=top_k)
+
+
+def untyped_factor(factor: Any) -> object:
+    return MoE(4, 4, 3, capacity=FixedCapacity())(torch.zeros(2, 4), capacity_factor=factor)
 
 
 def quantize_nan() -> object:
@@ -239,7 +248,20 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
         ShapeError,
         r"recorded token needs 2 different experts from 0 to 3",
     ),
-    (lambda: TopK().build(4, 3)(torch.zeros(2, 4), top_k=4), ConfigError, r"top_k=4 must be from 1 to num_experts=3"),
+    (
+        lambda: TopK().build(4, 3)(torch.zeros(2, 4), top_k=4),
+        ConfigError,
+        r"top_k=4 for one call must be a whole number from 1 to num_ex",
+    ),
+    (
+        lambda: untyped_top_k(2.0),
+        ConfigError,
+        r"top_k=2\.0 for one call must be a whole number from 1 to num_experts=3",
+    ),
+    (lambda: untyped_top_k(True), ConfigError, r"top_k=True for one call must be a whole number from 1 to"),
+    (lambda: untyped_top_k("2"), ConfigError, r"top_k='2' for one call must be a whole number from 1 to"),
+    (lambda: untyped_factor("0"), ConfigError, r"capacity_factor='0' for one call must be a finite number"),
+    (lambda: untyped_factor(True), ConfigError, r"capacity_factor=True for one call must be a finite number"),
     (lambda: Switch().build(4, 3)(torch.zeros(2, 4), top_k=2), ConfigError, r"a SwitchRouter has its own number of"),
     (lambda: DeviceLimited(k=0), ConfigError, r"router\.k=0 must be at least 1"),
     (lambda: DeviceLimited(groups=2, top_groups=3), ConfigError, r"top_groups=3 must be from 1 to groups=2"),
@@ -436,6 +458,16 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: DeviceBalance(coefficient=-1.0), ConfigError, r"device_balance\.coefficient=-1\.0 must be at least 0"),
     (lambda: DeviceBalance(groups=0), ConfigError, r"device_balance\.groups=0 must be at least 1"),
     (lambda: DeviceBalance(groups=3).check(TopK(), 8), ConfigError, r"groups=3 of a balance .* legal: \[1, 2, 4, 8\]"),
+    (
+        lambda: MoE(4, 8, 4, losses=(DeviceBalance(),)),
+        ConfigError,
+        r"device_balance\.groups=1 makes the loss a constant: .* set groups to the number of .* or use load_balance",
+    ),
+    (
+        lambda: MoE(4, 8, 4, losses=(CommunicationBalance(),)),
+        ConfigError,
+        r"communication_balance\.groups=1 makes the loss a constant",
+    ),
     (lambda: Locality(coefficient=NAN), ConfigError, r"locality\.coefficient=nan must be at least 0"),
     (lambda: Locality(epsilon=1.0), ConfigError, r"locality\.epsilon=1\.0 must be between 0 and 1"),
     (
@@ -553,8 +585,39 @@ def test_a_misspelt_word_is_an_error_from_python_too(row: Any, name: str, legal:
         row(**{name: legal[0] + "x"})
 
 
+MISFITS: dict[Any, tuple[Any, ...]] = {
+    int: (2.5, 2.0, "2", True, None, torch.tensor(2)),
+    float: ("0.5", True, None, 1j),
+    bool: (1, "true", None),
+    str: (3, None, True),
+}
+SCALARS = [
+    (row, field.name, get_type_hints(row)[field.name])
+    for row in SETTINGS
+    for field in fields(row)
+    if get_type_hints(row)[field.name] in MISFITS
+]
+
+
+@pytest.mark.parametrize(("row", "name", "hint"), SCALARS, ids=[f"{row.__name__}.{name}" for row, name, _ in SCALARS])
+def test_a_value_of_the_wrong_type_is_an_error_from_python_too(row: Any, name: str, hint: Any) -> None:
+    for value in MISFITS[hint]:
+        with pytest.raises(
+            ConfigError, match=rf"{row.__name__}\.{name}=.* must be (an integer|a number|a string|true)"
+        ):
+            row(**{name: value})
+
+
+def test_a_number_may_be_numpy_s_and_a_whole_one_may_stand_for_any() -> None:
+    assert (
+        TopK(k=np.int64(3), scale=np.float32(2)).build(4, 3)(torch.zeros(2, 4), top_k=np.int64(2)).assignment.top_k == 2
+    )
+    assert TopK(scale=2) == TopK(scale=2.0)
+
+
 def test_every_row_is_checked_as_it_is_made() -> None:
     assert len(WORDS) > 12
+    assert len(SCALARS) > 60
     assert all(issubclass(row, Settings) for row in SETTINGS)
 
 

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -364,14 +364,16 @@ def test_expert_choice_counts_a_tokens_choices_from_its_best() -> None:
 # the switch
 
 
-def stats_with(kept: list[int], num_routed: int) -> MoEStats:
+def stats_with(kept: list[int], num_routed: int, *, by: Literal["policy", "capacity"] = "policy") -> MoEStats:
+    """Every token chose both experts; what is not kept was dropped for the one reason."""
     stats = MoE(4, 2, 2)(torch.zeros(1, 4)).stats
     zero_E = torch.zeros(2, dtype=torch.int64)
+    dropped_E = num_routed - torch.tensor(kept)
     return replace(
         stats,
         assigned_E=torch.full((2,), num_routed),
-        dropped_policy_E=num_routed - torch.tensor(kept),
-        dropped_capacity_E=zero_E,
+        dropped_policy_E=dropped_E if by == "policy" else zero_E,
+        dropped_capacity_E=dropped_E if by == "capacity" else zero_E,
         num_routed=torch.tensor(num_routed),
     )
 
@@ -403,11 +405,12 @@ def test_the_switch_by_step_follows_the_optimizer_steps_and_the_checkpoint() -> 
     assert mode_of(restored) == "token_choice"
 
 
-def test_the_switch_by_kept_rows_needs_a_whole_window_below_and_is_for_good() -> None:
+@pytest.mark.parametrize("by", ["policy", "capacity"])
+def test_the_switch_by_kept_rows_needs_a_whole_window_below_and_is_for_good(by: Literal["policy", "capacity"]) -> None:
     router = built(before_switch="hybrid", mode="expert_choice", switch_kept=0.3, switch_window=2)
     modes = []
     for kept in ([2, 2], [5, 5], [2, 2], [3, 2], [9, 9], [9, 9]):
-        router.after_step(stats_with(kept, 10))
+        router.after_step(stats_with(kept, 10, by=by))
         modes.append(mode_of(router))
     assert modes == ["hybrid"] * 3 + ["expert_choice"] * 3
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.contracts.cases import Case, draw, draw_case, error, simple_case
+from tests.contracts.cases import Case, draw, draw_case, error, loss_of, simple_case
 from tests.contracts.test_dispatch import any_assignment
 from turnout import MoE, reference
 from turnout.contracts import Loss, Router, RouterConfig
@@ -44,6 +44,8 @@ def with_loss(case: Case, loss: Loss) -> Case:
         case = replace(case, router=NoisyTopK(k=2), num_experts=experts, training=True, content="normal")
     elif not case.router.scores_have_gradient:
         case = replace(case, router=TopK(k=1, renormalize=False))
+    if case.num_experts % getattr(loss, "groups", 1):
+        case = replace(case, router=TopK(k=2), num_experts=6)
     return replace(case, losses=(loss,))
 
 
@@ -69,7 +71,7 @@ routings = st.builds(any_routing, st.integers(0, 10**6), st.integers(0, 12), st.
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_term_carries_its_name_and_coefficient_and_is_one_finite_number(row: str) -> None:
-    part = Loss.TABLE[row](coefficient=0.3)  # type: ignore[call-arg]
+    part = loss_of(row, 6, coefficient=0.3)
     for seed in range(20):
         layer, inputs = draw(with_loss(draw_case(seed), part))
         *_, term = layer(inputs.x, mask=inputs.mask, token_ids=inputs.token_ids).losses
@@ -89,7 +91,7 @@ def test_losses_are_refused_where_no_gradient_would_reach_anything_and_nowhere_e
     routing = router(torch.randn(9, 12).requires_grad_(), torch.arange(9), None, torch.Generator())
     assert config.scores_have_gradient == routing.scores_RE.requires_grad == routing.logits_RE.requires_grad
     for row in ROWS:
-        part = Loss.TABLE[row]()
+        part = loss_of(row, 12)
         if config.scores_have_gradient and (row != "load_cv" or config.gives_smooth_load):
             assert MoE(12, 4, 12, router=config, losses=(part,)).config.losses == (part,)
         else:
@@ -105,7 +107,7 @@ def test_a_router_of_ones_own_takes_any_loss_because_nothing_says_what_it_learns
 @pytest.mark.parametrize("row", ROWS)
 def test_a_term_does_not_see_which_choices_were_dropped(row: str) -> None:
     """The papers count the choices made; a loss that saw drops would change with the capacity."""
-    part = Loss.TABLE[row](coefficient=0.3)  # type: ignore[call-arg]
+    part = loss_of(row, 6, coefficient=0.3)
     case = with_loss(simple_case(), part)
     layer, inputs = draw(case)
     tight, _ = draw(replace(case, capacity=FixedCapacity(factor=0.25)))
@@ -156,7 +158,7 @@ def test_balance_and_z_loss_equal_the_papers(seed: int, num_tokens: int, num_exp
 
 def test_losses_of_no_tokens_are_zero() -> None:
     for x in (torch.zeros(0, 12), torch.zeros(2, 0, 12), torch.zeros(0, 3, 12)):
-        layer = MoE(12, 4, 3, router=NoisyTopK(k=2), losses=tuple(Loss.TABLE[row]() for row in ROWS))
+        layer = MoE(12, 4, 3, router=NoisyTopK(k=2), losses=tuple(loss_of(row, 3) for row in ROWS))
         assert all(term.value.item() == 0 for term in layer(x).losses)
 
 

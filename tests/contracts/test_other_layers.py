@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.contracts.cases import error
 from turnout import MoE, reference
@@ -131,6 +132,20 @@ def test_soft_moe_computes_its_weights_in_float32_under_autocast_and_in_bfloat16
     assert error(under_autocast.y.double(), want.y.double()) < 1e-2
     low = layer.bfloat16()(x)
     assert low.combine_BSEC.dtype == torch.float32
+
+
+def test_the_logits_and_the_two_mixtures_cost_what_the_page_says() -> None:
+    batch, length, dim, num_experts, slots = 2, 7, 8, 3, 5
+    layer = SoftMoE(dim, 4, num_experts, slots=slots, backend="padded_bmm")
+    with FlopCounterMode(display=False) as forward:
+        y = layer(torch.randn(batch, length, dim, requires_grad=True)).y
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    rows = batch * num_experts * slots
+    experts = 2 * rows * dim * sum(p[0].numel() for p in layer.experts.parameters()) // dim
+    mixtures = 3 * 2 * length * rows * dim
+    assert forward.get_total_flops() == experts + mixtures
+    assert backward.get_total_flops() == 2 * (experts + mixtures)
 
 
 def test_soft_moe_refuses_what_does_not_fit() -> None:

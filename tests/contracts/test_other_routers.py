@@ -1,6 +1,6 @@
 """Routers made of other things, against loops: a balanced hash, a forced load, a recording, a tree of routers."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.contracts.cases import error
-from turnout import MoE, reference
+from turnout import MoE, reference, total_loss
 from turnout.config import from_dict, to_dict
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError, ShapeError
@@ -25,7 +25,8 @@ from turnout.routers.noisy_topk import NoisyTopK
 from turnout.routers.quantile import Quantile
 from turnout.routers.remoe import ReMoE
 from turnout.routers.replay import Replay, recording_of
-from turnout.tensors import Assignment, MoEStats, RouterOutput
+from turnout.routers.topk import TopKRouter
+from turnout.tensors import Assignment, LossTerm, MoEStats, RouterInput, RouterOutput
 
 LIVE = (TopK(k=2), TopK(k=3, renormalize=False, scale=2.5), TopK(k=3, activation="sigmoid"), Switch(), GShardTop2())
 MORE_LIVE = (TopK(k=2, activation="sigmoid", renormalize=False), DeepSeekV3(k=3), TopK(k=2, bias=True))
@@ -476,6 +477,35 @@ def test_the_smooth_load_is_the_groups_load_times_the_experts_share_of_it() -> N
         inner = router.inner[g](x_TD[mine_T], None, None, generator)
         want = outer.smooth_load_E[g] * inner.smooth_load_E / len(mine_T)
         assert error(load_E[g * 5 : g * 5 + 5], want) < 1e-14
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priced(RouterConfig):
+    """A router of a user's own, with a term of its own: a mean over its tokens."""
+
+    @property
+    def choices(self) -> int:
+        return 2
+
+    def build(self, dim: int, num_experts: int) -> Router:
+        return _PricedRouter(dim, num_experts, TopK(k=2))
+
+
+class _PricedRouter(TopKRouter):
+    def route(self, tokens: RouterInput) -> RouterOutput:
+        routing = super().route(tokens)
+        value = routing.logits_RE.square().sum() / max(len(tokens.token_R), 1)
+        return replace(routing, losses=(LossTerm(name="price", value=value, coefficient=1.0, scope="micro_batch"),))
+
+
+def test_terms_of_the_inner_routers_add_up_to_a_mean_over_all_tokens() -> None:
+    router = built(Hierarchical(groups=3, outer=Switch(), inner=Priced()), 12)
+    assert isinstance(router, HierarchicalRouter)
+    x_TD, routing = tokens(40), router(tokens(40))
+    group_T = router.outer(x_TD).assignment.expert_N
+    assert len(set(group_T.bincount(minlength=3).tolist())) > 1
+    prices = [router.inner[g].score(x_TD[t]).square().sum() for t, g in enumerate(group_T.tolist())]  # type: ignore[union-attr, operator]
+    assert error(total_loss(routing.losses), torch.stack(prices).mean()) < 1e-14
 
 
 def test_biases_of_every_level_learn_from_their_own_load() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.contracts.cases import Case, draw, draw_case, error, fitting_dim, simple_case
+from tests.contracts.cases import Case, draw, draw_case, error, fitting_dim, loss_of, simple_case
 from turnout import MoE, reference, total_loss
 from turnout.contracts import Loss, RouterConfig
 from turnout.errors import ConfigError
@@ -36,18 +36,11 @@ def wide_case_of(row: str) -> Case:
     return next(case for case in (case_of(row, number) for number in range(200)) if 12 <= case.num_experts <= 16)
 
 
-def loss_of(name: str, num_experts: int, coefficient: float) -> Loss:
-    # over one device, the balance of devices is a constant
-    groups = min(n for n in range(2, num_experts + 1) if num_experts % n == 0)
-    settings = {"groups": groups} if name in ("device_balance", "communication_balance") else {}
-    return Loss.TABLE[name](coefficient=coefficient, **settings)  # type: ignore[call-arg]
-
-
 def is_fed(row: str, loss: str) -> bool:
     """Whether the router can feed the loss; if not, the layer says so when it is built, as test_errors.py has it."""
     case = wide_case_of(row)
     try:
-        loss_of(loss, case.num_experts, 1.0).check(case.router, case.num_experts)
+        loss_of(loss, case.num_experts, coefficient=1.0).check(case.router, case.num_experts)
     except ConfigError:
         return False
     return True
@@ -157,7 +150,7 @@ def test_with_the_main_loss_at_zero_the_router_moves_by_exactly_the_coefficient(
     grads = {}
     for coefficient in (1.0, 0.25, 0.0):
         # a power of two, so that scaling rounds nothing
-        part = loss_of(loss, drawn.num_experts, coefficient)
+        part = loss_of(loss, drawn.num_experts, coefficient=coefficient)
         layer, inputs = draw(simple_case(router=drawn.router, num_experts=drawn.num_experts, losses=(part,)))
         out = layer(inputs.x, token_ids=inputs.token_ids, generator=torch.Generator().manual_seed(0))
         # the router's own terms come first, and have their own coefficients

@@ -88,7 +88,7 @@ def _verify_layer(target: str, only: str, screen: Console, *, as_json: bool) -> 
     chosen = subject(target)
     versions = ", ".join(f"{name} {version}" for name, version in chosen.versions.items())
     screen.print(f"  {chosen.name}  ({versions})")
-    results = run_checks(chosen, [part for part in only.split(",") if part])
+    results = run_checks(chosen, [part.strip() for part in only.split(",") if part.strip()])
     columns = {"check": "left", "what": "left", "outcome": "left", "error": "right", "case": "left"}
     cells = [
         [r.id, r.title, r.outcome, "" if r.error is None else f"{r.error:.1e}", r.case if r.outcome != "pass" else ""]

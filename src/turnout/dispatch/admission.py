@@ -6,6 +6,7 @@ import sys
 import torch
 from torch import Tensor
 
+from turnout.config import is_number
 from turnout.errors import ConfigError
 from turnout.tensors import Admission, Assignment
 
@@ -60,9 +61,9 @@ def factor_of_call(factor: float) -> float:
 
     Raises: ConfigError if it is not a finite number.
     """
-    if not math.isfinite(factor):
+    if not is_number(factor) or not math.isfinite(factor):
         raise ConfigError(
-            f"capacity_factor={factor} for one call must be a finite number: above 0 a factor, 0 to drop nothing, "
+            f"capacity_factor={factor!r} for one call must be a finite number: above 0 a factor, 0 to drop nothing, "
             "below 0 the rows needed up to that factor"
         )
     return factor

@@ -28,7 +28,8 @@ class SoftMoE(nn.Module):
     """Each of E experts has C slots; a slot is a weighted mean of its sequence's tokens, an output one of all slots.
 
     Every token sees every other of its sequence: not for decoders. Experts see E * C rows a sequence, however long;
-    the paper takes about as many slots as tokens. The two mixtures cost 4 * S * E * C * D FLOPs a sequence each.
+    the paper takes about as many slots as tokens. The logits and the two mixtures cost 2 * S * E * C * D FLOPs a
+    sequence each, and three times that in training.
     Source: Puigcerver et al. 2023, arXiv:2308.00951, section 2.1; normalisation: section 2.3, eq. 4.
     """
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from turnout.contracts import Loss, RouterConfig
 from turnout.errors import ConfigError
-from turnout.losses.device_balance import device_size, sum_by_device
+from turnout.losses.device_balance import check_devices, device_size, sum_by_device
 from turnout.tensors import Admission, Assignment, LossTerm, RouterOutput
 
 
@@ -33,7 +33,7 @@ class CommunicationBalance(Loss):
     """
 
     coefficient: float = 0.02  # weight of the term in the total loss
-    groups: int = 1  # D, devices with equal numbers of neighbouring experts; one alone is always balanced
+    groups: int = 1  # D, devices with equal numbers of neighbouring experts; at least 2: one alone is always balanced
     top_groups: int = 1  # M, most devices a token is sent to, as the router limits them
 
     def __post_init__(self) -> None:
@@ -45,9 +45,9 @@ class CommunicationBalance(Loss):
             )
 
     def check_own(self, router: RouterConfig, num_experts: int) -> None:
-        """Raises: ConfigError if the groups do not divide the experts."""
+        """Raises: ConfigError if the groups do not divide the experts, or are one: the loss would be a constant."""
         del router
-        device_size(num_experts, self.groups)
+        check_devices("communication_balance", self.groups, num_experts)
 
     def term(
         self, routing: RouterOutput, admission: Admission, *, sequence_length: int, step_stats: object = None

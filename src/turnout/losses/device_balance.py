@@ -23,6 +23,16 @@ def device_size(num_experts: int, groups: int) -> int:
     return num_experts // groups
 
 
+def check_devices(name: str, groups: int, num_experts: int) -> None:
+    """Raises: ConfigError if the loss would be a constant, or the devices do not hold equal numbers of experts."""
+    if groups == 1:
+        raise ConfigError(
+            f"{name}.groups=1 makes the loss a constant: one device alone is always balanced; set groups to the number "
+            f"of devices that num_experts={num_experts} stand on, or use load_balance, which is over experts"
+        )
+    device_size(num_experts, groups)
+
+
 def sum_by_device(value_E: Tensor, groups: int) -> Tensor:
     """Each device's experts added up, along the last axis.
 
@@ -44,7 +54,7 @@ class DeviceBalance(Loss):
     """
 
     coefficient: float = 0.05  # weight of the term in the total loss
-    groups: int = 1  # devices, with equal numbers of neighbouring experts; one alone is always balanced
+    groups: int = 1  # devices, with equal numbers of neighbouring experts; at least 2: one alone is always balanced
 
     def __post_init__(self) -> None:
         if not self.coefficient >= 0:
@@ -53,9 +63,9 @@ class DeviceBalance(Loss):
             raise ConfigError(f"device_balance.groups={self.groups} must be at least 1")
 
     def check_own(self, router: RouterConfig, num_experts: int) -> None:
-        """Raises: ConfigError if the groups do not divide the experts."""
+        """Raises: ConfigError if the groups do not divide the experts, or are one: the loss would be a constant."""
         del router
-        device_size(num_experts, self.groups)
+        check_devices("device_balance", self.groups, num_experts)
 
     def term(
         self, routing: RouterOutput, admission: Admission, *, sequence_length: int, step_stats: object = None

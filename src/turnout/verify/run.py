@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import torch
 
+from turnout.errors import ConfigError
 from turnout.verify import gradients, losses, outputs, padding, routing, state  # noqa: F401  (they fill the table)
 from turnout.verify.check import CHECKS, Check, Measured, Outcome, Result
-from turnout.verify.subject import NotApplicable, Subject
+from turnout.verify.subject import NotApplicable, Sizes, Subject
 
 
 def verify(
@@ -17,8 +18,9 @@ def verify(
 
     A check stops at its first failing case, and cases go from small to large: what is shown is the smallest failure.
     An exception inside a layer is a failure of the check, not of the suite.
-    Raises: ConfigError for an unknown id.
+    Raises: ConfigError for an unknown id, or if what is to be built is no layer, or has settings that do not fit.
     """
+    _require_layer(subject)
     results = []
     for id in ids or in_order(CHECKS.names()):
         result = _run(id, CHECKS[id], subject)
@@ -30,6 +32,16 @@ def verify(
 def in_order(ids: Sequence[str]) -> list[str]:
     """Ids as a person counts: O2 before O10."""
     return sorted(ids, key=lambda id: (id[0], int(id[1:])))
+
+
+def _require_layer(subject: Subject) -> None:
+    """Without a layer every check would fail, for the one reason that is told here."""
+    try:
+        subject.layer(Sizes())
+    except ConfigError:
+        raise
+    except Exception:  # sizes it cannot take, or a layer that raises: the checks say so
+        return
 
 
 def _run(id: str, check: Check, subject: Subject) -> Result:

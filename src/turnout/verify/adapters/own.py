@@ -42,9 +42,10 @@ class OwnLayer(Layer):
         return self._output(x, mask).y
 
     def gates(self, x_TD: Tensor) -> Tensor:
-        routing = self.module.router(x_TD, _ids(x_TD), None, _generator())
-        assignment = routing.assignment
-        admission = self.module.config.capacity.admit(assignment, training=self.module.training)
+        generator = _generator()  # the capacity draws on from where the router stopped, as in a call of the layer
+        assignment = self.module.router(x_TD, _ids(x_TD), None, generator).assignment
+        capacity = self.module.config.capacity
+        admission = capacity.admit(assignment, training=self.module.training, generator=generator)
         weight_N = assignment.weight_N if admission.keep_N is None else assignment.weight_N * admission.keep_N
         gate_TE = x_TD.new_zeros(len(x_TD), self.num_experts, dtype=weight_N.dtype)
         return gate_TE.index_put((assignment.token_N, assignment.expert_N), weight_N, accumulate=True)
