@@ -29,7 +29,7 @@ SIZES = ("model.vocab_size=300", "data.vocab_size=300", "data.val_fraction=0.2")
 LOSSES = "model.moe.losses=[{name = 'load_balance', scope = 'global'}]"
 BESIDE = ("loop.checkpoint=sharded", "loop.async_save=true")  # how the run that all tests share is saved
 RUN = "launched"
-STEPS, KILLED_AT = 12, 4  # of the run that all tests share
+STEPS, KILLED_AT = 12, 6  # of the run that all tests share
 _PAUSE_S, _SHARE_IN_TRAINING = 0.02, 0.7
 Disturb = Callable[[threading.Event], None]  # until the event is set
 

@@ -95,7 +95,12 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_it_had_not_been(
     run, said = four_ranks / RUN, (four_ranks / f"{RUN}.err").read_text()
     assert kills(run) == [1]
     assert "torchrun restarted this job: it goes on" in said
-    assert re.search(r"error: rank 0: .* failed, because one of them ended or took too long", said)
+    # torchrun may end the other rank before it has said what it saw; if it says something, then this
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert all(
+        re.match(r"error: rank 0: .* failed, because one of them ended or took too long", line) for line in errors
+    )
+    assert "Traceback" not in said
     recipe = load_recipe(str(run / "recipe.toml"), ["strategy.ep=1"])
     whole = Trainer(recipe, prepare(recipe.data, four_ranks / "home" / "cache"), tmp_path / "run")
     assert whole.train(StopRequest()) == "done"

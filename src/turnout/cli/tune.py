@@ -56,9 +56,7 @@ def tune(
         found = _measured(recipe, settings or [], ranks, out, (loads, steps), as_json=as_json)
     else:
         if not explain.is_file():
-            raise ConfigError(
-                f"--explain {explain}: there is no such file; `turnout tune RECIPE --out {explain}` writes one"
-            )
+            raise ConfigError(f"--explain {explain}: no such file; `turnout tune RECIPE --out {explain}` writes one")
         found = Dictionary.from_json(explain.read_text(encoding="utf-8"), str(explain))
     if found is not None:
         _show(found, console(as_json=as_json), as_json=as_json)
