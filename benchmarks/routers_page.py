@@ -168,7 +168,7 @@ def _defaults(order: Sequence[str], by_router: dict[str, list[dict[str, Any]]]) 
         "",
         f"Ahead of `{BESIDE}` at every seed: {', '.join(ahead) or 'none'}. So `tiny`, which has token ids and little",
         f"time, routes by `hash`; a layer by itself has no ids and starts with `{BESIDE}`, than which no router that",
-        "learns is better by more than seeds differ and as simple. These are the first minutes of a training: what learns",
+        "learns is better by more than seeds differ and as simple. These are a training's first minutes: what learns",
         "slowly is judged too early, and a small machine says nothing of large models.",
     ]
 
