@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from tests.contracts.cases import takers
-from turnout.cli.compare import _print
+from turnout.cli.compare_print import print_comparison
 from turnout.config import describe, dump_toml, from_dict, to_dict
 from turnout.data.prepare import Dataset
 from turnout.kernels import trusted_kernel
@@ -178,7 +178,9 @@ def test_a_comparison_says_better_or_worse_on_which_budget_and_from_when(margin:
         )
 
     screen = Console(file=io.StringIO(), width=300)
-    _print(screen, [curve("moe", 3.0 - margin), curve("dense", 3.0)], Path("plot"), "dense", "number of steps")
+    print_comparison(
+        screen, [curve("moe", 3.0 - margin), curve("dense", 3.0)], Path("plot"), "dense", "number of steps"
+    )
     said = screen.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert f"moe against dense: {words}" in said
     assert ("ahead for good from minute 2.0 of this run" in said) is (margin > 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from turnout.cli.compare import _rows
+from turnout.cli.compare_print import rows_of
 from turnout.contracts import Loss, RouterConfig
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Batch
@@ -283,7 +283,7 @@ def test_a_comparison_cut_short_still_has_its_picture(losses: list[float], tmp_p
 
 def test_rows_of_a_seed_that_only_one_recipe_began() -> None:
     curves = [curve("moe", [5.0, 4.0]), curve("dense", [5.0, 4.5]), curve("moe", [5.0], seed=1, complete=False)]
-    rows = _rows(curves)
+    rows = rows_of(curves)
     assert rows[0]["seconds_to_loss_of"]["dense"] == pytest.approx(15.0)
     assert rows[2]["seconds_to_loss_of"] == {}
 
