@@ -25,6 +25,7 @@ DISPATCH = "tests/contracts/test_dispatch.py"
 GSHARD = "tests/contracts/test_gshard.py"
 BALANCED = "tests/contracts/test_balanced_routers.py"
 LOCMOE = "tests/contracts/test_locmoe.py"
+OTHERS = "tests/contracts/test_other_routers.py"
 GROUPED = "tests/contracts/test_grouped_mm.py"
 GENERATE = "tests/paths/test_generate.py"
 COEFFICIENT = "tests/paths/test_effective_coefficient.py"
@@ -489,8 +490,8 @@ MUTATIONS = (
     Mutation(
         "hierarchical: the group's weight is forgotten",
         "routers/hierarchical.py",
-        "weight_N=(groups.weight_N[via_N] * torch.cat([part.weight_N for part in parts]))[order_N]",
-        "weight_N=torch.cat([part.weight_N for part in parts])[order_N]",
+        "weight_N=(groups.weight_N[via_N] * inner_N)[order_N]",
+        "weight_N=inner_N[order_N]",
         (OTHERS,),
     ),
     Mutation(
@@ -527,6 +528,34 @@ MUTATIONS = (
         "losses/device_balance.py",
         "sum_by_device(routing.scores_RE, self.groups)",
         "sum_by_device(routing.scores_RE, self.groups) / self.groups",
+        (LOSSES,),
+    ),
+    Mutation(
+        "device balance: groups and size swapped",
+        "losses/device_balance.py",
+        "unflatten(-1, (groups, device_size(value_E.shape[-1], groups))).sum(dim=-1)",
+        "unflatten(-1, (device_size(value_E.shape[-1], groups), groups)).sum(dim=-1)",
+        (LOSSES,),
+    ),
+    Mutation(
+        "device balance: experts are dealt to devices in turn",
+        "losses/device_balance.py",
+        "unflatten(-1, (groups, device_size(value_E.shape[-1], groups))).sum(dim=-1)",
+        "unflatten(-1, (device_size(value_E.shape[-1], groups), groups)).sum(dim=-2)",
+        (LOSSES,),
+    ),
+    Mutation(
+        "device balance: summed over the devices",
+        "losses/device_balance.py",
+        "device_size(value_E.shape[-1], groups))).sum(dim=-1)",
+        "device_size(value_E.shape[-1], groups))).sum(dim=-2)",
+        (LOSSES,),
+    ),
+    Mutation(
+        "communication balance: the devices of a token are not divided by",
+        "losses/communication_balance.py",
+        "self.groups / (self.top_groups * num_routed) * sent",
+        "self.groups / num_routed * sent",
         (LOSSES,),
     ),
     Mutation(
