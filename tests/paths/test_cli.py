@@ -155,6 +155,26 @@ def test_compare_gives_rows_verdicts_and_a_plot(
     assert (out / "comparison.json").exists()
 
 
+def test_compared_routers_say_what_each_was_trained_with(
+    turnout, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "ROUNDS", 2)
+    budget = ("--steps", "10", "--out", str(tmp_path / "c"), "--json")
+    result = turnout("compare", str(recipe_file), "--routers", "gshard, top_p,base", *budget)
+    assert result.code == 0, result.err
+    answer = json.loads(result.out.splitlines()[-1])
+    rows = {row["recipe"]: row for row in answer["rows"]}
+    assert [loss["name"] for loss in rows["small-top_p"]["losses"]] == ["load_balance", "entropy"]
+    assert rows["small-gshard"]["router"]["second_expert"] == "random"
+    assert rows["small-base"]["sees_later_tokens"] == "training"
+    assert list(answer["notes"]) == ["small-top_p", "small-base"]
+    said = " ".join(result.err.split())
+    assert "small-base sees later tokens in training alone" in said
+    assert "small-base: no setting k; experts a token by its own settings: 1, in the recipe: 2" in said
+    saved = json.loads((tmp_path / "c" / "comparison.json").read_text(encoding="utf-8"))
+    assert saved["curves"][1]["setup"]["losses"] == rows["small-top_p"]["losses"]
+
+
 @pytest.mark.parametrize(("margin", "words"), [(0.19, "0.1900 nats better"), (-0.19, "0.1900 nats worse")])
 def test_a_comparison_says_better_or_worse_on_which_budget_and_from_when(margin: float, words: str) -> None:
     def curve(name: str, loss: float) -> Curve:
@@ -175,6 +195,7 @@ def test_a_comparison_says_better_or_worse_on_which_budget_and_from_when(margin:
             max_violation=0.0,
             router_entropy=0.0,
             routing=None,
+            setup=None,
         )
 
     screen = Console(file=io.StringIO(), width=300)

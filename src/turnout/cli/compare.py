@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from turnout.cli import options
-from turnout.cli.compare_print import print_comparison, rows_of
+from turnout.cli.compare_print import print_comparison, print_setups, rows_of
 from turnout.cli.console import patient_console, print_json
 
 
@@ -20,7 +20,11 @@ def compare(
     minutes: Annotated[float, typer.Option(help="Training minutes each recipe gets, evaluation not counted.")] = 20.0,
     steps: Annotated[int, typer.Option(help="Steps each recipe gets instead of minutes; 0: minutes.", min=0)] = 0,
     routers: Annotated[
-        str, typer.Option(help="Each recipe with experts once with each of these routers (comma-separated, or all).")
+        str,
+        typer.Option(
+            help="Each recipe with experts once with each of these routers (comma-separated, or all), with its paper's "
+            "losses unless --set model.moe.losses names others, or the recipe does."
+        ),
     ] = "",
     seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, ...", min=1)] = 1,
     first_seed: Annotated[int, typer.Option(help="The first seed.", min=0)] = 0,
@@ -40,13 +44,13 @@ def compare(
     from turnout.train.compare import compare as run_comparison
     from turnout.train.compare_plot import write_comparison
     from turnout.train.recipe import MOST_MINUTES
-    from turnout.train.recipes import load_recipe
     from turnout.train.signals import StopRequest
 
     if not 0 < minutes <= MOST_MINUTES:
         raise ConfigError(f"--minutes {minutes} must be above 0 and at most {MOST_MINUTES:,} (ten years)")
     overrides = options.recipe_overrides(settings, data)
-    chosen = _with_routers([load_recipe(name, overrides) for name in recipes], routers)
+    variants = [variant for name in recipes for variant in _variants(name, overrides, routers)]
+    chosen = [variant.recipe for variant in variants]
     check_comparable(chosen)
     baseline = chosen[-1].name
     folder = choose_run("compare", out, None)
@@ -54,6 +58,7 @@ def compare(
     screen.print(
         f"  {own_process(threads)}; {_budget(minutes, steps)} each, seeds {first_seed}..{first_seed + seeds - 1}"
     )
+    print_setups(screen, variants)
     with StopRequest() as stop:
         dataset = prepare(chosen[0].data, default_cache(), say=lambda line: screen.print(f"  {line}", style="dim"))
         curves = run_comparison(
@@ -76,7 +81,9 @@ def compare(
     print_comparison(screen, curves, path, baseline, "number of steps" if steps else "wall clock")
     if as_json:
         judged = [asdict(v) for v in verdicts(curves, baseline)]
-        print_json({"rows": rows_of(curves), "verdicts": judged, "baseline": baseline, "out": str(path)})
+        notes = {variant.recipe.name: variant.notes for variant in variants if variant.notes}
+        ends = {"verdicts": judged, "baseline": baseline, "notes": notes, "out": str(path)}
+        print_json({"rows": rows_of(curves), **ends})
     if stop.received:
         raise typer.Exit(128 + int(stop.received))
 
@@ -85,15 +92,15 @@ def _budget(minutes: float, steps: int) -> str:
     return f"{steps} steps" if steps else f"{minutes:g} minutes"
 
 
-def _with_routers(recipes: list[Any], routers: str) -> list[Any]:
+def _variants(name: str, overrides: list[str], routers: str) -> list[Any]:
+    """The recipe, or, if it has experts, the recipe with each of the routers."""
     from turnout.contracts import RouterConfig
-    from turnout.train.variants import with_routers
+    from turnout.train.compared_losses import asked_losses
+    from turnout.train.recipes import load_recipe
+    from turnout.train.variants import Variant, with_routers
 
-    if not routers:
-        return recipes
-    names = RouterConfig.TABLE.names() if routers == "all" else [name.strip() for name in routers.split(",")]
-    return [
-        variant
-        for recipe in recipes
-        for variant in ([recipe] if recipe.model.moe is None else with_routers(recipe, names))
-    ]
+    recipe = load_recipe(name, overrides)
+    if not routers or recipe.model.moe is None:
+        return [Variant(recipe=recipe, notes=())]
+    names = RouterConfig.TABLE.names() if routers == "all" else [router.strip() for router in routers.split(",")]
+    return with_routers(recipe, names, asked_losses(name, overrides))

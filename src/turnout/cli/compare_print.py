@@ -1,5 +1,6 @@
 """What `turnout compare` says when it is done: tables for people, rows for scripts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,38 @@ def _print_routing(screen: Any, curves: list[Any]) -> None:
     screen.print(table("Routing; bytes a layer would send between 8 ranks, there and back", columns, cells))
 
 
+def print_setups(screen: Any, variants: list[Any]) -> None:
+    """Before anything is trained: each router and its losses, what could not be as asked, and who sees later tokens."""
+    from turnout.bench.run import words
+    from turnout.train.routing_setup import routing_setup
+
+    found = [(v, setup) for v in variants if (setup := routing_setup(v.recipe)) is not None]
+    if not found:
+        return
+    cells = []
+    for variant, setup in found:
+        moe = variant.recipe.model.moe
+        own = [f"its own: {setup.own_balance}"] if setup.own_balance else []
+        losses = [
+            f"{loss.coefficient:g} {words(replace(loss, coefficient=type(loss)().coefficient))}" for loss in moe.losses
+        ]
+        cells.append([variant.recipe.name, words(moe.router), " + ".join([*losses, *own]) or "none"])
+    screen.print(
+        table("What is trained", {"recipe": "left", "router": "left", "balance and other losses": "left"}, cells)
+    )
+    for variant, setup in found:
+        for note in variant.notes:
+            screen.print(f"  {variant.recipe.name}: {note}")
+        if setup.sees_later_tokens:
+            screen.print(f"  {variant.recipe.name} {_looks_ahead(setup.sees_later_tokens)}")
+
+
+def _looks_ahead(phases: str) -> str:
+    if phases == "training":
+        return "sees later tokens in training alone: its training loss is too good, its validation loss is not"
+    return f"sees later tokens in {phases}: its validation loss is one that no generation can have"
+
+
 def rows_of(curves: list[Any]) -> list[dict[str, Any]]:
     """A row of `--json` for each recipe and seed."""
     from turnout.train.compare import seconds_to
@@ -90,6 +123,7 @@ def rows_of(curves: list[Any]) -> list[dict[str, Any]]:
             "max_violation": c.max_violation,
             "router_entropy": c.router_entropy,
             "routing": None if c.routing is None else vars(c.routing),
+            **_setup(c.setup),
             "seconds_to_loss_of": {
                 name: seconds_to(c, final[name, c.seed])
                 for name in names
@@ -99,3 +133,9 @@ def rows_of(curves: list[Any]) -> list[dict[str, Any]]:
         }
         for c in curves
     ]
+
+
+def _setup(setup: Any) -> dict[str, Any]:
+    """The same keys for a dense recipe, so that every row has them."""
+    names = ("router", "capacity", "losses", "own_balance", "sees_later_tokens")
+    return {name: None if setup is None else getattr(setup, name) for name in names}
