@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -76,11 +75,6 @@ from turnout.train.recipe import LoopConfig, OptimizerConfig, Recipe, ScheduleCo
 SOURCE = Path(turnout.__file__).parent
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
-
-
-def exact_without_scipy() -> object:
-    with patch("importlib.util.find_spec", return_value=None):
-        return BASE(solver="exact").build(4, 2)
 
 
 # for what a type checker refuses as well
@@ -180,13 +174,7 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     ),
     (lambda: ExpertChoice().check_decoder(), ConfigError, r"expert choice lets .* later tokens: .*in_decoder='allow'"),
     (lambda: ExpertChoice(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
-    (lambda: BASE(solver="greedy"), ConfigError, r"BASE\.solver='greedy' must be one of: auction, exact"),
     (lambda: BASE(precision=0.0), ConfigError, r"router\.precision=0\.0 must be from 1e-6 up to 1"),
-    (
-        exact_without_scipy,
-        ConfigError,
-        r"router\.solver='exact' needs the package scipy: .* or use 'auction'",
-    ),
     (lambda: Sinkhorn(k=0), ConfigError, r"router\.k=0 must be at least 1"),
     (lambda: Sinkhorn(tolerance=NAN), ConfigError, r"router\.tolerance=nan must be above 0"),
     (lambda: Sinkhorn(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
