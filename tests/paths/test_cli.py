@@ -155,6 +155,7 @@ def test_compare_gives_rows_verdicts_and_a_plot(
     assert (out / "comparison.json").exists()
 
 
+@pytest.mark.slow
 def test_compared_routers_say_what_each_was_trained_with(
     turnout, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
