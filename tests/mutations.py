@@ -589,8 +589,8 @@ MUTATIONS = (
     Mutation(
         "ranks: slices add up what belongs to another's rows",
         "comm/slices.py",
-        "by_slice_ND = weighted_sum(y_ND, None, self._by_expert)",
-        "by_slice_ND = y_ND",
+        "send_rows(weighted_sum(y_ND, None, self._by_expert), self",
+        "send_rows(y_ND, self",
         (RANKS,),
     ),
     Mutation(
@@ -610,8 +610,8 @@ MUTATIONS = (
     Mutation(
         "ranks: no gradient to weights that travel",
         "comm/wire.py",
-        "return grad_rows, grad_weight, None, None",
-        "return grad_rows, grad_weight * 0, None, None",
+        "return None, grad_rows, grad_weight, None",
+        "return None, grad_rows, grad_weight * 0, None",
         (RANKS,),
     ),
     Mutation(
@@ -631,9 +631,9 @@ MUTATIONS = (
     Mutation(
         "ranks: evaluation shares out no text",
         "train/evaluate.py",
-        "turn[world.rank] if world.rank < len(turn)",
-        "turn[0] if world.rank < len(turn)",
-        ("tests/distributed/test_train_under_torchrun.py",),
+        "turn[at] if at < len(turn)",
+        "turn[0] if at < len(turn)",
+        ("tests/paths/test_evaluate.py",),
     ),
 )
 
