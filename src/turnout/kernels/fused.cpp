@@ -65,6 +65,8 @@ int turnout_best(const float* scores, int64_t rows, int64_t experts, int64_t k, 
   return guarded([&] { turnout::Scores(scores, rows, experts, int(threads), parallel).best(int(k), picks); });
 }
 
+int turnout_ask_matrix_unit() { return turnout::ask_matrix_unit(); }
+
 int turnout_tile_columns() { return turnout::TILE_COLUMNS; }
 
 void turnout_poison() { turnout::Workspace::poison(); }

@@ -14,12 +14,12 @@ class Int8Forward {
   explicit Int8Forward(const Int8Job& own)
       : job_(own.job),
         routes_(job_.routes, job_.tokens, job_.experts, job_.assignments),
-        products_(own, routes_),
+        few_(is_few()),
+        products_(own, routes_, job_.matrix_unit && !few_),
         x_groups_(products_.x_groups),
         h_groups_(products_.h_groups) {}
 
   void run() {
-    few_ = is_few();
     plan_units();
     RowSums sums(job_, routes_, job_.y, units_);
     sums_ = &sums;
@@ -62,7 +62,8 @@ class Int8Forward {
     long first, end;
   };
 
-  static size_t code_floats(long rows, long groups) { return rows * groups * DIGITS * GROUP / 4; }
+  // The matrix unit reads whole tiles, some lines past the last.
+  static size_t code_floats(long rows, long groups) { return (rows * groups * DIGITS + UNIT_LINES) * GROUP / 4; }
   static size_t floats(long rows, long groups) {
     return Workspace::padded(code_floats(rows, groups)) + Workspace::padded(rows * groups * 2);
   }
@@ -79,7 +80,7 @@ class Int8Forward {
 
   void plan_units() {
     const long row_bytes = (x_groups_ + h_groups_) * DIGITS * GROUP;
-    const long tile = Int8Products<DIGITS>::TILE;
+    const long tile = products_.tile;
     const long most = std::max<long>(4, std::min<long>(512, BLOCK_BYTES / row_bytes) / tile) * tile;
     for (int e = 0; e < job_.experts; e++) {
       const Split split(routes_.start[e + 1] - routes_.start[e], most);
@@ -113,7 +114,8 @@ class Int8Forward {
       cut(schedule, UP, u, h_groups_, wanted, -1, before[u]);
     }
     const int computed = schedule.group();
-    for (int u = 0; u < int(units_.size()); u++) cut(schedule, DOWN, u, products_.out_panels, wanted, before[u], computed);
+    for (int u = 0; u < int(units_.size()); u++)
+      cut(schedule, DOWN, u, products_.out_panels, wanted, before[u], computed);
     sums_->plan_sums(schedule, computed);
   }
 
@@ -136,6 +138,7 @@ class Int8Forward {
   }
 
   void block(int index, const Scratch& s) const {
+    const Tiles tiles(products_.by_unit);
     const Unit& unit = units_[index];
     const Block x = gathered(unit, s.x), h = {s.h.code, s.h.scale, unit.rows};
     products_.up(unit, x, h, 0, 0, h_groups_);
@@ -155,9 +158,9 @@ class Int8Forward {
 
   const Job& job_;
   const Routes routes_;
+  const bool few_;
   const Int8Products<DIGITS> products_;
   const long x_groups_, h_groups_;
-  bool few_ = false;
   long most_ = 0;  // rows of a unit
   std::vector<Unit> units_;
   std::vector<Piece> pieces_;

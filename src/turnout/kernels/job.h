@@ -8,7 +8,7 @@ namespace turnout {
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
 
 struct Job {
-  int64_t tokens, dim, hidden, experts, assignments, kind, half_weights, threads;
+  int64_t tokens, dim, hidden, experts, assignments, kind, half_weights, threads, matrix_unit;
   Parallel parallel;      // of the thread pool torch uses, or null
   const int32_t* routes;  // from turnout_sort
   const float* x;         // (T, D)

@@ -16,7 +16,7 @@ from turnout.tensors import Assignment
 class Kernel:
     """What a compiled library can do; it keeps its workspace from call to call."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, *, matrix_unit: bool = False) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._sort = library.turnout_sort
         self._sort.argtypes, self._sort.restype = [pointer] * 3 + [number] * 3 + [pointer], number
@@ -28,8 +28,14 @@ class Kernel:
         self._best = library.turnout_best
         self._best.argtypes = [pointer, number, number, number, pointer, number, pointer]
         self.poison = library.turnout_poison
+        self._library, self.matrix_unit = library, matrix_unit
         self._tile_columns = library.turnout_tile_columns()
         self._pool = _torch_pool()
+
+    def with_matrix_unit(self) -> "Kernel | str":
+        """The same, by the processor's matrix unit where it has a use for it; or why there is none."""
+        reason = NO_MATRIX_UNIT[self._library.turnout_ask_matrix_unit()]
+        return reason or Kernel(self._library, matrix_unit=True)
 
     def sort(self, assignment: Assignment, keep_N: Tensor | None) -> Routing:
         """Order the kept assignments by expert.
@@ -130,12 +136,15 @@ class Kernel:
 
     def _job(self, numbers: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> "array[int]":
         """`Job` of job.h; the fields that no tensor is given for are null."""
-        job = array("q", (*numbers, torch.get_num_threads(), self._pool, *map(_at, tensors)))
+        own = (torch.get_num_threads(), self.matrix_unit, self._pool)
+        job = array("q", (*numbers, *own, *map(_at, tensors)))
         job.extend([0] * (NUM_FIELDS - len(job)))
         return job
 
 
-NUM_FIELDS = 25  # of `Job` in job.h
+NUM_FIELDS = 26  # of `Job` in job.h
+# by what matrix_unit.h says
+NO_MATRIX_UNIT = ("the compiler or the processor knows no AMX", "", "Linux does not let this process use AMX")
 
 
 def _at(tensor: Tensor | None) -> int:

@@ -11,7 +11,7 @@ from turnout import reference
 from turnout.contracts import ExpertBackend
 from turnout.errors import TurnoutError
 from turnout.experts import FFNExperts, QuantizedFFNExperts, quantize_experts
-from turnout.kernels.build import has_vnni
+from turnout.experts.fused_int8 import int8_instructions
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
 from turnout.routers import TopK
@@ -96,7 +96,7 @@ def _try_quantized(name: str) -> Finding:
         available=True,
         proven=worst < QUANTIZED_TOLERANCE,
         reason=f"inference of quantised experts against the oracle of their weights, worst error {worst:.1e}; "
-        f"{'VNNI' if has_vnni() else 'no VNNI here: right, but not fast'}",
+        f"{int8_instructions()}",
     )
 
 
