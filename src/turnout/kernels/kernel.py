@@ -61,7 +61,7 @@ class Kernel:
     ) -> tuple[Tensor, Tensor | None]:
         """y_TD, and what the backward pass wants to have back, with room for `saved_rows`; None: nothing is.
 
-        Everything is float32 and contiguous.
+        Everything is float32 and contiguous; or tokens and matrices are bfloat16, for the matrix unit.
         """
         saved = None if saved_rows is None else x_TD.new_empty(self.saved_size(weights, saved_rows))
         y_TD = torch.empty_like(x_TD)
@@ -98,7 +98,7 @@ class Kernel:
         y_TD = torch.empty_like(x_TD)
         sizes = (routing.num_tokens, x_TD.shape[1], weights.hidden, len(weights.up_codes), routing.num_assignments)
         own = (weights.up_codes, weights.down_codes, weights.up_bias_EG, weights.down_bias_ED)
-        job = self._job((*sizes, KINDS[weights.kind], 0), (routing.routes, x_TD, weight_N, *own, None, y_TD))
+        job = self._job((*sizes, KINDS[weights.kind], 0, 0), (routing.routes, x_TD, weight_N, *own, None, y_TD))
         job.extend(map(_at, (weights.up_scales, weights.down_scales)))
         _check(self._int8(job.buffer_info()[0], digits))
         return y_TD
@@ -131,7 +131,8 @@ class Kernel:
         num_experts, hidden, dim = weights.down_EFD.shape
         sizes = (routing.num_tokens, dim, hidden, num_experts, routing.num_assignments, KINDS[weights.kind])
         own = (weights.up_EDG, weights.down_EFD, weights.up_bias_EG, weights.down_bias_ED)
-        job = self._job((*sizes, weights.is_half), (routing.routes, x_TD, weight_N, *own, *rest))
+        half_rows = x_TD.dtype == torch.bfloat16
+        job = self._job((*sizes, weights.is_half, half_rows), (routing.routes, x_TD, weight_N, *own, *rest))
         _check(function(job.buffer_info()[0]))
 
     def _job(self, numbers: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> "array[int]":
@@ -142,7 +143,7 @@ class Kernel:
         return job
 
 
-NUM_FIELDS = 26  # of `Job` in job.h
+NUM_FIELDS = 27  # of `Job` in job.h
 # by what matrix_unit.h says
 NO_MATRIX_UNIT = ("the compiler or the processor knows no AMX", "", "Linux does not let this process use AMX")
 
