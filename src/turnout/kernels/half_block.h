@@ -58,64 +58,65 @@ inline void gather_half(const HalfBlock& block, const bfloat* x, long columns, c
   }
 }
 
-// Two panels of a weight, each of two tiles of columns, packed in pairs of rows: [group of rows][tile][16 pairs][16][2].
-// Of each row two whole lines are read, which with a gate are of the gate and of what it gates.
+// Panels of a weight, each of two tiles of columns, packed in pairs of rows: [group of rows][tile][16 pairs][16][2].
+// Many side by side, as reading a line of each row is half as fast as reading eight that lie together.
 class HalfPanels {
  public:
   // Columns from `w` on, of which there are `left`; `second`: from a tile of a gate to what it gates, or 0.
   HalfPanels(const bfloat* w, long row_step, long depth, long left, long second)
-      : w_(w), row_step_(row_step), depth_(depth), gated_(second) {
-    start_[1] = second ? second : LINE;
-    left_[0] = left;
-    left_[1] = second ? left : left - LINE;
-  }
+      : number(int(std::min(most(depth), (left + width(second) - 1) / width(second)))),
+        w_(w),
+        row_step_(row_step),
+        depth_(depth),
+        left_(left),
+        second_(second) {}
 
-  static size_t floats(long depth) { return size_t(half_groups(depth)) * 2 * HALF_TILE; }  // for both
-  const bfloat* panel(const bfloat* room, int number) const { return room + number * panel_size(); }
+  const int number;
 
-  void pack(bfloat* room) const {
-    const long next = gated_ ? panel_size() : HALF_TILE;  // from the first half of a line to the second
-    for (int line = 0; line < 2; line++)
-      if (left_[line] > 0 || gated_)
-        pack_line(room + line * (gated_ ? HALF_TILE : panel_size()), next, w_ + start_[line], first_lanes(left_[line]));
-  }
-
-  // Rows [first, end), into the second cache.
-  void fetch(long first, long end) const {
-    for (long k = first; k < std::min(end, depth_); k++) {
-      fetch_line(w_ + k * row_step_);
-      if (left_[1] > 0) fetch_line(w_ + k * row_step_ + start_[1]);
-    }
-  }
-  long depth() const { return depth_; }
-
- private:
-  static constexpr long LINE = UNIT_BYTES / 2;
-
-  // GCC 12 takes a function that does nothing but __builtin_prefetch for one without effects.
-  static void fetch_line(const bfloat* p) { asm volatile("prefetcht1 %0" ::"m"(*p)); }
-  long panel_size() const { return half_groups(depth_) * 2 * HALF_TILE; }
+  static size_t floats(long depth) { return size_t(std::max(ROOM, 2 * size(depth)) / 2); }  // and of any smaller one
+  static long width(bool gated) { return gated ? UNIT_ROWS : HALF_PANEL; }  // columns, of a gate where there is one
+  static long strip(long depth, bool gated) { return most(depth) * width(gated); }
+  const bfloat* panel(const bfloat* room, int which) const { return room + which * size(depth_); }
 
   // What is beyond w is zero.
-  void pack_line(bfloat* out, long next, const bfloat* w, __mmask32 mask) const {
-    alignas(64) static const uint16_t order[] = {
-        0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
-        16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-    const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
+  void pack(bfloat* room) const {
     for (long k = 0; k < half_groups(depth_) * HALF_GROUP; k += 2) {
-      const __m512i even = k < depth_ ? _mm512_maskz_loadu_epi16(mask, w + k * row_step_) : _mm512_setzero_si512();
-      const __m512i odd =
-          k + 1 < depth_ ? _mm512_maskz_loadu_epi16(mask, w + (k + 1) * row_step_) : _mm512_setzero_si512();
-      bfloat* const to = out + k / HALF_GROUP * 2 * HALF_TILE + k % HALF_GROUP / 2 * HALF_GROUP;
-      _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_store_si512(to + next, _mm512_permutex2var_epi16(even, high, odd));
+      bfloat* const to = room + k / HALF_GROUP * 2 * HALF_TILE + k % HALF_GROUP / 2 * HALF_GROUP;
+      if (second_) {
+        for (int p = 0; p < number; p += 2) {
+          const bool both = p + 1 < number;
+          pack_line(to + p * size(depth_), both ? size(depth_) : 0, k, p * UNIT_ROWS, left_);
+          pack_line(to + p * size(depth_) + HALF_TILE, both ? size(depth_) : 0, k, second_ + p * UNIT_ROWS,
+                    second_ + left_);
+        }
+      } else {
+        for (int p = 0; p < number; p++) pack_line(to + p * size(depth_), HALF_TILE, k, p * HALF_PANEL, left_);
+      }
     }
+  }
+
+ private:
+  static constexpr long LINE = UNIT_BYTES / 2, ROOM = 128 << 10;  // values of the panels that are packed at once
+
+  static long size(long depth) { return half_groups(depth) * 2 * HALF_TILE; }
+  static long most(long depth) { return std::max(2L, std::min(8L, ROOM / size(depth) / 2 * 2)); }
+
+  // Rows k and k + 1 of a line of columns: its first half, and the second `next` further; 0: there is none.
+  void pack_line(bfloat* to, long next, long k, long column, long end) const {
+    alignas(64) static const uint16_t order[] = {
+        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    const __mmask32 mask = first_lanes(end - column);
+    const bfloat* from = w_ + k * row_step_ + column;
+    const __m512i even = _mm512_maskz_loadu_epi16(k < depth_ ? mask : 0, from);
+    const __m512i odd = _mm512_maskz_loadu_epi16(k + 1 < depth_ ? mask : 0, from + row_step_);
+    if (next) _mm512_store_si512(to + next, _mm512_permutex2var_epi16(even, _mm512_load_si512(order + 32), odd));
+    _mm512_store_si512(to, _mm512_permutex2var_epi16(even, _mm512_load_si512(order), odd));
   }
 
   const bfloat* const w_;
-  const long row_step_, depth_;
-  const bool gated_;
-  long start_[2] = {0, 0}, left_[2];
+  const long row_step_, depth_, left_, second_;
 };
 
 #endif

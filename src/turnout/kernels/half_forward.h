@@ -30,7 +30,6 @@ class HalfForward {
         routes_(job.routes, job.tokens, job.experts, job.assignments),
         act_(activation(job.kind)),
         before_(act_.parts * job.hidden),
-        width_(HALF_PANEL / act_.parts),
         units_(half_units(routes_, job, 2 * (job.dim + std::min(job.hidden, CHUNK_COLUMNS)))),
         sums_(job, routes_, nullptr, units_, reinterpret_cast<bfloat*>(job.y)) {}
 
@@ -65,24 +64,15 @@ class HalfForward {
   }
 
  private:
-  static constexpr int64_t CHUNK_COLUMNS = 1024;  // of h at a time
-
-  // What is to be packed next is fetched meanwhile, some rows at each of the products.
-  struct Turn {
-    const long share;
-    long row = 0;
-    Turn(const HalfPanels& ahead, long rows) : share(ahead.depth() * UNIT_BLOCK_ROWS / rows + 1) {}
-    void fetch(const HalfPanels& ahead) {
-      ahead.fetch(row, row + share);
-      row += share;
-    }
-  };
+  static constexpr int64_t CHUNK_COLUMNS = 256;  // of h at a time
 
   struct Scratch {
     bfloat *x, *h, *panels;
     HalfSums* out;  // where more than one chunk adds to it
   };
 
+  bool gated() const { return act_.parts == 2; }
+  long width() const { return HalfPanels::width(gated()); }  // columns of h that a panel gives
   long out_panels() const { return (job_.dim + HALF_PANEL - 1) / HALF_PANEL; }
 
   void block(int index, const Scratch& s) const {
@@ -92,12 +82,12 @@ class HalfForward {
     gather_half(x, reinterpret_cast<const bfloat*>(job_.x), job_.dim, routes_.token + unit.first);
     for (long f = 0; f < job_.hidden; f += CHUNK_COLUMNS) {
       const long end = std::min(job_.hidden, f + CHUNK_COLUMNS);
-      for (long j = f; j < end; j += 2 * width_) up_panels(unit, x, h, j, f, end, s);
+      for (long j = f; j < end; j += HalfPanels::strip(job_.dim, gated())) up_panels(unit, x, h, j, f, end, s);
       // what is beyond the last panel but in its group
-      const long columns = (end - f + width_ - 1) / width_ * width_;
+      const long columns = (end - f + width() - 1) / width() * width();
       if (columns % HALF_GROUP)
         for (int r = 0; r < unit.rows; r++) _mm256_storeu_si256(half_line(h, columns, r), _mm256_setzero_si256());
-      for (long d = 0; d < job_.dim; d += 2 * HALF_PANEL) down_panels(index, h, d, f, end, s);
+      for (long d = 0; d < job_.dim; d += HalfPanels::strip(end - f, false)) down_panels(index, h, d, f, end, s);
     }
   }
 
@@ -105,29 +95,17 @@ class HalfForward {
     return reinterpret_cast<__m256i*>(h.at(column / HALF_GROUP, row) + column % HALF_GROUP);
   }
 
-  HalfPanels up_of(const Unit& unit, long j) const {
-    const bfloat* up = static_cast<const bfloat*>(job_.up) + unit.expert * job_.dim * before_ + j;
-    return {up, before_, job_.dim, job_.hidden - j, act_.parts == 2 ? job_.hidden : 0};
-  }
-  HalfPanels down_of(const Unit& unit, long d, long f, long end) const {
-    const bfloat* down = static_cast<const bfloat*>(job_.down) + (unit.expert * job_.hidden + f) * job_.dim + d;
-    return {down, job_.dim, end - f, job_.dim - d, 0};
-  }
-
-  // Two panels of h, from column j on of the chunk [f, end): up, its bias, the activation.
+  // Panels of h from column j on, of the chunk [f, end): up, its bias, the activation.
   void up_panels(const Unit& unit, const HalfBlock& x, const HalfBlock& h, long j, long f, long end,
                  const Scratch& s) const {
-    const HalfPanels here = up_of(unit, j);
-    here.pack(s.panels);
-    const HalfPanels ahead = j + 2 * width_ < end ? up_of(unit, j + 2 * width_) : down_of(unit, 0, f, end);
-    const int panels = j + width_ < end ? 2 : 1;
-    Turn turn(ahead, panels * unit.rows);
-    for (int p = 0; p < panels; p++, j += width_)
+    const bfloat* up = static_cast<const bfloat*>(job_.up) + unit.expert * job_.dim * before_ + j;
+    const HalfPanels panels(up, before_, job_.dim, end - j, gated() ? job_.hidden : 0);
+    panels.pack(s.panels);
+    for (int p = 0; p < panels.number; p++, j += width())
       for (int r = 0; r < unit.rows; r += UNIT_BLOCK_ROWS) {
         const int rows = std::min(UNIT_BLOCK_ROWS, unit.rows - r);
-        turn.fetch(ahead);
         HalfSums sums;
-        multiply_half(x.at(0, r), x.group_bytes(), here.panel(s.panels, p), half_groups(job_.dim), rows > UNIT_ROWS,
+        multiply_half(x.at(0, r), x.group_bytes(), panels.panel(s.panels, p), half_groups(job_.dim), rows > UNIT_ROWS,
                       false, sums);
         if (job_.up_bias) add_bias(unit.expert, j, rows, sums);
         activate(sums, rows, h, j - f, r);
@@ -136,9 +114,9 @@ class HalfForward {
 
   void add_bias(int expert, long j, int rows, HalfSums& sums) const {
     const float* bias = job_.up_bias + expert * before_ + j;
-    const long second = act_.parts == 2 ? job_.hidden : UNIT_ROWS, left = job_.hidden - j;
+    const long second = gated() ? job_.hidden : UNIT_ROWS, left = job_.hidden - j;
     for (int tile = 0; tile < 2; tile++, bias += second) {
-      const long columns = act_.parts == 2 ? left : left - tile * UNIT_ROWS;
+      const long columns = gated() ? left : left - tile * UNIT_ROWS;
       const vec added = (vec)_mm512_maskz_loadu_ps(__mmask16(first_lanes(columns)), bias);
       for (int i = 0; i < rows; i++) store(sums.sum[tile][i], load(sums.sum[tile][i]) + added);
     }
@@ -146,7 +124,7 @@ class HalfForward {
 
   void activate(HalfSums& sums, int rows, const HalfBlock& h, long column, int first) const {
     float(*const value)[UNIT_ROWS] = sums.sum[0];
-    if (act_.parts == 2) {
+    if (gated()) {
       act_.line(value[0], sums.sum[1][0], value[0], rows * UNIT_ROWS);
       for (int i = 0; i < rows; i++)
         store_half(h.at(column / HALF_GROUP, first + i) + column % HALF_GROUP, load(value[i]));
@@ -157,22 +135,19 @@ class HalfForward {
       store_halves(h.at(column / HALF_GROUP, first + i), load(value[i]), load(sums.sum[1][i]));
   }
 
-  // Two panels of the output, from column d on: what the chunk [f, end) of h adds to them; weighted after the last.
+  // Panels of the output from column d on: what the chunk [f, end) of h adds to them; weighted after the last.
   void down_panels(int index, const HalfBlock& h, long d, long f, long end, const Scratch& s) const {
     const Unit& unit = units_[index];
-    const HalfPanels here = down_of(unit, d, f, end);
-    here.pack(s.panels);
-    const long next = d + 2 * HALF_PANEL;
-    const HalfPanels ahead = next < job_.dim ? down_of(unit, next, f, end) : up_of(unit, end < job_.hidden ? end : 0);
-    const int panels = d + HALF_PANEL < job_.dim ? 2 : 1, tiles = (unit.rows + UNIT_BLOCK_ROWS - 1) / UNIT_BLOCK_ROWS;
-    Turn turn(ahead, panels * unit.rows);
-    for (int p = 0; p < panels; p++, d += HALF_PANEL)
+    const bfloat* down = static_cast<const bfloat*>(job_.down) + (unit.expert * job_.hidden + f) * job_.dim + d;
+    const HalfPanels panels(down, job_.dim, end - f, job_.dim - d, 0);
+    panels.pack(s.panels);
+    const int tiles = (unit.rows + UNIT_BLOCK_ROWS - 1) / UNIT_BLOCK_ROWS;
+    for (int p = 0; p < panels.number; p++, d += HALF_PANEL)
       for (int t = 0; t < tiles; t++) {
         const int r = t * UNIT_BLOCK_ROWS, rows = std::min(UNIT_BLOCK_ROWS, unit.rows - r);
-        turn.fetch(ahead);
         HalfSums own;
         HalfSums& sums = job_.hidden <= CHUNK_COLUMNS ? own : s.out[d / HALF_PANEL * tiles + t];
-        multiply_half(h.at(0, r), h.group_bytes(), here.panel(s.panels, p), half_groups(end - f), rows > UNIT_ROWS,
+        multiply_half(h.at(0, r), h.group_bytes(), panels.panel(s.panels, p), half_groups(end - f), rows > UNIT_ROWS,
                       f > 0, sums);
         if (end == job_.hidden) put(index, sums, r, rows, d);
       }
@@ -203,7 +178,7 @@ class HalfForward {
   const Job& job_;
   const Routes routes_;
   const Activation& act_;
-  const long before_, width_;  // columns before the activation; of h, that a panel gives
+  const long before_;  // columns before the activation
   const std::vector<Unit> units_;
   RowSums sums_;
   std::vector<Scratch> scratch_;
