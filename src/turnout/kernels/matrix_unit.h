@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && \
+    defined(__AVX512BW__) && defined(__linux__)
 #define TURNOUT_MATRIX_UNIT 1
 #include <immintrin.h>
 #include <sys/syscall.h>
