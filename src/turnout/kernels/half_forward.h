@@ -130,7 +130,10 @@ class HalfForward {
         store_half(h.at(column / HALF_GROUP, first + i) + column % HALF_GROUP, load(value[i]));
       return;
     }
-    for (int tile = 0; tile < 2; tile++) act_.line(sums.sum[tile][0], sums.sum[tile][0], sums.sum[tile][0], rows * UNIT_ROWS);
+    for (int tile = 0; tile < 2; tile++) {
+      float* const own = sums.sum[tile][0];
+      act_.line(own, own, own, rows * UNIT_ROWS);
+    }
     for (int i = 0; i < rows; i++)
       store_halves(h.at(column / HALF_GROUP, first + i), load(value[i]), load(sums.sum[1][i]));
   }
@@ -157,9 +160,10 @@ class HalfForward {
     const Unit& unit = units_[index];
     const long columns = job_.dim - d;
     const __mmask16 mask[] = {__mmask16(first_lanes(columns)), __mmask16(first_lanes(columns - UNIT_ROWS))};
+    const float* added = job_.down_bias + unit.expert * job_.dim + d;
     vec bias[2] = {};
     for (int tile = 0; job_.down_bias && tile < 2; tile++)
-      bias[tile] = (vec)_mm512_maskz_loadu_ps(mask[tile], job_.down_bias + unit.expert * job_.dim + d + tile * UNIT_ROWS);
+      bias[tile] = (vec)_mm512_maskz_loadu_ps(mask[tile], added + tile * UNIT_ROWS);
     for (int i = 0; i < rows; i++) {
       const int row = unit.first + r + i;
       const float weight = job_.weight[routes_.assignment[row]];
