@@ -160,9 +160,9 @@ class HalfForward {
     const Unit& unit = units_[index];
     const long columns = job_.dim - d;
     const __mmask16 mask[] = {__mmask16(first_lanes(columns)), __mmask16(first_lanes(columns - UNIT_ROWS))};
-    const float* added = job_.down_bias + unit.expert * job_.dim + d;
+    const float* added = job_.down_bias ? job_.down_bias + unit.expert * job_.dim + d : nullptr;
     vec bias[2] = {};
-    for (int tile = 0; job_.down_bias && tile < 2; tile++)
+    for (int tile = 0; added && tile < 2; tile++)
       bias[tile] = (vec)_mm512_maskz_loadu_ps(mask[tile], added + tile * UNIT_ROWS);
     for (int i = 0; i < rows; i++) {
       const int row = unit.first + r + i;
