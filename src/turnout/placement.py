@@ -38,6 +38,10 @@ class Placement:
     def ranks(self) -> int:
         return len(self.bounds) - 1
 
-    def experts_of(self, rank: int) -> range:
-        """The experts a rank holds."""
+    def slots_of(self, rank: int) -> range:
+        """The places of a rank's experts among those of all ranks."""
         return range(self.bounds[rank], self.bounds[rank + 1])
+
+    def experts_of(self, rank: int) -> tuple[int, ...]:
+        """The experts a rank holds, in the order it holds them."""
+        return tuple(self.slots_of(rank))

@@ -269,7 +269,7 @@ def begins_where_it_says(case: TrainCase, model: Decoder, parallel: Parallel) ->
     fresh = decoder(case)
     for name, weight in model.named_parameters():
         if name.endswith("experts.up_EDG"):
-            first, own_EDG = parallel.shards.first_expert(name), here(weight)
+            first, own_EDG = parallel.shards.expert_at(name, 0), here(weight)
             if not torch.equal(own_EDG, fresh.get_parameter(name)[first : first + len(own_EDG)]):
                 return False
     return True

@@ -51,7 +51,7 @@ def test_rows_merged_per_node_are_not_sent_to_ranks() -> None:
 def test_experts_lie_evenly_on_ranks(ranks: int, each: int, rest: int) -> None:
     num_experts = ranks * each + rest % ranks
     placement = Placement.even(num_experts, ranks)
-    runs = [placement.experts_of(rank) for rank in range(ranks)]
+    runs = [placement.slots_of(rank) for rank in range(ranks)]
     assert [expert for run in runs for expert in run] == list(range(num_experts))
     assert max(map(len, runs)) - min(map(len, runs)) <= 1
     assert (placement.ranks, placement.num_experts) == (ranks, num_experts)

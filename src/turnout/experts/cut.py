@@ -36,14 +36,14 @@ class Cut:
     def ranks(self) -> int:
         return self.placement.ranks * self.slices
 
-    def first_expert(self, rank: int) -> int:
-        """The expert that stands first in a rank's part."""
-        return self.placement.experts_of(rank // self.slices).start
+    def expert_at(self, rank: int, row: int) -> int:
+        """The expert that stands at a row of a rank's part."""
+        return self.placement.experts_of(rank // self.slices)[row]
 
     def part(self, whole: Tensor, rank: int) -> Tensor:
         """What a rank has of it. Shapes: whole (E, ...); returns its experts, its slice of their hidden width."""
         place, at = divmod(rank, self.slices)
-        mine = self.placement.experts_of(place)
+        mine = self.placement.slots_of(place)
         rows = whole[mine.start : mine.stop]
         if self.slices == 1:
             return rows
@@ -55,7 +55,7 @@ class Cut:
     def blocks(self, rank: int) -> tuple[Block, ...]:
         """The boxes of the whole of which `part` consists; none where it has no values."""
         place, at = divmod(rank, self.slices)
-        mine = self.placement.experts_of(place)
+        mine = self.placement.slots_of(place)
         sizes, start = [len(mine), *self.shape[1:]], [mine.start] + [0] * (len(self.shape) - 1)
         if self.slices == 1 or self.axis == 0:
             whole = Block(whole_at=tuple(start), part_at=(0,) * len(sizes), sizes=tuple(sizes))

@@ -176,7 +176,7 @@ class ExpertParallel(Dispatcher):
         if not self._merged:
             return {}
         mesh, num_tokens = self._group.mesh, assignment.num_tokens
-        held = [len(self._placement.experts_of(rank)) for rank in range(mesh.size)]
+        held = [len(self._placement.slots_of(rank)) for rank in range(mesh.size)]
         rank_of_expert_E = spread(range(mesh.size), held, plan.token_M.device)
         rank_M = rank_of_expert_E[assignment.expert_N[plan.assignment_M]]
         goes_PT = torch.zeros(mesh.size * num_tokens, dtype=torch.int64, device=plan.token_M.device)
