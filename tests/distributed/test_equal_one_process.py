@@ -23,6 +23,7 @@ from tests.distributed.cases import (
     layer_cases,
     optimizer,
     passed,
+    placement_of,
     tolerance,
     train_cases,
     worst,
@@ -31,7 +32,6 @@ from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_man
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
 from turnout.comm import expert_mesh, kernel_count
 from turnout.dispatch import plan_dispatch
-from turnout.placement import Placement
 from turnout.plan.expert_volume import expert_tensor_volume, expert_weights_volume
 from turnout.plan.shapes import SHAPES
 from turnout.plan.step import Step
@@ -190,8 +190,7 @@ def test_the_kernel_counts_the_same_bytes(case: LayerCase, outcomes: Outcomes) -
 
 def destinations(case: LayerCase, rank: int) -> list[list[int]]:
     """The ranks where each token's experts are; blocks of one size are rows that all exist."""
-    placement = Placement.even(case.num_experts, case.ep)
-    at = [to for to in range(case.ep) for _ in placement.experts_of(to)]
+    at = placement_of(case).rank_of
     layer, inputs = build(case), inputs_of(case, rank)
     routing = layer.router(inputs.x_TD, None, inputs.mask_T)
     admission = case.capacity.admit(routing.assignment)
