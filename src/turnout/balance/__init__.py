@@ -1,0 +1,19 @@
+"""Where experts should lie, from what was routed: EPLB, and a search by predicted seconds. Never imports torch."""
+
+from turnout.balance.cost import Cost, Prices, cost_of
+from turnout.balance.eplb import eplb
+from turnout.balance.moving import expert_moves, moved_bytes
+from turnout.balance.routed import Routed
+from turnout.balance.search import Limits, balanced
+
+__all__ = [
+    "Cost",
+    "Limits",
+    "Prices",
+    "Routed",
+    "balanced",
+    "cost_of",
+    "eplb",
+    "expert_moves",
+    "moved_bytes",
+]
