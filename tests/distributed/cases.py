@@ -289,6 +289,7 @@ class TrainCase:
     losses: tuple[Loss, ...] = (LoadBalance(coefficient=0.1), RouterZ(coefficient=0.1))
     capacity: CapacityPolicy = Dropless()
     idle_rank: bool = False  # the last rank has nothing but padding
+    moves: tuple[tuple[int, ...], ...] = ()  # the rank of each expert from each step on; empty: as before
     steps: int = 2
 
     name = LayerCase.name
@@ -328,6 +329,20 @@ def train_cases() -> Iterator[TrainCase]:
     yield TrainCase(ep=2, adam=True, accumulate=2, switches=(("node_dedup", 8, 1), ("flat", 1, 0)))
     yield from sharded_cases()
     yield from tensor_cases()
+    yield from moving_cases()
+
+
+def moving_cases() -> Iterator[TrainCase]:
+    """Experts change their ranks between steps: evenly, then more on some ranks, then home; with all that is kept."""
+    even, uneven, home = (3, 0, 2, 1, 1, 2, 0, 3), (0, 3, 3, 0, 1, 3, 2, 3), (0, 0, 1, 1, 2, 2, 3, 3)
+    plain = TrainCase(moves=((), even, uneven, home), steps=5, local=2)
+    yield replace(plain, adam=True, bias=True)
+    yield replace(plain, program="node_dedup", overlap=2, accumulate=2)
+    yield replace(plain, zero=3, adam=True, program="hierarchical")
+    halves = ((), (1, 0, 1, 0, 0, 1, 0, 1), (1, 0, 0, 0, 0, 1, 0, 0))
+    yield TrainCase(ep=2, etp=2, moves=halves, adam=True, bias=True, steps=4)
+    yield TrainCase(ep=2, moves=halves, adam=True, steps=4, switches=(("flat", 1, 1), *[("rank_dedup", 2, 0)] * 3))
+    yield TrainCase(ep=2, tp=2, attention="all", shard_tokens=True, moves=halves, adam=True, steps=4)
 
 
 def tensor_cases() -> Iterator[TrainCase]:

@@ -246,6 +246,17 @@ def test_training_steps_equal_one_process(case: TrainCase, outcomes: Outcomes) -
     assert not any(got["moved"] for got in found), "to change r, program or chunks moves no parameter"
 
 
+@pytest.mark.parametrize("case", [case for case in TRAININGS if case.moves], ids=lambda case: case.name)
+def test_a_move_sends_the_bytes_that_were_shown_before(case: TrainCase, outcomes: Outcomes) -> None:
+    found = of_ranks(outcomes, case)
+    moves = [step for step in case.moves if step]
+    for outcome in found:
+        assert len(outcome["sent"]) == len(moves) * len(decoder(case).moe_blocks())
+        for shown, counted in outcome["sent"]:
+            assert shown == counted
+    assert all(sum(size for size, _ in outcome["sent"][0][1].values()) for outcome in found)
+
+
 @pytest.mark.parametrize("case", [case for case in TRAININGS if case.zero], ids=lambda case: case.name)
 def test_ranks_keep_no_more_than_their_shards(case: TrainCase, outcomes: Outcomes) -> None:
     """Dense weights over all ranks or `zero_size` of them; of shared experts what their copies have between them."""

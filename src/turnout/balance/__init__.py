@@ -2,13 +2,16 @@
 
 from turnout.balance.cost import Cost, Prices, cost_of
 from turnout.balance.eplb import eplb
+from turnout.balance.machine import ExpertShape, Machine
 from turnout.balance.moving import expert_moves, moved_bytes
 from turnout.balance.routed import Routed
 from turnout.balance.search import Limits, balanced
 
 __all__ = [
     "Cost",
+    "ExpertShape",
     "Limits",
+    "Machine",
     "Prices",
     "Routed",
     "balanced",
