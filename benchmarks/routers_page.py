@@ -33,7 +33,8 @@ want of room), left out (by design) and undecided (entropy of the scores, 1 is a
 training. On validation text after training: experts a token; worst load (the greatest over the fair share, less 1,
 mean over layers); told by id (share of an expert's identity that the token's id tells); bytes that a layer would send
 between 8 ranks, there and back, a token. Time: a layer forward and backward over one with softmax top-k of as many
-choices, in the shapes of `turnout bench routers` on two CPU cores: {shapes}.
+choices, in the shapes of `turnout bench routers` on two CPU cores:
+{shapes}.
 """
 COLUMNS = (
     *("router", "loss", "spread", f"beside {BESIDE}", "experts a token", "dropped", "left out"),
@@ -96,13 +97,15 @@ def _page(
             first=seeds[0],
             last=seeds[-1],
             beside=BESIDE,
-            shapes="; ".join(shapes),
+            shapes=";\n".join(shapes),
         ).splitlines(),
         "",
         *([f"A loss that no generation can have, for they see later tokens: {', '.join(ahead)}.", ""] if ahead else []),
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
         *(_row(name, by_router[name], beside, timed) for name in order),
+        "",
+        *_defaults(order, by_router),
         "",
         *_settings(recipe, order, settings),
         "",
@@ -127,9 +130,7 @@ def _row(
     timed: Sequence[dict[str, Any]],
 ) -> str:
     losses = [run["val_loss"] for run in runs]
-    same_seed = {run["seed"]: run for run in beside}
-    pairs = [(run, same_seed[run["seed"]]) for run in runs if run["seed"] in same_seed]
-    behind = statistics.fmean(a["val_loss"] - b["val_loss"] for a, b in pairs)
+    behind = statistics.fmean(_differences(runs, beside))
     own = {_shape_words(row["shape"]): f"{row['time_over_topk']:.2f}" for row in timed if row["peer"] == name}
     # a shape may not allow a router
     times = [own.get(shape, "-") for shape in _shapes(timed)]
@@ -154,9 +155,33 @@ def _mean(rows: Sequence[dict[str, Any]], key: str) -> float:
     return statistics.fmean(row[key] for row in rows)
 
 
+def _defaults(order: Sequence[str], by_router: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Which routers are ahead of the one beside them at every seed, and what follows for what a layer starts with."""
+    ahead = [
+        f"`{name}`"
+        for name in order
+        if RouterConfig.TABLE[name].causal
+        and all(difference < 0 for difference in _differences(by_router[name], by_router[BESIDE]))
+    ]
+    return [
+        "## What the defaults follow from",
+        "",
+        f"Ahead of `{BESIDE}` at every seed: {', '.join(ahead) or 'none'}. So `tiny`, which has token ids and little",
+        f"time, routes by `hash`; a layer by itself has no ids and starts with `{BESIDE}`, than which no router that",
+        "learns is better by more than seeds differ and as simple. These are a training's first minutes: what learns",
+        "slowly is judged too early, and a small machine says nothing of large models.",
+    ]
+
+
+def _differences(runs: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]]) -> list[float]:
+    """Loss less that of the other router at the same seed."""
+    same_seed = {run["seed"]: run["val_loss"] for run in beside}
+    return [run["val_loss"] - same_seed[run["seed"]] for run in runs if run["seed"] in same_seed]
+
+
 def _settings(recipe: str, names: Sequence[str], settings: Sequence[str]) -> list[str]:
     """What each router was set to, and its losses: a router is compared with these, not with its paper's."""
-    lines = ["Settings, where they are not the router's own defaults are those of the recipe:", ""]
+    lines = ["## Settings", "", "Where they are not the router's own defaults they are those of the recipe:", ""]
     for variant in with_routers(load_recipe(recipe, settings), sorted(names)):
         assert variant.model.moe is not None
         moe = variant.model.moe
