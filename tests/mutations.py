@@ -25,6 +25,7 @@ DISPATCH = "tests/contracts/test_dispatch.py"
 GSHARD = "tests/contracts/test_gshard.py"
 BALANCED = "tests/contracts/test_balanced_routers.py"
 LOCMOE = "tests/contracts/test_locmoe.py"
+LOCALITY = "tests/distributed/test_locality.py"
 GROUPED = "tests/contracts/test_grouped_mm.py"
 GENERATE = "tests/paths/test_generate.py"
 COEFFICIENT = "tests/paths/test_effective_coefficient.py"
@@ -286,6 +287,28 @@ MUTATIONS = (
         "return y_TD + shared(x_TD)",
         (PADDING, LAYER),
     ),
+    Mutation(
+        "locality: the logarithms change places",
+        "losses/locality.py",
+        "current_E.clamp(min=least).log() - local_E.log()",
+        "local_E.log() - current_E.clamp(min=least).log()",
+        (LOCMOE,),
+    ),
+    Mutation(
+        "locality: the share of other nodes on each of their experts",
+        "losses/locality.py",
+        "epsilon / (num_experts - num_local)",
+        "epsilon",
+        (LOCMOE,),
+    ),
+    Mutation(
+        "locality: near are the experts of one rank",
+        "placement.py",
+        "bounds[first + self.node_size]",
+        "bounds[first + 1]",
+        (LOCMOE,),
+    ),
+    Mutation("locality: every rank on the first node", "parallel/sites.py", "rank=group.rank", "rank=0", (LOCALITY,)),
     Mutation(
         "locmoe: one row more than the floor",
         "ranking.py",
