@@ -1,4 +1,4 @@
-"""Placement: which rank of an expert group holds which experts."""
+"""Placement: which rank of an expert group holds which experts, and where one rank stands among them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,3 +120,46 @@ class Placement:
             if not goes_on:
                 yield Run(begin, self.rank_of[begin], row[begin], expert - begin)
                 begin = expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where one process stands among the ranks that share the experts of a layer."""
+
+    placement: Placement
+    node_size: int  # ranks of the group on a node: neighbours, equally many on each
+    rank: int  # this process's in the group
+
+    def __post_init__(self) -> None:
+        ranks = self.placement.ranks
+        if not (1 <= self.node_size <= ranks and ranks % self.node_size == 0):
+            raise ConfigError(f"site.node_size={self.node_size} must divide the {ranks} ranks of the placement")
+        if not 0 <= self.rank < ranks:
+            raise ConfigError(f"site.rank={self.rank} must be in 0..{ranks - 1}")
+
+    @classmethod
+    def alone(cls, num_experts: int) -> "Site":
+        """Of a process that holds every expert."""
+        return cls(placement=Placement.even(num_experts, 1), node_size=1, rank=0)
+
+    @property
+    def nodes(self) -> int:
+        return self.placement.ranks // self.node_size
+
+    @property
+    def near(self) -> tuple[int, ...]:
+        """The experts on the node of this process, in order."""
+        first = self.rank // self.node_size * self.node_size
+        return self.placement.experts_near(range(first, first + self.node_size))
+
+    def spread(self, groups: int, ranks_each: int = 1) -> int:
+        """Of `groups` equal runs of neighbouring experts, the most units of `ranks_each` ranks that one lies on.
+
+        Raises: ConfigError unless the groups divide the experts.
+        """
+        num_experts = self.placement.num_experts
+        if num_experts % groups:
+            raise ConfigError(f"groups={groups} must divide num_experts={num_experts}")
+        size = num_experts // groups
+        unit = [rank // ranks_each for rank in self.placement.rank_of]
+        return max(len(set(unit[first : first + size])) for first in range(0, num_experts, size))

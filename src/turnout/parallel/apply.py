@@ -20,6 +20,7 @@ from turnout.parallel.layout import Parallel
 from turnout.parallel.own_targets import OwnTargets
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.shards import Shards
+from turnout.parallel.sites import stand
 from turnout.parallel.supported import check_shards, check_supported
 from turnout.parallel.tensor_parallel import Tokens, check_dense, share_dense
 from turnout.placement import Placement
@@ -39,8 +40,10 @@ def apply(
     """Cut experts over `strategy.ep` times `etp` ranks, attention and dense layers over `tp`, and make all groups.
 
     The whole model, equal on all ranks, goes in; build the optimizer after. Every rank of the process group calls it;
-    `world` tells how many ranks a node has (None: all are on one). With ep=etp=1 the layers stay as they are, and never
-    communicate. Gradients are then those of this rank's tokens: `reduce_gradients` makes them the step's.
+    `world` tells how many ranks a node has (None: as torchrun says). With ep=etp=1 the layers stay as they are, and
+    never communicate. Gradients are then those of this rank's tokens: `reduce_gradients` makes them the step's.
+    Losses that ask which experts are near are told; the first rank warns where the groups of a router or of a loss are
+    not the devices or nodes that they stand for.
     With tp every rank of a group of neighbours calls the model with the same tokens, and gets the same output.
     "auto" shares the experts over all ranks, as far as they go, in the layout from which a `Tuner` reaches the others.
     Raises: ConfigError if the strategy does not fit the ranks or the model, or is not in this version.
@@ -56,6 +59,7 @@ def apply(
         if any(weight.is_meta for weight in model.parameters()):
             raise ConfigError("the model is on the meta device: give its weights values, then apply")
     groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
+    stand(layers, resolved, groups)
     ledger = Ledger()
     cuts = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
     tensor, dense = groups.tensor, dict[str, DenseCut]()

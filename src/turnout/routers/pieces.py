@@ -104,6 +104,17 @@ def check_reach(k: int, *, groups: int, top_groups: int, num_experts: int) -> No
         )
 
 
+def reach_remark(groups: int, top_groups: int, units: str, spread: int, there: int) -> str:
+    """What a limit to `top_groups` of `groups` is worth where one group lies on `spread` of `there` ranks or nodes."""
+    if spread == 1 or top_groups == groups:
+        return ""
+    return (
+        f"router.groups={groups}: the experts of one group lie on {spread} of the {there} {units} of this layout, so "
+        f"top_groups={top_groups} lets a token reach {min(there, spread * top_groups)} {units}; groups={there} are its "
+        f"{units}"
+    )
+
+
 def normal_draw(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal numbers in the shape of `like`; drawn in float32 whatever its dtype: one seed is one noise."""
     return torch.randn(like.shape, dtype=torch.float32, device=like.device, generator=generator).to(like.dtype)
