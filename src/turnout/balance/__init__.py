@@ -3,7 +3,7 @@
 from turnout.balance.cost import Cost, Prices, cost_of
 from turnout.balance.eplb import eplb
 from turnout.balance.machine import ExpertShape, Machine
-from turnout.balance.moving import expert_moves, moved_bytes
+from turnout.balance.moving import Move, by_rank, expert_moves, moved_bytes
 from turnout.balance.routed import Routed
 from turnout.balance.search import Limits, balanced
 
@@ -12,9 +12,11 @@ __all__ = [
     "ExpertShape",
     "Limits",
     "Machine",
+    "Move",
     "Prices",
     "Routed",
     "balanced",
+    "by_rank",
     "cost_of",
     "eplb",
     "expert_moves",

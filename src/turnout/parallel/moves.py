@@ -22,6 +22,7 @@ from turnout.experts.cut import Cut
 from turnout.layers import MoE
 from turnout.parallel.layout import Parallel
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
+from turnout.parallel.sites import site_in
 from turnout.placement import Placement
 
 
@@ -120,6 +121,7 @@ def moved(
         cuts |= {prefix_of(name) + own: cut for own, cut in new.items()}
         reach = dispatcher_of(name, parallel.strategy, group, new, parallel.ledger)
         layer.reach(sending_own(name, reach, parallel.strategy, parallel.groups.tensor, parallel.ledger))
+        layer.stand(site_in(group, after))
     return replace(parallel, shards=replace(parallel.shards, cuts=cuts))
 
 

@@ -16,7 +16,7 @@ from turnout.models.decoder import DecoderLoss
 from turnout.parallel import Parallel, reduce_gradients
 from turnout.tensors import LossTerm, MoEStats, total_loss
 from turnout.train.guards import ExpertAt, GradReport, clip_and_check, nonfinite_report
-from turnout.train.parts import Share, count_ahead, mean_over_ranks, shares, sum_stats
+from turnout.train.parts import Share, count_ahead, mean_over_ranks, own_stats, shares, sum_stats
 
 LossFunction = Callable[..., DecoderLoss]  # Decoder.loss, compiled or not
 
@@ -30,6 +30,7 @@ class StepResult:
     aux: dict[str, float]  # name -> value, averaged over layers and tokens, without coefficient
     grad_norm: float
     stats: tuple[MoEStats, ...]  # one per MoE layer, summed over micro-batches and ranks
+    own: tuple[MoEStats, ...]  # the same of this rank alone
     problem: str | None
 
 
@@ -80,6 +81,7 @@ def train_step(
         aux=aux,
         grad_norm=float(report.norm),
         stats=stats,
+        own=own_stats(own),
         problem=problem,
     )
 
