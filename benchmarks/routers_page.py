@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from turnout.contracts import RouterConfig
+from turnout.train.compared_losses import balance_alone
 from turnout.train.recipes import load_recipe
 from turnout.train.variants import with_routers
 
@@ -43,7 +44,7 @@ COLUMNS = (
 
 
 def main() -> None:
-    """Raises: SystemExit if the row everything stands beside is missing."""
+    """Raises: SystemExit if the row everything stands beside is missing, or one router's rows are not of one kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--bench", type=Path, required=True)
@@ -88,7 +89,7 @@ def _page(
     tokens = statistics.median(row["tokens"] for row in rows)
     beside = by_router[BESIDE]
     order = sorted(by_router, key=lambda name: _mean(by_router[name], "val_loss"))
-    ahead = [name for name in order if not RouterConfig.TABLE[name].causal]
+    ahead = [name for name in order if _looks_ahead(name, by_router[name][0])]
     shapes = _shapes(timed)
     return [
         *INTRO.format(
@@ -107,7 +108,7 @@ def _page(
         "",
         *_defaults(order, by_router),
         "",
-        *_settings(recipe, order, settings),
+        *_settings(recipe, by_router, settings),
         "",
     ]
 
@@ -160,7 +161,7 @@ def _defaults(order: Sequence[str], by_router: dict[str, list[dict[str, Any]]]) 
     ahead = [
         f"`{name}`"
         for name in order
-        if RouterConfig.TABLE[name].causal
+        if not _looks_ahead(name, by_router[name][0])
         and all(difference < 0 for difference in _differences(by_router[name], by_router[BESIDE]))
     ]
     return [
@@ -179,15 +180,43 @@ def _differences(runs: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]
     return [run["val_loss"] - same_seed[run["seed"]] for run in runs if run["seed"] in same_seed]
 
 
-def _settings(recipe: str, names: Sequence[str], settings: Sequence[str]) -> list[str]:
-    """What each router was set to, and its losses: a router is compared with these, not with its paper's."""
+def _settings(recipe: str, by_router: dict[str, list[dict[str, Any]]], settings: Sequence[str]) -> list[str]:
+    """What each router was set to, and its losses."""
     lines = ["## Settings", "", "Where they are not the router's own defaults they are those of the recipe:", ""]
-    for variant in with_routers(load_recipe(recipe, settings), sorted(names)):
-        assert variant.model.moe is not None
-        moe = variant.model.moe
-        losses = ", ".join(repr(loss) for loss in moe.losses) or "no auxiliary loss"
-        lines.append(f"- `{moe.router!r}`; {losses}")
+    for name in sorted(by_router):
+        found = {_words_of(recipe, name, row, settings) for row in by_router[name]}
+        if len(found) > 1:
+            sys.exit(f"the rows of {name} are of different settings or losses: {'; '.join(sorted(found))}")
+        lines += [f"- {words}" for words in found]
     return lines
+
+
+def _words_of(recipe: str, name: str, row: dict[str, Any], settings: Sequence[str]) -> str:
+    router, losses = _recorded(row) if row.get("router") else _as_it_was(recipe, name, settings)
+    return f"`{router}`; {', '.join(losses) or 'no auxiliary loss'}"
+
+
+def _recorded(row: dict[str, Any]) -> tuple[str, list[str]]:
+    return _words(row["router"]), [_words(loss) for loss in row["losses"]]
+
+
+def _words(part: dict[str, Any]) -> str:
+    values = [f"{k}={_words(v) if isinstance(v, dict) else repr(v)}" for k, v in part.items() if k != "name"]
+    return f"{part['name']}({', '.join(values)})"
+
+
+def _as_it_was(recipe: str, name: str, settings: Sequence[str]) -> tuple[str, list[str]]:
+    """Of rows that do not say: the comparison then gave every router that needs a loss the load-balance loss."""
+    (variant,) = with_routers(load_recipe(recipe, settings), [name])
+    assert variant.recipe.model.moe is not None
+    router = variant.recipe.model.moe.router
+    return repr(router), [repr(loss) for loss in balance_alone(router)]
+
+
+def _looks_ahead(name: str, row: dict[str, Any]) -> bool:
+    """Whether its validation loss is of tokens that see later ones."""
+    told = row.get("sees_later_tokens")
+    return not RouterConfig.TABLE[name].causal if told is None else "evaluation" in told
 
 
 if __name__ == "__main__":

@@ -554,6 +554,34 @@ MUTATIONS = (
         (LOSSES,),
     ),
     Mutation(
+        "device balance: groups and size swapped",
+        "losses/device_balance.py",
+        "unflatten(-1, (groups, device_size(value_E.shape[-1], groups))).sum(dim=-1)",
+        "unflatten(-1, (device_size(value_E.shape[-1], groups), groups)).sum(dim=-1)",
+        (LOSSES,),
+    ),
+    Mutation(
+        "device balance: experts are dealt to devices in turn",
+        "losses/device_balance.py",
+        "unflatten(-1, (groups, device_size(value_E.shape[-1], groups))).sum(dim=-1)",
+        "unflatten(-1, (device_size(value_E.shape[-1], groups), groups)).sum(dim=-2)",
+        (LOSSES,),
+    ),
+    Mutation(
+        "device balance: summed over the devices",
+        "losses/device_balance.py",
+        "device_size(value_E.shape[-1], groups))).sum(dim=-1)",
+        "device_size(value_E.shape[-1], groups))).sum(dim=-2)",
+        (LOSSES,),
+    ),
+    Mutation(
+        "communication balance: the devices of a token are not divided by",
+        "losses/communication_balance.py",
+        "self.groups / (self.top_groups * num_routed) * sent",
+        "self.groups / num_routed * sent",
+        (LOSSES,),
+    ),
+    Mutation(
         "communication balance: a token is sent for each expert",
         "losses/communication_balance.py",
         "torch.ones_like(device_N, dtype=torch.bool)).sum(dim=0)",
@@ -584,8 +612,8 @@ MUTATIONS = (
     Mutation(
         "ranks: slices add up what belongs to another's rows",
         "comm/slices.py",
-        "weighted_sum(y_ND, None, self._by_expert)",
-        "y_ND",
+        "send_rows(weighted_sum(y_ND, None, self._by_expert), self",
+        "send_rows(y_ND, self",
         (RANKS,),
     ),
     Mutation(
@@ -628,7 +656,7 @@ MUTATIONS = (
         "train/evaluate.py",
         "turn[at] if at < len(turn)",
         "turn[0] if at < len(turn)",
-        ("tests/distributed/test_train_under_torchrun.py",),
+        ("tests/paths/test_evaluate.py",),
     ),
 )
 
