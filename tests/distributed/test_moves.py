@@ -70,6 +70,7 @@ def work(world: World, folder: Path) -> None:
     found["near"] = near(on_hosts)
     found["refused"] = refused(on_hosts)
     found["decided"] = decided(on_hosts)
+    found["sources"] = sources(world)
     found["runs"] = runs(on_hosts, folder)
     torch.save(found, folder / f"rank-{world.rank}.pt")
 
@@ -253,6 +254,42 @@ def decided(world: World) -> dict[str, list[str]]:
             assert (move.before, move.after) == (before, placements_of(layer, parallel)[""])
         found[name] = [str(move) for move in moves]
     return found
+
+
+SOURCES = {
+    "two groups": (Strategy(ep=2), [(0, 2), (1, 3)], 0.5),  # ranks that stand for each of the group, and their share
+    "two slices": (Strategy(ep=2, etp=2), [(0, 1), (2, 3)], 1.0),
+}
+
+
+def sources(world: World) -> dict[str, Any]:
+    """Rows by rank of the expert group, where groups are two or slices are neighbours."""
+    found = {}
+    for name, (strategy, _, _) in SOURCES.items():
+        layer = MoE(6, 4, EXPERTS)
+        parallel = apply(layer, strategy, world=replace(world, local_size=RANKS))
+        link = Link(bytes_per_s=1e9)
+        machine = Machine(flops_per_s=1e9, intra=link, inter=link)
+        rebalancer = Rebalancer(layer, parallel, Rebalancing(every=1, element_bytes=4, machine=machine))
+        rebalancer.note([counted(own_rows(world.rank))])
+        _, moves, rows = rebalancer.rebalanced(layer, parallel, optim.SGD(layer.parameters()))
+        found[name] = (rows[0], [move.tokens for move in moves])
+    return found
+
+
+def own_rows(rank: int) -> list[int]:
+    return [(rank + 1) * (100 if expert == rank else 10) for expert in range(EXPERTS)]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_rows_are_counted_for_a_mean_group_and_for_all_slices(name: str, outcomes: tuple[Path, list[Outcome]]) -> None:
+    _, members, share = SOURCES[name]
+    want = [[share * sum(column) for column in zip(*map(own_rows, ranks), strict=True)] for ranks in members]
+    for outcome in outcomes[1]:
+        rows, tokens = outcome["sources"][name]
+        assert np.allclose(rows, want)
+        # bytes a token count one slice's rows and tokens
+        assert tokens == [pytest.approx(np.sum(want) / 2 / (2 if name == "two slices" else 1))]
 
 
 def test_experts_move_where_it_pays_and_groups_stay_together(outcomes: tuple[Path, list[Outcome]]) -> None:
