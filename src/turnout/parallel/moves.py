@@ -4,10 +4,9 @@ All of an expert that a rank has, weights and moments, goes in one message to it
 layer, by the wire that carries rows. What stays is not sent. The bytes are known before, and noted in the ledger.
 """
 
-import math
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,37 +19,11 @@ from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.experts.cut import Cut
 from turnout.layers import MoE
+from turnout.parallel.kept import Kept, expert_bytes, kept_of
 from turnout.parallel.layout import Parallel
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.sites import site_in
 from turnout.placement import Placement
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """Tensors with a row for each expert of this rank: a weight, and what the optimizer keeps of it."""
-
-    weight: nn.Parameter
-    state: dict[str, Any]  # the optimizer's own
-    names: tuple[str, ...]  # of those in it that have such rows
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.weight.detach(), *(self.state[name] for name in self.names))
-
-    @property
-    def element_bytes(self) -> int:
-        """Of one number of the weight, and of those that belong to it."""
-        return sum(each.element_size() for each in self.tensors())
-
-    def put(self, tensors: Sequence[Tensor]) -> None:
-        """Take these in place of `tensors()`; where the number of rows is the same, where those lie."""
-        for name, old, new in zip(("", *self.names), self.tensors(), tensors, strict=True):
-            if old.shape == new.shape:
-                old.copy_(new)
-            elif name:
-                self.state[name] = new
-            else:
-                self.weight.data = new
 
 
 def placements_of(model: nn.Module, parallel: Parallel) -> dict[str, Placement]:
@@ -68,15 +41,6 @@ def layer_cuts(layer: str, parallel: Parallel) -> dict[str, Cut]:
     prefix = prefix_of(layer)
     every = parallel.shards.of_experts().items()
     return {name.removeprefix(prefix): cut for name, cut in every if name.startswith(prefix)}
-
-
-def expert_bytes(layer: MoE, cuts: Mapping[str, Cut], optimizer: Optimizer | None) -> list[int]:
-    """What a rank has of one expert, by slice: weights, and what the optimizer keeps of them."""
-    slices, kept = next(iter(cuts.values())).slices, _kept(layer, cuts, optimizer)
-    return [
-        sum(math.prod(cuts[name].part_shape(at)[1:]) * each.element_bytes for name, each in kept.items())
-        for at in range(slices)
-    ]
 
 
 def move_bytes(
@@ -106,7 +70,7 @@ def moved(
     """
     cuts = dict(parallel.shards.cuts)
     layers = list(_layers(model, parallel, placements))
-    kept = {name: _kept(layer, old, optimizer) for name, layer, old in layers}
+    kept = {name: kept_of(layer, old, optimizer) for name, layer, old in layers}
     _check_alike(parallel, kept)
     for name, layer, old in layers:
         group, after = parallel.groups.experts, placements[name]
@@ -150,25 +114,6 @@ def _layers(
         yield name, layer, cuts
 
 
-def _kept(layer: MoE, cuts: Mapping[str, Cut], optimizer: Optimizer | None) -> dict[str, Kept]:
-    return {name: _kept_of(name, layer.experts.get_parameter(name), optimizer) for name in cuts}
-
-
-def _kept_of(name: str, weight: nn.Parameter, optimizer: Optimizer | None) -> Kept:
-    if weight.grad is not None:
-        raise ConfigError(f"{name} has a gradient: experts move between steps; call optimizer.zero_grad() first")
-    state = {} if optimizer is None else optimizer.state.get(weight, {})
-    rows = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim > 0}
-    for key, value in rows.items():
-        if value.shape != weight.shape:
-            raise ConfigError(
-                f"{type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for {name} of shape "
-                f"{list(weight.shape)}: which expert's it is nobody knows; use one whose state is like the weights, "
-                "such as AdamW or SGD"
-            )
-    return Kept(weight=weight, state=state, names=tuple(rows))
-
-
 def _check_alike(parallel: Parallel, kept: Mapping[str, Mapping[str, Kept]]) -> None:
     """What travels together must be the same on all ranks, or bytes would be taken for others."""
     own = [
@@ -184,6 +129,35 @@ def _check_alike(parallel: Parallel, kept: Mapping[str, Mapping[str, Kept]]) -> 
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Errand:
+    """What one rank of a mesh sends and gets; experts in its own order before and after."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    leaving: list[list[int]]  # to each rank
+    coming: list[list[int]]  # from each rank
+
+    @classmethod
+    def of(cls, rank: int, before: Placement, after: Placement) -> "_Errand":
+        ranks, mine = range(before.ranks), before.experts_of(rank)
+        return cls(
+            before=mine,
+            after=after.experts_of(rank),
+            leaving=[[e for e in mine if after.rank_of[e] == to != rank] for to in ranks],
+            coming=[[e for e in before.experts_of(of) if after.rank_of[e] == rank != of] for of in ranks],
+        )
+
+    def sent(self, tensor: Tensor) -> Tensor:
+        """The rows that leave, by their next rank."""
+        return _rows(tensor, [self.before.index(expert) for expert in itertools.chain(*self.leaving)])
+
+    def done(self, tensor: Tensor, arrived: Tensor) -> Tensor:
+        """The rows of this rank's experts now."""
+        there = [*self.before, *itertools.chain(*self.coming)]
+        return _rows(torch.cat([tensor, arrived]), [there.index(expert) for expert in self.after])
+
+
 def _send(
     layer: str,
     kept: Mapping[str, Kept],
@@ -192,38 +166,28 @@ def _send(
     group: ExpertGroup,
 ) -> None:
     """One exchange for all that a layer's experts consist of."""
-    before, after = ends
-    slices, rank = group.num_slices, group.rank
-    at = group.place % slices
-    mine = before.experts_of(rank)
-    leaving = [[e for e in mine if after.rank_of[e] == to != rank] for to in range(before.ranks)]
-    coming = [
-        [e for e in before.experts_of(source) if after.rank_of[e] == rank != source] for source in range(before.ranks)
-    ]
-    # slices of an expert are neighbours, and each goes to its own
-    places = [(place // slices, place % slices == at) for place in range(group.size)]
-    splits = tuple(tuple(len(lists[to]) if is_mine else 0 for to, is_mine in places) for lists in (leaving, coming))
-    row = {expert: at for at, expert in enumerate(mine)}
-    tensors = [tensor for each in kept.values() for tensor in each.tensors()]
-    gone = [row[expert] for experts in leaving for expert in experts]
+    errand = _Errand.of(group.rank, *ends)
+    splits = _splits(errand.leaving, group), _splits(errand.coming, group)
     route = Route(
         group=group.whole,
         peers=tuple(range(group.size)),
         rank=group.place,
-        rows=(splits[0], splits[1]),
+        rows=splits,
         labels=((), ()),
         ledger=parallel.ledger,
         layer=layer or "the layer",
         kind="moves",
     )
-    flight = Flight([(_rows(tensor, gone), (splits[0], splits[1])) for tensor in tensors], route, "forward")
-    arrived = iter(flight.land())
-    staying = [expert for expert in mine if after.rank_of[expert] == rank]
-    there = {expert: at for at, expert in enumerate([*staying, *(e for experts in coming for e in experts)])}
-    order = [there[expert] for expert in after.experts_of(rank)]
+    tensors = [tensor for each in kept.values() for tensor in each.tensors()]
+    arrived = iter(Flight([(errand.sent(tensor), splits) for tensor in tensors], route, "forward").land())
     for each in kept.values():
-        stays = [_rows(tensor, [row[expert] for expert in staying]) for tensor in each.tensors()]
-        each.put([_rows(torch.cat([old, next(arrived)]), order) for old in stays])
+        each.put([errand.done(tensor, next(arrived)) for tensor in each.tensors()])
+
+
+def _splits(experts: Sequence[Sequence[int]], group: ExpertGroup) -> tuple[int, ...]:
+    """Experts for each rank of the whole group: slices are neighbours there, and each goes to its own."""
+    slices, at = group.num_slices, group.place % group.num_slices
+    return tuple(len(experts[place // slices]) if place % slices == at else 0 for place in range(group.size))
 
 
 def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:

@@ -17,8 +17,9 @@ from turnout.balance import ExpertShape, Limits, Machine, Move, Prices, Routed, 
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.layers import MoE
+from turnout.parallel.kept import expert_bytes
 from turnout.parallel.layout import Parallel
-from turnout.parallel.moves import expert_bytes, layer_cuts, move_bytes, moved, placements_of
+from turnout.parallel.moves import layer_cuts, move_bytes, moved, placements_of
 from turnout.parallel.reach import moe_layers
 from turnout.parallel.sites import remarks_of, site_in
 from turnout.placement import Placement
