@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnout.balance import Limits, Prices, Routed, balanced, cost_of, eplb, expert_moves, moved_bytes
+from turnout.balance import Limits, Prices, Routed, balanced, cost_of, eplb, expert_moves, moved_bytes, pays
 from turnout.balance.moving import by_rank
 from turnout.balance.search import _Search  # pyright: ignore[reportPrivateUsage]
 from turnout.errors import ConfigError
@@ -204,6 +204,17 @@ def test_what_does_not_pay_for_its_move_stays() -> None:
     dear = replace(PRICES, expert_bytes=1e12)
     assert balanced(routed, dear, present) == present
     assert balanced(routed, replace(dear, period=10**9), present) != present
+
+
+def test_what_saves_less_than_a_prediction_is_good_for_is_not_made() -> None:
+    routed, present = drawn(3, TWO_HOSTS, 8), Placement.even(8, 4)
+    now = cost_of(present, routed, PRICES)
+    for share, is_made in ((0.985, True), (0.995, False), (1.005, False)):
+        assert pays(now, replace(now, step_s=share * now.step_s), PRICES) is is_made
+    # 2 % of every step, less the move's
+    saving = replace(now, step_s=0.98 * now.step_s, move_s=0.02 * now.step_s)
+    assert pays(now, saving, replace(PRICES, period=10))
+    assert not pays(now, saving, replace(PRICES, period=1))
 
 
 def test_many_experts_are_searched_in_part_and_no_worse() -> None:

@@ -1,6 +1,6 @@
 """Where experts should lie, from what was routed: EPLB, and a search by predicted seconds. Never imports torch."""
 
-from turnout.balance.cost import Cost, Prices, cost_of
+from turnout.balance.cost import Cost, Prices, cost_of, pays
 from turnout.balance.eplb import eplb
 from turnout.balance.machine import ExpertShape, Machine
 from turnout.balance.moving import Move, by_rank, expert_moves, moved_bytes
@@ -21,4 +21,5 @@ __all__ = [
     "eplb",
     "expert_moves",
     "moved_bytes",
+    "pays",
 ]

@@ -22,6 +22,8 @@ from turnout.errors import ConfigError
 from turnout.placement import Placement
 from turnout.topology import Link
 
+# share of a layer's seconds that a move must save: predictions are not good for less
+LEAST_GAIN = 0.01
 TRIPS = 4  # of a row and its gradients between its token and its expert
 
 
@@ -63,6 +65,11 @@ class Cost:
     def objective(self, prices: Prices) -> float:
         """What the search makes small: seconds of a step, its share of the move included."""
         return self.step_s + self.move_s / prices.period
+
+
+def pays(before: Cost, after: Cost, prices: Prices) -> bool:
+    """Whether a move saves more in its period than it takes, and more than a prediction can be wrong."""
+    return after.objective(prices) < (1 - LEAST_GAIN) * before.objective(prices)
 
 
 def cost_of(where: Placement | Holders, routed: Routed, prices: Prices, *, present: Placement | None = None) -> Cost:

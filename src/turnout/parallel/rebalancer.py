@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from turnout.balance import ExpertShape, Limits, Machine, Move, Prices, Routed, balanced, by_rank, cost_of
+from turnout.balance import ExpertShape, Limits, Machine, Move, Prices, Routed, balanced, by_rank, cost_of, pays
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.layers import MoE
@@ -178,10 +178,9 @@ class Rebalancer:
         room = -(-routed.num_experts // strategy.ep) + self._config.spare
         found = balanced(routed, prices, present, Limits(room=room))
         costs = [cost_of(each, routed, prices, present=present) for each in (present, found)]
-        pays = costs[1].objective(prices) < costs[0].objective(prices)
         # groups of experts that stand for ranks or nodes are not torn apart
         keeps = set(remarks_of(layer, site_in(group, found))) <= set(remarks_of(layer, site_in(group, present)))
-        return found if pays and keeps else present
+        return found if keeps and pays(*costs, prices) else present
 
     def _move(
         self,
