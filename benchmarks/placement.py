@@ -149,9 +149,9 @@ def _recipe(experts: int) -> Recipe:
 
 
 def _machine(rate_mbit: float) -> Machine:
-    """Half a core for each rank, memory inside a host, and half of its card between hosts."""
+    """Half a core for each rank, memory inside a host, and its card for both ranks between hosts."""
     inter = Link(bytes_per_s=(rate_mbit or RATE_MBIT) * 1e6 / 8 / MESH.local)
-    return Machine(flops_per_s=50e9, intra=Link(bytes_per_s=1e9), inter=inter)
+    return Machine(flops_per_s=50e9, intra=Link(bytes_per_s=1e9), inter=inter, shares_card=True)
 
 
 def _windows(num_windows: int, text: str, seed: int) -> list[NDArray[np.int64]]:

@@ -113,6 +113,10 @@ def test_the_cost_of_a_placement_counted_by_hand() -> None:
     assert cost.intra_bytes == 4 * 10 * (2 + 1 + 2)
     assert cost.exchange_s == pytest.approx(4 * 10 * max(6 / 1e8, 2 / 1e9))
     assert cost.move_s == 0
+    # one card: the first host sends 8 in all and gets 4, which is 4 for each of its ranks
+    shared = cost_of(Placement.of((2, 0, 1, 3), 4), routed, replace(prices, shares_card=True))
+    assert shared.exchange_s == pytest.approx(4 * 10 * max(8 / 2 / 1e8, 2 / 1e9))
+    assert shared.inter_bytes == cost.inter_bytes
 
 
 def test_a_move_is_as_slow_as_its_busiest_rank() -> None:
@@ -136,15 +140,16 @@ def test_copies_share_their_rows_evenly() -> None:
     assert cost.inter_bytes == pytest.approx(4 * 256 * (4 + 2 + 2))
 
 
-@given(seed=st.integers(0, 10**6), experts=st.integers(4, 12))
-def test_the_search_adds_up_what_the_cost_says(seed: int, experts: int) -> None:
+@given(seed=st.integers(0, 10**6), experts=st.integers(4, 12), shares_card=st.booleans())
+def test_the_search_adds_up_what_the_cost_says(seed: int, experts: int, shares_card: bool) -> None:
     """Two ways to one number: sums over ranks that exchanges change, and a matrix of rows from rank to rank."""
     routed, g = drawn(seed, TWO_HOSTS, experts), np.random.default_rng(seed)
     rank_of = [0, 1, 2, 3, *g.integers(0, 4, experts - 4)]
     present, where = Placement.even(experts, 4), Placement.of(rank_of, 4)
-    search = _Search(routed, PRICES, present, Limits())
+    prices = replace(PRICES, shares_card=shares_card)
+    search = _Search(routed, prices, present, Limits())
     value, _ = search.value(search.sums(np.array(rank_of)))
-    assert float(value) == pytest.approx(cost_of(where, routed, PRICES, present=present).objective(PRICES), rel=1e-12)
+    assert float(value) == pytest.approx(cost_of(where, routed, prices, present=present).objective(prices), rel=1e-12)
 
 
 # --- the search ---
@@ -170,24 +175,26 @@ def test_small_cases_cost_hardly_more_than_the_best_of_all_placements(
     experts=st.integers(4, 20),
     spare=st.integers(0, 2),
     has_present=st.booleans(),
+    shares_card=st.booleans(),
     mesh=st.sampled_from([TWO_HOSTS, Mesh(nodes=1, local=4), Mesh(nodes=4, local=1), Mesh(nodes=2, local=1)]),
 )
 def test_it_is_never_worse_than_where_it_starts(
-    seed: int, experts: int, spare: int, has_present: bool, mesh: Mesh
+    seed: int, experts: int, spare: int, has_present: bool, shares_card: bool, mesh: Mesh
 ) -> None:
+    prices = replace(PRICES, shares_card=shares_card)
     routed, g = drawn(seed, mesh, experts), np.random.default_rng(seed)
     even = Placement.even(experts, mesh.size)
     present = Placement(even.bounds, tuple(int(e) for e in g.permutation(experts))) if has_present else None
     room = -(-experts // mesh.size) + spare
-    found = balanced(routed, PRICES, present, Limits(room=room))
+    found = balanced(routed, prices, present, Limits(room=room))
     assert sorted(found.expert_at) == list(range(experts))
     assert all(1 <= len(found.experts_of(rank)) <= room for rank in range(mesh.size))
     packs = eplb(list(routed.loads_E), mesh)
     by_eplb = Placement.of([next(r for r, pack in enumerate(packs) if e in pack) for e in range(experts)], mesh.size)
-    own = cost_of(found, routed, PRICES, present=present).objective(PRICES)
+    own = cost_of(found, routed, prices, present=present).objective(prices)
     for start in (even, by_eplb, *([present] if present else [])):
-        assert own <= cost_of(start, routed, PRICES, present=present).objective(PRICES) * (1 + 1e-9)
-    assert found == balanced(routed, PRICES, present, Limits(room=room)), "the same again"
+        assert own <= cost_of(start, routed, prices, present=present).objective(prices) * (1 + 1e-9)
+    assert found == balanced(routed, prices, present, Limits(room=room)), "the same again"
 
 
 def test_experts_go_to_the_host_that_wants_them_and_loads_are_even() -> None:

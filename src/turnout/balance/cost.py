@@ -4,7 +4,8 @@
 
 L_r are the rows that rank r computes. X is the most rows that one rank sends to other nodes, or receives from them, and
 I the same for other ranks of its node: what leaves the node and what stays travel at once, and the slowest rank is
-waited for. Rows travel four times: there, back, and the gradients of both. `move_s` are the seconds to move experts
+waited for. Where the ranks of a node have one card between them, X is the most that a node sends or receives, over its
+ranks. Rows travel four times: there, back, and the gradients of both. `move_s` are the seconds to move experts
 here from where they lie, once in `period` steps. Messages are as many wherever experts lie, so latency makes no
 difference.
 
@@ -37,6 +38,7 @@ class Prices:
     intra: Link  # a rank to the others of its node
     inter: Link  # a rank to those of other nodes
     period: int = 1  # steps over which a move must pay for itself
+    shares_card: bool = False  # ranks of a node have one card between them, and `inter` is a rank's part of its rate
 
     def __post_init__(self) -> None:
         for name in ("row_s", "row_bytes", "expert_bytes"):
@@ -79,14 +81,18 @@ def cost_of(where: Placement | Holders, routed: Routed, prices: Prices, *, prese
     far_RR = routed.node_R[:, None] != routed.node_R[None, :]
     near_RR = ~far_RR & ~np.eye(len(far_RR), dtype=bool)
     loads_R = sent_RR.sum(axis=0)
-    exchange_s = TRIPS * prices.slowest_s(_busiest(sent_RR * far_RR), _busiest(sent_RR * near_RR), prices.row_bytes)
+    card = routed.mesh.local if prices.shares_card else 1
+    exchange_s = TRIPS * prices.slowest_s(
+        _busiest(sent_RR * far_RR, card), _busiest(sent_RR * near_RR), prices.row_bytes
+    )
     compute_s = prices.row_s * loads_R.max()
     move_s = 0.0
     if present is not None and isinstance(where, Placement):
         moved_RR = np.zeros_like(sent_RR)
         for before, after in zip(present.rank_of, where.rank_of, strict=True):
             moved_RR[before, after] += 1
-        move_s = float(prices.slowest_s(_busiest(moved_RR * far_RR), _busiest(moved_RR * near_RR), prices.expert_bytes))
+        ends = _busiest(moved_RR * far_RR, card), _busiest(moved_RR * near_RR)
+        move_s = float(prices.slowest_s(*ends, prices.expert_bytes))
     return Cost(
         compute_s=float(compute_s),
         exchange_s=float(exchange_s),
@@ -98,6 +104,7 @@ def cost_of(where: Placement | Holders, routed: Routed, prices: Prices, *, prese
     )
 
 
-def _busiest(sent_RR: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The most that one rank sends or receives."""
-    return np.maximum(sent_RR.sum(axis=1).max(), sent_RR.sum(axis=0).max())
+def _busiest(sent_RR: NDArray[np.float64], card: int = 1) -> NDArray[np.float64]:
+    """The most that one rank sends or receives, or a mean rank of those that have a card between them."""
+    by_card = [sent_RR.sum(axis=axis).reshape(-1, card).mean(axis=1).max() for axis in (0, 1)]
+    return np.maximum(*by_card)

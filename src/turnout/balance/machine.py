@@ -16,6 +16,7 @@ class Machine:
     flops_per_s: float  # of a rank's experts
     intra: Link  # a rank to the others of its node
     inter: Link  # a rank to those of other nodes
+    shares_card: bool = False  # ranks of a node have one card between them, and `inter` is a rank's part of its rate
 
     @classmethod
     def of(cls, cluster: Cluster, precision: str, *, nodes: int) -> "Machine":
@@ -51,4 +52,5 @@ class ExpertShape:
             intra=machine.intra,
             inter=machine.inter,
             period=period,
+            shares_card=machine.shares_card,
         )

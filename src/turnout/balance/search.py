@@ -22,6 +22,7 @@ from turnout.placement import Placement
 # what is added up of each rank: rows it computes; rows that come from other nodes, and from its own; rows that go
 # there; experts that leave for other nodes, or come from there; the same inside the node
 LOAD, FAR_IN, NEAR_IN, FAR_OUT, NEAR_OUT, FAR_LEAVE, FAR_COME, NEAR_LEAVE, NEAR_COME = range(9)
+FAR = [FAR_IN, FAR_OUT, FAR_LEAVE, FAR_COME]
 Sums = NDArray[np.float64]  # [..., 9, ranks]
 GAIN = 1e-9  # share of a number that is no more than rounding
 MOST_TRIED = 96  # experts that are tried in a round: of more, those that the slowest ranks wait for
@@ -78,6 +79,7 @@ class _Search:
                 f"{ranks} were routed to"
             )
         self._prices, self._ranks, self._experts = prices, ranks, np.arange(experts)
+        self._local = routed.mesh.local
         self._rows_ER, self._loads_E, self._node_R = (
             np.ascontiguousarray(routed.rows_RE.T),
             routed.loads_E,
@@ -92,6 +94,10 @@ class _Search:
 
     def value(self, sums: Sums) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The cost of each, and the number that tells equal ones apart."""
+        if self._prices.shares_card:
+            sums = sums.copy()
+            by_card = sums[..., FAR, :].reshape(*sums.shape[:-2], len(FAR), -1, self._local)
+            sums[..., FAR, :] = by_card.mean(axis=-1).repeat(self._local, axis=-1)
         return self._seconds(sums.max(axis=-1)), self._seconds(np.sqrt(np.square(sums).mean(axis=-1)))
 
     def sums(self, rank_E: NDArray[np.int64]) -> Sums:

@@ -130,7 +130,7 @@ class Rebalancer:
         if self._config.is_measured and state["measured"]:
             # measured again it would be another, and decide otherwise than in the run that never stopped
             intra, inter = (Link(**state["measured"][tier]) for tier in ("intra", "inter"))
-            machine = Machine(flops_per_s=state["measured"]["flops_per_s"], intra=intra, inter=inter)
+            machine = Machine(**(state["measured"] | {"intra": intra, "inter": inter}))
             self._config = replace(self._config, machine=machine)
         return placements
 
@@ -177,10 +177,10 @@ class Rebalancer:
             return present
         room = -(-routed.num_experts // strategy.ep) + self._config.spare
         found = balanced(routed, prices, present, Limits(room=room))
-        costs = [cost_of(each, routed, prices, present=present) for each in (present, found)]
+        now, then = (cost_of(each, routed, prices, present=present) for each in (present, found))
         # groups of experts that stand for ranks or nodes are not torn apart
         keeps = set(remarks_of(layer, site_in(group, found))) <= set(remarks_of(layer, site_in(group, present)))
-        return found if keeps and pays(*costs, prices) else present
+        return found if keeps and pays(now, then, prices) else present
 
     def _move(
         self,

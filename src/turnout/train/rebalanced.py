@@ -27,7 +27,10 @@ def open_rebalancer(recipe: Recipe, model: Decoder, parallel: Parallel, device: 
         machine = Machine.of(load_cluster(loop.rebalance_on), precision, nodes=group.mesh.nodes)
     else:
         found = probe(parallel.world, group, device)
-        machine = Machine(flops_per_s=found.flops_per_s, intra=found.intra, inter=found.inter)
+        # all ranks were measured at once; processors of a host have its cards between them, accelerators each their own
+        machine = Machine(
+            flops_per_s=found.flops_per_s, intra=found.intra, inter=found.inter, shares_card=device.type == "cpu"
+        )
     config = Rebalancing(
         every=loop.rebalance_every,
         spare=loop.rebalance_spare,
