@@ -1,6 +1,6 @@
 """What a placement of experts saves on two hosts of two ranks: in order, by EPLB, and by the search of the trainer.
 
-Usage: python -m benchmarks.placement [--experts 32] [--text own] [--steps 100] [--rate-mbit 400] > RESULT.json
+Usage: python -m benchmarks.placement [--experts 32] [--text own] [--steps 100] [--rate-mbit 400] [--own-cards] > RESULT.json
 
 `tiny` with top-2 of so many experts and no loss that balances them trains on four processes, two on each host of a
 network lab whose cards have that rate (0: no lab, all on one loopback, which then stands for two hosts in the counts
@@ -88,7 +88,7 @@ def work(world: World, recipe: Recipe, dataset: Dataset, asked: argparse.Namespa
         at = np.arange(step * BATCH, (step + 1) * BATCH) % len(windows)
         return gather(dataset.train, windows[at], recipe.loop.seq_len)
 
-    machine = _machine(asked.rate_mbit)
+    machine = _machine(asked.rate_mbit, shares_card=not asked.own_cards)
     config = Rebalancing(every=PERIOD, element_bytes=4, machine=machine, spare=asked.spare)
     rebalancer, losses = Rebalancer(model, parallel, config), []
     for step in range(asked.steps):
@@ -136,6 +136,7 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--spare", type=int, default=0)
     parser.add_argument("--rate-mbit", type=float, default=RATE_MBIT)
+    parser.add_argument("--own-cards", action="store_true", help="as if each rank had half of a card for itself alone")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -148,10 +149,10 @@ def _recipe(experts: int) -> Recipe:
     return replace(recipe, model=replace(recipe.model, moe=moe), strategy=Strategy(ep=MESH.size))
 
 
-def _machine(rate_mbit: float) -> Machine:
+def _machine(rate_mbit: float, *, shares_card: bool) -> Machine:
     """Half a core for each rank, memory inside a host, and its card for both ranks between hosts."""
     inter = Link(bytes_per_s=(rate_mbit or RATE_MBIT) * 1e6 / 8 / MESH.local)
-    return Machine(flops_per_s=50e9, intra=Link(bytes_per_s=1e9), inter=inter, shares_card=True)
+    return Machine(flops_per_s=50e9, intra=Link(bytes_per_s=1e9), inter=inter, shares_card=shares_card)
 
 
 def _windows(num_windows: int, text: str, seed: int) -> list[NDArray[np.int64]]:
