@@ -1,6 +1,6 @@
 """What a placement of experts saves on two hosts of two ranks: in order, by EPLB, and by the search of the trainer.
 
-Usage: python -m benchmarks.placement [--experts 32] [--text own] [--steps 100] [--rate-mbit 400] [--own-cards] > RESULT.json
+Usage: python -m benchmarks.placement [--experts 32] [--text own] [--steps 100] [--own-cards] > RESULT.json
 
 `tiny` with top-2 of so many experts and no loss that balances them trains on four processes, two on each host of a
 network lab whose cards have that rate (0: no lab, all on one loopback, which then stands for two hosts in the counts
