@@ -31,6 +31,8 @@ GROUPED = "tests/contracts/test_grouped_mm.py"
 GENERATE = "tests/paths/test_generate.py"
 COEFFICIENT = "tests/paths/test_effective_coefficient.py"
 RANKS = "tests/distributed/test_equal_one_process.py"
+MOVES = "tests/distributed/test_moves.py"
+BALANCE = "tests/plan/test_balance.py"
 LEAST_CAUGHT = 0.9
 
 
@@ -657,6 +659,62 @@ MUTATIONS = (
         "turn[at] if at < len(turn)",
         "turn[0] if at < len(turn)",
         ("tests/paths/test_evaluate.py",),
+    ),
+    Mutation(
+        "moves: an expert's moments stay",
+        "parallel/kept.py",
+        "                self.state[name] = new",
+        "                self.state[name] = new * 0",
+        (MOVES,),
+    ),
+    Mutation(
+        "moves: rows are put in the order they came",
+        "parallel/moves.py",
+        "[there.index(expert) for expert in self.after]",
+        "range(len(self.after))",
+        (MOVES,),
+    ),
+    Mutation(
+        "moves: losses are not told",
+        "parallel/moves.py",
+        "        layer.stand(site_in(group, after))\n",
+        "",
+        (MOVES,),
+    ),
+    Mutation(
+        "moves: what was counted before a stop is lost",
+        "parallel/rebalancer.py",
+        '        self._steps = state["steps"]\n',
+        "        self._steps = 0\n",
+        (MOVES,),
+    ),
+    Mutation(
+        "moves: a part of the price",
+        "balance/moving.py",
+        "found[old * slices + at, new * slices + at] += size",
+        "found[old * slices + at, new * slices + at] = size",
+        (BALANCE,),
+    ),
+    Mutation(
+        "balance: rows that leave are not those that come",
+        "balance/search.py",
+        "found[each, FAR_IN, rank_E] = loads - own",
+        "found[each, FAR_IN, rank_E] = own",
+        (BALANCE,),
+    ),
+    Mutation(
+        "balance: a full rank takes one more",
+        "balance/search.py",
+        "(held_R < self._room) & (np",
+        "(held_R <= self._room) & (np",
+        (BALANCE,),
+    ),
+    Mutation(
+        "balance: EPLB takes the lightest first",
+        "balance/eplb.py",
+        "(-loads[item], item)",
+        "(loads[item], item)",
+        (BALANCE,),
     ),
 )
 

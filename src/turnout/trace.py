@@ -13,6 +13,10 @@ found no room at their expert; a choice the router left out by its own design is
 strictly. A record cut short by a kill ends the file and is not read.
 
 Reading needs no torch, so that the planner can; `observe.trace` writes.
+
+`trace/sources.jsonl`, of runs whose experts move, says from which ranks: each line is {"step": int, "layers": {name:
+[[rows of each expert] of each rank]}}, the rows of a mean step since the line before, in a mean group of the ranks that
+share the experts. A resumed run writes lines after its checkpoint anew; the last line of a step counts.
 """
 
 import json
@@ -28,6 +32,7 @@ from numpy.typing import NDArray
 from turnout.errors import ConfigError
 
 TRACE_NAME = "trace/counts.bin"
+SOURCES_NAME = "trace/sources.jsonl"
 MAGIC = b"TURNOUT"
 VERSION = 1
 MOST_EXPERTS = 2**24  # in all layers together: numpy's largest record is 2 GiB
@@ -91,6 +96,25 @@ def read_trace(run: Path) -> Trace:
         counts=tuple(np.split(records["assigned"], cuts, axis=1)),
         dropped=tuple(np.split(records["dropped"], cuts, axis=1)),
     )
+
+
+def read_sources(run: Path) -> dict[str, NDArray[np.float64]]:
+    """By layer, the rows of a step from each rank to each expert, as last recorded; empty without such a record.
+
+    Raises: ConfigError if the file is damaged before its last line.
+    """
+    path, last = run / SOURCES_NAME, ""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            # a kill can leave half a line at the end
+            last = line if line.endswith("\n") else last
+    try:
+        layers = json.loads(last)["layers"] if last else {}
+        return {name: np.asarray(rows, dtype=np.float64).reshape(len(rows), -1) for name, rows in layers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); delete it to go on without it") from error
 
 
 def records_of(path: Path, header: TraceHeader, offset: int) -> np.ndarray:

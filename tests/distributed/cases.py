@@ -59,6 +59,8 @@ class LayerCase:
     padding: bool = False  # every third token is padding
     overlap: int = 1  # chunks
     adaptive_r: int = -1
+    bounds: tuple[int, ...] = ()  # of the placement; without them experts lie evenly
+    order: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -119,6 +121,7 @@ def layer_cases() -> Iterator[LayerCase]:
     yield from sliced_cases()
     yield from chunked_cases()
     yield from adaptive_cases()
+    yield from placed_cases()
 
 
 def chunked_cases() -> Iterator[LayerCase]:
@@ -150,6 +153,21 @@ def adaptive_cases() -> Iterator[LayerCase]:
         yield replace(sliced, ep=1, backend="auto", dtype=torch.float32)
     yield LayerCase(adaptive_r=0, num_experts=6, local=2)
     yield LayerCase(adaptive_r=0, ep=2, tokens=(0, 0, 0, 0))
+
+
+def placed_cases() -> Iterator[LayerCase]:
+    """Experts in another order, and more of them on some ranks, under every program; then one thing changed."""
+    mixed, uneven = (5, 2, 7, 0, 1, 6, 3, 4), (0, 1, 4, 6, 8)
+    for program in PROGRAMS:
+        yield LayerCase(program=program, local=2, order=mixed, tokens=EMPTY)
+        blocks = LayerCase(program=program, local=2, capacity=FixedCapacity(factor=1.0), backend="padded_bmm")
+        yield replace(blocks, order=mixed, bounds=uneven, overlap=2)
+        yield LayerCase(program=program, ep=2, etp=2, hidden=6, order=mixed, bounds=(0, 3, 8), expert="gelu")
+    yield LayerCase(order=mixed, router=ExpertChoice(k=2, in_decoder="allow"), overlap=2)
+    yield LayerCase(order=mixed, bounds=uneven, backend="grouped_mm", dtype=torch.float32)
+    yield LayerCase(order=mixed, bounds=uneven, adaptive_r=0)
+    yield LayerCase(order=mixed, ep=2, etp=2, hidden=6, adaptive_r=0)
+    yield LayerCase(order=mixed, ep=2, etp=2, hidden=6, adaptive_r=1, backend="padded_bmm")
 
 
 def sliced_cases() -> Iterator[LayerCase]:
@@ -206,7 +224,12 @@ def build(case: LayerCase) -> MoE:
 def cuts_of(case: LayerCase, layer: MoE) -> dict[str, Cut]:
     """How the weights of the experts lie on the ranks that share them."""
     assert isinstance(layer.experts, FFNExperts)
-    return layer.experts.cuts(Placement.even(case.num_experts, case.ep), case.etp)
+    return layer.experts.cuts(placement_of(case), case.etp)
+
+
+def placement_of(case: LayerCase) -> Placement:
+    """Where the experts lie."""
+    return Placement(case.bounds or Placement.even(case.num_experts, case.ep).bounds, case.order)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +289,7 @@ class TrainCase:
     losses: tuple[Loss, ...] = (LoadBalance(coefficient=0.1), RouterZ(coefficient=0.1))
     capacity: CapacityPolicy = Dropless()
     idle_rank: bool = False  # the last rank has nothing but padding
+    moves: tuple[tuple[int, ...], ...] = ()  # the rank of each expert from each step on; empty: as before
     steps: int = 2
 
     name = LayerCase.name
@@ -305,6 +329,20 @@ def train_cases() -> Iterator[TrainCase]:
     yield TrainCase(ep=2, adam=True, accumulate=2, switches=(("node_dedup", 8, 1), ("flat", 1, 0)))
     yield from sharded_cases()
     yield from tensor_cases()
+    yield from moving_cases()
+
+
+def moving_cases() -> Iterator[TrainCase]:
+    """Experts change their ranks between steps: evenly, then more on some ranks, then home; with all that is kept."""
+    even, uneven, home = (3, 0, 2, 1, 1, 2, 0, 3), (0, 3, 3, 0, 1, 3, 2, 3), (0, 0, 1, 1, 2, 2, 3, 3)
+    plain = TrainCase(moves=((), even, uneven, home), steps=5, local=2)
+    yield replace(plain, adam=True, bias=True)
+    yield replace(plain, program="node_dedup", overlap=2, accumulate=2)
+    yield replace(plain, zero=3, adam=True, program="hierarchical")
+    halves = ((), (1, 0, 1, 0, 0, 1, 0, 1), (1, 0, 0, 0, 0, 1, 0, 0))
+    yield TrainCase(ep=2, etp=2, moves=halves, adam=True, bias=True, steps=4)
+    yield TrainCase(ep=2, moves=halves, adam=True, steps=4, switches=(("flat", 1, 1), *[("rank_dedup", 2, 0)] * 3))
+    yield TrainCase(ep=2, tp=2, attention="all", shard_tokens=True, moves=halves, adam=True, steps=4)
 
 
 def tensor_cases() -> Iterator[TrainCase]:

@@ -45,7 +45,9 @@ from turnout.errors import TransportError
 from turnout.models import Decoder
 from turnout.parallel import ExpertParallel, Parallel, Shards, apply, check_replicas, reduce_gradients
 from turnout.parallel.fully_sharded import here
+from turnout.parallel.moves import move_bytes, moved, placements_of
 from turnout.parallel.tuner import Tuner, dictionary_for
+from turnout.placement import Placement
 from turnout.routers import TopK
 from turnout.tensors import MoEStats
 from turnout.train.device import autocast_for
@@ -208,11 +210,13 @@ def run_training(case: TrainCase, world: World) -> Outcome:
     parallel = apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
     optim = optimizer(case, model)
     begins = case.etp > 1 or begins_where_it_says(case, model, parallel)
-    results, moved = [], False
+    results, has_switched, sent = [], False, []
     for step in range(case.steps):
+        if any(case.moves[step : step + 1]):
+            parallel = move(model, parallel, optim, case.moves[step], sent)
         if case.switches:
             parallel, has_moved = switch(model, parallel, *case.switches[step])
-            moved = moved or has_moved
+            has_switched = has_switched or has_moved
         mine = texts(case, step)[parallel.text_place[0]]
         autocast = autocast_for(torch.device("cpu"), torch.float32)
         result = train_step(model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel)
@@ -223,9 +227,27 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         "stats": [[numbers(stats) for stats in result.stats] for result in results],
         "state": whole if world.is_first else {},
         "begins": begins,
-        "moved": moved,
+        "moved": has_switched,
+        "sent": sent,
         "kept": {name: (here(weight).numel(), weight.numel()) for name, weight in model.named_parameters()},
     }
+
+
+def move(
+    model: Decoder, parallel: Parallel, optim: torch.optim.Optimizer, rank_of: tuple[int, ...], sent: list[Any]
+) -> Parallel:
+    """Experts to other ranks; adds the bytes and messages to each rank, as they were shown and as they were counted."""
+    to = dict.fromkeys(placements_of(model, parallel), Placement.of(rank_of, parallel.strategy.ep))
+    shown = move_bytes(model, parallel, optim, to)
+    parallel.ledger.clear()
+    parallel = moved(model, parallel, optim, to)
+    group = parallel.groups.experts
+    assert group is not None
+    for layer, pairs in shown.items():
+        counted = parallel.ledger.sent(layer, "forward", "moves")
+        others = [place for place in range(group.size) if place != group.place]
+        sent.append(({place: [pairs.get((group.place, place), 0), 1] for place in others}, counted))
+    return parallel
 
 
 def switch(model: Decoder, parallel: Parallel, program: str, overlap: int, parts: int) -> tuple[Parallel, bool]:
@@ -269,7 +291,7 @@ def begins_where_it_says(case: TrainCase, model: Decoder, parallel: Parallel) ->
     fresh = decoder(case)
     for name, weight in model.named_parameters():
         if name.endswith("experts.up_EDG"):
-            first, own_EDG = parallel.shards.first_expert(name), here(weight)
+            first, own_EDG = parallel.shards.expert_at(name, 0), here(weight)
             if not torch.equal(own_EDG, fresh.get_parameter(name)[first : first + len(own_EDG)]):
                 return False
     return True

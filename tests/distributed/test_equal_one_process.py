@@ -23,6 +23,7 @@ from tests.distributed.cases import (
     layer_cases,
     optimizer,
     passed,
+    placement_of,
     tolerance,
     train_cases,
     worst,
@@ -31,7 +32,6 @@ from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_man
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
 from turnout.comm import expert_mesh, kernel_count
 from turnout.dispatch import plan_dispatch
-from turnout.placement import Placement
 from turnout.plan.expert_volume import expert_tensor_volume, expert_weights_volume
 from turnout.plan.shapes import SHAPES
 from turnout.plan.step import Step
@@ -190,8 +190,7 @@ def test_the_kernel_counts_the_same_bytes(case: LayerCase, outcomes: Outcomes) -
 
 def destinations(case: LayerCase, rank: int) -> list[list[int]]:
     """The ranks where each token's experts are; blocks of one size are rows that all exist."""
-    placement = Placement.even(case.num_experts, case.ep)
-    at = [to for to in range(case.ep) for _ in placement.experts_of(to)]
+    at = placement_of(case).rank_of
     layer, inputs = build(case), inputs_of(case, rank)
     routing = layer.router(inputs.x_TD, None, inputs.mask_T)
     admission = case.capacity.admit(routing.assignment)
@@ -245,6 +244,17 @@ def test_training_steps_equal_one_process(case: TrainCase, outcomes: Outcomes) -
         assert worst(found[0]["state"][name], value) <= limit, name
     assert all(got["begins"] for got in found), "the expert that an error names is another"
     assert not any(got["moved"] for got in found), "to change r, program or chunks moves no parameter"
+
+
+@pytest.mark.parametrize("case", [case for case in TRAININGS if case.moves], ids=lambda case: case.name)
+def test_a_move_sends_the_bytes_that_were_shown_before(case: TrainCase, outcomes: Outcomes) -> None:
+    found = of_ranks(outcomes, case)
+    moves = [step for step in case.moves if step]
+    for outcome in found:
+        assert len(outcome["sent"]) == len(moves) * len(decoder(case).moe_blocks())
+        for shown, counted in outcome["sent"]:
+            assert shown == counted
+    assert all(sum(size for size, _ in outcome["sent"][0][1].values()) for outcome in found)
 
 
 @pytest.mark.parametrize("case", [case for case in TRAININGS if case.zero], ids=lambda case: case.name)

@@ -61,7 +61,7 @@ def test_json_is_the_last_line_and_the_only_one_on_stdout(verb: str, plan: Turno
 
 
 @pytest.mark.parametrize(
-    "verb", ["volume", "memory", "time", "explain", "validate", "predict", "search", "models", "clusters"]
+    "verb", ["volume", "memory", "time", "explain", "validate", "predict", "search", "placement", "models", "clusters"]
 )
 def test_every_verb_has_help_with_an_example(verb: str, plan: Turnout) -> None:
     result = plan(verb, "--help")

@@ -51,10 +51,30 @@ def test_rows_merged_per_node_are_not_sent_to_ranks() -> None:
 def test_experts_lie_evenly_on_ranks(ranks: int, each: int, rest: int) -> None:
     num_experts = ranks * each + rest % ranks
     placement = Placement.even(num_experts, ranks)
-    runs = [placement.experts_of(rank) for rank in range(ranks)]
+    runs = [placement.slots_of(rank) for rank in range(ranks)]
     assert [expert for run in runs for expert in run] == list(range(num_experts))
     assert max(map(len, runs)) - min(map(len, runs)) <= 1
     assert (placement.ranks, placement.num_experts) == (ranks, num_experts)
+
+
+@given(rank_of=st.lists(st.integers(0, 3), min_size=4, max_size=20))
+def test_every_expert_lies_where_it_was_placed(rank_of: list[int]) -> None:
+    rank_of[:4] = [3, 1, 0, 2]
+    placement = Placement.of(rank_of, 4)
+    assert placement.rank_of == tuple(rank_of)
+    held = [placement.experts_of(rank) for rank in range(4)]
+    assert placement.expert_at == tuple(expert for experts in held for expert in experts)
+    assert [placement.slots_of(rank).stop for rank in range(4)] == list(placement.bounds[1:])
+    for rank in range(4):
+        spelt = [run.expert + at for run in placement.runs_of(rank) for at in range(run.length)]
+        assert tuple(spelt) == held[rank] == tuple(sorted(held[rank]))
+    assert placement.experts_near((2, 3)) == tuple(e for e, rank in enumerate(rank_of) if rank > 1)
+
+
+def test_one_placement_is_one_value() -> None:
+    assert Placement((0, 2, 3), (0, 1, 2)) == Placement((0, 2, 3)) == Placement.of((0, 0, 1), 2)
+    assert Placement((0, 2, 3), (1, 0, 2)) != Placement((0, 2, 3))
+    assert [run.row for run in Placement((0, 2, 3), (1, 0, 2)).runs] == [1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +83,8 @@ def test_experts_lie_evenly_on_ranks(ranks: int, each: int, rest: int) -> None:
         (lambda: Placement.even(3, 4), "3 experts cannot lie on 4 ranks.*nearest legal: ep=3"),
         (lambda: Placement((0, 2, 2)), r"placement.bounds=\(0, 2, 2\) must start at 0 and rise"),
         (lambda: Placement((0,)), "must start at 0 and rise"),
+        (lambda: Placement((0, 1, 3), (2, 1, 1)), r"placement.order=\(2, 1, 1\) must hold each of the 3 experts once"),
+        (lambda: Placement.of((0, 2, 2), 3), "every rank holds an expert"),
     ],
 )
 def test_a_placement_gives_every_rank_an_expert(make: object, text: str) -> None:

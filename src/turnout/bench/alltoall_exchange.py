@@ -43,7 +43,7 @@ class Exchange:
     def check(self) -> None:
         """Raises: TransportError if a row is missing, or is somebody else's."""
         want = []
-        for expert in self._placement.experts_of(self._rank):
+        for expert in self._placement.slots_of(self._rank):
             for source in range(self._group.mesh.size):
                 tokens = enumerate(self._case.choices(source))
                 want += [_mark(source, token) for token, choices in tokens if expert in choices]
@@ -113,7 +113,7 @@ def _sizes(case: ExchangeCase, placement: Placement, group: ExpertGroup) -> Size
             "rank": [[routing.rows("rank", source, to) for to in ranks] for source in ranks],
             "node": [[routing.rows("node", source, first) for first in firsts] for source in ranks],
         },
-        slices=[[sum(each[expert] for each in experts) for expert in placement.experts_of(group.rank)]],
+        slices=[[sum(each[expert] for each in experts) for expert in placement.slots_of(group.rank)]],
     )
 
 

@@ -7,6 +7,7 @@ from turnout.cli import (
     plan_inference,
     plan_lists,
     plan_memory,
+    plan_placement,
     plan_predict,
     plan_search,
     plan_time,
@@ -21,7 +22,7 @@ plan = typer.Typer(
 )
 for verb in (
     plan_search, plan_time, plan_memory, plan_volume, plan_inference, plan_explain, plan_validate, plan_predict,
-    plan_lists,
+    plan_placement, plan_lists,
 ):  # fmt: skip
     verb.add_to(plan)
 

@@ -40,14 +40,14 @@ class Sizes:
 
     @cached_property
     def _assignments(self) -> list[list[int]]:
-        spans = [self.placement.experts_of(rank) for rank in range(self.placement.ranks)]
+        spans = [self.placement.slots_of(rank) for rank in range(self.placement.ranks)]
         return [[sum(counts[span.start : span.stop]) for span in spans] for counts in self.experts]
 
 
 def equal_sizes(group: ExpertGroup, placement: Placement, capacity: int) -> Sizes:
     """Sizes of blocks padded to `capacity` rows for each expert: known to every rank without a message."""
     each, ranks = [capacity] * placement.num_experts, group.mesh.size
-    at_slice = [capacity * ranks] * len(placement.experts_of(group.rank))
+    at_slice = [capacity * ranks] * len(placement.slots_of(group.rank))
     slices = [at_slice] * group.num_slices
     return Sizes(mesh=group.mesh, placement=placement, experts=[each] * ranks, merged={}, slices=slices)
 
@@ -90,7 +90,7 @@ def _sizes(
         found[packing] = [row[start : start + length] for row in rows]
         start += length
     by_slice = [[row[:num_experts] for row in rows[at :: group.num_slices]] for at in range(group.num_slices)]
-    mine = placement.experts_of(group.rank)
+    mine = placement.slots_of(group.rank)
     at_slices = [[sum(row[expert] for row in sources) for expert in mine] for sources in by_slice]
     at = group.place % group.num_slices
     merged_here = {packing: values[at :: group.num_slices] for packing, values in found.items()}

@@ -54,7 +54,7 @@ class TorchTransport(Transport[Parcels]):
     def arrive(self, parcels: Parcels) -> Arrived:
         """The rows after the program, regrouped by expert."""
         parcels = parcels.landed()
-        experts = parcels.sizes.placement.experts_of(self._group.rank)
+        experts = parcels.sizes.placement.slots_of(self._group.rank)
         begin: dict[tuple[int, int], int] = {}
         for (source, _), start in zip(parcels.blocks, starts(parcels.row_sizes()), strict=True):
             for expert in experts:

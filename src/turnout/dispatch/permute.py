@@ -31,6 +31,25 @@ def plan_dispatch(assignment: Assignment, admission: Admission) -> DispatchPlan:
     )
 
 
+def reordered(plan: DispatchPlan, order_S: Tensor) -> DispatchPlan:
+    """The same rows with the experts in another order, those of each as they were; nothing is read back.
+
+    Counts are by place in that order. Shapes: order_S (E,), the expert at each place.
+    """
+    counts_E, num_rows = plan.counts_E, len(plan.token_M)
+    counts_S = counts_E[order_S]
+    shift_S = (counts_E.cumsum(0) - counts_E)[order_S] - (counts_S.cumsum(0) - counts_S)
+    rows_M = torch.arange(num_rows, device=counts_E.device)
+    was_M = rows_M + shift_S.repeat_interleave(counts_S, output_size=num_rows)
+    return DispatchPlan(
+        assignment_M=plan.assignment_M[was_M],
+        token_M=plan.token_M[was_M],
+        counts_E=counts_S,
+        row_by_token_M=inverse(was_M)[plan.row_by_token_M],
+        row_offset_T=plan.row_offset_T,
+    )
+
+
 def pack(x_TD: Tensor, plan: DispatchPlan, *, layout: Literal["ragged", "padded"], capacity: int | None = None) -> Rows:
     """Rows for the experts; differentiable in x_TD.
 

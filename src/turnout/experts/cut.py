@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turnout.placement import Placement
+from turnout.placement import Placement, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +36,15 @@ class Cut:
     def ranks(self) -> int:
         return self.placement.ranks * self.slices
 
-    def first_expert(self, rank: int) -> int:
-        """The expert that stands first in a rank's part."""
-        return self.placement.experts_of(rank // self.slices).start
+    def expert_at(self, rank: int, row: int) -> int:
+        """The expert that stands at a row of a rank's part."""
+        return self.placement.experts_of(rank // self.slices)[row]
 
     def part(self, whole: Tensor, rank: int) -> Tensor:
         """What a rank has of it. Shapes: whole (E, ...); returns its experts, its slice of their hidden width."""
         place, at = divmod(rank, self.slices)
-        mine = self.placement.experts_of(place)
-        rows = whole[mine.start : mine.stop]
+        runs = [whole[run.expert : run.expert + run.length] for run in self.placement.runs_of(place)]
+        rows = runs[0] if len(runs) == 1 else torch.cat(runs)
         if self.slices == 1:
             return rows
         if self.axis == 0:
@@ -55,21 +55,7 @@ class Cut:
     def blocks(self, rank: int) -> tuple[Block, ...]:
         """The boxes of the whole of which `part` consists; none where it has no values."""
         place, at = divmod(rank, self.slices)
-        mine = self.placement.experts_of(place)
-        sizes, start = [len(mine), *self.shape[1:]], [mine.start] + [0] * (len(self.shape) - 1)
-        if self.slices == 1 or self.axis == 0:
-            whole = Block(whole_at=tuple(start), part_at=(0,) * len(sizes), sizes=tuple(sizes))
-            return (whole,) if at == 0 else ()
-        half = self.shape[self.axis] // self.halves
-        width = half // self.slices
-        sizes[self.axis] = width
-
-        def block(number: int) -> Block:
-            whole_at, part_at = list(start), [0] * len(sizes)
-            whole_at[self.axis], part_at[self.axis] = number * half + at * width, number * width
-            return Block(whole_at=tuple(whole_at), part_at=tuple(part_at), sizes=tuple(sizes))
-
-        return tuple(block(number) for number in range(self.halves))
+        return tuple(block for run in self.placement.runs_of(place) for block in self._blocks(run, at))
 
     def part_shape(self, rank: int) -> tuple[int, ...]:
         """The shape of `part`."""
@@ -77,12 +63,29 @@ class Cut:
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole from the parts of all ranks, in their order."""
-        places = [parts[start : start + self.slices] for start in range(0, self.ranks, self.slices)]
-        return torch.cat([self._experts(place) for place in places])
+        places = [self._experts(parts[start : start + self.slices]) for start in range(0, self.ranks, self.slices)]
+        return torch.cat([places[run.rank][run.row : run.row + run.length] for run in self.placement.runs])
 
     def merged(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole from all parts, or from those of neighbouring slices of the same experts a wider slice."""
         return self.joined(parts) if len(parts) == self.ranks else self._experts(parts)
+
+    def _blocks(self, run: Run, at: int) -> tuple[Block, ...]:
+        """The boxes of a run of experts, in slice number `at` of them."""
+        sizes, start = [run.length, *self.shape[1:]], [run.expert] + [0] * (len(self.shape) - 1)
+        if self.slices == 1 or self.axis == 0:
+            begin = (run.row,) + (0,) * (len(sizes) - 1)
+            return (Block(whole_at=tuple(start), part_at=begin, sizes=tuple(sizes)),) if at == 0 else ()
+        half = self.shape[self.axis] // self.halves
+        width = half // self.slices
+        sizes[self.axis] = width
+
+        def block(number: int) -> Block:
+            whole_at, part_at = list(start), [run.row] + [0] * (len(sizes) - 1)
+            whole_at[self.axis], part_at[self.axis] = number * half + at * width, number * width
+            return Block(whole_at=tuple(whole_at), part_at=tuple(part_at), sizes=tuple(sizes))
+
+        return tuple(block(number) for number in range(self.halves))
 
     def _experts(self, parts: Sequence[Tensor]) -> Tensor:
         if self.slices == 1 or self.axis == 0:

@@ -1,5 +1,6 @@
 """The one writer of a run's record: metrics.jsonl, trace/ and the sinks asked for."""
 
+import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from turnout.observe.snapshot import Snapshot, take_snapshot
 from turnout.observe.token_view import TokenView, cut_token_views, write_token_view
 from turnout.observe.trace import TRACE_NAME, TraceHeader, TraceWriter, cut_trace
 from turnout.tensors import MoEStats
+from turnout.trace import SOURCES_NAME
 
 _FLUSH_S = 1.0  # of the training clock: what a kill can lose, and how far a live page lags
 
@@ -134,6 +136,12 @@ class Recorder:
     def event(self, step: int, text: str) -> None:
         """Record something worth reading later: a skipped step, a checkpoint, a restart."""
         self._write({"kind": "event", "step": step, "text": text}, math.inf)
+
+    def sources(self, step: int, rows: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Record from which ranks rows came: of each layer, [rank][expert]."""
+        line = {"step": step, "layers": dict(zip(self.header.layers, rows, strict=True))}
+        with (self.run / SOURCES_NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
     def token_view(
         self,

@@ -22,6 +22,9 @@ class SilentRecorder:
     def event(self, step: int, text: str) -> None:
         """Nothing."""
 
+    def sources(self, *values: Any) -> None:
+        """Nothing."""
+
     def token_view(self, *values: Any) -> None:
         """Nothing."""
 

@@ -5,6 +5,7 @@ from turnout.parallel.boxes import Layout
 from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.gradients import reduce_gradients
 from turnout.parallel.layout import Parallel
+from turnout.parallel.moves import move_bytes, moved, placements_of
 from turnout.parallel.replicas import check_replicas
 from turnout.parallel.shards import Shards
 from turnout.parallel.supported import check_shards, check_supported
@@ -22,5 +23,8 @@ __all__ = [
     "check_shards",
     "check_supported",
     "cutting",
+    "move_bytes",
+    "moved",
+    "placements_of",
     "reduce_gradients",
 ]

@@ -28,10 +28,10 @@ class DenseCut:
     axis: int
     lengths: tuple[int, ...]  # of the parts that lie side by side along the axis
 
-    def first_expert(self, rank: int) -> int:
+    def expert_at(self, rank: int, row: int) -> int:
         """Dense weights have none; asked where an error names one."""
         del rank
-        return 0
+        return row
 
     def part(self, whole: Tensor, rank: int) -> Tensor:
         """What a rank has of it."""

@@ -11,11 +11,11 @@ from turnout.alltoall import PROGRAMS, Packing, steps_of
 from turnout.comm import Arrived, ExpertGroup, Ledger, TorchTransport
 from turnout.comm.cuts import cut_plan, lengths_of
 from turnout.comm.parcels import Parcels
-from turnout.comm.picks import Picks, spread
+from turnout.comm.picks import Picks, placed
 from turnout.comm.sizes import Sizes, agreed_capacity, equal_sizes, exchange_sizes
 from turnout.comm.slices import SliceRows
 from turnout.contracts import Dispatcher, ExpertCall
-from turnout.dispatch import LocalDispatcher, by_token, pack, unpack
+from turnout.dispatch import LocalDispatcher, by_token, pack, reordered, unpack
 from turnout.dispatch import combine as combine_rows
 from turnout.experts.cut import Cut
 from turnout.parallel.blocks import laid_out, taken_out
@@ -65,6 +65,8 @@ class ExpertParallel(Dispatcher):
         experts = self._with_gathered(experts)
         if self._stays:
             return LocalDispatcher().run(x_TD, assignment, plan, experts)
+        if self._placement.order:
+            plan = reordered(plan, placed(self._placement.order, x_TD.device))
         if experts.layout == "padded" and experts.capacity is not None and not self._merged:
             return self._padded(x_TD, assignment, plan, experts)
         return self.after_counts(x_TD, assignment, plan, experts)()
@@ -72,7 +74,7 @@ class ExpertParallel(Dispatcher):
     def after_counts(
         self, x_TD: Tensor, assignment: Assignment, plan: DispatchPlan, experts: ExpertCall
     ) -> Callable[[], Tensor]:
-        """Exchange the counts now; the rows move when the result is called."""
+        """Exchange the counts now; the rows move when the result is called. `plan`: by slots of the placement."""
         cut = cut_plan(plan, assignment.num_tokens, self._chunks)
         sizes = exchange_sizes(
             cut.counts_GE,
@@ -176,8 +178,7 @@ class ExpertParallel(Dispatcher):
         if not self._merged:
             return {}
         mesh, num_tokens = self._group.mesh, assignment.num_tokens
-        held = [len(self._placement.experts_of(rank)) for rank in range(mesh.size)]
-        rank_of_expert_E = spread(range(mesh.size), held, plan.token_M.device)
+        rank_of_expert_E = placed(self._placement.rank_of, plan.token_M.device)
         rank_M = rank_of_expert_E[assignment.expert_N[plan.assignment_M]]
         goes_PT = torch.zeros(mesh.size * num_tokens, dtype=torch.int64, device=plan.token_M.device)
         goes_PT = goes_PT.index_fill_(0, rank_M * num_tokens + plan.token_M, 1).view(mesh.size, num_tokens)

@@ -81,11 +81,11 @@ class Shards:
         holders = self._holders(name)
         return self.has_first if holders is None else holders.has_first
 
-    def first_expert(self, name: str) -> int:
-        """The expert that stands first in this rank's part."""
+    def expert_at(self, name: str, row: int) -> int:
+        """The expert that stands at a row of this rank's part."""
         holders, sharding = self._holders(name), self.shardings.get(name)
-        of_group = 0 if holders is None else holders.cut.first_expert(holders.place)
-        return of_group + (0 if sharding is None else sharding.first_row)
+        row += 0 if sharding is None else sharding.first_row
+        return row if holders is None else holders.cut.expert_at(holders.place, row)
 
     def _cut_of(self, name: str) -> Cut | DenseCut | None:
         return self.cuts.get(name) or self.cuts.get(name.rpartition("/")[0])

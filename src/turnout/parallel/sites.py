@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 
-from turnout.comm import Groups
+from turnout.comm import ExpertGroup, Groups
 from turnout.layers import MoE
 from turnout.placement import Placement, Site
 from turnout.strategy import Strategy
@@ -11,10 +11,20 @@ from turnout.strategy import Strategy
 
 def site_of(num_experts: int, strategy: Strategy, groups: Groups) -> Site:
     """This process's place in a layer of so many experts; one of which it has a slice is near, wherever others are."""
-    group = groups.experts
-    if group is None:
+    if groups.experts is None:
         return Site.alone(num_experts)
-    return Site(placement=Placement.even(num_experts, strategy.ep), node_size=group.mesh.local, rank=group.rank)
+    return site_in(groups.experts, Placement.even(num_experts, strategy.ep))
+
+
+def site_in(group: ExpertGroup, placement: Placement) -> Site:
+    """The same where the experts lie so."""
+    return Site(placement=placement, node_size=group.mesh.local, rank=group.rank)
+
+
+def remarks_of(layer: MoE, site: Site) -> list[str]:
+    """What of a layer's settings does not hold there, in sentences."""
+    found = [part.remark(site) for part in (layer.config.router, *layer.config.losses)]
+    return [remark for remark in found if remark]
 
 
 def stand(layers: Mapping[str, MoE], strategy: Strategy, groups: Groups) -> None:
@@ -27,7 +37,7 @@ def stand(layers: Mapping[str, MoE], strategy: Strategy, groups: Groups) -> None
         site = site_of(layer.config.num_experts, strategy, groups)
         if groups.world.size > 1:
             layer.stand(site)
-        remarks += [part.remark(site) for part in (layer.config.router, *layer.config.losses)]
-    for remark in dict.fromkeys(filter(None, remarks)):
+        remarks += remarks_of(layer, site)
+    for remark in dict.fromkeys(remarks):
         if groups.world.is_first:
             warnings.warn(remark, stacklevel=3)

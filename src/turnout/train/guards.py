@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from turnout.parallel.fully_sharded import here
 
 NonFinitePolicy = Literal["stop", "skip"]
+ExpertAt = Callable[[str, int], int]  # (name of a tensor, its row) -> which expert's that is
 
 _EXPERT_AXIS_FIRST = re.compile(r"_E[A-Z]*$")  # up_EDG: a name's suffix is its shape
 
@@ -27,12 +28,12 @@ class GradReport:
 
 
 def nonfinite_report(
-    named: Iterable[tuple[str, Tensor | None]], first_expert: Callable[[str], int] = lambda name: 0
+    named: Iterable[tuple[str, Tensor | None]], expert_at: ExpertAt = lambda name, row: row
 ) -> str | None:
     """Where NaN or infinity stands, such as "layers.2.moe.experts.up_EDG, expert 5: 3 of 65536 values are NaN".
 
     One norm over all tensors answers the usual case; tensors are looked at singly only when it is not finite.
-    `first_expert` gives the number of the expert that stands first in a tensor: of a slice, not 0.
+    `expert_at` gives the number of the expert at a row of a tensor: of a part, not the row.
     None entries (no gradient) and integer tensors are passed over. Returns None when all is finite.
     """
     tensors = {name: _checkable(here(t)) for name, t in named if t is not None and _can_be_nonfinite(t)}
@@ -45,7 +46,7 @@ def nonfinite_report(
     others = ", ".join(name for name, _ in bad[1:4])
     more = f"; also in {len(bad) - 1} more: {others}{', ...' if len(bad) > 4 else ''}" if others else ""
     name, tensor = bad[0]
-    return _describe(name, tensor, first_expert(name)) + more
+    return _describe(name, tensor, expert_at) + more
 
 
 def clip_and_check(
@@ -109,12 +110,12 @@ def _norm(tensors: list[Tensor]) -> float:
     return float(get_total_norm(tensors))
 
 
-def _describe(name: str, tensor: Tensor, first_expert: int) -> str:
+def _describe(name: str, tensor: Tensor, expert_at: ExpertAt) -> str:
     bad = ~tensor.isfinite()
     kinds = [word for word, found in (("NaN", tensor.isnan()), ("infinite", tensor.isinf())) if found.any()]
     place = name
     if _EXPERT_AXIS_FIRST.search(name) and tensor.dim() > 0:
-        experts = [first_expert + e for e in bad.flatten(1).any(dim=1).nonzero().flatten().tolist()]
+        experts = [expert_at(name, row) for row in bad.flatten(1).any(dim=1).nonzero().flatten().tolist()]
         shown = ", ".join(map(str, experts[:8])) + (", ..." if len(experts) > 8 else "")
         place = f"{name}, expert{'s' if len(experts) > 1 else ''} {shown}"
     return f"{place}: {int(bad.sum())} of {tensor.numel()} values are {' or '.join(kinds)}"

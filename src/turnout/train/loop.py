@@ -25,6 +25,8 @@ from turnout.observe.recorder import Recorder
 from turnout.observe.silent import SilentRecorder
 from turnout.observe.spikes import SpikeRule, is_spike
 from turnout.parallel import apply, check_replicas
+from turnout.parallel.moves import moved
+from turnout.parallel.rebalancer import Rebalancer
 from turnout.train import checkpoint
 from turnout.train.agreement import claim, last_checkpoint, require_alike
 from turnout.train.checkpoint import Checkpoint
@@ -32,6 +34,7 @@ from turnout.train.device import autocast_for, compute_dtype, pick_device
 from turnout.train.evaluate import mean_loss
 from turnout.train.optimizer import build_optimizer, lr_factor, set_lr
 from turnout.train.progress import Counters, Progress
+from turnout.train.rebalanced import open_rebalancer
 from turnout.train.recipe import Recipe, sequences_per_rank
 from turnout.train.record import open_record, record_token_view
 from turnout.train.resume import changed_settings
@@ -74,6 +77,7 @@ class Trainer:
             cuda=self.device.type == "cuda",
         )
         self.tuner = open_tuner(recipe, self.model, self.parallel, run, self.device)
+        self.rebalancer = open_rebalancer(recipe, self.model, self.parallel, self.device)
         # the weights are everybody's, what routers draw at random is not
         if stream := self.parallel.random_stream[0]:
             torch.manual_seed((recipe.seed + _GOLDEN * stream) % 2**32)
@@ -296,10 +300,12 @@ class Trainer:
             stats=result.stats,
             sent=self.parallel.take_sent(),
         )
-        # what is recorded is part of training's price: only a mixture pays it in full
-        c.seconds += time.perf_counter() - started - elapsed
         self.line = line or self.line
         self._judge(result)
+        if self.rebalancer is not None:
+            self._rebalance(self.rebalancer, result)
+        # what is recorded is part of training's price: only a mixture pays it in full
+        c.seconds += time.perf_counter() - started - elapsed
         news, self._news = tuple(self._news), []
         return Progress(
             step=c.step,
@@ -310,6 +316,18 @@ class Trainer:
             line=self.line,
             news=news,
         )
+
+    def _rebalance(self, rebalancer: Rebalancer, result: StepResult) -> None:
+        """Count what was routed; at its time ask whether experts should move, and move them."""
+        rebalancer.note(result.own)
+        step = self.counters.step
+        if not rebalancer.is_due(step):
+            return
+        with self.parallel.ledger.inside("moves of experts"):
+            self.parallel, moves, rows = rebalancer.rebalanced(self.model, self.parallel, self.optimizer)
+        self.recorder.sources(step, rows)
+        for move in moves:
+            self._tell(f"placement: {move}")
 
     def _judge(self, result: StepResult) -> None:
         """Note spikes, count skipped steps, and stop where the policy says so."""
@@ -388,12 +406,17 @@ class Trainer:
             parallel=self.parallel,
             recipe=to_dict(self.recipe),
             tokenizer=self.dataset.tokenizer.fingerprint,
+            rebalancer=self.rebalancer,
         )
 
     def _resume(self) -> tuple[str, ...]:
         """Take up the last checkpoint; returns which settings changed since."""
         loaded = last_checkpoint(self.run, self.world, self.device, self._state().wants)
-        return self.world.together(lambda: self._restore(loaded))
+        changes = self.world.together(lambda: self._restore(loaded))
+        if self.rebalancer is not None:
+            lay = self.rebalancer.restore(loaded.meta.get("placement"), self.model, self.parallel)
+            self.parallel = moved(self.model, self.parallel, self.optimizer, lay)
+        return changes
 
     def _restore(self, loaded: Checkpoint) -> tuple[str, ...]:
         # a checkpoint from before recipes were kept in it has none

@@ -61,11 +61,17 @@ def count_ahead(
         return sum_stats(stats, repeats=repeats)
 
 
-def sum_stats(per_batch: Sequence[tuple[MoEStats, ...]], *, repeats: int = 1) -> tuple[MoEStats, ...]:
-    """Each layer's stats over this rank's micro-batches and all ranks, of which `repeats` report the same tokens."""
+def own_stats(per_batch: Sequence[tuple[MoEStats, ...]]) -> tuple[MoEStats, ...]:
+    """Each layer's stats over this rank's micro-batches."""
     totals = per_batch[0]
     for stats in per_batch[1:]:
         totals = tuple(a + b for a, b in zip(totals, stats, strict=True))
+    return totals
+
+
+def sum_stats(per_batch: Sequence[tuple[MoEStats, ...]], *, repeats: int = 1) -> tuple[MoEStats, ...]:
+    """Each layer's stats over this rank's micro-batches and all ranks, of which `repeats` report the same tokens."""
+    totals = own_stats(per_batch)
     if not totals or not is_joined():
         return totals
     # one message for all layers; float64 holds every count below 2^53

@@ -93,11 +93,15 @@ class LoopConfig(Settings):
     save_failure: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written (full disk)
     timeout_s: float = 600.0  # a rank that keeps the others waiting longer ends a distributed run
     tune: str = ""  # chooses r, chunks and program of each step by what it measures: "auto", or a JSON file; "": off
+    # experts move to ranks where a step is predicted to cost less, if that pays for the move until the next question
+    rebalance_every: int = 0  # steps between the questions which ranks the experts should lie on; 0: they stay
+    rebalance_spare: int = 0  # experts a rank may then hold beyond its even share; each costs it memory
+    rebalance_on: str = ""  # machine whose rates price rows and moves: a name or .toml file; "": this one, measured
     sinks: tuple[str, ...] = ()  # further places for metrics: tensorboard, wandb, trackio
     probe: str = PROBE  # text whose way through the experts the report shows
 
     def __post_init__(self) -> None:
-        for name in ("steps", "eval_every", "save_every", "max_skipped"):
+        for name in ("steps", "eval_every", "save_every", "max_skipped", "rebalance_every", "rebalance_spare"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"loop.{name}={getattr(self, name)} must be at least 0")
         for name in ("batch_size", "seq_len", "accumulate", "eval_tokens", "keep_last"):
@@ -167,12 +171,27 @@ class Recipe(Settings):
                 f"loop.tune={self.loop.tune!r} with strategy.tp={strategy.tp}: the tuner knows no such ranks in "
                 'this version; nearest legal: loop.tune=""'
             )
+        self._check_rebalancing()
         shared = [f"{name}={getattr(strategy, name)}" for name in ("tp", "ep", "etp") if getattr(strategy, name) > 1]
         if self.loop.compile and shared:
             raise ConfigError(
                 f"loop.compile=true with strategy.{shared[0]}: an exchange between ranks is not compiled in this "
                 "version; nearest legal: loop.compile=false"
             )
+
+    def _check_rebalancing(self) -> None:
+        loop = self.loop
+        if loop.rebalance_every and self.strategy.ep == 1 and not loop.tune:
+            raise ConfigError(
+                f"loop.rebalance_every={loop.rebalance_every} with strategy.ep=1: every rank has all experts, and none "
+                "can move; nearest legal: loop.rebalance_every=0, or strategy.ep=2"
+            )
+        for name in ("rebalance_spare", "rebalance_on"):
+            if getattr(loop, name) and not loop.rebalance_every:
+                raise ConfigError(
+                    f"loop.{name}={getattr(loop, name)!r} says how experts move; set loop.rebalance_every=100 too, or "
+                    "leave it out"
+                )
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:

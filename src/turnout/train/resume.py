@@ -29,6 +29,9 @@ CHANGEABLE = (
     "loop.sinks",
     "loop.probe",
     "loop.tune",
+    "loop.rebalance_every",
+    "loop.rebalance_spare",
+    "loop.rebalance_on",
     "strategy",
 )
 

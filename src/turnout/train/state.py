@@ -9,6 +9,7 @@ from torch import Tensor, nn, optim
 from turnout.data.sampler import Sampler
 from turnout.parallel import Layout, Parallel
 from turnout.parallel.fully_sharded import here
+from turnout.parallel.rebalancer import Rebalancer
 from turnout.train.checkpoint import Checkpoint
 from turnout.train.checkpoint_fit import check_fits
 from turnout.train.checkpoint_optimizer import optimizer_state, set_optimizer_state
@@ -33,6 +34,7 @@ class RunState:
     parallel: Parallel
     recipe: Mapping[str, Any]  # as data: what the settings were
     tokenizer: str  # fingerprint of what the token ids mean
+    rebalancer: Rebalancer | None = None  # of a run whose experts move
 
     def capture(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         """(files, meta) for `checkpoint.save`: weights and router state, moments, random generators, data position.
@@ -76,7 +78,9 @@ class RunState:
     def _meta(self, optimizer: Mapping[str, Any], rng: Mapping[str, Any]) -> dict[str, Any]:
         whole_shape = self.parallel.shards.whole_shape
         shapes = {name: whole_shape(name, shape) for name, shape in optimizer["shapes"].items()}
-        return {
+        rebalancer = self.rebalancer
+        placement = {} if rebalancer is None else {"placement": rebalancer.state(self.parallel, self.model)}
+        return placement | {
             "optimizer": {**optimizer, "shapes": shapes},
             "rng": dict(rng),
             "sampler": self.sampler.state_dict(),

@@ -15,8 +15,8 @@ from turnout.models import Decoder
 from turnout.models.decoder import DecoderLoss
 from turnout.parallel import Parallel, reduce_gradients
 from turnout.tensors import LossTerm, MoEStats, total_loss
-from turnout.train.guards import GradReport, clip_and_check, nonfinite_report
-from turnout.train.parts import Share, count_ahead, mean_over_ranks, shares, sum_stats
+from turnout.train.guards import ExpertAt, GradReport, clip_and_check, nonfinite_report
+from turnout.train.parts import Share, count_ahead, mean_over_ranks, own_stats, shares, sum_stats
 
 LossFunction = Callable[..., DecoderLoss]  # Decoder.loss, compiled or not
 
@@ -30,6 +30,7 @@ class StepResult:
     aux: dict[str, float]  # name -> value, averaged over layers and tokens, without coefficient
     grad_norm: float
     stats: tuple[MoEStats, ...]  # one per MoE layer, summed over micro-batches and ranks
+    own: tuple[MoEStats, ...]  # the same of this rank alone
     problem: str | None
 
 
@@ -80,6 +81,7 @@ def train_step(
         aux=aux,
         grad_norm=float(report.norm),
         stats=stats,
+        own=own_stats(own),
         problem=problem,
     )
 
@@ -137,18 +139,18 @@ def _mean_terms(per_batch: Sequence[tuple[LossTerm, ...]], weights: Sequence[Sha
 def _name_problem(model: nn.Module, loss: float, terms: Sequence[LossTerm], parallel: Parallel | None) -> str:
     """Weights first: they are the cause where they are not finite; then losses, then gradients; of any rank."""
     if parallel is None or parallel.world.size == 1:
-        return _own_problem(model, loss, terms, lambda name: 0) or "the gradient norm overflowed"
-    own = _own_problem(model, loss, terms, parallel.shards.first_expert)
+        return _own_problem(model, loss, terms, lambda name, row: row) or "the gradient norm overflowed"
+    own = _own_problem(model, loss, terms, parallel.shards.expert_at)
     found = [f"{text} (rank {rank})" for rank, text in enumerate(parallel.world.all(own)) if text]
     return min(found, key=lambda text: not text.startswith("weight"), default="the gradient norm overflowed")
 
 
-def _own_problem(model: nn.Module, loss: float, terms: Sequence[LossTerm], first_expert: Callable[[str], int]) -> str:
-    weights = nonfinite_report(model.named_parameters(), first_expert)
+def _own_problem(model: nn.Module, loss: float, terms: Sequence[LossTerm], expert_at: ExpertAt) -> str:
+    weights = nonfinite_report(model.named_parameters(), expert_at)
     if weights is not None:
         return f"weight {weights}"
     bad_terms = [term.name for term in terms if not torch.isfinite(term.value)]
-    grads = nonfinite_report(((name, p.grad) for name, p in model.named_parameters()), first_expert)
+    grads = nonfinite_report(((name, p.grad) for name, p in model.named_parameters()), expert_at)
     parts = [] if math.isfinite(loss) else [f"main loss is {loss}"]
     parts += [f"auxiliary loss {name} is not finite" for name in dict.fromkeys(bad_terms)]
     parts += [] if grads is None else [f"gradient {grads}"]

@@ -1,0 +1,81 @@
+"""What a move of experts sends, to the byte: shown before it is made, and what the ledger then counts."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from turnout.alltoall import Traffic
+from turnout.balance.cost import Cost
+from turnout.errors import ConfigError
+from turnout.placement import Placement
+from turnout.topology import Mesh
+
+
+def expert_moves(before: Placement, after: Placement) -> Iterator[tuple[int, int, int]]:
+    """(expert, from rank, to rank) of every expert that changes its rank, in order.
+
+    Raises: ConfigError if the placements are of other experts or ranks.
+    """
+    if (before.num_experts, before.ranks) != (after.num_experts, after.ranks):
+        raise ConfigError(
+            f"{after.num_experts} experts on {after.ranks} ranks cannot follow {before.num_experts} on {before.ranks}: "
+            "a move keeps experts and ranks"
+        )
+    ends = zip(before.rank_of, after.rank_of, strict=True)
+    return ((expert, old, new) for expert, (old, new) in enumerate(ends) if old != new)
+
+
+def moved_bytes(before: Placement, after: Placement, slice_bytes: Sequence[int]) -> dict[tuple[int, int], int]:
+    """(sender, receiver) -> bytes, of ranks of the whole expert group, in which slices of an expert are neighbours.
+
+    `slice_bytes`: of each slice of one expert, its weights and what the optimizer keeps of them.
+    """
+    slices, found = len(slice_bytes), defaultdict[tuple[int, int], int](int)
+    for _, old, new in expert_moves(before, after):
+        for at, size in enumerate(slice_bytes):
+            if size:
+                found[old * slices + at, new * slices + at] += size
+    return dict(found)
+
+
+def by_rank(pairs: Mapping[tuple[int, int], int], mesh: Mesh) -> list[Traffic]:
+    """What each rank sends, inside its node and to others; without messages."""
+    found = [Traffic()] * mesh.size
+    for (sender, receiver), size in pairs.items():
+        is_near = mesh.place(sender)[0] == mesh.place(receiver)[0]
+        found[sender] += Traffic(intra_bytes=size) if is_near else Traffic(inter_bytes=size)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """The experts of one layer go to other ranks, and why."""
+
+    layer: str
+    before: Placement
+    after: Placement
+    cost: tuple[Cost, Cost]  # of what was routed, before and after
+    inter_bytes: int  # that move between nodes, in one expert group
+    intra_bytes: int  # and inside them
+    tokens: float  # of a step, whose rows the costs are of
+    period: int  # steps in which it must pay for itself
+
+    @property
+    def experts(self) -> int:
+        """How many change their rank."""
+        return sum(1 for _ in expert_moves(self.before, self.after))
+
+    @property
+    def saved_s(self) -> float:
+        """Seconds that are predicted to be saved until the next question, without those of the move."""
+        return self.period * (self.cost[0].step_s - self.cost[1].step_s)
+
+    def __str__(self) -> str:
+        load = " -> ".join(f"{cost.max_load:.2f}" for cost in self.cost)
+        far = " -> ".join(f"{cost.inter_bytes / max(self.tokens, 1.0):,.0f}" for cost in self.cost)
+        return (
+            f"{self.layer}: {self.experts} of {self.after.num_experts} experts move; fullest rank {load} of the mean, "
+            f"between hosts {far} bytes a token; {self.inter_bytes:,} bytes are sent between hosts and "
+            f"{self.intra_bytes:,} inside, {1e3 * self.cost[1].move_s:.3g} ms, to save {1e3 * self.saved_s:.3g} ms in "
+            f"{self.period} steps"
+        )
