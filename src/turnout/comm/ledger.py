@@ -12,9 +12,9 @@ from turnout.topology import Mesh
 
 Phase = Literal["forward", "backward"]
 # what a program moves; rows between slices of the same experts; weights that are gathered; what must be known before:
-# counts of rows, or a capacity; activations of tensor-parallel layers. Of slices and weights the ranks are those of the
-# whole expert group, of the latter those of the tensor group.
-Kind = Literal["rows", "slices", "weights", "counts", "tensor"]
+# counts of rows, or a capacity; activations of tensor-parallel layers; what pipeline stages pass on. Of slices and
+# weights the ranks are those of the whole expert group, of the last two those of the tensor group and of the pipeline.
+Kind = Literal["rows", "slices", "weights", "counts", "tensor", "stages"]
 Sent = dict[int, list[int]]  # rank of the expert group -> [bytes, messages]
 
 

@@ -1,0 +1,223 @@
+"""The pipeline of a step: this rank's stages, run by torch's schedules over all micro-batches.
+
+Every rank of the pipeline is given the same micro-batches. What a step reports has the shape that one process gives it:
+layers of other ranks are there with zeros, so that sums over ranks are sums over stages too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import P2POp
+from torch.distributed.pipelining import PipelineStage
+
+from turnout.comm import Groups, Ledger, StageGroup
+from turnout.comm.ledger import Phase
+from turnout.data.sampler import Batch
+from turnout.errors import ConfigError, TransportError
+from turnout.models import Decoder
+from turnout.models.decoder import DecoderLoss
+from turnout.parallel.stage_cut import StageCut, cut_of, keep_own
+from turnout.parallel.stage_losses import count_within
+from turnout.parallel.stage_pass import MicroBatch, Passed, StagePass
+from turnout.parallel.stage_schedules import Schedule, enough, make_schedule
+from turnout.strategy import Strategy
+from turnout.tensors import LossTerm, MoEStats
+
+
+def cut_stages(model: nn.Module, groups: Groups, strategy: Strategy, ledger: Ledger) -> "Stages | None":
+    """Keep this rank's stages of the model, if it is to lie in such; every rank calls it."""
+    if groups.stages is None:
+        return None
+    assert isinstance(model, Decoder)
+    cut = cut_of(model.config, strategy, groups.stages.place)
+    elsewhere = keep_own(model, cut)
+    count_within([layer for _, layer in model.moe_blocks()], groups.like)
+    return Stages(model, cut, groups.stages, strategy, ledger, elsewhere)
+
+
+class Stages:
+    """The stages of one rank."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        cut: StageCut,
+        group: StageGroup,
+        strategy: Strategy,
+        ledger: Ledger,
+        elsewhere: frozenset[str],
+    ) -> None:
+        """`elsewhere`: names of the tensors that other ranks of the pipeline have."""
+        self.elsewhere = elsewhere
+        self.tied = frozenset({"embedding_VD"} if model.config.tie_embeddings else ())  # what both ends have
+        self._model, self._cut, self._group = model, cut, group
+        self._strategy, self._ledger = strategy, ledger
+        last = len(cut.layers) - 1
+        self._own = {
+            stage: StagePass(model, cut.layers[stage], is_first=stage == 0, is_last=stage == last) for stage in cut.own
+        }
+        self._schedules: dict[tuple[object, ...], Schedule] = {}
+        self._elsewhere: dict[int, tuple[MoEStats, tuple[LossTerm, ...]]] | None = None
+
+    @property
+    def cut(self) -> StageCut:
+        return self._cut
+
+    def enough(self, number: int) -> int:
+        """The least number of micro-batches from that on that the schedule runs without filling up."""
+        return enough(self._strategy, number)
+
+    def train(
+        self,
+        parts: Sequence[MicroBatch],
+        autocast: torch.autocast,
+        *,
+        step_stats: Sequence[MoEStats] | None = None,
+    ) -> list[DecoderLoss]:
+        """Forward and backward over all micro-batches; gradients add up in the parameters, weighed as the parts say.
+
+        Raises: ConfigError if the schedule does not take so many; TransportError if a rank is gone.
+        """
+        found = self._run(parts, autocast, learns=True, step_stats=step_stats)
+        return self._whole(found)
+
+    @torch.no_grad()
+    def forward(self, batches: Sequence[Batch], autocast: torch.autocast) -> list[Passed]:
+        """What this rank's stages make of so many batches of one shape; none learns.
+
+        Filled up to a number that the schedule takes, for random draws are then those of the steps that learn.
+        """
+        filled = [*batches, *[batches[-1]] * (self.enough(len(batches)) - len(batches))]
+        parts = [MicroBatch(batch=batch) for batch in filled]
+        return self._run(parts, autocast, learns=False, step_stats=None)[: len(batches)]
+
+    def stats(self, found: Sequence[Passed]) -> list[tuple[MoEStats, ...]]:
+        """Those of all layers of the model, zeros where another rank has them. Every rank of the pipeline calls it."""
+        return [result.stats for result in self._whole(found)]
+
+    def _run(
+        self,
+        parts: Sequence[MicroBatch],
+        autocast: torch.autocast,
+        *,
+        learns: bool,
+        step_stats: Sequence[MoEStats] | None,
+    ) -> list[Passed]:
+        number, shape = len(parts), tuple(parts[0].batch.tokens_BS.shape)
+        if any(part.batch.tokens_BS.shape != shape for part in parts):
+            raise ConfigError("all micro-batches of a pipeline must have one shape: what stages send has one size")
+        found = [Passed() for _ in parts]
+        of_layers = None if step_stats is None else dict(zip(self._sparse, step_stats, strict=True))
+        for stage in self._own.values():
+            pairs = list(zip(parts, found, strict=True))
+            stage.begin(pairs, autocast, learns=learns, step_stats=of_layers)
+        schedule = self._schedule(number, shape, learns=learns)
+        # torch cuts what it is given into micro-batches; ours know theirs, so it is given their numbers
+        numbers = torch.arange(number)
+        with self._ledger.inside("pipeline of stages"):
+            _stepped(
+                schedule,
+                [numbers] if self._cut.has_first else [],
+                target=numbers if self._cut.has_last and learns else None,
+            )
+        return found
+
+    @property
+    def _sparse(self) -> tuple[int, ...]:
+        return self._model.config.moe_layers()
+
+    def _schedule(self, number: int, shape: tuple[int, ...], *, learns: bool) -> Schedule:
+        key = (number, shape, learns)
+        if key not in self._schedules:
+            stages = [self._stage(stage, shape) for stage in self._cut.own]
+            self._schedules[key] = make_schedule(self._strategy, stages, number, _given if learns else None)
+        return self._schedules[key]
+
+    def _stage(self, stage: int, shape: tuple[int, ...]) -> PipelineStage:
+        weight = next(self._model.parameters())
+        # shapes are known, so no stage has to be tried out
+        hidden = torch.empty(*shape, self._model.config.dim, dtype=weight.dtype, requires_grad=True)
+        module = self._own[stage]
+        return _CountedStage(
+            module,
+            stage,
+            len(self._cut.layers),
+            weight.device,
+            input_args=torch.zeros(1, dtype=torch.int64) if module.is_first else hidden,
+            output_args=torch.zeros(1, dtype=weight.dtype, requires_grad=True) if module.is_last else hidden,
+            group=self._group.wire,
+        ).noting(self._ledger)
+
+    def _whole(self, found: Sequence[Passed]) -> list[DecoderLoss]:
+        layers = self._everywhere(found[0])
+        zero = torch.zeros((), device=next(self._model.parameters()).device)
+        return [
+            DecoderLoss(
+                main=zero if each.main is None else each.main,
+                losses=tuple(term for layer in layers for term in each.losses.get(layer, layers[layer][1])),
+                stats=tuple(each.stats.get(layer, layers[layer][0]) for layer in layers),
+            )
+            for each in found
+        ]
+
+    def _everywhere(self, own: Passed) -> Mapping[int, tuple[MoEStats, tuple[LossTerm, ...]]]:
+        """Every layer with experts, in order, and what it would report of no tokens: settled once."""
+        if self._elsewhere is None:
+            mine = {layer: (_zeros(stats), _zero_terms(own.losses[layer])) for layer, stats in own.stats.items()}
+            told: list[dict[int, tuple[MoEStats, tuple[LossTerm, ...]]]] = [{} for _ in range(self._group.size)]
+            with self._ledger.inside("agreement on what stages report"):
+                dist.all_gather_object(told, mine, group=self._group.wire)
+            together = {layer: report for each in told for layer, report in each.items()}
+            self._elsewhere = {layer: together[layer] for layer in sorted(together)}
+        return self._elsewhere
+
+
+class _CountedStage(PipelineStage):
+    """torch's stage; what it hands over to be sent is noted."""
+
+    def noting(self, ledger: Ledger) -> "_CountedStage":
+        self._ledger = ledger
+        return self
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[P2POp]:
+        return self._noted(super().get_fwd_send_ops(fwd_chunk_id), "forward")
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[P2POp]:
+        return self._noted(super().get_bwd_send_ops(bwd_chunk_id), "backward")
+
+    def _noted(self, ops: list[P2POp], phase: Phase) -> list[P2POp]:
+        assert self.group is not None
+        for op in ops:
+            sent = {dist.get_group_rank(self.group, op.peer): op.tensor.numel() * op.tensor.element_size()}
+            self._ledger.note(f"stage {self.stage_index}", phase, "stages", sent)
+        return ops
+
+
+def _given(output: Tensor, number: Tensor) -> Tensor:
+    """The loss of a micro-batch, which the last stage has taken already."""
+    return output.sum()
+
+
+def _stepped(schedule: Schedule, args: Sequence[Tensor], *, target: Tensor | None) -> None:
+    """Raises: what a stage raised, and TransportError where a rank could not be reached."""
+    try:
+        schedule.step(*args, target=target)
+    except RuntimeError as error:
+        # torch wraps what a stage raises
+        if error.__cause__ is not None:
+            raise error.__cause__ from error
+        raise TransportError(
+            f"rank {dist.get_rank()}: the pipeline of stages failed, because a rank of it ended or took too long: "
+            f"{error}"
+        ) from error
+
+
+def _zeros(stats: MoEStats) -> MoEStats:
+    return MoEStats(**{each.name: torch.zeros_like(getattr(stats, each.name)) for each in fields(MoEStats)})
+
+
+def _zero_terms(terms: Sequence[LossTerm]) -> tuple[LossTerm, ...]:
+    return tuple(replace(term, value=torch.zeros_like(term.value)) for term in terms)
