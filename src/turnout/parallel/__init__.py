@@ -8,6 +8,7 @@ from turnout.parallel.layout import Parallel
 from turnout.parallel.replicas import check_replicas
 from turnout.parallel.shards import Shards
 from turnout.parallel.stage_cut import cut_of
+from turnout.parallel.stage_gather import of_stages
 from turnout.parallel.stage_pass import MicroBatch
 from turnout.parallel.stage_schedules import check_micro_batches
 from turnout.parallel.supported import check_shards, check_supported
@@ -28,5 +29,6 @@ __all__ = [
     "check_supported",
     "cut_of",
     "cutting",
+    "of_stages",
     "reduce_gradients",
 ]

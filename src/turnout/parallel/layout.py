@@ -1,5 +1,6 @@
 """How a model lies on the ranks of a job, once a strategy is applied to it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from turnout.comm.ledger import Kind
 from turnout.parallel.fully_sharded import reshard
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.shards import Shards
+from turnout.parallel.stage_gather import joined_stages
 from turnout.parallel.stages import Stages
 from turnout.parallel.supported import check_shards, check_supported
 from turnout.parallel.tensor_parallel import cutting
@@ -60,6 +62,16 @@ class Parallel:
     def random_stream(self) -> tuple[int, int]:
         """Which random numbers are this rank's, and of how many: those that route the same tokens route them alike."""
         return self.world.rank // self.repeats, self.world.size // self.repeats
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On the job's first rank all tensors of the model whole, on the CPU where they were gathered.
+
+        Every rank calls it, with what it has of them.
+        """
+        gathered = self.shards.whole(tensors)
+        staged = self.groups.stages
+        # the ranks where tensors of a stage are put together are those of the first rank's pipeline
+        return gathered if staged is None or self.world.rank != self.shards.first else joined_stages(gathered, staged)
 
     def copies(self, model: nn.Module) -> dict[Tensor, int]:
         """The parameters that not every rank has whole, and on how many ranks there is the same part."""
