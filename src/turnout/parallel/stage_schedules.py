@@ -30,11 +30,11 @@ def _in_rounds(ranks: int, micro_batches: int) -> bool:
     return micro_batches % max(1, micro_batches // ranks) == 0
 
 
-_ROUNDS = "that fill rounds of at least pp evenly, or fewer than pp"
+_ROUNDS = "fewer than pp of them, or a number that rounds of at least pp divide evenly"
 _KINDS = {
-    "gpipe": _Kind(make=ScheduleGPipe, takes_several=False, takes=lambda *_: True, legal="any"),
+    "gpipe": _Kind(make=ScheduleGPipe, takes_several=False, takes=lambda *_: True, legal="any number of them"),
     "1f1b": _Kind(
-        make=Schedule1F1B, takes_several=False, takes=lambda ranks, number: number >= ranks, legal="at least pp"
+        make=Schedule1F1B, takes_several=False, takes=lambda ranks, number: number >= ranks, legal="at least pp of them"
     ),
     "interleaved": _Kind(make=ScheduleInterleaved1F1B, takes_several=True, takes=_in_rounds, legal=_ROUNDS),
     "zero_bubble": _Kind(make=ScheduleInterleavedZeroBubble, takes_several=True, takes=_in_rounds, legal=_ROUNDS),

@@ -9,16 +9,15 @@ from dataclasses import fields, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed import P2POp
+from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
 from turnout.comm import Groups, Ledger, StageGroup
-from turnout.comm.ledger import Phase
 from turnout.data.sampler import Batch
-from turnout.errors import ConfigError, TransportError
+from turnout.errors import ConfigError
 from turnout.models import Decoder
 from turnout.models.decoder import DecoderLoss
+from turnout.parallel.stage_counted import CountedStage, given, stepped
 from turnout.parallel.stage_cut import StageCut, cut_of, keep_own
 from turnout.parallel.stage_losses import count_within
 from turnout.parallel.stage_pass import MicroBatch, Passed, StagePass
@@ -117,8 +116,8 @@ class Stages:
         schedule = self._schedule(number, shape, learns=learns)
         # torch cuts what it is given into micro-batches; ours know theirs, so it is given their numbers
         numbers = torch.arange(number)
-        with self._ledger.inside("pipeline of stages"):
-            _stepped(
+        with self._ledger.pipelined(self._cut.place):
+            stepped(
                 schedule,
                 [numbers] if self._cut.has_first else [],
                 target=numbers if self._cut.has_last and learns else None,
@@ -133,7 +132,7 @@ class Stages:
         key = (number, shape, learns)
         if key not in self._schedules:
             stages = [self._stage(stage, shape) for stage in self._cut.own]
-            self._schedules[key] = make_schedule(self._strategy, stages, number, _given if learns else None)
+            self._schedules[key] = make_schedule(self._strategy, stages, number, given if learns else None)
         return self._schedules[key]
 
     def _stage(self, stage: int, shape: tuple[int, ...]) -> PipelineStage:
@@ -141,7 +140,7 @@ class Stages:
         # shapes are known, so no stage has to be tried out
         hidden = torch.empty(*shape, self._model.config.dim, dtype=weight.dtype, requires_grad=True)
         module = self._own[stage]
-        return _CountedStage(
+        return CountedStage(
             module,
             stage,
             len(self._cut.layers),
@@ -173,46 +172,6 @@ class Stages:
             together = {layer: report for each in told for layer, report in each.items()}
             self._elsewhere = {layer: together[layer] for layer in sorted(together)}
         return self._elsewhere
-
-
-class _CountedStage(PipelineStage):
-    """torch's stage; what it hands over to be sent is noted."""
-
-    def noting(self, ledger: Ledger) -> "_CountedStage":
-        self._ledger = ledger
-        return self
-
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[P2POp]:
-        return self._noted(super().get_fwd_send_ops(fwd_chunk_id), "forward")
-
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[P2POp]:
-        return self._noted(super().get_bwd_send_ops(bwd_chunk_id), "backward")
-
-    def _noted(self, ops: list[P2POp], phase: Phase) -> list[P2POp]:
-        assert self.group is not None
-        for op in ops:
-            sent = {dist.get_group_rank(self.group, op.peer): op.tensor.numel() * op.tensor.element_size()}
-            self._ledger.note(f"stage {self.stage_index}", phase, "stages", sent)
-        return ops
-
-
-def _given(output: Tensor, number: Tensor) -> Tensor:
-    """The loss of a micro-batch, which the last stage has taken already."""
-    return output.sum()
-
-
-def _stepped(schedule: Schedule, args: Sequence[Tensor], *, target: Tensor | None) -> None:
-    """Raises: what a stage raised, and TransportError where a rank could not be reached."""
-    try:
-        schedule.step(*args, target=target)
-    except RuntimeError as error:
-        # torch wraps what a stage raises
-        if error.__cause__ is not None:
-            raise error.__cause__ from error
-        raise TransportError(
-            f"rank {dist.get_rank()}: the pipeline of stages failed, because a rank of it ended or took too long: "
-            f"{error}"
-        ) from error
 
 
 def _zeros(stats: MoEStats) -> MoEStats:
