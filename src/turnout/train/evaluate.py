@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
+from torch.nn.functional import pad
 
 from turnout.data.sampler import Batch, validation_batches
 from turnout.data.shards import TokenShard
@@ -45,7 +46,9 @@ def mean_loss(
                 (several[place] if place < len(several) else _padding(several[0])).to(device)
                 for place in range(at, turns * at_once, turns)
             ]
-            for batch, main in zip(mine, _losses(model, mine, parallel, autocast), strict=True):
+            # none is larger than the first, on any rank
+            found = _losses(model, mine, parallel, autocast, sequences=len(several[0].tokens_BS))
+            for batch, main in zip(mine, found, strict=True):
                 targets = parallel.own_targets(batch.targets_BS).numel() if batch.mask_BS is None else 0
                 if targets and main is not None:
                     total, count = total + main * targets, count + targets
@@ -55,16 +58,18 @@ def mean_loss(
 
 
 def _losses(
-    model: Decoder, batches: Sequence[Batch], parallel: Parallel, autocast: torch.autocast
+    model: Decoder, batches: Sequence[Batch], parallel: Parallel, autocast: torch.autocast, *, sequences: int
 ) -> list[float | None]:
-    """The mean loss of each; None where another pipeline stage takes it."""
+    """The mean loss of each, which have at most so many sequences; None where another pipeline stage takes it."""
     if parallel.stages is None:
         found = [model.loss(batch.tokens_BS, batch.targets_BS, mask_BS=batch.mask_BS).main for batch in batches]
     else:
-        finals = [passed.h_BSD for passed in parallel.stages.forward(batches, autocast)]
+        # all micro-batches of a pipeline have one shape
+        filled = [_filled(batch, sequences) for batch in batches]
+        passes = zip(filled, parallel.stages.forward(filled, autocast), strict=True)
         found = [
-            None if h_BSD is None else lm_loss(h_BSD.flatten(0, 1), model.head, batch.targets_BS.flatten())
-            for batch, h_BSD in zip(batches, finals, strict=True)
+            None if p.h_BSD is None else lm_loss(p.h_BSD.flatten(0, 1), model.head, batch.targets_BS.flatten())
+            for batch, p in passes
         ]
     return [None if loss is None else loss.item() for loss in found]
 
@@ -72,6 +77,20 @@ def _losses(
 def _turns(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
     while turn := list(islice(batches, size)):
         yield turn
+
+
+def _filled(batch: Batch, sequences: int) -> Batch:
+    """The batch with as many sequences of padding as it lacks."""
+    missing = sequences - len(batch.tokens_BS)
+    if missing == 0:
+        return batch
+    mask_BS = torch.ones_like(batch.tokens_BS, dtype=torch.bool) if batch.mask_BS is None else batch.mask_BS
+    rows = (0, 0, 0, missing)
+    return Batch(
+        tokens_BS=pad(batch.tokens_BS, rows),
+        targets_BS=pad(batch.targets_BS, rows, value=IGNORE),
+        mask_BS=pad(mask_BS, rows, value=False),
+    )
 
 
 def _padding(like: Batch) -> Batch:
