@@ -84,7 +84,7 @@ class StagePass(nn.Module):
         h_BSD = model.norm(x_BSD)
         if not self._learns:
             passed.h_BSD = h_BSD
-            return h_BSD.new_zeros(1)
+            return h_BSD.new_zeros(1, dtype=torch.promote_types(h_BSD.dtype, torch.float32))
         main = lm_loss(h_BSD.flatten(0, 1), model.head, batch.targets_BS.flatten())
         passed.main = main.detach()
         # a tensor of its own: torch lets go of its history in place, which views do not allow

@@ -136,17 +136,17 @@ class Stages:
         return self._schedules[key]
 
     def _stage(self, stage: int, shape: tuple[int, ...]) -> PipelineStage:
-        weight = next(self._model.parameters())
-        # shapes are known, so no stage has to be tried out
-        hidden = torch.empty(*shape, self._model.config.dim, dtype=weight.dtype, requires_grad=True)
-        module = self._own[stage]
+        weight, module = next(self._model.parameters()), self._own[stage]
+        # shapes are known, so no stage has to be tried out; the residual stream has the dtype of the weights
+        hidden = torch.empty(*shape, self._model.config.dim, dtype=weight.dtype, device="meta", requires_grad=True)
+        loss = torch.empty(1, dtype=torch.promote_types(weight.dtype, torch.float32), device="meta", requires_grad=True)
         return CountedStage(
             module,
             stage,
             len(self._cut.layers),
             weight.device,
-            input_args=torch.zeros(1, dtype=torch.int64) if module.is_first else hidden,
-            output_args=torch.zeros(1, dtype=weight.dtype, requires_grad=True) if module.is_last else hidden,
+            input_args=torch.empty(1, dtype=torch.int64, device="meta") if module.is_first else hidden,
+            output_args=loss if module.is_last else hidden,
             group=self._group.wire,
         ).noting(self._ledger)
 
