@@ -28,6 +28,7 @@ from turnout.data.shards import TokenShard
 from turnout.losses import LoadBalance, Locality
 from turnout.models import Decoder
 from turnout.models.decoder import DecoderLoss
+from turnout.placement import Placement, Site
 from turnout.routers import LocMoE
 from turnout.tensors import Assignment
 from turnout.topology import Mesh
@@ -39,6 +40,7 @@ from turnout.train.step import train_step
 
 MESH = Mesh(nodes=4, local=2)
 EXPERTS = 8  # one a rank
+PLACEMENT = Placement.even(EXPERTS, MESH.size)
 BATCH = 4  # sequences of a node in a step
 KEPT = 64  # windows of each node's text that are kept aside
 BALANCE = 0.01  # coefficient, as the paper's
@@ -81,7 +83,9 @@ def main() -> None:
 def run(recipe: Recipe, dataset: Dataset, text: Text, coefficient: float, seed: int, steps: int) -> Row:
     """Train for `steps` and measure."""
     torch.manual_seed(seed)
-    model = Decoder(recipe.model)
+    losses = LoadBalance(coefficient=BALANCE, scope="global"), Locality(coefficient=coefficient)
+    assert recipe.model.moe is not None
+    model = Decoder(replace(recipe.model, moe=replace(recipe.model.moe, losses=losses)))
     optimizer = build_optimizer(model, recipe.optimizer)
     windows = node_windows(count_windows(dataset.train, recipe.loop.seq_len), text, seed)
     for step in range(steps):
@@ -89,7 +93,7 @@ def run(recipe: Recipe, dataset: Dataset, text: Text, coefficient: float, seed: 
         batches = [_batch(dataset.train, kept[KEPT:], step, recipe.loop.seq_len) for kept in windows]
         train_step(
             model,
-            _NodeLoss(model, coefficient),
+            _NodeLoss(model),
             optimizer,
             batches,
             max_norm=recipe.optimizer.max_norm,
@@ -100,21 +104,16 @@ def run(recipe: Recipe, dataset: Dataset, text: Text, coefficient: float, seed: 
 
 
 class _NodeLoss:
-    """The loss of each node in turn: its micro-batch is all that a call sees, and so are its settings."""
+    """The loss of each node in turn: its micro-batch is all that a call sees, and so is its place."""
 
-    def __init__(self, model: Decoder, coefficient: float) -> None:
-        self.model, self.coefficient, self.node = model, coefficient, 0
+    def __init__(self, model: Decoder) -> None:
+        self.model, self.node = model, 0
 
     def __call__(self, *args: Tensor, **named: object) -> DecoderLoss:
         for _, layer in self.model.moe_blocks():
-            layer.config = replace(layer.config, losses=_losses(self.node, self.coefficient))
+            layer.stand(Site(placement=PLACEMENT, node_size=MESH.local, rank=MESH.rank(self.node, 0)))
         self.node += 1
         return self.model.loss(*args, **named)  # pyright: ignore[reportArgumentType]
-
-
-def _losses(node: int, coefficient: float) -> tuple[LoadBalance, Locality]:
-    locality = Locality(coefficient=coefficient, experts_per_node=EXPERTS // MESH.nodes, node=node)
-    return LoadBalance(coefficient=BALANCE, scope="global"), locality
 
 
 def node_windows(num_windows: int, text: Text, seed: int) -> list[NDArray[np.int64]]:
@@ -174,9 +173,7 @@ def _recipe() -> Recipe:
     """`tiny` with a few experts of LocMoE's, two a node."""
     recipe = load_recipe("tiny")
     assert recipe.model.moe is not None
-    moe = replace(
-        recipe.model.moe, num_experts=EXPERTS, hidden=256, router=LocMoE(floor="none"), losses=_losses(0, 0.0)
-    )
+    moe = replace(recipe.model.moe, num_experts=EXPERTS, hidden=256, router=LocMoE(floor="none"))
     return replace(recipe, model=replace(recipe.model, moe=moe))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from turnout.contracts import RouterConfig
+from turnout.train.compared_losses import balance_alone
 from turnout.train.recipes import load_recipe
 from turnout.train.variants import with_routers
 
@@ -33,7 +34,8 @@ want of room), left out (by design) and undecided (entropy of the scores, 1 is a
 training. On validation text after training: experts a token; worst load (the greatest over the fair share, less 1,
 mean over layers); told by id (share of an expert's identity that the token's id tells); bytes that a layer would send
 between 8 ranks, there and back, a token. Time: a layer forward and backward over one with softmax top-k of as many
-choices, in the shapes of `turnout bench routers` on two CPU cores: {shapes}.
+choices, in the shapes of `turnout bench routers` on two CPU cores:
+{shapes}.
 """
 COLUMNS = (
     *("router", "loss", "spread", f"beside {BESIDE}", "experts a token", "dropped", "left out"),
@@ -42,7 +44,7 @@ COLUMNS = (
 
 
 def main() -> None:
-    """Raises: SystemExit if the row everything stands beside is missing."""
+    """Raises: SystemExit if the row everything stands beside is missing, or one router's rows are not of one kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--bench", type=Path, required=True)
@@ -87,7 +89,7 @@ def _page(
     tokens = statistics.median(row["tokens"] for row in rows)
     beside = by_router[BESIDE]
     order = sorted(by_router, key=lambda name: _mean(by_router[name], "val_loss"))
-    ahead = [name for name in order if not RouterConfig.TABLE[name].causal]
+    ahead = [name for name in order if _looks_ahead(name, by_router[name][0])]
     shapes = _shapes(timed)
     return [
         *INTRO.format(
@@ -96,7 +98,7 @@ def _page(
             first=seeds[0],
             last=seeds[-1],
             beside=BESIDE,
-            shapes="; ".join(shapes),
+            shapes=";\n".join(shapes),
         ).splitlines(),
         "",
         *([f"A loss that no generation can have, for they see later tokens: {', '.join(ahead)}.", ""] if ahead else []),
@@ -104,7 +106,9 @@ def _page(
         "|---" * len(COLUMNS) + "|",
         *(_row(name, by_router[name], beside, timed) for name in order),
         "",
-        *_settings(recipe, order, settings),
+        *_defaults(order, by_router),
+        "",
+        *_settings(recipe, by_router, settings),
         "",
     ]
 
@@ -127,9 +131,7 @@ def _row(
     timed: Sequence[dict[str, Any]],
 ) -> str:
     losses = [run["val_loss"] for run in runs]
-    same_seed = {run["seed"]: run for run in beside}
-    pairs = [(run, same_seed[run["seed"]]) for run in runs if run["seed"] in same_seed]
-    behind = statistics.fmean(a["val_loss"] - b["val_loss"] for a, b in pairs)
+    behind = statistics.fmean(_differences(runs, beside))
     own = {_shape_words(row["shape"]): f"{row['time_over_topk']:.2f}" for row in timed if row["peer"] == name}
     # a shape may not allow a router
     times = [own.get(shape, "-") for shape in _shapes(timed)]
@@ -154,15 +156,67 @@ def _mean(rows: Sequence[dict[str, Any]], key: str) -> float:
     return statistics.fmean(row[key] for row in rows)
 
 
-def _settings(recipe: str, names: Sequence[str], settings: Sequence[str]) -> list[str]:
-    """What each router was set to, and its losses: a router is compared with these, not with its paper's."""
-    lines = ["Settings, where they are not the router's own defaults are those of the recipe:", ""]
-    for variant in with_routers(load_recipe(recipe, settings), sorted(names)):
-        assert variant.model.moe is not None
-        moe = variant.model.moe
-        losses = ", ".join(repr(loss) for loss in moe.losses) or "no auxiliary loss"
-        lines.append(f"- `{moe.router!r}`; {losses}")
+def _defaults(order: Sequence[str], by_router: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Which routers are ahead of the one beside them at every seed, and what follows for what a layer starts with."""
+    ahead = [
+        f"`{name}`"
+        for name in order
+        if not _looks_ahead(name, by_router[name][0])
+        and all(difference < 0 for difference in _differences(by_router[name], by_router[BESIDE]))
+    ]
+    return [
+        "## What the defaults follow from",
+        "",
+        f"Ahead of `{BESIDE}` at every seed: {', '.join(ahead) or 'none'}. So `tiny`, which has token ids and little",
+        f"time, routes by `hash`; a layer by itself has no ids and starts with `{BESIDE}`, than which no router that",
+        "learns is better by more than seeds differ and as simple. These are a training's first minutes: what learns",
+        "slowly is judged too early, and a small machine says nothing of large models.",
+    ]
+
+
+def _differences(runs: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]]) -> list[float]:
+    """Loss less that of the other router at the same seed."""
+    same_seed = {run["seed"]: run["val_loss"] for run in beside}
+    return [run["val_loss"] - same_seed[run["seed"]] for run in runs if run["seed"] in same_seed]
+
+
+def _settings(recipe: str, by_router: dict[str, list[dict[str, Any]]], settings: Sequence[str]) -> list[str]:
+    """What each router was set to, and its losses."""
+    lines = ["## Settings", "", "Where they are not the router's own defaults they are those of the recipe:", ""]
+    for name in sorted(by_router):
+        found = {_words_of(recipe, name, row, settings) for row in by_router[name]}
+        if len(found) > 1:
+            sys.exit(f"the rows of {name} are of different settings or losses: {'; '.join(sorted(found))}")
+        lines += [f"- {words}" for words in found]
     return lines
+
+
+def _words_of(recipe: str, name: str, row: dict[str, Any], settings: Sequence[str]) -> str:
+    router, losses = _recorded(row) if row.get("router") else _as_it_was(recipe, name, settings)
+    return f"`{router}`; {', '.join(losses) or 'no auxiliary loss'}"
+
+
+def _recorded(row: dict[str, Any]) -> tuple[str, list[str]]:
+    return _words(row["router"]), [_words(loss) for loss in row["losses"]]
+
+
+def _words(part: dict[str, Any]) -> str:
+    values = [f"{k}={_words(v) if isinstance(v, dict) else repr(v)}" for k, v in part.items() if k != "name"]
+    return f"{part['name']}({', '.join(values)})"
+
+
+def _as_it_was(recipe: str, name: str, settings: Sequence[str]) -> tuple[str, list[str]]:
+    """Of rows that do not say: the comparison then gave every router that needs a loss the load-balance loss."""
+    (variant,) = with_routers(load_recipe(recipe, settings), [name])
+    assert variant.recipe.model.moe is not None
+    router = variant.recipe.model.moe.router
+    return repr(router), [repr(loss) for loss in balance_alone(router)]
+
+
+def _looks_ahead(name: str, row: dict[str, Any]) -> bool:
+    """Whether its validation loss is of tokens that see later ones."""
+    told = row.get("sees_later_tokens")
+    return not RouterConfig.TABLE[name].causal if told is None else "evaluation" in told
 
 
 if __name__ == "__main__":

@@ -15,6 +15,33 @@ PAGE = Path(__file__).parents[1] / "docs" / "verify.md"
 OURS = (*layer_presets(), "tiny")
 # their eager experts alone: grouped_mm has no float64, in which most laws are tried
 THEIRS = tuple(f"transformers:{block}:eager" for block in ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"))
+INTRO = """# What layers keep
+
+Written by `python -m benchmarks.verify_layers`, with the layers of others from `pip install 'turnout[bench,peers]'`;
+one layer alone: `turnout verify TARGET`. {versions}, CPU.
+
+Each row is a law of Mixture-of-Experts layers, tried from small cases to large in float64 unless it says otherwise.
+`-`: the layer has no such thing (a mask, an auxiliary loss) or does not show it. Sizes are small; speed, other devices
+and many processes are not looked at. How to read a **no**, in our columns and in those of others:
+
+- It need not be a fault. A paper may give a law up on purpose: under a capacity, or where experts choose, tokens depend
+  on each other (G9, O6, O7); chance, or experts that choose, are for training alone (R5).
+- R3: `torch.topk`, which most use, promises no order of equal scores. The law matters to runs that are to be the same
+  on two machines.
+- O3, where an error is given below, is a matter of where bfloat16 is rounded between the products.
+- Sizes with one expert a token are among those tried: a router that softmaxes the one chosen score weighs it 1,
+  whatever the score, and learns nothing from the main loss (G3). Models of more experts a token do not meet that.
+- transformers' routers and DeepSpeed's gates compute in float32 by design: in those columns an error of 1e-6
+  is allowed where ours are allowed less, and 1e-2 for finite differences. What is to be exact (an allowed error of 0)
+  must be so there too: DeepSpeed's P1 and P2 are off by the last bits of float32.
+- The layers of others are called as our adapters call them (`src/turnout/verify/adapters/`), with the settings named
+  below. Shapes they do not support, such as a batch of no tokens (G6, O4), count all the same.
+"""
+BY_DESIGN = {
+    "st_moe_pytorch:moe": "its dispatch is by default a straight-through estimator, whose gradient is on purpose not "
+    "that of its output (G1, G2)",
+    "torchtitan:moe": "its experts work in bfloat16 whatever they are given (G2, G9)",
+}
 SIGN = {"pass": "yes", "fail": "**no**", "not applicable": "-"}
 
 
@@ -24,18 +51,9 @@ def main() -> None:
     results = {target: {r.id: r for r in verify(subject(target))} for target in (*OURS, *THEIRS, *peers)}
     versions = {name: version for target in results for name, version in subject(target).versions.items()}
     lines = [
-        "# What layers keep",
-        "",
-        "Written by `python -m benchmarks.verify_layers`; one layer alone: `turnout verify TARGET`. "
-        + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-        + ", CPU.",
-        "",
-        "Each row is a law of Mixture-of-Experts layers, tried from small cases to large in float64 unless it says",
-        "otherwise. `-`: the layer has no such thing (a mask, an auxiliary loss) or does not show it; a law that a",
-        "paper gives up on purpose (a capacity makes tokens depend on each other) counts as not kept all the same.",
-        "Sizes are small; speed, other devices and many processes are not looked at. transformers' routers and",
-        "DeepSpeed's gates compute in float32 by design: those columns allow 1e-6 where ours allow less, and finite",
-        "differences 1e-2. torchtitan's experts work in bfloat16 whatever they are given, which G2 and G9 see.",
+        *INTRO.format(
+            versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        ).splitlines(),
         "",
         *_table(results, OURS, "Ours"),
         *_table(results, THEIRS, "Hugging Face transformers"),
@@ -64,7 +82,8 @@ def absent(target: str) -> str:
 
 def _notes(peers: tuple[str, ...], missing: dict[str, str]) -> list[str]:
     """The settings each peer was tried with, and who was left out."""
-    tried = [f"- `{subject(target).name}`" for target in peers]
+    designs = {target: f": {words}" for target, words in BY_DESIGN.items()}
+    tried = [f"- `{subject(target).name}`{designs.get(target, '')}" for target in peers]
     left_out = [f"- `{target}` not tried: {why}" for target, why in missing.items()]
     return [*tried, *left_out, ""]
 

@@ -25,6 +25,8 @@ DISPATCH = "tests/contracts/test_dispatch.py"
 GSHARD = "tests/contracts/test_gshard.py"
 BALANCED = "tests/contracts/test_balanced_routers.py"
 LOCMOE = "tests/contracts/test_locmoe.py"
+LOCALITY = "tests/distributed/test_locality.py"
+OTHERS = "tests/contracts/test_other_routers.py"
 GROUPED = "tests/contracts/test_grouped_mm.py"
 GENERATE = "tests/paths/test_generate.py"
 COEFFICIENT = "tests/paths/test_effective_coefficient.py"
@@ -287,6 +289,28 @@ MUTATIONS = (
         (PADDING, LAYER),
     ),
     Mutation(
+        "locality: the logarithms change places",
+        "losses/locality.py",
+        "current_E.clamp(min=least).log() - local_E.log()",
+        "local_E.log() - current_E.clamp(min=least).log()",
+        (LOCMOE,),
+    ),
+    Mutation(
+        "locality: the share of other nodes on each of their experts",
+        "losses/locality.py",
+        "epsilon / (num_experts - num_local)",
+        "epsilon",
+        (LOCMOE,),
+    ),
+    Mutation(
+        "locality: near are the experts of one rank",
+        "placement.py",
+        "bounds[first + self.node_size]",
+        "bounds[first + 1]",
+        (LOCMOE,),
+    ),
+    Mutation("locality: every rank on the first node", "parallel/sites.py", "rank=group.rank", "rank=0", (LOCALITY,)),
+    Mutation(
         "locmoe: one row more than the floor",
         "ranking.py",
         "(place_N < floor)",
@@ -489,8 +513,8 @@ MUTATIONS = (
     Mutation(
         "hierarchical: the group's weight is forgotten",
         "routers/hierarchical.py",
-        "weight_N=(groups.weight_N[via_N] * torch.cat([part.weight_N for part in parts]))[order_N]",
-        "weight_N=torch.cat([part.weight_N for part in parts])[order_N]",
+        "weight_N=(groups.weight_N[via_N] * inner_N)[order_N]",
+        "weight_N=inner_N[order_N]",
         (OTHERS,),
     ),
     Mutation(
@@ -530,6 +554,34 @@ MUTATIONS = (
         (LOSSES,),
     ),
     Mutation(
+        "device balance: groups and size swapped",
+        "losses/device_balance.py",
+        "unflatten(-1, (groups, device_size(value_E.shape[-1], groups))).sum(dim=-1)",
+        "unflatten(-1, (device_size(value_E.shape[-1], groups), groups)).sum(dim=-1)",
+        (LOSSES,),
+    ),
+    Mutation(
+        "device balance: experts are dealt to devices in turn",
+        "losses/device_balance.py",
+        "unflatten(-1, (groups, device_size(value_E.shape[-1], groups))).sum(dim=-1)",
+        "unflatten(-1, (device_size(value_E.shape[-1], groups), groups)).sum(dim=-2)",
+        (LOSSES,),
+    ),
+    Mutation(
+        "device balance: summed over the devices",
+        "losses/device_balance.py",
+        "device_size(value_E.shape[-1], groups))).sum(dim=-1)",
+        "device_size(value_E.shape[-1], groups))).sum(dim=-2)",
+        (LOSSES,),
+    ),
+    Mutation(
+        "communication balance: the devices of a token are not divided by",
+        "losses/communication_balance.py",
+        "self.groups / (self.top_groups * num_routed) * sent",
+        "self.groups / num_routed * sent",
+        (LOSSES,),
+    ),
+    Mutation(
         "communication balance: a token is sent for each expert",
         "losses/communication_balance.py",
         "torch.ones_like(device_N, dtype=torch.bool)).sum(dim=0)",
@@ -560,8 +612,8 @@ MUTATIONS = (
     Mutation(
         "ranks: slices add up what belongs to another's rows",
         "comm/slices.py",
-        "by_slice_ND = weighted_sum(y_ND, None, self._by_expert)",
-        "by_slice_ND = y_ND",
+        "send_rows(weighted_sum(y_ND, None, self._by_expert), self",
+        "send_rows(y_ND, self",
         (RANKS,),
     ),
     Mutation(
@@ -581,8 +633,8 @@ MUTATIONS = (
     Mutation(
         "ranks: no gradient to weights that travel",
         "comm/wire.py",
-        "return grad_rows, grad_weight, None, None",
-        "return grad_rows, grad_weight * 0, None, None",
+        "return None, grad_rows, grad_weight, None",
+        "return None, grad_rows, grad_weight * 0, None",
         (RANKS,),
     ),
     Mutation(
@@ -602,9 +654,9 @@ MUTATIONS = (
     Mutation(
         "ranks: evaluation shares out no text",
         "train/evaluate.py",
-        "turn[world.rank] if world.rank < len(turn)",
-        "turn[0] if world.rank < len(turn)",
-        ("tests/distributed/test_train_under_torchrun.py",),
+        "turn[at] if at < len(turn)",
+        "turn[0] if at < len(turn)",
+        ("tests/paths/test_evaluate.py",),
     ),
 )
 

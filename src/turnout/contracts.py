@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from turnout.config import Settings, is_whole
 from turnout.errors import ConfigError, ShapeError
+from turnout.placement import Site
 from turnout.registry import Table
 from turnout.tensors import (
     Admission,
@@ -141,6 +142,14 @@ class RouterConfig(Settings, ABC):
         """What of a step only the router of a whole layer is told, and this one learns from; empty: nothing."""
         return ""
 
+    def remark(self, site: Site) -> str:
+        """What its settings say of devices or nodes and does not hold there, in a sentence; empty: nothing.
+
+        Routers with groups that stand for ranks or nodes override it.
+        """
+        del site
+        return ""
+
     def check_decoder(self) -> None:
         """Called by a model that reads from left to right.
 
@@ -255,6 +264,19 @@ class Loss(Settings, ABC):
 
     def check_own(self, router: RouterConfig, num_experts: int) -> None:
         """What this loss alone needs. Raises: ConfigError if the router or the sizes lack it."""
+
+    def placed(self, site: Site) -> "Loss":
+        """This loss for a process that stands there; one that asks which experts are near overrides it.
+
+        Raises: ConfigError if its settings say already where the process stands.
+        """
+        del site
+        return self
+
+    def remark(self, site: Site) -> str:
+        """What of it does not hold on such a layout, in a sentence; empty: nothing. Losses over devices override it."""
+        del site
+        return ""
 
     @abstractmethod
     def term(

@@ -216,8 +216,7 @@ def locmoe(
     hidden: int,
     num_experts: int,
     *,
-    experts_per_node: int = 0,
-    node: int = 0,
+    local: tuple[int, ...] = (),
     capacity_factor: float = 1.1,
     minimum: int = 1,
     coefficient: float = 0.01,
@@ -225,7 +224,8 @@ def locmoe(
 ) -> MoE:
     """LocMoE: top-1 by a gate that learns nothing, GELU experts, balance and locality loss.
 
-    `node` holds `experts_per_node` experts from `node * experts_per_node` on; 0: one node holds them all.
+    `parallel.apply` tells the locality loss which experts are near; `local` are those of a node to simulate in one
+    process, and empty it is 0 there.
     The paper gives no coefficient of the locality loss: it is taken to be that of the balance loss.
     Source: Li et al. 2024, arXiv:2401.13920.
     """
@@ -236,7 +236,7 @@ def locmoe(
         router=LocMoE(),
         expert="gelu",
         capacity=FixedCapacity(factor=capacity_factor, minimum=minimum),
-        losses=_locmoe_losses(coefficient, experts_per_node or num_experts, node),
+        losses=_locmoe_losses(coefficient, local),
         backend=backend,
     )
 
@@ -248,8 +248,7 @@ def locmoe_plus(
     *,
     k: int = 1,
     threshold: float = 0.75,
-    experts_per_node: int = 0,
-    node: int = 0,
+    local: tuple[int, ...] = (),
     coefficient: float = 0.01,
     backend: str = "auto",
 ) -> MoE:
@@ -264,13 +263,10 @@ def locmoe_plus(
         num_experts,
         router=LocMoEPlus(k=k, threshold=threshold),
         expert="gelu",
-        losses=_locmoe_losses(coefficient, experts_per_node or num_experts, node),
+        losses=_locmoe_losses(coefficient, local),
         backend=backend,
     )
 
 
-def _locmoe_losses(coefficient: float, experts_per_node: int, node: int) -> tuple[LoadBalance, Locality]:
-    return (
-        LoadBalance(coefficient=coefficient),
-        Locality(coefficient=coefficient, experts_per_node=experts_per_node, node=node),
-    )
+def _locmoe_losses(coefficient: float, local: tuple[int, ...]) -> tuple[LoadBalance, Locality]:
+    return LoadBalance(coefficient=coefficient), Locality(coefficient=coefficient, local=local)

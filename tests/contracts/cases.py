@@ -263,9 +263,14 @@ def _draw_loss(num_experts: int, router: RouterConfig, rng: random.Random, name:
 
 
 def loss_of(name: str, num_experts: int, **settings: Any) -> Loss:
-    """The row, over as few devices as can hold equally many experts: over one, the balance of devices is constant."""
+    """The row, over as few devices as can hold equally many experts: over one, the balance of devices is constant.
+
+    Locality is that of a node with half of the experts, for with all of them it is constant.
+    """
     if name in ("device_balance", "communication_balance"):
         settings["groups"] = min(n for n in range(2, num_experts + 1) if num_experts % n == 0)
+    if name == "locality":
+        settings["local"] = tuple(range(num_experts // 2))
     return Loss.TABLE[name](**settings)
 
 

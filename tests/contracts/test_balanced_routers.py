@@ -20,6 +20,7 @@ from turnout.errors import ConfigError
 from turnout.losses import LoadBalance, RouterZ
 from turnout.routers.base import BASE, even_assignment
 from turnout.routers.expert_choice import ExpertChoice, chosen_by_experts
+from turnout.routers.pieces import marked_topk
 from turnout.routers.quantile import Quantile, QuantileRouter, quantile_prices
 from turnout.routers.remoe import ReMoE, gate_l1, gate_shares
 from turnout.routers.sinkhorn import Sinkhorn, sinkhorn_log_plan
@@ -149,6 +150,19 @@ def test_expert_choice_is_refused_in_a_decoder_unless_asked_for() -> None:
     ):
         ExpertChoice().check_decoder()
     ExpertChoice(in_decoder="allow").check_decoder()
+
+
+@settings(max_examples=100)
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 5), width=st.integers(1, 40), kinds=st.integers(1, 40))
+def test_marked_topk_marks_what_a_stable_sort_puts_first(seed: int, rows: int, width: int, kinds: int) -> None:
+    """Few kinds of scores: many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    scores_AB = torch.randint(kinds, (rows, width), generator=generator).double()
+    scores_AB = scores_AB.masked_fill(scores_AB == 0, -torch.inf)
+    for k in {1, (width + 1) // 2, width}:
+        want = torch.zeros(rows, width, dtype=torch.bool)
+        want.scatter_(1, scores_AB.sort(dim=1, descending=True, stable=True).indices[:, :k], True)
+        assert torch.equal(marked_topk(scores_AB, k), want)
 
 
 def test_expert_choice_sees_later_tokens() -> None:

@@ -46,7 +46,7 @@ from turnout.losses import (
     locality_loss,
 )
 from turnout.models import ModelConfig
-from turnout.placement import Placement
+from turnout.placement import Placement, Site
 from turnout.routers import (
     BASE,
     Cosine,
@@ -458,10 +458,28 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     ),
     (lambda: Locality(coefficient=NAN), ConfigError, r"locality\.coefficient=nan must be at least 0"),
     (lambda: Locality(epsilon=1.0), ConfigError, r"locality\.epsilon=1\.0 must be between 0 and 1"),
+    *(
+        (
+            lambda local=local: Locality(local=local),
+            ConfigError,
+            r"locality\.local=.* must be a tuple of experts in rising",
+        )
+        for local in ((1, 0), (1, 1), (-1, 0), (0.5,), (True,), "01", 3)
+    ),
     (
-        lambda: Locality(experts_per_node=2, node=1).local_distribution(torch.ones(1, 3)),
+        lambda: MoE(4, 8, 4, losses=(Locality(local=(2, 4)),)),
         ConfigError,
-        r"locality: node=1 would hold experts 2 to 3 at experts_per_node=2; num_experts=3",
+        r"locality\.local=\[2, 4\] names expert 4; num_experts=4, so legal are 0 to 3",
+    ),
+    (
+        lambda: MoE(4, 8, 2, losses=(Locality(local=(0, 1)),)),
+        ConfigError,
+        r"locality\.local=\[0, 1\] are all experts .* makes the loss 0; leave some to another node, or leave the",
+    ),
+    (
+        lambda: MoE(4, 8, 4, losses=(Locality(local=(0, 1)),)).stand(Site.alone(4)),
+        ConfigError,
+        r"locality\.local=\[0, 1\] simulates a node in one process; on several ranks .* leave it out",
     ),
     (lambda: locality_loss(torch.ones(2, 3), torch.ones(4)), ShapeError, r"local_E .*\(4,\); scores_RE needs \(3,\)"),
     (lambda: CommunicationBalance(coefficient=-1.0), ConfigError, r"communication_balance\.coefficient=-1\.0 must be"),

@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from turnout import MoE, reference, total_loss
-from turnout.dispatch import AffinityThreshold, FixedCapacity, TutelCapacity
+from turnout.contracts import Loss
+from turnout.dispatch import AffinityThreshold, Dropless, FixedCapacity, TutelCapacity
 from turnout.errors import ConfigError
 from turnout.losses import LoadBalance
-from turnout.losses.locality import Locality, locality_loss
+from turnout.losses.locality import Locality, local_distribution
+from turnout.placement import Placement, Site
 from turnout.ranking import keep_best
 from turnout.routers.affinity_theory import capacity_floor
 from turnout.routers.grap import block_means, grap_affinity, grap_rows, row_affinity
 from turnout.routers.locmoe import LocMoE, LocMoERouter
 from turnout.routers.locmoe_plus import LocMoEPlus, LocMoEPlusRouter
-from turnout.tensors import MoEStats, RouterOutput
+from turnout.tensors import Assignment, MoEStats, RouterOutput
 
 SIZES = ((6, 3), (12, 4), (8, 1), (5, 5), (16, 8))  # width, experts
 
@@ -141,36 +143,104 @@ def test_theorem_1_may_be_left_out() -> None:
 # the locality loss
 
 
-def test_the_locality_loss_is_the_divergence_from_the_local_distribution() -> None:
-    scores_RE = torch.randn(9, 6, dtype=torch.float64).softmax(dim=1)
-    local_E = Locality(experts_per_node=2, node=1, epsilon=0.1).local_distribution(scores_RE)
-    assert local_E.tolist() == [0.025, 0.025, 0.45, 0.45, 0.025, 0.025]
-    mean = [float(column.mean()) for column in scores_RE.T]
-    want = sum(p * math.log(p / q) for p, q in zip(mean, local_E.tolist(), strict=True))
-    assert abs(locality_loss(scores_RE, local_E).item() - want) < 1e-14
-    assert abs(locality_loss(local_E.expand(4, 6), local_E).item()) < 1e-15
+def value_of(loss: Loss, scores_RE: Tensor) -> Tensor:
+    """The term for tokens of these scores."""
+    expert_R = scores_RE.argmax(dim=1)
+    assignment = Assignment(
+        token_N=torch.arange(len(scores_RE)),
+        expert_N=expert_R,
+        weight_N=torch.ones(len(scores_RE)),
+        choice_N=torch.zeros_like(expert_R),
+        num_tokens=len(scores_RE),
+        num_experts=scores_RE.shape[1],
+        top_k=1,
+    )
+    routing = RouterOutput(
+        assignment=assignment, logits_RE=scores_RE, scores_RE=scores_RE, token_R=torch.arange(len(scores_RE))
+    )
+    return loss.term(routing, Dropless().admit(assignment), sequence_length=1).value
+
+
+def by_loops(scores_RE: Tensor, local: tuple[int, ...], epsilon: float) -> float:
+    """KL(D_c || D_l) as LocMoE writes it, D_l with epsilon on the other nodes."""
+    num_experts, found = scores_RE.shape[1], 0.0
+    for expert in range(num_experts):
+        current = math.fsum(scores_RE[:, expert].tolist()) / len(scores_RE)
+        aim = (1 - epsilon) / len(local) if expert in local else epsilon / (num_experts - len(local))
+        found -= current * math.log(aim / current)
+    return found
+
+
+@pytest.mark.parametrize("local", [(2, 3), (0,), (5,), (0, 2, 3, 5), (1, 2, 3, 4, 5)])
+def test_the_locality_loss_is_the_divergence_from_the_local_distribution(local: tuple[int, ...]) -> None:
+    scores_RE = drawn(1, 9, 6).softmax(dim=1)
+    loss = Locality(local=local, epsilon=0.1)
+    assert abs(value_of(loss, scores_RE).item() - by_loops(scores_RE, local, 0.1)) < 1e-14
+    local_E = local_distribution(scores_RE, local, 0.1)
+    assert abs(local_E.sum().item() - 1) < 1e-15
+    assert abs(value_of(loss, local_E.expand(4, 6)).item()) < 1e-15
+
+
+def test_a_node_of_two_has_half_of_what_may_stay_on_each_expert() -> None:
+    assert local_distribution(torch.ones(1, 6).double(), (2, 3), 0.1).tolist() == [
+        0.025,
+        0.025,
+        0.45,
+        0.45,
+        0.025,
+        0.025,
+    ]
 
 
 def test_the_locality_loss_moves_the_tokens_to_their_node() -> None:
     scores_RE = torch.full((5, 4), 0.25, requires_grad=True)
-    locality_loss(scores_RE, Locality(experts_per_node=2, node=1).local_distribution(scores_RE)).backward()
+    value_of(Locality(local=(1, 3)), scores_RE).backward()
     assert scores_RE.grad is not None
-    assert (scores_RE.grad[:, 2:] < scores_RE.grad[:, :2].min()).all()
+    assert (scores_RE.grad[:, [1, 3]] < scores_RE.grad[:, [0, 2]].min()).all()
 
 
-def test_one_node_asks_for_balance_alone_and_missing_experts_are_finite() -> None:
+def test_missing_experts_and_no_tokens_are_finite() -> None:
     one_hot_RE = torch.zeros(3, 4).index_fill(1, torch.tensor([2]), 1.0).requires_grad_()
-    value = locality_loss(one_hot_RE, Locality(experts_per_node=4).local_distribution(one_hot_RE))
+    value = value_of(Locality(local=(0, 1)), one_hot_RE)
     value.backward()
-    assert abs(value.item() - math.log(4)) < 1e-6
+    assert abs(value.item() - math.log(2 / 0.05)) < 1e-6
     assert one_hot_RE.grad is not None
     assert one_hot_RE.grad.isfinite().all()
-    assert locality_loss(torch.zeros(0, 4), torch.full((4,), 0.25)).item() == 0
+    assert value_of(Locality(local=(0, 1)), torch.zeros(0, 4)).item() == 0
+
+
+def test_with_every_expert_near_the_locality_loss_and_its_gradient_are_zero() -> None:
+    """In one process, and wherever the layout has all experts on one node."""
+    one_node = Site(placement=Placement((0, 1, 4)), node_size=2, rank=1)
+    for loss in (Locality(), Locality().placed(Site.alone(4)), Locality().placed(one_node)):
+        scores_RE = drawn(1, 9, 4).softmax(dim=1).requires_grad_()
+        value = value_of(loss, scores_RE)
+        value.backward()
+        assert value.item() == 0
+        assert scores_RE.grad is not None
+        assert not scores_RE.grad.any()
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_the_layout_says_which_experts_are_near_unevenly_placed_ones_too(rank: int) -> None:
+    bounds = (0, 3, 4, 6, 7)
+    site = Site(placement=Placement(bounds), node_size=2, rank=rank)
+    layer = MoE(14, 4, 7, router=LocMoE(), losses=(LoadBalance(), Locality(coefficient=0.3, epsilon=0.2))).double()
+    x_TD = drawn(1, 20, 14)
+    layer.stand(site)
+    near = ((0, 1, 2, 3), (4, 5, 6))[rank // 2]
+    assert layer.losses == (LoadBalance(), Locality(coefficient=0.3, epsilon=0.2, local=near))
+    routing: RouterOutput = layer.router(x_TD)
+    term = layer(x_TD).losses[-1]
+    assert abs(term.value.item() - by_loops(routing.scores_RE, near, 0.2)) < 1e-14
+    # from the settings anew, not from what was told before
+    layer.stand(replace(site, rank=3 - rank))
+    assert layer(x_TD).losses[-1].value.item() != term.value.item()
 
 
 def test_training_by_the_locality_loss_keeps_tokens_on_the_node() -> None:
     torch.manual_seed(0)
-    loss = Locality(coefficient=1.0, experts_per_node=2, node=1, epsilon=0.05)
+    loss = Locality(coefficient=1.0, local=(2, 3), epsilon=0.05)
     layer = MoE(12, 4, 6, router=LocMoEPlus(gate="learned", mode="token_choice"), losses=(loss,))
     optimizer = torch.optim.Adam(layer.router.parameters(), lr=0.05)
     x_TD = torch.randn(256, 12) + 0.5
@@ -329,7 +399,9 @@ def test_the_task_alone_moves_the_gate(mode: Any, k: int) -> None:
     x_TD = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for gate in ("learned", "grap"):
         router = LocMoEPlus(k=k, mode=mode, gate=gate)  # type: ignore[arg-type]
-        layer = MoE(12, 6, 4, router=router, losses=(LoadBalance(coefficient=0.0), Locality(coefficient=0.0))).double()
+        layer = MoE(
+            12, 6, 4, router=router, losses=(LoadBalance(coefficient=0.0), Locality(coefficient=0.0, local=(0,)))
+        ).double()
         out = layer(x_TD)
         # with fixed rows what moves is the token, through the weights
         assert torch.autograd.grad(out.assignment.weight_N.sum(), x_TD, retain_graph=True)[0].any()

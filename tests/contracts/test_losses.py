@@ -44,7 +44,8 @@ def with_loss(case: Case, loss: Loss) -> Case:
         case = replace(case, router=NoisyTopK(k=2), num_experts=experts, training=True, content="normal")
     elif not case.router.scores_have_gradient:
         case = replace(case, router=TopK(k=1, renormalize=False))
-    if case.num_experts % getattr(loss, "groups", 1):
+    # experts for every device; more than are near
+    if case.num_experts % getattr(loss, "groups", 1) or case.num_experts <= len(getattr(loss, "local", ())):
         case = replace(case, router=TopK(k=2), num_experts=6)
     return replace(case, losses=(loss,))
 

@@ -115,8 +115,8 @@ def test_tutel_changes_k_and_capacity_from_call_to_call() -> None:
 
 def test_locmoe_draws_a_node_to_its_own_experts() -> None:
     for preset in (presets.locmoe, presets.locmoe_plus):
-        layer = preset(8, 4, 4, experts_per_node=2, node=1)
-        assert layer.config.losses[1] == Locality(coefficient=0.01, experts_per_node=2, node=1)
+        layer = preset(8, 4, 4, local=(2, 3))
+        assert layer.config.losses[1] == Locality(coefficient=0.01, local=(2, 3))
         assert layer.config.expert == "gelu"
     assert presets.locmoe(8, 4, 4, minimum=3).config.capacity == FixedCapacity(factor=1.1, minimum=3)
 

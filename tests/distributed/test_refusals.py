@@ -176,3 +176,14 @@ def test_torchrun_without_its_variables_is_an_error(monkeypatch: pytest.MonkeyPa
         join(cuda=False, timeout_s=1.0),
     ):
         pass
+
+
+def test_hosts_of_uneven_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"RANK": 0, "WORLD_SIZE": 6, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4, "MASTER_ADDR": "it", "MASTER_PORT": 1}
+    for name, value in sizes.items():
+        monkeypatch.setenv(name, str(value))
+    with (
+        pytest.raises(ConfigError, match="WORLD_SIZE=6: ranks must be numbered node by node, equally many on each"),
+        join(cuda=False, timeout_s=1.0),
+    ):
+        pass

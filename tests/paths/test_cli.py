@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from tests.contracts.cases import takers
-from turnout.cli.compare import _print
+from turnout.cli.compare_print import print_comparison
 from turnout.config import describe, dump_toml, from_dict, to_dict
 from turnout.data.prepare import Dataset
 from turnout.kernels import trusted_kernel
@@ -155,6 +155,27 @@ def test_compare_gives_rows_verdicts_and_a_plot(
     assert (out / "comparison.json").exists()
 
 
+@pytest.mark.slow
+def test_compared_routers_say_what_each_was_trained_with(
+    turnout, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "ROUNDS", 2)
+    budget = ("--steps", "10", "--out", str(tmp_path / "c"), "--json")
+    result = turnout("compare", str(recipe_file), "--routers", "gshard, top_p,base", *budget)
+    assert result.code == 0, result.err
+    answer = json.loads(result.out.splitlines()[-1])
+    rows = {row["recipe"]: row for row in answer["rows"]}
+    assert [loss["name"] for loss in rows["small-top_p"]["losses"]] == ["load_balance", "entropy"]
+    assert rows["small-gshard"]["router"]["second_expert"] == "random"
+    assert rows["small-base"]["sees_later_tokens"] == "training"
+    assert list(answer["notes"]) == ["small-top_p", "small-base"]
+    said = " ".join(result.err.split())
+    assert "small-base sees later tokens in training alone" in said
+    assert "small-base: no setting k; experts a token by its own settings: 1, in the recipe: 2" in said
+    saved = json.loads((tmp_path / "c" / "comparison.json").read_text(encoding="utf-8"))
+    assert saved["curves"][1]["setup"]["losses"] == rows["small-top_p"]["losses"]
+
+
 @pytest.mark.parametrize(("margin", "words"), [(0.19, "0.1900 nats better"), (-0.19, "0.1900 nats worse")])
 def test_a_comparison_says_better_or_worse_on_which_budget_and_from_when(margin: float, words: str) -> None:
     def curve(name: str, loss: float) -> Curve:
@@ -175,10 +196,13 @@ def test_a_comparison_says_better_or_worse_on_which_budget_and_from_when(margin:
             max_violation=0.0,
             router_entropy=0.0,
             routing=None,
+            setup=None,
         )
 
     screen = Console(file=io.StringIO(), width=300)
-    _print(screen, [curve("moe", 3.0 - margin), curve("dense", 3.0)], Path("plot"), "dense", "number of steps")
+    print_comparison(
+        screen, [curve("moe", 3.0 - margin), curve("dense", 3.0)], Path("plot"), "dense", "number of steps"
+    )
     said = screen.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert f"moe against dense: {words}" in said
     assert ("ahead for good from minute 2.0 of this run" in said) is (margin > 0)

@@ -1,32 +1,65 @@
 """A comparison is read off curves: margins, time to the other's loss, from when on ahead."""
 
+import io
+import json
 import math
 import os
+import re
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from turnout.cli.compare import _rows
-from turnout.contracts import Loss, RouterConfig
+from turnout.cli.compare_print import print_setups, rows_of
+from turnout.config import dump_toml, from_dict
+from turnout.contracts import CapacityPolicy, Loss, RouterConfig
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Batch
+from turnout.dispatch import Dropless, FixedCapacity, TutelCapacity
 from turnout.errors import ConfigError
-from turnout.losses import LoadBalance
+from turnout.layers.moe import MoEConfig
+from turnout.losses import (
+    CommunicationBalance,
+    DeviceBalance,
+    Entropy,
+    Importance,
+    LoadBalance,
+    LoadCV,
+    RouterZ,
+)
 from turnout.models import Decoder
 from turnout.models.size import sizes
-from turnout.routers import DeepSeekV3, Forced, Hash, TopK
+from turnout.routers import (
+    DeepSeekV3,
+    DeviceLimited,
+    ExpertChoice,
+    Forced,
+    GShardTop2,
+    Hash,
+    Hierarchical,
+    LocMoE,
+    LocMoEPlus,
+    NoisyTopK,
+    ReMoE,
+    Switch,
+    TopK,
+    TopP,
+)
 from turnout.tensors import Assignment
 from turnout.train import checkpoint
 from turnout.train import compare as comparison
 from turnout.train.compare import Curve, ahead_from, check_comparable, compare, seconds_to, verdicts
 from turnout.train.compare_plot import write_comparison
+from turnout.train.compared_losses import asked_losses
+from turnout.train.later_tokens import sees_later_tokens
 from turnout.train.recipe import Recipe
 from turnout.train.recipes import load_recipe
 from turnout.train.routing_facts import _rows_sent, _told_by_id, routing_facts
+from turnout.train.routing_setup import routing_setup
 from turnout.train.signals import StopRequest
 from turnout.train.variants import with_routers
 
@@ -50,6 +83,7 @@ def curve(recipe: str, losses: Sequence[float], seed: int = 0, *, complete: bool
         max_violation=0.0,
         router_entropy=0.0,
         routing=None,
+        setup=None,
     )
 
 
@@ -178,7 +212,7 @@ def test_every_router_trains_the_same_model_for_the_same_steps(
     small_recipe: Recipe, small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparison, "ROUNDS", 2)
-    recipes = with_routers(small_recipe, RouterConfig.TABLE.names())
+    recipes = [variant.recipe for variant in with_routers(small_recipe, RouterConfig.TABLE.names())]
     with StopRequest() as stop:
         curves = compare(
             recipes, small_dataset, tmp_path, minutes=0, steps=10, seeds=[0], stop=stop, say=lambda line: None
@@ -199,18 +233,184 @@ def test_every_router_trains_the_same_model_for_the_same_steps(
     assert by_name["hash"].specialisation > by_name["topk"].specialisation
 
 
-@pytest.mark.parametrize(
-    ("router", "losses"),
-    [(TopK(k=2), (LoadBalance(),)), (Forced(k=2, skew=1.0), ()), (Hash(k=2), ()), (DeepSeekV3(k=2), ())],
-)
-def test_only_a_router_that_a_loss_can_move_and_must_gets_one(
+BALANCE = (LoadBalance(),)
+OF_THE_PAPER = [
+    (TopK(k=2), BALANCE),
+    (Switch(), BALANCE),
+    (Forced(k=2, skew=1.0), ()),
+    (Hash(k=2), ()),
+    (DeepSeekV3(k=2), (LoadBalance(coefficient=1e-4, scope="sequence"),)),
+    (DeepSeekV3(k=2, bias_step=0), BALANCE),
+    (TopP(), (LoadBalance(), Entropy(coefficient=1e-4))),
+    (NoisyTopK(k=2), (Importance(coefficient=0.1, of="weights"), LoadCV(coefficient=0.1))),
+    (GShardTop2(), (LoadBalance(count="first"),)),
+    (DeviceLimited(k=2), (LoadBalance(coefficient=0.003),)),
+    (
+        DeviceLimited(k=2, groups=2, top_groups=1),
+        (
+            LoadBalance(coefficient=0.003),
+            DeviceBalance(coefficient=0.05, groups=2),
+            CommunicationBalance(coefficient=0.02, groups=2, top_groups=1),
+        ),
+    ),
+    (ReMoE(k=2), ()),
+    (ExpertChoice(k=2, in_decoder="allow"), ()),
+    (LocMoE(), BALANCE),
+]
+
+
+def with_router(recipe: Recipe, router: RouterConfig, losses: tuple[Loss, ...] = ()) -> Recipe:
+    assert recipe.model.moe is not None
+    return replace(recipe, model=replace(recipe.model, moe=replace(recipe.model.moe, router=router, losses=losses)))
+
+
+@pytest.mark.parametrize(("router", "losses"), OF_THE_PAPER, ids=repr)
+def test_a_router_is_trained_with_the_losses_of_its_paper(
     router: RouterConfig, losses: tuple[Loss, ...], small_recipe: Recipe
 ) -> None:
-    assert small_recipe.model.moe is not None
-    moe = replace(small_recipe.model.moe, router=router, losses=())
-    own = replace(small_recipe, model=replace(small_recipe.model, moe=moe))
-    (recipe,) = with_routers(own, [RouterConfig.TABLE.name_of(type(router))])
-    assert recipe.model.moe == replace(moe, losses=losses)
+    own = with_router(small_recipe, router)
+    (variant,) = with_routers(own, [RouterConfig.TABLE.name_of(type(router))])
+    assert variant.recipe.model == with_router(own, router, losses).model
+
+
+def test_losses_that_are_asked_for_go_to_every_router_that_can_have_them(small_recipe: Recipe) -> None:
+    asked = (LoadBalance(coefficient=0.5), LoadCV())
+    found = {v.recipe.name: v for v in with_routers(small_recipe, ["topk", "noisy_topk", "hash", "quantile"], asked)}
+    losses = {name: v.recipe.model.moe.losses for name, v in found.items() if v.recipe.model.moe is not None}
+    assert losses["small-noisy_topk"] == asked
+    assert losses["small-topk"] == losses["small-quantile"] == asked[:1]
+    assert losses["small-hash"] == ()
+    assert any("the loss load_cv needs a router with noise" in note for note in found["small-topk"].notes)
+    assert sum("would be a constant" in note for note in found["small-hash"].notes) == 2
+    assert found["small-noisy_topk"].notes == ()
+
+
+LOSSES_ASKED: dict[str, tuple[str, list[str], tuple[Loss, ...] | None]] = {
+    "nobody": ("smoke", [], None),
+    "a router that can have none": ("tiny", [], None),
+    "another router": ("smoke", ["model.moe.router={name='top_p'}"], None),
+    "the default, by name": ("smoke", ["model.moe.losses=[{name='load_balance'}]"], BALANCE),
+    "none, by name": ("tiny", ["model.moe.losses=[]"], ()),
+    "a dense recipe": ("tiny-dense", [], None),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES_ASKED)
+def test_losses_are_asked_for_by_name(case: str) -> None:
+    recipe, overrides, want = LOSSES_ASKED[case]
+    assert asked_losses(recipe, overrides) == want
+
+
+def test_a_recipe_with_losses_of_its_own_asks_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    own = load_recipe("smoke", ["model.moe.losses=[{name='load_balance', coefficient=0.3}, {name='router_z'}]"])
+    path.write_text(dump_toml(own), encoding="utf-8")
+    assert asked_losses(str(path)) == (LoadBalance(coefficient=0.3), RouterZ())
+    path.write_text(dump_toml(load_recipe("smoke")), encoding="utf-8")
+    assert asked_losses(str(path)) is None
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "k", "note"),
+    [
+        (
+            TopK(k=1, renormalize=False),
+            "noisy_topk",
+            2,
+            r"k=2 in place of the recipe's 1 \(router\.k=1 must be at least",
+        ),
+        (
+            TopK(k=1, renormalize=False),
+            "deepseek_v3",
+            2,
+            r"k=2 in place of the recipe's 1 \(router\.k=1 must be at least",
+        ),
+        (Hash(k=1), "topk", 2, r"k=2 in place of the recipe's 1 \(router\.k=1 with renormalize=true"),
+        (Switch(), "expert_choice", 1, ""),
+        (GShardTop2(), "topk", 2, ""),
+        (TopK(k=3), "sinkhorn", 3, ""),
+        (TopK(k=3), "gshard", 2, "no setting k; experts a token by its own settings: 2, in the recipe: 3"),
+        (TopK(k=2), "top_p", 2, "no setting k; experts a token by its own settings: 2, in the recipe: 2"),
+        (TopK(k=2), "gshard", 2, ""),
+        (NoisyTopK(k=2), "cosine", 2, r"init_std=0\.01 in place of the recipe's 0\.0"),
+    ],
+)
+def test_a_k_that_a_router_may_not_have_becomes_the_nearest_and_is_said(
+    own: RouterConfig, name: str, k: int, note: str, small_recipe: Recipe
+) -> None:
+    (variant,) = with_routers(with_router(small_recipe, own), [name])
+    assert variant.recipe.model.moe is not None
+    assert variant.recipe.model.moe.router.choices == k
+    if note:
+        assert any(re.match(note, said) for said in variant.notes), variant.notes
+    else:
+        assert variant.notes == ()
+
+
+SEES_LATER = {
+    "expert_choice": "training and evaluation",
+    **dict.fromkeys(("base", "sinkhorn", "quantile", "locmoe_plus"), "training"),
+}
+
+
+@pytest.mark.parametrize("name", RouterConfig.TABLE.names())
+def test_who_sees_later_tokens_is_found_by_trying_and_is_what_a_router_says_of_itself(name: str) -> None:
+    row = RouterConfig.TABLE[name]
+    router = row(k=2) if "k" in {field.name for field in fields(row)} else row()  # type: ignore[arg-type, call-arg]
+    found = sees_later_tokens(16, MoEConfig(num_experts=8, router=router, losses=()))
+    assert found == SEES_LATER.get(name, "")
+    assert ("evaluation" in found) == (not row.causal)
+
+
+@pytest.mark.parametrize(
+    ("router", "capacity", "want"),
+    [
+        (Switch(), FixedCapacity(), ""),
+        # first choices of later tokens come before second choices of earlier ones
+        (TopK(k=2), FixedCapacity(), "training and evaluation"),
+        (Switch(), FixedCapacity(priority="score"), "training and evaluation"),
+        (Switch(), FixedCapacity(priority="score", eval_factor=8.0), "training"),
+        (TopK(k=2), TutelCapacity(factor=0), ""),
+        (LocMoEPlus(k=2, evaluation="mode"), Dropless(), "training and evaluation"),
+        (NoisyTopK(k=2), Dropless(), ""),
+        (Hierarchical(inner=ExpertChoice(k=1)), Dropless(), "training and evaluation"),
+    ],
+    ids=repr,
+)
+def test_a_capacity_or_a_mode_that_looks_ahead_is_found(
+    router: RouterConfig, capacity: CapacityPolicy, want: str
+) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    moe = MoEConfig(num_experts=8, router=router, capacity=capacity, losses=())
+    assert sees_later_tokens(16, moe) == want
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_rows_hold_router_capacity_and_losses_whole(small_recipe: Recipe) -> None:
+    (variant,) = with_routers(small_recipe, ["top_p"])
+    c = replace(curve("small-top_p", [5.0, 4.0]), setup=routing_setup(variant.recipe))
+    told, dense = rows_of([c, curve("dense", [5.0])])
+    moe = from_dict(MoEConfig, {name: told[name] for name in ("router", "capacity")} | {"losses": [*told["losses"]]})
+    assert variant.recipe.model.moe is not None
+    own = variant.recipe.model.moe
+    assert (moe.router, moe.capacity, moe.losses) == (own.router, own.capacity, own.losses)
+    assert (told["sees_later_tokens"], told["own_balance"]) == ("", "")
+    assert dense["router"] is None
+    assert json.loads(json.dumps(told))["losses"][1]["name"] == "entropy"
+
+
+def test_what_is_trained_is_said_before(small_recipe: Recipe) -> None:
+    screen = Console(file=io.StringIO(), width=200)
+    own = with_router(small_recipe, TopK(k=1, renormalize=False))
+    print_setups(screen, with_routers(own, ["base", "noisy_topk", "locmoe", "expert_choice"]))
+    said = " ".join(screen.file.getvalue().split())  # pyright: ignore[reportAttributeAccessIssue]
+    assert "small-noisy_topk noisy_topk(k=2, init_std=0.02) 0.1 importance(of=weights) + 0.1 load_cv" in said
+    assert "small-base base its own: balanced assignment in training" in said
+    assert "small-noisy_topk: k=2 in place of the recipe's 1" in said
+    assert "small-base sees later tokens in training alone: its training loss is too good" in said
+    assert "small-expert_choice sees later tokens in training and evaluation: its validation loss is one" in said
+    assert "small-locmoe: without the locality loss of its paper" in said
 
 
 def test_a_recipe_without_experts_has_no_routers() -> None:
@@ -283,7 +483,7 @@ def test_a_comparison_cut_short_still_has_its_picture(losses: list[float], tmp_p
 
 def test_rows_of_a_seed_that_only_one_recipe_began() -> None:
     curves = [curve("moe", [5.0, 4.0]), curve("dense", [5.0, 4.5]), curve("moe", [5.0], seed=1, complete=False)]
-    rows = _rows(curves)
+    rows = rows_of(curves)
     assert rows[0]["seconds_to_loss_of"]["dense"] == pytest.approx(15.0)
     assert rows[2]["seconds_to_loss_of"] == {}
 

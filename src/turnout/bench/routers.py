@@ -26,6 +26,7 @@ from turnout.losses import LoadBalance
 from turnout.models import ModelConfig
 from turnout.routers import ReMoE, Switch, TopK
 from turnout.tensors import total_loss
+from turnout.train.compared_losses import balance_alone
 from turnout.train.recipe import Recipe
 from turnout.train.variants import with_routers
 
@@ -160,8 +161,10 @@ def _moe(shape: Shape, name: str) -> MoEConfig:
         expert=shape.expert,
     )
     (variant,) = with_routers(Recipe(model=ModelConfig(dim=shape.dim, moe=moe)), [name])
-    assert variant.model.moe is not None
-    return replace(variant.model.moe, router=_at_work(variant.model.moe.router, shape))
+    assert variant.recipe.model.moe is not None
+    router = _at_work(variant.recipe.model.moe.router, shape)
+    # one loss for all, not each paper's: what is timed is the router
+    return replace(variant.recipe.model.moe, router=router, losses=balance_alone(router))
 
 
 def _at_work(router: RouterConfig, shape: Shape) -> RouterConfig:

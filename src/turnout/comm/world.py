@@ -112,11 +112,19 @@ def is_joined() -> bool:
 
 
 def current_world(local_size: int = 0) -> World:
-    """The world of the process group there is, or of this process alone; `local_size` 0: all ranks are on one node."""
+    """The world of the process group there is, or of this process alone.
+
+    `local_size` 0: as many ranks a node as torchrun started there; where torchrun did not start them all are on one.
+    Raises: ConfigError if torchrun's ranks are not numbered node by node, equally many on each.
+    """
     if not is_joined():
         return World()
-    size = dist.get_world_size()
-    return World(rank=dist.get_rank(), size=size, local_size=local_size or size)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    is_torchruns = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")] == [str(rank), str(size)]
+    if not local_size and is_torchruns and {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+        local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+        _check_numbering(rank, size, int(os.environ["LOCAL_RANK"]), local_size)
+    return World(rank=rank, size=size, local_size=local_size or size)
 
 
 @contextmanager
@@ -124,7 +132,7 @@ def join(*, cuda: bool, timeout_s: float) -> Iterator[World]:
     """The world that torchrun started this process in, as long as the context lasts; alone without torchrun.
 
     CPU tensors travel by gloo, CUDA tensors by NCCL. A collective that waits longer than `timeout_s` fails.
-    Raises: ConfigError if torchrun's variables are incomplete.
+    Raises: ConfigError if torchrun's variables are incomplete, or nodes have not equally many ranks in order.
     """
     if not is_launched():
         yield World()
@@ -158,4 +166,14 @@ def _launch() -> tuple[int, ...]:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but {missing[0]} is "
             "not set; start it with torchrun"
         )
-    return tuple(int(os.environ[name]) for name in names[:4])
+    found = tuple(int(os.environ[name]) for name in names[:4])
+    _check_numbering(*found)
+    return found
+
+
+def _check_numbering(rank: int, size: int, local_rank: int, local_size: int) -> None:
+    if rank % local_size != local_rank or size % local_size:
+        raise ConfigError(
+            f"RANK={rank} is LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_size} on its node, WORLD_SIZE={size}: "
+            "ranks must be numbered node by node, equally many on each, as torchrun --nnodes and --nproc-per-node do"
+        )

@@ -20,6 +20,7 @@ from turnout.layers.latent import Latent
 from turnout.layers.mlp import MLP
 from turnout.layers.stats import collect_stats
 from turnout.losses import LoadBalance
+from turnout.placement import Site
 from turnout.registry import nearest
 from turnout.routers import TopK
 from turnout.tensors import MoEOutput, MoEStats, as_token_ids
@@ -131,6 +132,7 @@ class MoE(nn.Module):
             init_std=init_std,
         )
         self.config = config
+        self.losses = config.losses
         self.dim = dim
         self.router = config.router.build(dim, num_experts)
         self.experts: nn.Module
@@ -173,6 +175,17 @@ class MoE(nn.Module):
     def reach(self, dispatcher: Dispatcher) -> None:
         """From here on `dispatcher` reaches the experts of other processes; what this one keeps of them it keeps."""
         self.dispatcher = dispatcher
+
+    def stand(self, site: Site) -> None:
+        """From here on the losses know which experts are near this process.
+
+        Raises: ConfigError if the settings of a loss say that already.
+        """
+        self.form(tuple(loss.placed(site) for loss in self.config.losses))
+
+    def form(self, losses: tuple[Loss, ...]) -> None:
+        """From here on these losses are formed, which are those of the settings on some layout."""
+        self.losses = losses
 
     def forward(
         self,
@@ -219,7 +232,7 @@ class MoE(nn.Module):
         sequence_length = x.shape[-2] if x.ndim > 2 else max(len(x_TD), 1)
         terms = tuple(
             loss.term(routing, admission, sequence_length=sequence_length, step_stats=step_stats)
-            for loss in self.config.losses
+            for loss in self.losses
         )
         return MoEOutput(
             y=y_TD.to(x.dtype).view_as(x),

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from turnout.contracts import Loss, RouterConfig
 from turnout.errors import ConfigError
-from turnout.losses.device_balance import check_devices, device_size, sum_by_device
+from turnout.losses.device_balance import are_devices, check_devices, device_size, sum_by_device
+from turnout.placement import Site
 from turnout.tensors import Admission, Assignment, LossTerm, RouterOutput
 
 
@@ -48,6 +49,15 @@ class CommunicationBalance(Loss):
         """Raises: ConfigError if the groups do not divide the experts, or are one: the loss would be a constant."""
         del router
         check_devices("communication_balance", self.groups, num_experts)
+
+    def remark(self, site: Site) -> str:
+        """A token is sent once to a rank, so that parts of ranks, and several together, do not count what is sent."""
+        if are_devices(self.groups, site):
+            return ""
+        return (
+            f"communication_balance.groups={self.groups} are not the devices of this layout, so that it counts other "
+            f"tokens than are sent; groups={site.placement.ranks} are its ranks"
+        )
 
     def term(
         self, routing: RouterOutput, admission: Admission, *, sequence_length: int, step_stats: object = None

@@ -7,6 +7,7 @@ from torch import Tensor
 from turnout.contracts import Loss, RouterConfig
 from turnout.errors import ConfigError
 from turnout.losses.load_balance import load_balance_loss
+from turnout.placement import Site
 from turnout.tensors import Admission, LossTerm, RouterOutput
 
 
@@ -31,6 +32,12 @@ def check_devices(name: str, groups: int, num_experts: int) -> None:
             f"of devices that num_experts={num_experts} stand on, or use load_balance, which is over experts"
         )
     device_size(num_experts, groups)
+
+
+def are_devices(groups: int, site: Site) -> bool:
+    """Whether the groups of a balance loss are the ranks of a layout, or its nodes; true where nothing travels."""
+    units = {site.placement.ranks: 1, site.nodes: site.node_size}
+    return site.placement.ranks == 1 or (groups in units and site.spread(groups, units[groups]) == 1)
 
 
 def sum_by_device(value_E: Tensor, groups: int) -> Tensor:
@@ -66,6 +73,16 @@ class DeviceBalance(Loss):
         """Raises: ConfigError if the groups do not divide the experts, or are one: the loss would be a constant."""
         del router
         check_devices("device_balance", self.groups, num_experts)
+
+    def remark(self, site: Site) -> str:
+        """Devices that are parts of a rank are balanced like ranks; those that lie on two ranks are not."""
+        ranks = site.spread(self.groups)
+        if ranks == 1 or are_devices(self.groups, site):
+            return ""
+        return (
+            f"device_balance.groups={self.groups}: the experts of one device lie on {ranks} ranks of this layout, "
+            f"whose loads may differ; groups={site.placement.ranks} are its ranks"
+        )
 
     def term(
         self, routing: RouterOutput, admission: Admission, *, sequence_length: int, step_stats: object = None

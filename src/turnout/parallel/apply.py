@@ -20,6 +20,7 @@ from turnout.parallel.layout import Parallel
 from turnout.parallel.own_targets import OwnTargets
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.shards import Shards
+from turnout.parallel.sites import stand
 from turnout.parallel.stage_cut import check_stages
 from turnout.parallel.stages import cut_stages
 from turnout.parallel.supported import check_shards, check_supported
@@ -41,8 +42,10 @@ def apply(
     """Cut experts over `strategy.ep` times `etp` ranks, attention and dense layers over `tp`, and make all groups.
 
     The whole model, equal on all ranks, goes in; build the optimizer after. Every rank of the process group calls it;
-    `world` tells how many ranks a node has (None: all are on one). With ep=etp=1 the layers stay as they are, and never
-    communicate. Gradients are then those of this rank's tokens: `reduce_gradients` makes them the step's.
+    `world` tells how many ranks a node has (None: as torchrun says). With ep=etp=1 the layers stay as they are, and
+    never communicate. Gradients are then those of this rank's tokens: `reduce_gradients` makes them the step's.
+    Losses that ask which experts are near are told; the first rank warns where the groups of a router or of a loss are
+    not the devices or nodes that they stand for.
     With tp every rank of a group of neighbours calls the model with the same tokens, and gets the same output.
     With pp a rank keeps its stages of a Decoder, and no longer calls the model, but `stages` of what is returned.
     "auto" shares the experts over all ranks, as far as they go, in the layout from which a `Tuner` reaches the others.
@@ -60,6 +63,7 @@ def apply(
             raise ConfigError("the model is on the meta device: give its weights values, then apply")
     check_stages(model, resolved)
     groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
+    stand(layers, resolved, groups)
     ledger = Ledger()
     stages = cut_stages(model, groups, resolved, ledger)
     layers = dict(moe_layers(model))

@@ -1,7 +1,7 @@
 """Losses that count over ranks, told which: those of one pipeline stage, for the others have other layers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -16,11 +16,8 @@ from turnout.tensors import Admission, LossTerm, MoEStats, RouterOutput
 def count_within(layers: Sequence[MoE], group: ProcessGroup | None) -> None:
     """From here on the losses of these layers count over that group; None: over this rank alone."""
     for layer in layers:
-        losses = tuple(
-            WithinGroup(loss=loss, group=group) if isinstance(loss, LoadBalance) else loss
-            for loss in layer.config.losses
-        )
-        layer.config = replace(layer.config, losses=losses)
+        own = [WithinGroup(loss=loss, group=group) if isinstance(loss, LoadBalance) else loss for loss in layer.losses]
+        layer.form(tuple(own))
 
 
 @dataclass(frozen=True, kw_only=True)

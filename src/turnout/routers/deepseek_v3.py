@@ -8,11 +8,13 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
+from turnout.placement import Site
 from turnout.routers.pieces import (
     LinearScore,
     check_reach,
     check_scale,
     from_topk,
+    reach_remark,
     select_topk,
     sigmoid_shares,
     within_best_groups,
@@ -58,6 +60,10 @@ class DeepSeekV3(RouterConfig):
     @property
     def own_balance(self) -> str:
         return f"bias of the router x {self.bias_step:g} a step" if self.bias_step else ""
+
+    def remark(self, site: Site) -> str:
+        """Groups are nodes: one that lies on several takes the limit away."""
+        return reach_remark(self.groups, self.top_groups, "nodes", site.spread(self.groups, site.node_size), site.nodes)
 
     def build(self, dim: int, num_experts: int) -> Router:
         check_reach(self.k, groups=self.groups, top_groups=self.top_groups, num_experts=num_experts)

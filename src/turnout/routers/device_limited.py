@@ -4,7 +4,16 @@ from dataclasses import dataclass
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, check_reach, check_scale, from_topk, select_topk, within_best_groups
+from turnout.placement import Site
+from turnout.routers.pieces import (
+    LinearScore,
+    check_reach,
+    check_scale,
+    from_topk,
+    reach_remark,
+    select_topk,
+    within_best_groups,
+)
 from turnout.tensors import RouterInput, RouterOutput
 
 
@@ -33,6 +42,10 @@ class DeviceLimited(RouterConfig):
     @property
     def choices(self) -> int:
         return self.k
+
+    def remark(self, site: Site) -> str:
+        """Groups are devices: one that lies on several takes the limit away."""
+        return reach_remark(self.groups, self.top_groups, "ranks", site.spread(self.groups), site.placement.ranks)
 
     def build(self, dim: int, num_experts: int) -> Router:
         check_reach(self.k, groups=self.groups, top_groups=self.top_groups, num_experts=num_experts)

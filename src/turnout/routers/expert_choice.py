@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turnout.contracts import Router, RouterConfig
 from turnout.errors import ConfigError
-from turnout.routers.pieces import LinearScore, check_choices, from_chosen, select_topk
+from turnout.routers.pieces import LinearScore, check_choices, from_chosen, marked_topk
 from turnout.tensors import RouterInput, RouterOutput
 
 
@@ -84,7 +84,6 @@ def chosen_by_experts(scores_RE: Tensor, k: int) -> Tensor:
     """
     num_tokens, num_experts = scores_RE.shape
     per_expert = -(-k * num_tokens // num_experts)
-    chosen_ER = torch.zeros_like(scores_RE.t(), dtype=torch.bool)
-    if per_expert:
-        chosen_ER.scatter_(1, select_topk(scores_RE.t(), per_expert), True)
-    return chosen_ER.t()
+    if not per_expert:
+        return torch.zeros_like(scores_RE, dtype=torch.bool)
+    return marked_topk(scores_RE.t().contiguous(), per_expert).t()

@@ -124,7 +124,8 @@ class HierarchicalRouter(Router):
         for router, choice_M in zip(self.inner, choices, strict=True):
             row_M = groups.token_N[choice_M]
             ids_M = None if tokens.token_ids_R is None else tokens.token_ids_R[row_M]
-            routing = router(tokens.x_RD[row_M], ids_M, None, tokens.generator)
+            # index_select, whose gradient adds rows without sorting them
+            routing = router(tokens.x_RD.index_select(0, row_M), ids_M, None, tokens.generator)
             branches.append(Branch(choice_M=choice_M, row_M=row_M, routing=routing))
         return branches
 

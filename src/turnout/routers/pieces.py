@@ -55,6 +55,17 @@ def select_topk(scores_RE: Tensor, k: int) -> Tensor:
     return torch.cat(picks, dim=1)
 
 
+def marked_topk(scores_AB: Tensor, k: int) -> Tensor:
+    """Marks in each row its k highest scores, ties broken by the lower index; without a sort of rows that are long.
+
+    Shapes: scores_AB (A, B), k from 1 to B; returns (A, B) bool. A row with NaN marks at least k.
+    """
+    least_A1 = scores_AB.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    above_AB, ties_AB = ~(scores_AB <= least_A1), scores_AB == least_A1
+    missing_A1 = k - above_AB.sum(dim=1, keepdim=True)
+    return above_AB | (ties_AB & (ties_AB.cumsum(dim=1, dtype=torch.int32) <= missing_A1))
+
+
 def within_best_groups(scores_RE: Tensor, groups: int, top_groups: int, *, best: int = 2) -> Tensor:
     """The scores, -inf outside the `top_groups` groups whose `best` best scores have the highest sum.
 
@@ -91,6 +102,17 @@ def check_reach(k: int, *, groups: int, top_groups: int, num_experts: int) -> No
             f"router.k={k} is more than the {reachable} experts in top_groups={top_groups} of groups={groups}, "
             f"num_experts={num_experts}"
         )
+
+
+def reach_remark(groups: int, top_groups: int, units: str, spread: int, there: int) -> str:
+    """What a limit to `top_groups` of `groups` is worth where one group lies on `spread` of `there` ranks or nodes."""
+    if spread == 1 or top_groups == groups:
+        return ""
+    return (
+        f"router.groups={groups}: the experts of one group lie on {spread} of the {there} {units} of this layout, so "
+        f"top_groups={top_groups} lets a token reach {min(there, spread * top_groups)} {units}; groups={there} are its "
+        f"{units}"
+    )
 
 
 def normal_draw(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -150,13 +172,17 @@ def from_chosen(chosen_RE: Tensor, weight_RE: Tensor, tokens: RouterInput) -> As
     Shapes: chosen_RE (R, E) bool; weight_RE (R, E).
     """
     row_N, expert_N = chosen_RE.nonzero(as_tuple=True)
-    best_first_RE = weight_RE.detach().masked_fill(~chosen_RE, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    choice_RE = best_first_RE.argsort(dim=1)
+    weight_N = weight_RE.flatten().gather(0, row_N * chosen_RE.shape[1] + expert_N)
+    # what was chosen is sorted, not all there is to choose from
+    best_first_N = weight_N.detach().argsort(descending=True, stable=True)
+    best_first_N = best_first_N[row_N[best_first_N].argsort(stable=True)]
+    taken_R = torch.bincount(row_N, minlength=len(chosen_RE))
+    rank_N = torch.arange(len(row_N), device=row_N.device) - (taken_R.cumsum(0) - taken_R)[row_N]
     return Assignment(
         token_N=tokens.token_R[row_N],
         expert_N=expert_N,
-        weight_N=weight_RE.masked_select(chosen_RE),
-        choice_N=choice_RE.masked_select(chosen_RE),
+        weight_N=weight_N,
+        choice_N=torch.empty_like(rank_N).index_copy(0, best_first_N, rank_N),
         num_tokens=tokens.num_tokens,
         num_experts=chosen_RE.shape[1],
     )

@@ -16,6 +16,7 @@ from turnout.models.size import sizes
 from turnout.train.loop import Trainer
 from turnout.train.recipe import Recipe
 from turnout.train.routing_facts import RoutingFacts, routing_facts
+from turnout.train.routing_setup import RoutingSetup, routing_setup
 from turnout.train.signals import StopRequest
 
 ROUNDS = 24  # after each one every recipe is evaluated
@@ -42,6 +43,7 @@ class Curve:
     max_violation: float  # of the last recorded step: greatest load over the fair share, minus 1
     router_entropy: float  # of the last recorded step: 1 is undecided
     routing: RoutingFacts | None  # on validation text, after training; None: no experts, or not complete
+    setup: RoutingSetup | None  # None: no experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +252,7 @@ def _curve(trainer: Trainer, points: Sequence[tuple[float, int, float]], cpu_sha
         max_violation=line.get("max_violation", 0.0),
         router_entropy=line.get("router_entropy", 0.0),
         routing=_routing(trainer) if complete else None,
+        setup=routing_setup(recipe),
     )
 
 

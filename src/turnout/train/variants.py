@@ -1,49 +1,111 @@
 """One recipe with each of several routers, everything else equal."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from turnout.contracts import RouterConfig
+from turnout.contracts import Loss, RouterConfig
 from turnout.errors import ConfigError
-from turnout.losses import LoadBalance
+from turnout.layers.moe import MoEConfig
+from turnout.routers import LocMoE, LocMoEPlus, TopP
+from turnout.train.compared_losses import paper_losses
 from turnout.train.recipe import Recipe
 
-# what a router shares with the recipe's own, where it has such a setting
-SHARED = ("k", "scale", "init_std")
+# what a router shares with the recipe's own beside k, where it has such a setting
+SHARED = ("scale", "init_std")
+NO_LOCALITY = "without the locality loss of its paper: in one process every expert is on the one node"
 
 
-def with_routers(recipe: Recipe, names: Sequence[str]) -> list[Recipe]:
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The recipe with another router."""
+
+    recipe: Recipe
+    notes: tuple[str, ...]  # what could not be as the recipe, the user or the router's paper has it, a line each
+
+
+def with_routers(recipe: Recipe, names: Sequence[str], losses: Sequence[Loss] | None = None) -> list[Variant]:
     """RECIPE-ROUTER for each name: `k`, `scale` and `init_std` of the recipe's router where the other has them and may.
 
-    A router that does not balance itself, and that a loss can move, gets the load-balance loss at its default; one that
-    looks ahead is let into the decoder, where its validation loss is too good: it sees the tokens it predicts.
+    Where it may not have that k it gets the nearest it may. A router that looks ahead is let into the decoder.
+    losses: what all of them are trained with, but for those a router cannot have; None: each its paper's.
     Raises: ConfigError if the recipe has no experts or a router is unknown.
     """
     moe = recipe.model.moe
     if moe is None:
         raise ConfigError(f"{recipe.name} has no experts to route to; --routers needs a recipe that has")
-    return [_variant(recipe, name, _like(moe.router, RouterConfig.TABLE[name], moe.num_experts)) for name in names]
+    return [_variant(recipe, moe, name, losses) for name in names]
 
 
-def _variant(recipe: Recipe, name: str, router: RouterConfig) -> Recipe:
-    assert recipe.model.moe is not None
-    losses = () if router.own_balance or not router.scores_have_gradient else (LoadBalance(),)
-    moe = replace(recipe.model.moe, router=router, losses=losses)
-    return replace(recipe, name=f"{recipe.name}-{name}", model=replace(recipe.model, moe=moe))
+def _variant(recipe: Recipe, moe: MoEConfig, name: str, losses: Sequence[Loss] | None) -> Variant:
+    router, notes = _like(moe.router, RouterConfig.TABLE[name], moe.num_experts)
+    if losses is None:
+        kept = paper_losses(router)
+        notes += [NO_LOCALITY] if isinstance(router, LocMoE | LocMoEPlus) else []
+    else:
+        kept = tuple(loss for loss in losses if not _why_not(loss, router, moe.num_experts))
+        notes += [f"without a loss: {why}" for loss in losses if (why := _why_not(loss, router, moe.num_experts))]
+    moe = replace(moe, router=router, losses=kept)
+    own = replace(recipe, name=f"{recipe.name}-{name}", model=replace(recipe.model, moe=moe))
+    return Variant(recipe=own, notes=tuple(notes))
 
 
-def _like(own: RouterConfig, row: type[RouterConfig], num_experts: int) -> RouterConfig:
+def _why_not(loss: Loss, router: RouterConfig, num_experts: int) -> str:
+    try:
+        loss.check(router, num_experts)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _like(own: RouterConfig, row: type[RouterConfig], num_experts: int) -> tuple[RouterConfig, list[str]]:
+    """A router of that row, as near to `own` as it may be, and where it is not."""
     if type(own) is row:
-        return own
+        return own, []
     known = {field.name for field in fields(row)}  # type: ignore[arg-type]
     asked: dict[str, Any] = {"in_decoder": "allow"} if "in_decoder" in known else {}
-    settings = asked | {name: getattr(own, name) for name in SHARED if name in known and hasattr(own, name)}
-    for tried in (settings, {n: v for n, v in settings.items() if n != "k"}):
-        try:
-            router = row(**tried)
-            router.build(num_experts, num_experts)
-        except ConfigError:
-            continue
-        return router
-    return row(**asked)
+    shared = {name: getattr(own, name) for name in SHARED if name in known and hasattr(own, name)}
+    if "k" not in known:
+        router = _first_legal(row, [asked | shared], num_experts) or row(**asked)
+        # top-p's number is an expectation, so that an equal one says nothing
+        is_same = router.choices == own.choices and not isinstance(router, TopP)
+        note = f"no setting k; experts a token by its own settings: {router.choices}, in the recipe: {own.choices}"
+        return router, ([] if is_same else [note]) + _changed(router, shared)
+    tried = [asked | settings | {"k": k} for settings in (shared, {}) for k in _nearest(own.choices, num_experts)]
+    # where no k is legal the fault lies elsewhere, and whoever builds the model says so
+    router = _first_legal(row, tried, num_experts) or row(**asked)
+    notes = [] if router.choices == own.choices else [_other_k(router, row, tried[0], num_experts)]
+    return router, notes + _changed(router, shared)
+
+
+def _nearest(k: int, num_experts: int) -> list[int]:
+    return sorted(range(1, num_experts + 1), key=lambda other: (abs(other - k), other))
+
+
+def _first_legal(row: type[RouterConfig], tried: Sequence[dict[str, Any]], num_experts: int) -> RouterConfig | None:
+    return next(
+        (router for settings in tried if not isinstance(router := _built(row, settings, num_experts), str)), None
+    )
+
+
+def _built(row: type[RouterConfig], settings: dict[str, Any], num_experts: int) -> RouterConfig | str:
+    """The router, or why it cannot be."""
+    try:
+        router = row(**settings)
+        router.build(num_experts, num_experts)
+    except ConfigError as error:
+        return str(error)
+    return router
+
+
+def _other_k(router: RouterConfig, row: type[RouterConfig], wanted: dict[str, Any], num_experts: int) -> str:
+    why = _built(row, wanted, num_experts)
+    return f"k={router.choices} in place of the recipe's {wanted['k']} ({why if isinstance(why, str) else 'not legal'})"
+
+
+def _changed(router: RouterConfig, shared: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}={getattr(router, name)} in place of the recipe's {value}, which is not legal here"
+        for name, value in shared.items()
+        if getattr(router, name) != value
+    ]
