@@ -112,6 +112,7 @@ def refused(world: World) -> dict[str, str]:
     causes = {
         "a pass": lambda: model(first.tokens_BS),
         "two shapes": lambda: stages.forward([first, short], autocast),
+        "too few": lambda: stages.train([MicroBatch(batch=first)], autocast),
         "twice": lambda: apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S),
     }
     said = {}

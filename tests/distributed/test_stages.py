@@ -157,6 +157,7 @@ def test_a_stage_is_no_model(staged: Path) -> None:
         said = outcomes_of(staged)[rank]["refused"]
         assert "ConfigError: this rank has some stages of the model, and a pass goes through all" in said["a pass"]
         assert "ConfigError: all micro-batches of a pipeline must have one shape" in said["two shapes"]
+        assert "ConfigError: loop.accumulate=1 micro-batches do not fill the pipeline" in said["too few"]
         assert "ConfigError: the model is laid out already" in said["twice"]
 
 

@@ -17,9 +17,9 @@ from turnout.parallel.stage_schedules import Schedule
 class CountedStage(PipelineStage):
     """torch's stage; what it hands over to be sent is noted, and when it computes."""
 
-    def noting(self, ledger: Ledger) -> "CountedStage":
+    def __init__(self, *args: Any, ledger: Ledger, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._ledger = ledger
-        return self
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         with self._ledger.computing():

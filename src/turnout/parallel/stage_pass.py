@@ -1,6 +1,7 @@
 """What one pipeline stage does with one micro-batch: the module that torch's schedules run."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +48,7 @@ class StagePass(nn.Module):
         self.is_first, self.is_last = is_first, is_last
         self._layers = layers
         self._sparse = tuple(layer for layer in layers if isinstance(model.blocks[layer].ffn, MoE))
-        self._coming: Iterator[tuple[MicroBatch, Passed]] = iter(())
+        self._coming: deque[tuple[MicroBatch, Passed]] = deque()
         self._autocast: torch.autocast | None = None
         self._step_stats: list[MoEStats] | None = None
         self._learns = False
@@ -61,13 +62,13 @@ class StagePass(nn.Module):
         step_stats: dict[int, MoEStats] | None,
     ) -> None:
         """Before a step: the micro-batches that will come, and where to write down what becomes of each."""
-        self._coming, self._autocast, self._learns = iter(parts), autocast, learns
+        self._coming, self._autocast, self._learns = deque(parts), autocast, learns
         self._step_stats = None if step_stats is None else [step_stats[layer] for layer in self._sparse]
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (B, S, D) from the stage before, of no meaning to the first; returns the same, or (1,) at last."""
         assert self._autocast is not None
-        part, passed = next(self._coming)
+        part, passed = self._coming.popleft()
         with self._autocast:
             return self._passed(x, part, passed)
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
@@ -19,9 +18,10 @@ from turnout.models import Decoder
 from turnout.models.decoder import DecoderLoss
 from turnout.parallel.stage_counted import CountedStage, given, stepped
 from turnout.parallel.stage_cut import StageCut, cut_of, keep_own
+from turnout.parallel.stage_gather import of_stages
 from turnout.parallel.stage_losses import count_within
 from turnout.parallel.stage_pass import MicroBatch, Passed, StagePass
-from turnout.parallel.stage_schedules import Schedule, enough, make_schedule
+from turnout.parallel.stage_schedules import Schedule, check_micro_batches, enough, make_schedule
 from turnout.strategy import Strategy
 from turnout.tensors import LossTerm, MoEStats
 
@@ -35,6 +35,9 @@ def cut_stages(model: nn.Module, groups: Groups, strategy: Strategy, ledger: Led
     elsewhere = keep_own(model, cut)
     count_within([layer for _, layer in model.moe_blocks()], groups.like)
     return Stages(model, cut, groups.stages, strategy, ledger, elsewhere)
+
+
+Report = tuple[MoEStats, tuple[LossTerm, ...]]  # of one layer
 
 
 class Stages:
@@ -59,7 +62,7 @@ class Stages:
             stage: StagePass(model, cut.layers[stage], is_first=stage == 0, is_last=stage == last) for stage in cut.own
         }
         self._schedules: dict[tuple[object, ...], Schedule] = {}
-        self._elsewhere: dict[int, tuple[MoEStats, tuple[LossTerm, ...]]] | None = None
+        self._silent: dict[int, Report] | None = None
 
     @property
     def cut(self) -> StageCut:
@@ -131,6 +134,7 @@ class Stages:
     def _schedule(self, number: int, shape: tuple[int, ...], *, learns: bool) -> Schedule:
         key = (number, shape, learns)
         if key not in self._schedules:
+            check_micro_batches(self._strategy, number)
             stages = [self._stage(stage, shape) for stage in self._cut.own]
             self._schedules[key] = make_schedule(self._strategy, stages, number, given if learns else None)
         return self._schedules[key]
@@ -148,11 +152,12 @@ class Stages:
             input_args=torch.empty(1, dtype=torch.int64, device="meta") if module.is_first else hidden,
             output_args=loss if module.is_last else hidden,
             group=self._group.wire,
-        ).noting(self._ledger)
+            ledger=self._ledger,
+        )
 
     def _whole(self, found: Sequence[Passed]) -> list[DecoderLoss]:
         layers = self._everywhere(found[0])
-        zero = torch.zeros((), device=next(self._model.parameters()).device)
+        zero = torch.zeros((), device=self._device)
         return [
             DecoderLoss(
                 main=zero if each.main is None else each.main,
@@ -162,21 +167,24 @@ class Stages:
             for each in found
         ]
 
-    def _everywhere(self, own: Passed) -> Mapping[int, tuple[MoEStats, tuple[LossTerm, ...]]]:
+    def _everywhere(self, own: Passed) -> Mapping[int, Report]:
         """Every layer with experts, in order, and what it would report of no tokens: settled once."""
-        if self._elsewhere is None:
-            mine = {layer: (_zeros(stats), _zero_terms(own.losses[layer])) for layer, stats in own.stats.items()}
-            told: list[dict[int, tuple[MoEStats, tuple[LossTerm, ...]]]] = [{} for _ in range(self._group.size)]
+        if self._silent is None:
+            # tensors of a device would arrive on the sender's
+            mine = {layer: _silent((stats, own.losses[layer]), "cpu") for layer, stats in own.stats.items()}
             with self._ledger.inside("agreement on what stages report"):
-                dist.all_gather_object(told, mine, group=self._group.wire)
+                told = of_stages(mine, self._group)
             together = {layer: report for each in told for layer, report in each.items()}
-            self._elsewhere = {layer: together[layer] for layer in sorted(together)}
-        return self._elsewhere
+            self._silent = {layer: _silent(together[layer], self._device) for layer in sorted(together)}
+        return self._silent
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
 
 
-def _zeros(stats: MoEStats) -> MoEStats:
-    return MoEStats(**{each.name: torch.zeros_like(getattr(stats, each.name)) for each in fields(MoEStats)})
-
-
-def _zero_terms(terms: Sequence[LossTerm]) -> tuple[LossTerm, ...]:
-    return tuple(replace(term, value=torch.zeros_like(term.value)) for term in terms)
+def _silent(report: Report, device: torch.device | str) -> Report:
+    """The same with zeros, on a device."""
+    stats, terms = report
+    zeros = {each.name: torch.zeros_like(getattr(stats, each.name), device=device) for each in fields(MoEStats)}
+    return MoEStats(**zeros), tuple(replace(term, value=torch.zeros_like(term.value, device=device)) for term in terms)
