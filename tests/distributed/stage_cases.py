@@ -26,8 +26,11 @@ class StageCase:
     pp: int = 2
     virtual_stages: int = 1
     schedule: str = "1f1b"
+    tp: int = 1
     ep: int = 1
     etp: int = 1
+    folded: bool = False
+    shard_tokens: bool = False
     program: str = "flat"
     overlap: int = 1
     local: int = 4
@@ -47,13 +50,13 @@ class StageCase:
 
     @property
     def strategy(self) -> Strategy:
-        names = ("pp", "virtual_stages", "schedule", "ep", "etp", "overlap")
+        names = ("pp", "virtual_stages", "schedule", "tp", "ep", "etp", "folded", "shard_tokens", "overlap")
         return Strategy(**{name: getattr(self, name) for name in names}, alltoall=self.program)
 
     @property
     def texts(self) -> int:
-        """Ranks of a stage: each has a text of its own."""
-        return self.ranks // self.pp
+        """Ranks of a stage, or groups of tensor-parallel ones: each has a text of its own."""
+        return self.ranks // self.pp // self.tp
 
 
 def stage_cases() -> Iterator[StageCase]:
@@ -86,6 +89,9 @@ def stage_cases() -> Iterator[StageCase]:
     yield replace(four, losses=(LoadBalance(coefficient=0.1, scope="sequence"),), dtype=torch.float32)
     for loss in (LoadBalance(coefficient=0.1, scope="data_parallel"), LoadBalance(coefficient=0.1, scope="global")):
         yield replace(four, schedule="gpipe", accumulate=1, losses=(loss,))
+    yield replace(four, tp=2)
+    yield replace(four, tp=2, ep=2, folded=True, adam=True, schedule="interleaved", virtual_stages=2, layers=5)
+    yield replace(four, tp=2, ep=2, folded=True, shard_tokens=True, losses=(LoadBalance(scope="global"),))
 
 
 def staged_decoder(case: StageCase) -> Decoder:
@@ -97,7 +103,7 @@ def staged_decoder(case: StageCase) -> Decoder:
         dim=16,
         num_layers=case.layers,
         max_seq_len=32,
-        attention=ATTENTION["grouped"],
+        attention=ATTENTION["many" if case.tp > 1 else "grouped"],
         positions="learned" if case.positions == "learned" else "rope",
         hidden=12,
         moe=moe,

@@ -32,8 +32,12 @@ TORCHS: dict[str, Any] = {
 }
 REFUSED = [
     (
-        Strategy(pp=2, tp=2),
-        "strategy.tp=2 with pp=2 can be planned (turnout plan) but not trained with in this version",
+        Strategy(pp=2, tp=2, sequence_parallel=True),
+        "strategy.sequence_parallel=True with pp=2 can be planned (turnout plan) but not trained with in this version",
+    ),
+    (
+        Strategy(pp=2, tp=2, schedule="zero_bubble"),
+        "strategy.schedule='zero_bubble' with tp=2: torch splits no back",
     ),
     (Strategy(pp=2, zero=3), "strategy.zero=3 with pp=2 can be planned (turnout plan) but not trained"),
     (Strategy(pp=2, scatter_gather=True), "strategy.scatter_gather=True with pp=2 can be planned"),

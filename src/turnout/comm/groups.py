@@ -164,7 +164,10 @@ def _tensor(strategy: Strategy, world: World, maker: "_Maker") -> TensorGroup | 
     tp, ranks = strategy.tp, range(world.size)
     mesh = expert_mesh(tp, world.local_size, "tp")
     wire = maker.group([list(ranks[start : start + tp]) for start in ranks[::tp]])
-    replicas = maker.group([list(ranks[at::tp]) for at in range(tp)])
+    # of one stage alone, as replicas of experts are
+    each = world.size // strategy.pp
+    stages = [ranks[start : start + each] for start in ranks[::each]]
+    replicas = maker.group([stage[at::tp] for stage in stages for at in range(tp)])
     return None if wire is None else TensorGroup(mesh=mesh, place=world.rank % tp, wire=wire, replicas=replicas)
 
 

@@ -52,7 +52,7 @@ def given(output: Tensor, number: Tensor) -> Tensor:
     return output.sum()
 
 
-def stepped(schedule: Schedule, args: Sequence[Tensor], *, target: Tensor | None) -> None:
+def stepped(schedule: Schedule, args: Sequence[Tensor], ledger: Ledger, *, target: Tensor | None) -> None:
     """Raises: what a stage raised, and TransportError where a rank could not be reached."""
     try:
         schedule.step(*args, target=target)
@@ -60,6 +60,9 @@ def stepped(schedule: Schedule, args: Sequence[Tensor], *, target: Tensor | None
         # torch wraps what a stage raises
         if error.__cause__ is not None:
             raise error.__cause__ from error
+        if not ledger.where.is_inside:
+            # it computed: nobody was waited for
+            raise
         raise TransportError(
             f"rank {dist.get_rank()}: the pipeline of stages failed, because a rank of it ended or took too long: "
             f"{error}"

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turnout.comm import TensorGroup
 from turnout.data.sampler import Batch
 from turnout.layers import MoE
 from turnout.layers.lm_loss import lm_loss
 from turnout.models import Decoder
+from turnout.parallel.tensor_parallel import cutting
 from turnout.tensors import Assignment, LossTerm, MoEOutput, MoEStats, first_order, total_loss
 
 
@@ -29,7 +31,7 @@ class Passed:
     """What this rank's stages made of a micro-batch, by number of the layer; `h_BSD` and `main` on the last alone."""
 
     h_BSD: Tensor | None = None  # normed, ready for logits; of passes that do not learn
-    main: Tensor | None = None  # mean loss of its targets; of those that do
+    main: Tensor | None = None  # mean loss of its targets, a rank's own where ranks share them; of those that do
     losses: dict[int, tuple[LossTerm, ...]] = field(default_factory=dict)
     stats: dict[int, MoEStats] = field(default_factory=dict)
     assignments: dict[int, Assignment] = field(default_factory=dict)  # of passes that do not learn
@@ -42,8 +44,12 @@ class StagePass(nn.Module):
     in one process, so they wait for nobody and no message grows.
     """
 
-    def __init__(self, model: Decoder, layers: range, *, is_first: bool, is_last: bool) -> None:
+    def __init__(
+        self, model: Decoder, layers: range, tensor: TensorGroup | None, *, is_first: bool, is_last: bool
+    ) -> None:
+        """`tensor`: the ranks that have the same tokens, and take a share of the loss each."""
         super().__init__()
+        self._tensor = tensor
         self.model = model
         self.is_first, self.is_last = is_first, is_last
         self._layers = layers
@@ -86,7 +92,11 @@ class StagePass(nn.Module):
         if not self._learns:
             passed.h_BSD = h_BSD
             return h_BSD.new_zeros(1, dtype=torch.promote_types(h_BSD.dtype, torch.float32))
-        main = lm_loss(h_BSD.flatten(0, 1), model.head, batch.targets_BS.flatten())
+        targets_BS = batch.targets_BS
+        if self._tensor is not None:
+            cut = cutting(targets_BS.shape, self._tensor.size)
+            h_BSD, targets_BS = (cut.share(each, self._tensor.place) for each in (h_BSD, targets_BS))
+        main = lm_loss(h_BSD.flatten(0, 1), model.head, targets_BS.flatten())
         passed.main = main.detach()
         # a tensor of its own: torch lets go of its history in place, which views do not allow
         return torch.stack([part.main * main + aux.to(main.device)])

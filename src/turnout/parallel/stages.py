@@ -34,7 +34,12 @@ def cut_stages(model: nn.Module, groups: Groups, strategy: Strategy, ledger: Led
     cut = cut_of(model.config, strategy, groups.stages.place)
     elsewhere = keep_own(model, cut)
     count_within([layer for _, layer in model.moe_blocks()], groups.like)
-    return Stages(model, cut, groups.stages, strategy, ledger, elsewhere)
+    last = len(cut.layers) - 1
+    own = {
+        stage: StagePass(model, cut.layers[stage], groups.tensor, is_first=stage == 0, is_last=stage == last)
+        for stage in cut.own
+    }
+    return Stages(model, cut, own, groups.stages, strategy, ledger, elsewhere=elsewhere)
 
 
 Report = tuple[MoEStats, tuple[LossTerm, ...]]  # of one layer
@@ -47,20 +52,18 @@ class Stages:
         self,
         model: Decoder,
         cut: StageCut,
+        own: Mapping[int, StagePass],
         group: StageGroup,
         strategy: Strategy,
         ledger: Ledger,
+        *,
         elsewhere: frozenset[str],
     ) -> None:
-        """`elsewhere`: names of the tensors that other ranks of the pipeline have."""
+        """`own`: this rank's stages by their numbers; `elsewhere`: names of the tensors that others have."""
         self.elsewhere = elsewhere
         self.tied = frozenset({"embedding_VD"} if model.config.tie_embeddings else ())  # what both ends have
-        self._model, self._cut, self._group = model, cut, group
+        self._model, self._cut, self._own, self._group = model, cut, own, group
         self._strategy, self._ledger = strategy, ledger
-        last = len(cut.layers) - 1
-        self._own = {
-            stage: StagePass(model, cut.layers[stage], is_first=stage == 0, is_last=stage == last) for stage in cut.own
-        }
         self._schedules: dict[tuple[object, ...], Schedule] = {}
         self._silent: dict[int, Report] | None = None
 
@@ -123,6 +126,7 @@ class Stages:
             stepped(
                 schedule,
                 [numbers] if self._cut.has_first else [],
+                self._ledger,
                 target=numbers if self._cut.has_last and learns else None,
             )
         return found

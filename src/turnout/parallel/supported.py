@@ -59,12 +59,18 @@ def _check_stages(strategy: Strategy) -> None:
             raise ConfigError(f"strategy.virtual_stages={strategy.virtual_stages} needs strategy.pp; nearest legal: 1")
         return
     check_schedule(strategy)
-    for name, legal in (("tp", 1), ("zero", 0), ("scatter_gather", False)):
+    for name, legal in (("sequence_parallel", False), ("zero", 0), ("scatter_gather", False)):
         if getattr(strategy, name) != legal:
             raise ConfigError(
                 f"strategy.{name}={getattr(strategy, name)} with pp={strategy.pp} can be planned (turnout plan) but "
                 f"not trained with in this version; nearest legal: {name}={legal}, or pp=1"
             )
+    if strategy.schedule == "zero_bubble" and strategy.tp > 1:
+        # torch's split backward pass goes from each use of a weight to the next, and over the sums between them twice
+        raise ConfigError(
+            f"strategy.schedule='zero_bubble' with tp={strategy.tp}: torch splits no backward that uses a weight on "
+            "both sides of a sum over ranks, as biases are; nearest legal: '1f1b', or tp=1"
+        )
 
 
 def _check_tensor(strategy: Strategy) -> None:
