@@ -122,6 +122,10 @@ def piped(*settings: str) -> Recipe:
             lambda: apply(Decoder(piped().model).to("meta"), Strategy(pp=2), world=World(size=2, local_size=2)),
             r"the model is on the meta device: give its weights values, then apply",
         ),
+        (
+            lambda: apply(Decoder(piped().model), Strategy(pp=4), world=World(size=4, local_size=4)),
+            r"strategy\.pp=4 \* virtual_stages=1 = 4 must not exceed num_layers=2; nearest legal: pp=2",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(cause: Callable[[], object], text: str) -> None:

@@ -77,7 +77,9 @@ class Parallel:
         """The parameters that not every rank has whole, and on how many ranks there is the same part."""
         named, tied = list(model.named_parameters()), self.shards.tied
         parts: dict[Tensor, int] = {weight: self.shards.parts(name) for name, weight in named}
-        found = {weight: self.alike // number for weight, number in parts.items() if number > 1 or self.stages}
+        found = {
+            weight: self.alike // number for weight, number in parts.items() if number > 1 or self.stages is not None
+        }
         return found | {weight: 2 * self.alike for name, weight in named if name in tied}
 
     def reshard(self, model: nn.Module) -> None:

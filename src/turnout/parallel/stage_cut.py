@@ -48,7 +48,7 @@ def cut_of(config: ModelConfig, strategy: Strategy, place: int) -> StageCut:
 
 
 def check_stages(model: nn.Module, strategy: Strategy) -> None:
-    """Raises: ConfigError if the model cannot be cut so."""
+    """Raises: ConfigError if the model cannot be cut so, by a strategy whose dp is known."""
     if strategy.pp == 1:
         return
     if not isinstance(model, Decoder):
@@ -59,6 +59,9 @@ def check_stages(model: nn.Module, strategy: Strategy) -> None:
         raise ConfigError("the model is laid out already: apply a strategy once, to the whole model")
     if any(weight.is_meta for weight in model.parameters()):
         raise ConfigError("the model is on the meta device: give its weights values, then apply")
+    config = model.config
+    num_experts = config.moe.num_experts if config.moe is not None and config.moe_layers() else 0
+    strategy.check(strategy.world(), num_experts=num_experts, num_layers=config.num_layers)
 
 
 class Elsewhere(nn.Module):
