@@ -50,6 +50,7 @@ def run_stages(world: World, folder: Path) -> None:
     if world.rank < 2:
         pair = World(rank=world.rank, size=2, local_size=2)
         outcomes["refused"] = refused(pair)
+        outcomes["poisoned"] = poisoned(pair)
         outcomes["stalled"] = stalled(pair)
         outcomes["alone"] = left_alone(pair, outcomes, folder)
     torch.save(outcomes, folder / f"rank-{world.rank}.pt")
@@ -122,6 +123,18 @@ def refused(world: World) -> dict[str, str]:
         except TurnoutError as error:
             said[name] = f"{type(error).__name__}: {error}"
     return said
+
+
+def poisoned(world: World) -> str | None:
+    """What every rank says of a step in which a weight of the last stage is not a number."""
+    case = StageCase()
+    model, parallel = laid_out(case, world)
+    if world.rank == 1:
+        with torch.no_grad():
+            model.blocks[case.layers - 1].get_parameter("ffn_norm.weight_D")[3] = torch.nan
+    autocast, optim = autocast_for(torch.device("cpu"), torch.float32), optimizer_of(case, model)
+    mine = batches_of(case, 0)[0]
+    return train_step(model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel).problem
 
 
 def stalled(world: World) -> list[str]:

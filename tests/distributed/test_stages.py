@@ -162,6 +162,11 @@ def test_a_stage_is_no_model(staged: Path) -> None:
         assert "ConfigError: the model is laid out already" in said["twice"]
 
 
+def test_what_is_not_finite_on_one_stage_is_named_on_all(staged: Path) -> None:
+    said = [outcomes_of(staged)[rank]["poisoned"] for rank in range(2)]
+    assert said == ["weight blocks.2.ffn_norm.weight_D: 1 of 16 values are NaN (rank 1)"] * 2
+
+
 def test_a_rank_that_waits_for_a_stage_says_whose_it_is(staged: Path) -> None:
     waiting, sleeping = (outcomes_of(staged)[rank]["stalled"] for rank in range(2))
     assert not sleeping
