@@ -216,7 +216,7 @@ def _as_it_was(recipe: str, name: str, settings: Sequence[str]) -> tuple[str, li
 def _looks_ahead(name: str, row: dict[str, Any]) -> bool:
     """Whether its validation loss is of tokens that see later ones."""
     told = row.get("sees_later_tokens")
-    return not RouterConfig.TABLE[name].causal if told is None else "evaluation" in told
+    return not RouterConfig.TABLE[name]().causal if told is None else "evaluation" in told
 
 
 if __name__ == "__main__":

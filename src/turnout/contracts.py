@@ -115,12 +115,16 @@ class RouterConfig(Settings, ABC):
     """A row of the router table: settings without sizes; `build` adds the sizes."""
 
     TABLE: ClassVar[Table[type["RouterConfig"]]] = Table("router")
-    causal: ClassVar[bool] = True  # out of training, a token's experts do not depend on the tokens after it
 
     @property
     @abstractmethod
     def choices(self) -> int:
         """Experts a token has: exactly, at most, or on average where the router aims at an average."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether, out of training, a token's experts do not depend on the tokens after it."""
+        return True
 
     @property
     def own_balance(self) -> str:

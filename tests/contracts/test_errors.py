@@ -172,6 +172,11 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
         ConfigError,
         r"ExpertChoice\.in_decoder='never' must be one of: refuse, allow",
     ),
+    (
+        lambda: LocMoEPlus(evaluation="mode").check_decoder(),
+        ConfigError,
+        r"locmoe_plus with evaluation='mode' and mode='hybrid' lets .* later tokens .*evaluation='token_choice'",
+    ),
     (lambda: ExpertChoice().check_decoder(), ConfigError, r"expert choice lets .* later tokens: .*in_decoder='allow'"),
     (lambda: ExpertChoice(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
     (lambda: BASE(precision=0.0), ConfigError, r"router\.precision=0\.0 must be from 1e-6 up to 1"),

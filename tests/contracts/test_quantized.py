@@ -16,12 +16,14 @@ from turnout.dispatch import LocalDispatcher
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts, QuantizedFFNExperts, available_backends, choose_backend, quantize_experts
 from turnout.experts.activations import Activation
-from turnout.experts.fused_int8 import trusted_int8
+from turnout.experts.fused_int8 import int8_by_matrix_unit, int8_weights, trusted_int8
 from turnout.kernels import Kernel, build, int8_codes, int8_proof, trusted_kernel
-from turnout.kernels.build import compiled
+from turnout.kernels.build import compiled, has_vnni
 from turnout.kernels.int8_proof import prove_int8, whole_number_error
+from turnout.kernels.matrix_unit import by_matrix_unit
 from turnout.layers.expert_pass import pass_experts
 from turnout.tensors import Admission, Assignment
+from turnout.train.doctor import examine
 
 with_kernel = pytest.mark.skipif(isinstance(trusted_int8(), str), reason="no C++ compiler here")
 CPU = torch.device("cpu")
@@ -46,9 +48,13 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(1)
 
 
-def kernel() -> Kernel:
-    found = trusted_int8()
-    assert isinstance(found, Kernel)
+@pytest.fixture(params=["vectors", "matrix unit"])
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    """Both that may compute here."""
+    found = trusted_kernel() if request.param == "vectors" else int8_by_matrix_unit()
+    if isinstance(found, str):
+        pytest.skip(found)
+    assert found.matrix_unit == (request.param == "matrix unit")
     return found
 
 
@@ -77,25 +83,89 @@ def relative(got: Tensor, want: Tensor) -> float:
 @with_kernel
 @pytest.mark.parametrize("sizes", WHOLE, ids=str)
 @pytest.mark.parametrize("digits", [1, 2])
-def test_whole_numbers_are_exact(sizes: tuple[int, ...], digits: int) -> None:
+def test_whole_numbers_are_exact(kernel: Kernel, sizes: tuple[int, ...], digits: int) -> None:
     for num_threads in (1, 2):
         with threads(num_threads):
-            assert whole_number_error(kernel(), sizes, digits) < 1e-6
+            assert whole_number_error(kernel, sizes, digits) < 1e-6
 
 
 @with_kernel
-def test_the_pass_is_near_the_oracle_of_its_weights() -> None:
-    assert prove_int8(kernel()) == ""
+def test_the_pass_is_near_the_oracle_of_its_weights(kernel: Kernel) -> None:
+    assert prove_int8(kernel) == ""
 
 
 @with_kernel
-def test_a_pass_that_is_wrong_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, right = kernel(), kernel().infer_int8
+def test_a_pass_that_is_wrong_is_not_trusted(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernel.infer_int8
     monkeypatch.setattr(int8_proof, "SIZES", int8_proof.SIZES[-2:])
-    monkeypatch.setattr(found, "infer_int8", lambda *a, **k: right(*a, **k) * (1 + 1e-5))
-    assert prove_int8(found).startswith("the compiled kernel's 8-bit pass is off its oracle by ")
-    monkeypatch.setattr(found, "infer_int8", lambda *a, **k: right(*a, **k) * torch.nan)
-    assert prove_int8(found).startswith("the compiled kernel's 8-bit pass is off its oracle by nan")
+    monkeypatch.setattr(kernel, "infer_int8", lambda *a, **k: right(*a, **k) * (1 + 1e-5))
+    assert prove_int8(kernel).startswith("the compiled kernel's 8-bit pass is off its oracle by ")
+    monkeypatch.setattr(kernel, "infer_int8", lambda *a, **k: right(*a, **k) * torch.nan)
+    assert prove_int8(kernel).startswith("the compiled kernel's 8-bit pass is off its oracle by nan")
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize(
+    "assigned",
+    [drawn(257, 4, 2), drawn(90, 5, 2), drawn(33, 2, 1), all_to_one(161, 3), drawn(1, 5, 1), drawn(0, 5, 2)],
+    ids=["many", "odd", "a row more than a tile's", "one expert", "one token", "none"],
+)
+def test_vectors_and_the_matrix_unit_say_the_same_bit_for_bit(assigned: Assignment, digits: int, kind: str) -> None:
+    plain, unit = trusted_kernel(), int8_by_matrix_unit()
+    if isinstance(plain, str) or isinstance(unit, str):
+        pytest.skip("one of the two is not here")
+    experts = QuantizedFFNExperts.of(experts_of(70, 135, assigned.num_experts, kind=kind, bias=True))
+    x_TD = torch.randn(assigned.num_tokens, 70, generator=torch.Generator().manual_seed(2))
+    outputs = []
+    for kernel, num_threads in ((plain, 1), (unit, 1), (unit, 2)):
+        kernel.poison()
+        routing = kernel.sort(assigned, None)
+        weight_N = assigned.weight_N.detach()
+        with threads(num_threads):
+            outputs.append(kernel.infer_int8(x_TD, weight_N, int8_weights(experts), routing, digits=digits))
+    assert outputs[0].isfinite().all()
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_the_matrix_unit_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURNOUT_AMX", "0")
+    for asked in (trusted_int8, int8_by_matrix_unit):
+        asked.cache_clear()
+    try:
+        if not isinstance(trusted_kernel(), str):
+            assert int8_by_matrix_unit() == "AMX is switched off by TURNOUT_AMX=0"
+            assert trusted_int8() is trusted_kernel()
+            reason = next(found.reason for found in examine()["backends"] if found.name == "fused_int8")
+            assert not has_vnni() or reason.endswith("VNNI; AMX is switched off by TURNOUT_AMX=0")
+    finally:
+        for asked in (trusted_int8, int8_by_matrix_unit):
+            asked.cache_clear()
+
+
+@with_kernel
+def test_a_matrix_unit_that_is_wrong_is_not_used(tmp_path: Path) -> None:
+    kernel = trusted_kernel()
+    assert isinstance(kernel, Kernel)
+    if isinstance(unit := kernel.with_matrix_unit(), str):
+        pytest.skip(unit)
+    assert by_matrix_unit(kernel, lambda _: "it is off", tmp_path / "proof") == "it is off"
+    assert isinstance(by_matrix_unit(kernel, lambda found: "" if found.matrix_unit else "?", tmp_path / "p"), Kernel)
+
+
+def test_a_kernel_without_a_unit_says_why() -> None:
+    class Library:
+        def __init__(self, answer: int) -> None:
+            self.turnout_ask_matrix_unit = lambda: answer
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *_: 32
+
+    kernels = [Kernel(Library(answer)) for answer in (0, 2)]  # pyright: ignore[reportArgumentType]
+    assert [kernel.with_matrix_unit() for kernel in kernels] == [
+        "the compiler or the processor knows no AMX",
+        "Linux does not let this process use AMX",
+    ]
 
 
 @pytest.mark.parametrize("outlier", [1.0, 60.0], ids=["plain", "outlier features"])

@@ -359,7 +359,31 @@ def test_who_sees_later_tokens_is_found_by_trying_and_is_what_a_router_says_of_i
     router = row(k=2) if "k" in {field.name for field in fields(row)} else row()  # type: ignore[arg-type, call-arg]
     found = sees_later_tokens(16, MoEConfig(num_experts=8, router=router, losses=()))
     assert found == SEES_LATER.get(name, "")
-    assert ("evaluation" in found) == (not row.causal)
+    assert ("evaluation" in found) == (not router.causal)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        LocMoEPlus(k=2, evaluation="mode"),
+        LocMoEPlus(k=2, evaluation="mode", mode="expert_choice"),
+        LocMoEPlus(k=2, evaluation="mode", mode="token_choice"),
+        LocMoEPlus(k=2, evaluation="mode", mode="token_choice", before_switch="hybrid", switch_step=9),
+        LocMoEPlus(k=2, evaluation="mode", mode="hybrid", before_switch="token_choice", switch_step=9),
+    ],
+    ids=repr,
+)
+def test_evaluation_by_experts_is_declared_and_refused_in_a_decoder(router: LocMoEPlus) -> None:
+    found = sees_later_tokens(16, MoEConfig(num_experts=8, router=router, losses=()))
+    # one that is yet to switch looks ahead later
+    assert router.causal or router.switch_step or "evaluation" in found
+    if router.causal:
+        assert "evaluation" not in found
+        router.check_decoder()
+    else:
+        with pytest.raises(ConfigError, match="later tokens"):
+            router.check_decoder()
+        replace(router, in_decoder="allow").check_decoder()
 
 
 @pytest.mark.parametrize(

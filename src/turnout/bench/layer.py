@@ -143,7 +143,8 @@ def _peers(shape: Shape, mode: str, dtype: torch.dtype, asked: Sequence[str]) ->
     """
     experts = FFNExperts(1, 1, 1, kind=shape.expert)
     experts.to(dtype)
-    refused = available_backends(experts, dtype=dtype, device=torch.device("cpu"))
+    with torch.set_grad_enabled(mode == "train"):
+        refused = available_backends(experts, dtype=dtype, device=torch.device("cpu"))
     refused |= dict.fromkeys(PRECISIONS, "it has no backward pass" if mode == "train" else _int8_refusal(dtype))
     ours = [f"{OURS}{name}" for name, reason in refused.items() if not reason]
     theirs = [f"{THEIRS}{name}" for name in IMPLEMENTATIONS if name != "batched_mm" or shape.tokens <= 16]

@@ -1,5 +1,6 @@
 """All experts in one compiled pass on the CPU: gather, products, activation, weighted sum, while rows are in cache."""
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from turnout.contracts import ExpertBackend, FusedBackend, Refusal
 from turnout.experts.fused_op import fused_experts, in_dtypes_of, kernel_weights, the_kernel
 from turnout.experts.weights import FFNExperts
 from turnout.kernels import KINDS, Kernel, Routing, trusted_kernel
-from turnout.kernels.build import cpu_flags
+from turnout.kernels.build import Library, compiled, cpu_flags
+from turnout.kernels.half_proof import prove_half
+from turnout.kernels.matrix_unit import by_matrix_unit
 from turnout.tensors import Admission, Assignment, Ragged, Rows, first_order
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,7 +55,10 @@ class _Fused(torch.autograd.Function):
 
 
 class FusedCPU(FusedBackend):
-    """The kernel of turnout.kernels, in float32; bfloat16 weights are widened as they are read."""
+    """The kernel of turnout.kernels, in float32; bfloat16 weights are widened as they are read.
+
+    Where AMX multiplies bfloat16, it does so in inference; that pass has no backward.
+    """
 
     layout = "ragged"
 
@@ -69,6 +75,9 @@ class FusedCPU(FusedBackend):
 
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         assert isinstance(experts, FFNExperts)
+        half = _half_kernel(experts, x_TD.dtype)
+        if isinstance(half, Kernel):
+            return _run_half(half, experts, x_TD, assignment, admission)
         inputs = (
             x_TD.float().contiguous(),
             assignment.weight_N.float().contiguous(),
@@ -112,8 +121,38 @@ def _reason(experts: FFNExperts, dtype: torch.dtype, device: torch.device) -> st
     if dtype not in DTYPES or experts.up_EDG.dtype not in DTYPES or experts.down_EFD.dtype != experts.up_EDG.dtype:
         return f"fused_cpu computes float32 and bfloat16, not {dtype} with weights in {experts.up_EDG.dtype}"
     if dtype == torch.bfloat16 and _has_bfloat16_units():
-        return "this processor multiplies bfloat16 itself, faster than fused_cpu, which would widen it to float32"
+        half = _half_kernel(experts, dtype)
+        return "" if isinstance(half, Kernel) else f"this processor multiplies bfloat16 itself; {half}"
     return _kernel_failure()
+
+
+def _half_kernel(experts: FFNExperts, dtype: torch.dtype) -> Kernel | str:
+    """The kernel that multiplies bfloat16 as it is, or why it does not here."""
+    if dtype != torch.bfloat16 or experts.up_EDG.dtype != dtype:
+        return "fused_cpu does so only with tokens and weights of it"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return "fused_cpu does so under torch.no_grad() alone, and not under torch.compile"
+    return half_by_matrix_unit()
+
+
+@functools.cache
+def half_by_matrix_unit() -> Kernel | str:
+    """The kernel whose pass in bfloat16, by the processor's matrix unit, is proven; or why there is none."""
+    kernel, library = trusted_kernel(), compiled()
+    if isinstance(kernel, str):
+        return kernel
+    assert isinstance(library, Library)
+    return by_matrix_unit(kernel, prove_half, library.path.with_suffix(".bf16-amx-proven"))
+
+
+def _run_half(
+    kernel: Kernel, experts: FFNExperts, x_TD: Tensor, assignment: Assignment, admission: Admission
+) -> Tensor:
+    biases = (experts.up_bias_EG, experts.added_bias_ED)
+    up_bias_EG, down_bias_ED = (None if bias is None else bias.float() for bias in biases)
+    weights = kernel_weights(experts.up_EDG, experts.down_EFD, up_bias_EG, down_bias_ED, experts.kind)
+    weight_N, routing = assignment.weight_N.float().contiguous(), kernel.sort(assignment, admission.keep_N)
+    return kernel.forward(x_TD.contiguous(), weight_N, weights, routing, saved_rows=None)[0]
 
 
 # torch.compile asks once instead of tracing how a kernel is compiled

@@ -1,6 +1,7 @@
 """Experts of 8 bits in one compiled pass on the CPU, for inference."""
 
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,9 @@ from turnout.contracts import ExpertBackend, FusedBackend, Refusal
 from turnout.experts.fused_cpu import rows_as_tokens
 from turnout.experts.quantized import QuantizedFFNExperts
 from turnout.kernels import KINDS, Int8Weights, Kernel, trusted_kernel
-from turnout.kernels.build import Library, compiled
+from turnout.kernels.build import Library, compiled, has_vnni
 from turnout.kernels.int8_proof import prove_int8
+from turnout.kernels.matrix_unit import by_matrix_unit
 from turnout.kernels.proof import once
 from turnout.tensors import Admission, Assignment, Ragged, Rows
 
@@ -18,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class FusedInt8(FusedBackend):
-    """Whole-number products of codes, four at once where the processor has VNNI; scales and activations in float32."""
+    """Whole-number products of codes, by AMX or VNNI where there are such; scales and activations in float32."""
 
     layout = "ragged"
     trains = False
@@ -45,7 +47,7 @@ class FusedInt8(FusedBackend):
         y_TD = kernel.infer_int8(
             x_TD.detach().float().contiguous(),
             assignment.weight_N.detach().float().contiguous(),
-            _weights(experts),
+            int8_weights(experts),
             kernel.sort(assignment, admission.keep_N),
             digits=experts.digits,
         )
@@ -55,14 +57,37 @@ class FusedInt8(FusedBackend):
 @functools.cache
 def trusted_int8() -> Kernel | str:
     """The kernel, once its pass of 8 bits is proven too, or why there is none."""
-    kernel, library = trusted_kernel(), compiled()
+    kernel = trusted_kernel()
     if isinstance(kernel, str):
         return kernel
+    doubt = once(functools.partial(prove_int8, kernel), _proof(".int8-proven"))
+    unit = doubt or int8_by_matrix_unit()
+    return unit if isinstance(unit, Kernel) else doubt or kernel
+
+
+@functools.cache
+def int8_by_matrix_unit() -> Kernel | str:
+    """The same by the processor's matrix unit, where calls of more than a few rows gain by it; or why there is none."""
+    kernel = trusted_kernel()
+    return kernel if isinstance(kernel, str) else by_matrix_unit(kernel, prove_int8, _proof(".int8-amx-proven"))
+
+
+def int8_instructions() -> str:
+    """What multiplies, and why nothing faster does."""
+    unit = int8_by_matrix_unit()
+    if isinstance(unit, Kernel):
+        return "AMX"
+    return f"VNNI; {unit}" if has_vnni() else "no VNNI here: right, but not fast"
+
+
+def _proof(suffix: str) -> Path:
+    library = compiled()
     assert isinstance(library, Library)
-    return once(functools.partial(prove_int8, kernel), library.path.with_suffix(".int8-proven")) or kernel
+    return library.path.with_suffix(suffix)
 
 
-def _weights(experts: QuantizedFFNExperts) -> Int8Weights:
+def int8_weights(experts: QuantizedFFNExperts) -> Int8Weights:
+    """The codes as the kernel reads them: contiguous."""
     biases = (experts.up_bias_EG, experts.down_bias_ED)
     up_bias_EG, down_bias_ED = (None if bias is None else bias.float().contiguous() for bias in biases)
     return Int8Weights(

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from turnout.experts.fused_op import at_wanted, empty_gradients, kernel_weights
+from turnout.kernels.arguments import Gradients, Weights
 from turnout.kernels.gpu import launcher
 from turnout.kernels.gpu.configs import Config
 from turnout.kernels.gpu.tuned import config_for, shape_of, size_of
-from turnout.kernels.kernel import Gradients, Weights
 from turnout.tensors import first_order
 
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "decode.h"
 #include "forward.h"
+#include "half_forward.h"
 #include "int8_forward.h"
 #include "routes.h"
 #include "scores.h"
@@ -20,6 +21,21 @@ void forward(const Job& job) {
     decode.run();
   else
     turnout::Forward<W>(job).run();
+}
+
+// Tokens in bfloat, by the matrix unit; a few of them widened, whose time is that of reading weights.
+void half_forward(const Job& job) {
+#if defined(TURNOUT_MATRIX_UNIT)
+  if (!turnout::Decode<bfloat>(job).fits()) return turnout::HalfForward(job).run();
+  const long size = job.tokens * job.dim;
+  std::vector<float> x(size), y(size);
+  for (long i = 0; i < size; i++) x[i] = turnout::value(reinterpret_cast<const bfloat*>(job.x)[i]);
+  Job wide = job;
+  wide.x = x.data();
+  wide.y = y.data();
+  turnout::Decode<bfloat>(wide).run();
+  turnout::to_half(reinterpret_cast<bfloat*>(job.y), y.data(), size);
+#endif
 }
 
 // 0, or 1 when there is no memory: exceptions must not reach the caller
@@ -44,7 +60,12 @@ int64_t turnout_sort(const int64_t* expert, const int64_t* token, const uint8_t*
 }
 
 int turnout_forward(const Job* job) {
-  return guarded([&] { job->half_weights ? forward<bfloat>(*job) : forward<float>(*job); });
+  return guarded([&] {
+    if (job->half_rows)
+      half_forward(*job);
+    else
+      job->half_weights ? forward<bfloat>(*job) : forward<float>(*job);
+  });
 }
 
 int turnout_backward(const Job* job) {
@@ -64,6 +85,8 @@ int turnout_best(const float* scores, int64_t rows, int64_t experts, int64_t k, 
                  turnout::Parallel parallel) {
   return guarded([&] { turnout::Scores(scores, rows, experts, int(threads), parallel).best(int(k), picks); });
 }
+
+int turnout_ask_matrix_unit() { return turnout::ask_matrix_unit(); }
 
 int turnout_tile_columns() { return turnout::TILE_COLUMNS; }
 

@@ -4,33 +4,22 @@
 
 #include <vector>
 
-#include "activation.h"
-#include "int8_codes.h"
-#include "row_sums.h"
+#include "int8_products.h"
 
 namespace turnout {
-
-struct Int8Job {
-  Job job;                    // its `up` and `down` are the codes: (E, parts, F / PANEL, groups of D, QUADS, PANEL, 4)
-                              // and (E, D / PANEL, groups of F, QUADS, PANEL, 4), everything rounded up
-  const bfloat* up_scales;    // (E, parts, F / PANEL, groups of D, 2, PANEL)
-  const bfloat* down_scales;  // (E, D / PANEL, groups of F, 2, PANEL)
-};
 
 template <int DIGITS>
 class Int8Forward {
  public:
   explicit Int8Forward(const Int8Job& own)
-      : own_(own),
-        job_(own.job),
+      : job_(own.job),
         routes_(job_.routes, job_.tokens, job_.experts, job_.assignments),
-        act_(activation(job_.kind)),
-        x_groups_(groups_of(job_.dim)),
-        h_groups_(groups_of(job_.hidden)),
-        out_panels_((job_.dim + PANEL - 1) / PANEL) {}
+        few_(is_few()),
+        products_(own, routes_, job_.matrix_unit && !few_),
+        x_groups_(products_.x_groups),
+        h_groups_(products_.h_groups) {}
 
   void run() {
-    few_ = is_few();
     plan_units();
     RowSums sums(job_, routes_, job_.y, units_);
     sums_ = &sums;
@@ -60,9 +49,9 @@ class Int8Forward {
   }
 
  private:
-  typedef Codes<DIGITS> Block;
+  typedef typename Int8Products<DIGITS>::Block Block;
   static constexpr int UP = 16, DOWN = 17;  // beside the kinds of row_sums.h
-  static constexpr int TILE = CODE_ROWS / DIGITS, CHUNK_TOKENS = 64, MOST_FEW = 16;
+  static constexpr int CHUNK_TOKENS = 64, MOST_FEW = 16;
   static constexpr long BLOCK_BYTES = 384 << 10;  // about a third of a core's cache
 
   struct Scratch {
@@ -73,8 +62,8 @@ class Int8Forward {
     long first, end;
   };
 
-  static long groups_of(long columns) { return (columns + GROUP - 1) / GROUP; }
-  static size_t code_floats(long rows, long groups) { return rows * groups * DIGITS * GROUP / 4; }
+  // The matrix unit reads whole tiles, some lines past the last.
+  static size_t code_floats(long rows, long groups) { return (rows * groups * DIGITS + UNIT_LINES) * GROUP / 4; }
   static size_t floats(long rows, long groups) {
     return Workspace::padded(code_floats(rows, groups)) + Workspace::padded(rows * groups * 2);
   }
@@ -91,7 +80,8 @@ class Int8Forward {
 
   void plan_units() {
     const long row_bytes = (x_groups_ + h_groups_) * DIGITS * GROUP;
-    const long most = std::max<long>(4, std::min<long>(512, BLOCK_BYTES / row_bytes) / TILE) * TILE;
+    const long tile = products_.tile;
+    const long most = std::max<long>(4, std::min<long>(512, BLOCK_BYTES / row_bytes) / tile) * tile;
     for (int e = 0; e < job_.experts; e++) {
       const Split split(routes_.start[e + 1] - routes_.start[e], most);
       for (int b = 0; b < split.parts; b++) {
@@ -124,7 +114,8 @@ class Int8Forward {
       cut(schedule, UP, u, h_groups_, wanted, -1, before[u]);
     }
     const int computed = schedule.group();
-    for (int u = 0; u < int(units_.size()); u++) cut(schedule, DOWN, u, out_panels_, wanted, before[u], computed);
+    for (int u = 0; u < int(units_.size()); u++)
+      cut(schedule, DOWN, u, products_.out_panels, wanted, before[u], computed);
     sums_->plan_sums(schedule, computed);
   }
 
@@ -139,17 +130,19 @@ class Int8Forward {
   void few_up(const Piece& piece, const Scratch& s) const {
     const Unit& unit = units_[piece.unit];
     const Block x = gathered(unit, s.x);
-    up(unit, x, h_, unit.first, piece.first, piece.end);
+    products_.up(unit, x, h_, unit.first, piece.first, piece.end);
   }
   void few_down(const Piece& piece) const {
-    down(piece.unit, h_, units_[piece.unit].first, piece.first, piece.end);
+    const Unit& unit = units_[piece.unit];
+    products_.down(unit, *sums_, piece.unit, h_, unit.first, piece.first, piece.end);
   }
 
   void block(int index, const Scratch& s) const {
+    const Tiles tiles(products_.by_unit);
     const Unit& unit = units_[index];
     const Block x = gathered(unit, s.x), h = {s.h.code, s.h.scale, unit.rows};
-    up(unit, x, h, 0, 0, h_groups_);
-    down(index, h, 0, 0, out_panels_);
+    products_.up(unit, x, h, 0, 0, h_groups_);
+    products_.down(unit, *sums_, index, h, 0, 0, products_.out_panels);
   }
 
   Block gathered(const Unit& unit, const Block& room) const {
@@ -163,69 +156,11 @@ class Int8Forward {
     return x;
   }
 
-  // Groups [first, end) of h, in rows from `to` on: products, bias, activation, codes.
-  void up(const Unit& unit, const Block& x, const Block& h, long to, long first, long end) const {
-    alignas(64) float before[2 * TILE * GROUP];
-    float* const second = before + (act_.parts - 1) * TILE * GROUP;
-    const Split tiles(unit.rows, TILE);
-    for (long f = first; f < end; f++)
-      for (int t = 0; t < tiles.parts; t++) {
-        const int rows = tiles.size(t);
-        for (int part = 0; part < act_.parts; part++) {
-          float* const out = before + part * TILE * GROUP;
-          for (int half = 0; half < GROUP / PANEL; half++) {
-            const long panel = (unit.expert * act_.parts + part) * (h_groups_ * GROUP / PANEL) + f * 2 + half;
-            code_product(x, tiles.begin(t), rows, panel_of(job_.up, own_.up_scales, panel, x_groups_, t),
-                         out + half * PANEL, GROUP);
-          }
-          add_bias(unit.expert, part, f, rows, out);
-        }
-        act_.line(before, second, before, rows * GROUP);
-        for (int r = 0; r < rows; r++) encode(before + r * GROUP, h, f, to + tiles.begin(t) + r);
-      }
-  }
-
-  void add_bias(int expert, int part, long f, int rows, float* out) const {
-    if (!job_.up_bias) return;
-    const float* bias = job_.up_bias + (expert * act_.parts + part) * job_.hidden + f * GROUP;
-    const long columns = std::min<long>(GROUP, job_.hidden - f * GROUP);
-    for (int r = 0; r < rows; r++)
-      for (long c = 0; c < columns; c++) out[r * GROUP + c] += bias[c];
-  }
-
-  // Panels [first, end) of the unit's rows of the output, weighted; its rows of h are those from `from` on.
-  void down(int index, const Block& h, long from, long first, long end) const {
-    const Unit& unit = units_[index];
-    alignas(64) float sum[TILE * PANEL];
-    const Split tiles(unit.rows, TILE);
-    for (long d = first; d < end; d++) {
-      const long columns = std::min<long>(PANEL, job_.dim - d * PANEL);
-      const float* bias = job_.down_bias ? job_.down_bias + unit.expert * job_.dim + d * PANEL : nullptr;
-      for (int t = 0; t < tiles.parts; t++) {
-        const Panel panel = panel_of(job_.down, own_.down_scales, unit.expert * out_panels_ + d, h_groups_, t);
-        code_product(h, from + tiles.begin(t), tiles.size(t), panel, sum, PANEL);
-        for (int r = 0; r < tiles.size(t); r++) {
-          const int row = unit.first + tiles.begin(t) + r;
-          const float weight = job_.weight[routes_.assignment[row]];
-          float* __restrict__ out = sums_->place(index, row) + d * PANEL;
-          for (long c = 0; c < columns; c++)
-            out[c] = weight * (bias ? sum[r * PANEL + c] + bias[c] : sum[r * PANEL + c]);
-        }
-      }
-    }
-  }
-
-  static Panel panel_of(const void* codes, const bfloat* scales, long panel, long groups, int tile) {
-    return {static_cast<const uint8_t*>(codes) + panel * groups * PANEL_BYTES, scales + panel * groups * 2 * PANEL,
-            int(groups), tile == 0};
-  }
-
-  const Int8Job& own_;
   const Job& job_;
   const Routes routes_;
-  const Activation& act_;
-  const long x_groups_, h_groups_, out_panels_;
-  bool few_ = false;
+  const bool few_;
+  const Int8Products<DIGITS> products_;
+  const long x_groups_, h_groups_;
   long most_ = 0;  // rows of a unit
   std::vector<Unit> units_;
   std::vector<Piece> pieces_;

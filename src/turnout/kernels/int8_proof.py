@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from turnout import reference
+from turnout.kernels.arguments import KINDS, Int8Weights
 from turnout.kernels.int8_codes import GROUP, decode_ffn, encode_ffn
-from turnout.kernels.kernel import KINDS, Int8Weights, Kernel
+from turnout.kernels.kernel import Kernel
 from turnout.tensors import Assignment
 
 EXACT, NEAR = 1e-6, 1e-3  # rounding of float sums; and of activations to 14 bits and a sign

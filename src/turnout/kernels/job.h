@@ -8,10 +8,10 @@ namespace turnout {
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
 
 struct Job {
-  int64_t tokens, dim, hidden, experts, assignments, kind, half_weights, threads;
+  int64_t tokens, dim, hidden, experts, assignments, kind, half_weights, half_rows, threads, matrix_unit;
   Parallel parallel;      // of the thread pool torch uses, or null
   const int32_t* routes;  // from turnout_sort
-  const float* x;         // (T, D)
+  const float* x;         // (T, D), as y of bfloat where half_rows
   const float* weight;    // (N)
   const void* up;         // (E, D, G), of float or bfloat
   const void* down;       // (E, F, D), likewise

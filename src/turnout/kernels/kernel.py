@@ -3,74 +3,20 @@
 import ctypes
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, TurnoutError
+from turnout.kernels.arguments import KINDS, Gradients, Int8Weights, Routing, Weights
 from turnout.tensors import Assignment
-
-# numbers in activation.h
-KINDS = {"relu": 0, "gelu": 1, "swiglu": 2, "swiglu_clamped": 3}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """Of all experts: matrices in float32 or bfloat16, biases in float32; contiguous."""
-
-    up_EDG: Tensor
-    down_EFD: Tensor
-    up_bias_EG: Tensor | None
-    down_bias_ED: Tensor | None
-    kind: str
-
-    @property
-    def is_half(self) -> bool:
-        return self.up_EDG.dtype == torch.bfloat16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Int8Weights:
-    """Of all experts, as int8_codes.py lays them out; those of the first product have an axis of parts after E."""
-
-    up_codes: Tensor
-    up_scales: Tensor
-    down_codes: Tensor
-    down_scales: Tensor
-    up_bias_EG: Tensor | None
-    down_bias_ED: Tensor | None
-    hidden: int
-    kind: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Routing:
-    """Assignments in the order of the experts, as routes.h lays them out."""
-
-    routes: Tensor
-    num_rows: int
-    num_tokens: int
-    num_assignments: int
-
-
-class Gradients(NamedTuple):
-    """Of whatever was wanted; the order is that of the autograd function's inputs."""
-
-    x_TD: Tensor | None
-    weight_N: Tensor | None
-    up_EDG: Tensor | None
-    down_EFD: Tensor | None
-    up_bias_EG: Tensor | None
-    down_bias_ED: Tensor | None
 
 
 class Kernel:
     """What a compiled library can do; it keeps its workspace from call to call."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, *, matrix_unit: bool = False) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._sort = library.turnout_sort
         self._sort.argtypes, self._sort.restype = [pointer] * 3 + [number] * 3 + [pointer], number
@@ -82,8 +28,14 @@ class Kernel:
         self._best = library.turnout_best
         self._best.argtypes = [pointer, number, number, number, pointer, number, pointer]
         self.poison = library.turnout_poison
+        self._library, self.matrix_unit = library, matrix_unit
         self._tile_columns = library.turnout_tile_columns()
         self._pool = _torch_pool()
+
+    def with_matrix_unit(self) -> "Kernel | str":
+        """The same, by the processor's matrix unit where it has a use for it; or why there is none."""
+        reason = NO_MATRIX_UNIT[self._library.turnout_ask_matrix_unit()]
+        return reason or Kernel(self._library, matrix_unit=True)
 
     def sort(self, assignment: Assignment, keep_N: Tensor | None) -> Routing:
         """Order the kept assignments by expert.
@@ -109,7 +61,7 @@ class Kernel:
     ) -> tuple[Tensor, Tensor | None]:
         """y_TD, and what the backward pass wants to have back, with room for `saved_rows`; None: nothing is.
 
-        Everything is float32 and contiguous.
+        Everything is float32 and contiguous; or tokens and matrices are bfloat16, for the matrix unit.
         """
         saved = None if saved_rows is None else x_TD.new_empty(self.saved_size(weights, saved_rows))
         y_TD = torch.empty_like(x_TD)
@@ -146,7 +98,7 @@ class Kernel:
         y_TD = torch.empty_like(x_TD)
         sizes = (routing.num_tokens, x_TD.shape[1], weights.hidden, len(weights.up_codes), routing.num_assignments)
         own = (weights.up_codes, weights.down_codes, weights.up_bias_EG, weights.down_bias_ED)
-        job = self._job((*sizes, KINDS[weights.kind], 0), (routing.routes, x_TD, weight_N, *own, None, y_TD))
+        job = self._job((*sizes, KINDS[weights.kind], 0, 0), (routing.routes, x_TD, weight_N, *own, None, y_TD))
         job.extend(map(_at, (weights.up_scales, weights.down_scales)))
         _check(self._int8(job.buffer_info()[0], digits))
         return y_TD
@@ -179,17 +131,21 @@ class Kernel:
         num_experts, hidden, dim = weights.down_EFD.shape
         sizes = (routing.num_tokens, dim, hidden, num_experts, routing.num_assignments, KINDS[weights.kind])
         own = (weights.up_EDG, weights.down_EFD, weights.up_bias_EG, weights.down_bias_ED)
-        job = self._job((*sizes, weights.is_half), (routing.routes, x_TD, weight_N, *own, *rest))
+        half_rows = x_TD.dtype == torch.bfloat16
+        job = self._job((*sizes, weights.is_half, half_rows), (routing.routes, x_TD, weight_N, *own, *rest))
         _check(function(job.buffer_info()[0]))
 
     def _job(self, numbers: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> "array[int]":
         """`Job` of job.h; the fields that no tensor is given for are null."""
-        job = array("q", (*numbers, torch.get_num_threads(), self._pool, *map(_at, tensors)))
+        own = (torch.get_num_threads(), self.matrix_unit, self._pool)
+        job = array("q", (*numbers, *own, *map(_at, tensors)))
         job.extend([0] * (NUM_FIELDS - len(job)))
         return job
 
 
-NUM_FIELDS = 25  # of `Job` in job.h
+NUM_FIELDS = 27  # of `Job` in job.h
+# by what matrix_unit.h says
+NO_MATRIX_UNIT = ("the compiler or the processor knows no AMX", "", "Linux does not let this process use AMX")
 
 
 def _at(tensor: Tensor | None) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from turnout import reference
-from turnout.kernels.kernel import KINDS, Kernel, Weights
+from turnout.kernels.arguments import KINDS, Weights
+from turnout.kernels.kernel import Kernel
 from turnout.tensors import Assignment
 
 TOLERANCE = 1e-5

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "half_block.h"
 #include "job.h"
 #include "routes.h"
 #include "schedule.h"
@@ -21,9 +22,10 @@ struct Unit {  // consecutive rows of one expert, the work of one task
 // Where the rows of a matrix (T, D) come from; with a single row for each token they go there straight.
 class RowSums {
  public:
-  RowSums(const Job& job, const Routes& routes, float* out, const std::vector<Unit>& units)
-      : routes_(routes), units_(units), out_(out), tokens_(job.tokens), dim_(job.dim) {
-    direct_ = *routes.single || !out;
+  // Into `out`, or rounded once into `half_out`; neither: nothing is wanted.
+  RowSums(const Job& job, const Routes& routes, float* out, const std::vector<Unit>& units, bfloat* half_out = nullptr)
+      : routes_(routes), units_(units), out_(out), half_out_(half_out), tokens_(job.tokens), dim_(job.dim) {
+    direct_ = *routes.single || !(out || half_out);
     chunks_ = std::max<long>(1, std::min<long>(tokens_ / 64, 4 * job.threads));
     long all = 0, largest = 0;
     for (const Unit& unit : units) {
@@ -40,11 +42,15 @@ class RowSums {
       waves_.back().rows += units[u].rows;
       wave_of_.push_back(int(waves_.size()) - 1);
     }
-    floats_ = direct_ ? 0 : (waves_.size() > 1 ? 2 * half : all) * dim_;
+    rows_floats_ = direct_ ? 0 : (waves_.size() > 1 ? 2 * half : all) * dim_;
   }
 
-  size_t floats() const { return floats_; }
-  void use(float* buffer) { buffer_ = buffer; }
+  size_t floats() const { return rows_floats_ + (half_out_ && !direct_ ? tokens_ * dim_ : 0); }
+  void use(float* buffer) {
+    buffer_ = buffer;
+    if (half_out_) out_ = buffer + rows_floats_;
+  }
+  bool direct() const { return direct_; }
 
   // Where row `row` of a unit is to be written.
   float* place(int unit, int row) const {
@@ -52,6 +58,9 @@ class RowSums {
     const Wave& wave = waves_[wave_of_[unit]];
     return buffer_ + wave.place + (row - wave.first_row) * dim_;
   }
+
+  // The same of a row that is written straight.
+  bfloat* half_place(int row) const { return half_out_ + routes_.token[row] * dim_; }
 
   // The units' tasks, largest first within a wave, each also of group also[unit]; and those that add up.
   void plan(Schedule& schedule, const std::vector<int>& also) {
@@ -96,13 +105,21 @@ class RowSums {
         fresh = false;
       }
       if (fresh) std::memset(sum, 0, dim_ * sizeof(float));
+#if defined(TURNOUT_MATRIX_UNIT)
+      if (half_out_ && w + 1 == int(waves_.size())) to_half(half_out_ + t * dim_, sum, dim_);
+#endif
     }
   }
 
   // Zeros for tokens without a row, where the others are written straight.
   void clear(int chunk) const {
     for (long t = first_token(chunk); t < first_token(chunk + 1); t++)
-      if (routes_.token_start[t] == routes_.token_start[t + 1]) std::memset(out_ + t * dim_, 0, dim_ * sizeof(float));
+      if (routes_.token_start[t] == routes_.token_start[t + 1]) {
+        if (half_out_)
+          std::memset(half_out_ + t * dim_, 0, dim_ * sizeof(bfloat));
+        else
+          std::memset(out_ + t * dim_, 0, dim_ * sizeof(float));
+      }
   }
 
  private:
@@ -116,7 +133,7 @@ class RowSums {
   long first_token(int chunk) const { return tokens_ * chunk / chunks_; }
 
   void plan_clears(Schedule& schedule) const {
-    if (!direct_ || !out_) return;
+    if (!direct_ || !(out_ || half_out_)) return;
     for (int chunk = 0; chunk < chunks_; chunk++) schedule.add({CLEAR, chunk});
   }
 
@@ -130,12 +147,13 @@ class RowSums {
   const Routes& routes_;
   const std::vector<Unit>& units_;
   float* out_;
+  bfloat* half_out_;
   const long tokens_, dim_;
   bool direct_;
   int chunks_;
   std::vector<Wave> waves_;
   std::vector<int> wave_of_;
-  size_t floats_;
+  size_t rows_floats_;
   float* buffer_ = nullptr;
 };
 

@@ -1,7 +1,7 @@
 """Expert choice: every expert takes its best tokens, so that all take equally many."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ class ExpertChoice(RouterConfig):
     Source: Zhou et al. 2022, arXiv:2202.09368; without their cap on the experts of a token.
     """
 
-    causal: ClassVar[bool] = False
-
     k: int = 2  # experts per token on average (the paper's capacity factor c)
     in_decoder: Literal["refuse", "allow"] = "refuse"  # inside a decoder, where it lets a token see later ones
     init_std: float = 0.02  # standard deviation of the score's initial weights
@@ -34,6 +32,10 @@ class ExpertChoice(RouterConfig):
     @property
     def choices(self) -> int:
         return self.k
+
+    @property
+    def causal(self) -> bool:
+        return False
 
     @property
     def own_balance(self) -> str:

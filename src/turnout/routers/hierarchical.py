@@ -54,6 +54,10 @@ class Hierarchical(RouterConfig):
     def scores_have_gradient(self) -> bool:
         return self.outer.scores_have_gradient or self.inner.scores_have_gradient
 
+    @property
+    def causal(self) -> bool:
+        return self.outer.causal and self.inner.causal
+
     def check_decoder(self) -> None:
         """Raises: ConfigError if either level's router does."""
         self.outer.check_decoder()

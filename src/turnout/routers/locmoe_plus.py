@@ -46,6 +46,7 @@ class LocMoEPlus(RouterConfig):
     switch_kept: float = 0.0  # mean kept rows of an expert, as a share of the tokens, at which to switch; 0: not by it
     switch_window: int = 100  # optimizer steps over which that mean is taken
     evaluation: Literal["token_choice", "mode"] = "token_choice"  # who chooses in evaluation; mode: as in training
+    in_decoder: Literal["refuse", "allow"] = "refuse"  # inside a decoder, evaluation that lets a token see later ones
     threshold: float = 0.75  # share of its tokens' summed affinity that an expert keeps
     mass: Literal["affinity", "weight"] = "affinity"  # what is summed: affinities, negative ones as 0; or the weights
     floor: Literal["mean", "largest", "none"] = "mean"  # delta_max in C_min: tokens' best affinities; none: no C_min
@@ -78,8 +79,24 @@ class LocMoEPlus(RouterConfig):
         return self.k
 
     @property
+    def causal(self) -> bool:
+        """Before the switch `before_switch` chooses in evaluation too, if that is by `mode`."""
+        switches = self.switch_step or self.switch_kept
+        choosers = {self.mode, self.before_switch if switches else self.mode}
+        return self.evaluation == "token_choice" or choosers == {"token_choice"}
+
+    @property
     def needs_whole_layer(self) -> str:
         return "the number of its tokens, with switch_kept=0 none of it" if self.switch_kept else ""
+
+    def check_decoder(self) -> None:
+        """Raises: ConfigError if evaluation looks at later tokens, unless `in_decoder` allows it."""
+        if not self.causal and self.in_decoder == "refuse":
+            raise ConfigError(
+                f"locmoe_plus with evaluation='mode' and mode={self.mode!r} lets a token's experts depend on later "
+                "tokens in evaluation; use router.evaluation='token_choice', or set router.in_decoder='allow' if you "
+                "want that"
+            )
 
     def build(self, dim: int, num_experts: int) -> Router:
         check_choices(self.k, num_experts)

@@ -11,7 +11,8 @@ from turnout import reference
 from turnout.contracts import ExpertBackend
 from turnout.errors import TurnoutError
 from turnout.experts import FFNExperts, QuantizedFFNExperts, quantize_experts
-from turnout.kernels.build import has_vnni
+from turnout.experts.fused_cpu import half_by_matrix_unit
+from turnout.experts.fused_int8 import int8_instructions
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
 from turnout.routers import TopK
@@ -70,8 +71,16 @@ def _try_backend(name: str) -> Finding:
         name=name,
         available=True,
         proven=proven,
-        reason=f"forward and backward in float32 against the oracle, worst error {worst:.1e}",
+        reason=f"forward and backward in float32 against the oracle, worst error {worst:.1e}{_half(name)}",
     )
+
+
+def _half(name: str) -> str:
+    """What multiplies bfloat16 in inference, of the backend that has a unit of the processor for it."""
+    if name != "fused_cpu":
+        return ""
+    half = half_by_matrix_unit()
+    return "; inference in bfloat16 " + (f"by others: {half}" if isinstance(half, str) else "by AMX, proven too")
 
 
 @torch.no_grad()
@@ -96,7 +105,7 @@ def _try_quantized(name: str) -> Finding:
         available=True,
         proven=worst < QUANTIZED_TOLERANCE,
         reason=f"inference of quantised experts against the oracle of their weights, worst error {worst:.1e}; "
-        f"{'VNNI' if has_vnni() else 'no VNNI here: right, but not fast'}",
+        f"{int8_instructions()}",
     )
 
 

@@ -10,11 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
+from turnout.kernels.arguments import KINDS, Gradients, Weights
 from turnout.kernels.gpu.backward import bias_grad_kernel, hidden_grad_kernel, matrix_grad_kernel, weight_grad_kernel
 from turnout.kernels.gpu.configs import Config, Tile
 from turnout.kernels.gpu.forward import combine_kernel, rows_kernel, up_kernel
 from turnout.kernels.gpu.routes import before_kernel, count_kernel, few_kernel, place_kernel, start_kernel
-from turnout.kernels.kernel import KINDS, Gradients, Weights
 
 COUNT_BLOCK = 256  # assignments that are compared with each other
 

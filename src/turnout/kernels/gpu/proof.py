@@ -8,9 +8,9 @@ import triton
 from torch import Tensor
 
 from turnout.cache import kernel_cache
+from turnout.kernels.arguments import Weights
 from turnout.kernels.gpu import launch, source_hash
 from turnout.kernels.gpu.configs import Config, Tile
-from turnout.kernels.kernel import Weights
 from turnout.kernels.proof import assignment_of, by_oracle, drawn, largest_error, once
 
 # of the largest value; beside float32's, that of three roundings to the dtype (before and after the activation, and of

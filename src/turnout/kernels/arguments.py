@@ -1,0 +1,60 @@
+"""What the compiled functions are given, and the gradients they give."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# numbers in activation.h
+KINDS = {"relu": 0, "gelu": 1, "swiglu": 2, "swiglu_clamped": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Of all experts: matrices in float32 or bfloat16, biases in float32; contiguous."""
+
+    up_EDG: Tensor
+    down_EFD: Tensor
+    up_bias_EG: Tensor | None
+    down_bias_ED: Tensor | None
+    kind: str
+
+    @property
+    def is_half(self) -> bool:
+        return self.up_EDG.dtype == torch.bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Weights:
+    """Of all experts, as int8_codes.py lays them out; those of the first product have an axis of parts after E."""
+
+    up_codes: Tensor
+    up_scales: Tensor
+    down_codes: Tensor
+    down_scales: Tensor
+    up_bias_EG: Tensor | None
+    down_bias_ED: Tensor | None
+    hidden: int
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Assignments in the order of the experts, as routes.h lays them out."""
+
+    routes: Tensor
+    num_rows: int
+    num_tokens: int
+    num_assignments: int
+
+
+class Gradients(NamedTuple):
+    """Of whatever was wanted; the order is that of the autograd function's inputs."""
+
+    x_TD: Tensor | None
+    weight_N: Tensor | None
+    up_EDG: Tensor | None
+    down_EFD: Tensor | None
+    up_bias_EG: Tensor | None
+    down_bias_ED: Tensor | None
