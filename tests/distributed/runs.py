@@ -88,8 +88,8 @@ def trained(
     folder: Path, strategy: Strategy, run: Path, world: World, *, resume: bool, until: float, **saving: Any
 ) -> Trainer:
     """A run brought to the share `until`, and saved there; `saving`: fields of its loop."""
-    recipe = recipe_of(folder, strategy)
-    recipe = replace(recipe, loop=replace(recipe.loop, **saving))
+    plain = recipe_of(folder, Strategy())
+    recipe = replace(plain, strategy=strategy, loop=replace(plain.loop, **saving))
     trainer = Trainer(recipe, dataset_of(folder, recipe), run, resume=resume, world=world)
     if resume:
         assert_restored(trainer, run)
@@ -102,7 +102,7 @@ def assert_restored(trainer: Trainer, run: Path) -> None:
     """Weights and moments gathered from the ranks are those of the file, bit for bit; the rates are the recipe's."""
     loaded = checkpoint.load(run)
     files, meta = trainer._state().capture()
-    if trainer.parallel.shards.has_first:
+    if trainer.world.is_first:
         for name in ("model", "optimizer"):
             assert files[name].keys() == loaded.files[name].keys()
             assert all(torch.equal(files[name][key], value) for key, value in loaded.files[name].items()), name

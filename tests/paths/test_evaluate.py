@@ -19,6 +19,7 @@ class Alone:
     def __init__(self, rank: int, size: int) -> None:
         self.text_place = (rank, size)
         self.world = self
+        self.stages = None
         self.sums: list[float] = []
 
     def largest(self, values: list[float]) -> list[float]:

@@ -67,6 +67,7 @@ def _verify_parallel(target: str, ranks: int, settings: list[str], screen: Conso
     heading += f", r={strategy.adaptive_r}" if strategy.adaptive_r >= 0 else ""
     heading += f"; attention and dense layers over {strategy.tp}" if strategy.tp > 1 else ""
     heading += " in sequence parallel" if strategy.sequence_parallel else ""
+    heading += f"; {strategy.pp * strategy.virtual_stages} stages by {strategy.schedule}" if strategy.pp > 1 else ""
     columns = {"tensor": "left", "largest error": "right", "outcome": "left"}
     screen.print(table(f"verify {heading}, against one process", columns, cells))
     failed = [row.name for row in rows if not row.holds]

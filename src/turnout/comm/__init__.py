@@ -1,6 +1,6 @@
 """Processes and what moves between them: the world, groups of ranks, the torch.distributed transport, the ledger."""
 
-from turnout.comm.groups import ExpertGroup, Groups, TensorGroup, expert_mesh, make_groups
+from turnout.comm.groups import ExpertGroup, Groups, StageGroup, TensorGroup, expert_mesh, make_groups
 from turnout.comm.ledger import Ledger
 from turnout.comm.sharing import Peers, Sharing
 from turnout.comm.sizes import Sizes
@@ -17,6 +17,7 @@ __all__ = [
     "Peers",
     "Sharing",
     "Sizes",
+    "StageGroup",
     "TensorGroup",
     "TensorWire",
     "TorchTransport",

@@ -59,6 +59,17 @@ class TensorGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageGroup:
+    """The ranks that hold a model in pipeline stages: neighbours hold the same one."""
+
+    place: int  # which of them this process is
+    size: int
+    wire: ProcessGroup  # they, one rank of each: activations go from one to the next
+    peers: ProcessGroup | None  # ranks of the same stages, with other text; None: this one alone
+    ends: ProcessGroup | None  # all ranks with the first stage or the last; None: this one has neither
+
+
+@dataclass(frozen=True, kw_only=True)
 class Groups:
     """The groups this process is in. None stands for a group of itself alone, which never communicates."""
 
@@ -68,6 +79,14 @@ class Groups:
     tensor: TensorGroup | None = None  # ranks that share attention and dense layers
     # of ZeRO: ranks that have all shards between them, and before these, where there are such, those with equal shards
     sharded: tuple[ProcessGroup, ...] = ()
+    stages: StageGroup | None = None  # None: every rank has all blocks
+
+    @property
+    def like(self) -> ProcessGroup | None:
+        """The ranks that have the same blocks as this one; None: it is alone."""
+        if self.stages is not None:
+            return self.stages.peers
+        return dist.group.WORLD if self.world.size > 1 else None
 
 
 def expert_mesh(ep: int, ranks_per_node: int, axis: str = "ep") -> Mesh:
@@ -108,9 +127,14 @@ def make_groups(
         wires[frozenset((axis,))] = column if extent == ep else maker.group(lines)
     place = world.rank % block // apart
     whole, sharing = maker.group(blocks), sharings(blocks, etp, place, world.size, maker.group)
-    replicas = maker.group([[members[at] for members in blocks] for at in range(ep * etp)])
+    # of one stage alone: others hold experts of other layers
+    each = len(blocks) // strategy.pp
+    stages = [blocks[first : first + each] for first in range(0, len(blocks), each)]
+    replicas = maker.group([[members[at] for members in stage] for stage in stages for at in range(ep * etp)])
     tensor, sharded = _tensor(strategy, world, maker), _sharded(strategy, world, maker)
     shared_parts = [] if tensor is None else [tensor.wire, tensor.replicas]
+    staged = _staged(strategy, world, maker)
+    shared_parts += [] if staged is None else [staged.wire, staged.peers, staged.ends]
     _warm([*maker.made(), *wires.values(), whole, replicas, *shared_parts, *sharded], cuda=cuda)
     experts = None
     if whole is not None:
@@ -125,7 +149,7 @@ def make_groups(
             sharings=sharing,
             shared=_shared(wires, timeout_s) if (is_wanted() if share_memory is None else share_memory) else {},
         )
-    return Groups(world=world, experts=experts, replicas=replicas, tensor=tensor, sharded=sharded)
+    return Groups(world=world, experts=experts, replicas=replicas, tensor=tensor, sharded=sharded, stages=staged)
 
 
 def _apart(strategy: Strategy) -> int:
@@ -140,8 +164,26 @@ def _tensor(strategy: Strategy, world: World, maker: "_Maker") -> TensorGroup | 
     tp, ranks = strategy.tp, range(world.size)
     mesh = expert_mesh(tp, world.local_size, "tp")
     wire = maker.group([list(ranks[start : start + tp]) for start in ranks[::tp]])
-    replicas = maker.group([list(ranks[at::tp]) for at in range(tp)])
+    # of one stage alone, as replicas of experts are
+    each = world.size // strategy.pp
+    stages = [ranks[start : start + each] for start in ranks[::each]]
+    replicas = maker.group([stage[at::tp] for stage in stages for at in range(tp)])
     return None if wire is None else TensorGroup(mesh=mesh, place=world.rank % tp, wire=wire, replicas=replicas)
+
+
+def _staged(strategy: Strategy, world: World, maker: "_Maker") -> StageGroup | None:
+    """Stages are the outermost axis: their ranks send the least, and may lie furthest apart."""
+    pp, ranks = strategy.pp, range(world.size)
+    if pp == 1:
+        return None
+    each = world.size // pp
+    place = world.rank // each
+    wire = maker.group([ranks[at::each] for at in range(each)])
+    peers = maker.group([ranks[start : start + each] for start in ranks[::each]])
+    inner = ranks[each:-each]
+    ends = maker.group([[*ranks[:each], *ranks[-each:]], *([inner] if inner else [])])
+    assert wire is not None
+    return StageGroup(place=place, size=pp, wire=wire, peers=peers, ends=ends if place in (0, pp - 1) else None)
 
 
 def _sharded(strategy: Strategy, world: World, maker: "_Maker") -> tuple[ProcessGroup, ...]:

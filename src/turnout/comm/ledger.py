@@ -12,9 +12,11 @@ from turnout.topology import Mesh
 
 Phase = Literal["forward", "backward"]
 # what a program moves; rows between slices of the same experts; weights that are gathered; what must be known before:
-# counts of rows, or a capacity; activations of tensor-parallel layers; experts that change their rank. Of slices,
-# weights and moves the ranks are those of the whole expert group, of tensors those of the tensor group.
-Kind = Literal["rows", "slices", "weights", "counts", "tensor", "moves"]
+# counts of rows, or a capacity; activations of tensor-parallel layers; what pipeline stages pass on; experts that
+# change their rank. Of slices, weights and moves the ranks are those of the whole expert group, of tensors and stages
+# those of the tensor group and of the pipeline.
+Kind = Literal["rows", "slices", "weights", "counts", "tensor", "stages", "moves"]
+PIPELINE = "pipeline of stages"
 Sent = dict[int, list[int]]  # rank of the expert group -> [bytes, messages]
 
 
@@ -27,6 +29,7 @@ class Whereabouts:
     is_inside: bool = False
     number: int = 0  # collectives entered so far
     since_s: float = 0.0  # time of day when it entered or left
+    stage: int = -1  # its place in a pipeline that runs: numbers of other places do not compare with its own
 
 
 class Ledger:
@@ -53,9 +56,29 @@ class Ledger:
         """While the context lasts this rank is in that collective; `step` begins one."""
         before = self.where
         number, step = before.number + 1, before.step if step is None else step
-        self.where = Whereabouts(step=step, collective=collective, is_inside=True, number=number, since_s=time.time())
+        self.where = Whereabouts(
+            step=step, collective=collective, is_inside=True, number=number, since_s=time.time(), stage=before.stage
+        )
         yield
         self.where = replace(self.where, is_inside=False, since_s=time.time())
+
+    @contextmanager
+    def pipelined(self, stage: int) -> Iterator[None]:
+        """While the context lasts this rank waits for other stages, but where it is `computing`.
+
+        However many collectives are inside, it is one for all ranks after.
+        """
+        entered = replace(self.where, collective=PIPELINE, number=self.where.number + 1)
+        self.where = replace(entered, is_inside=True, since_s=time.time(), stage=stage)
+        yield
+        self.where = replace(entered, is_inside=False, since_s=time.time())
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """While the context lasts this rank's stage has what it waited for."""
+        self.where = replace(self.where, is_inside=False, since_s=time.time())
+        yield
+        self.where = replace(self.where, collective=PIPELINE, is_inside=True, since_s=time.time())
 
     def note_host_copy(self, layer: str) -> None:
         """A copy from the device that the host waited for."""

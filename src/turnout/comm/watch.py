@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.distributed import Store, TCPStore
 
-from turnout.comm.ledger import Ledger, Whereabouts
+from turnout.comm.ledger import PIPELINE, Ledger, Whereabouts
 from turnout.comm.world import World
 
 _STORE_TIMEOUT_S = 30.0
@@ -94,9 +94,17 @@ class Watch:
         last = f"in step {told['step']}, {'in' if told['is_inside'] else 'after'} the {told['collective']}"
         if silent_s > 3 * self._every_s:
             return f"rank {rank} has told nothing for {silent_s:.0f} s, last {last}"
-        if told["number"] < where.number:
-            return f"rank {rank} is not there yet: it is {last}"
-        return ""
+        return f"rank {rank} is not there yet: it is {last}" if _is_behind(told, where) else ""
+
+
+def _is_behind(told: Mapping[str, Any], where: Whereabouts) -> bool:
+    """Whether one who is `where` waits for that rank; of a pipeline for those alone that keep a micro-batch."""
+    if where.stage < 0 or told["stage"] < 0:
+        return told["number"] < where.number
+    is_like = told["stage"] == where.stage
+    if where.collective == PIPELINE:
+        return not is_like and not told["is_inside"]
+    return is_like and told["number"] < where.number
 
 
 def _open_store(world: World) -> Store:

@@ -181,7 +181,11 @@ class MoE(nn.Module):
 
         Raises: ConfigError if the settings of a loss say that already.
         """
-        self.losses = tuple(loss.placed(site) for loss in self.config.losses)
+        self.form(tuple(loss.placed(site) for loss in self.config.losses))
+
+    def form(self, losses: tuple[Loss, ...]) -> None:
+        """From here on these losses are formed, which are those of the settings on some layout."""
+        self.losses = losses
 
     def forward(
         self,

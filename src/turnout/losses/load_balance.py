@@ -85,18 +85,27 @@ class LoadBalance(Loss):
         del admission
         if self.scope == "sequence":
             value = self._sequence_value(routing, sequence_length)
-        else:
-            value = load_balance_loss(routing.scores_RE, self._counts(routing.assignment, step_stats))
-        return LossTerm(name="load_balance", value=value, coefficient=self.coefficient, scope=self.scope)
-
-    def _counts(self, assignment: Assignment, step_stats: MoEStats | None) -> Tensor:
+            return LossTerm(name="load_balance", value=value, coefficient=self.coefficient, scope=self.scope)
         if self.scope == "global" and step_stats is not None:
-            return step_stats.assigned_E
-        counts_E = assignment.counts_E if self.count == "all" else assignment.first_choice_counts_E()
-        if self.scope in ("data_parallel", "global") and dist.is_available() and dist.is_initialized():
+            return self.term_of(routing, step_stats.assigned_E)
+        counts_E = self.own_counts(routing.assignment)
+        if self.counts_ranks(step_stats) and dist.is_available() and dist.is_initialized():
             counts_E = counts_E.clone()
             dist.all_reduce(counts_E)
-        return counts_E
+        return self.term_of(routing, counts_E)
+
+    def counts_ranks(self, step_stats: MoEStats | None) -> bool:
+        """Whether a call adds up the counts of ranks: what the whole step does, if it is known, has them already."""
+        return self.scope == "data_parallel" or (self.scope == "global" and step_stats is None)
+
+    def own_counts(self, assignment: Assignment) -> Tensor:
+        """Choices of this call that are load. Shapes: returns (E,) int64."""
+        return assignment.counts_E if self.count == "all" else assignment.first_choice_counts_E()
+
+    def term_of(self, routing: RouterOutput, counts_E: Tensor) -> LossTerm:
+        """The term of a call where so much load is counted, over whatever the scope says. Shapes: counts_E (E,)."""
+        value = load_balance_loss(routing.scores_RE, counts_E)
+        return LossTerm(name="load_balance", value=value, coefficient=self.coefficient, scope=self.scope)
 
     def _sequence_value(self, routing: RouterOutput, sequence_length: int) -> Tensor:
         """Mean over sequences, each weighed by its share of the routed tokens."""

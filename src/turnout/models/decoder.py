@@ -20,7 +20,7 @@ from turnout.layers.lm_loss import lm_loss
 from turnout.layers.mlp import MLP
 from turnout.layers.moe import MoE, MoEConfig
 from turnout.layers.norm import NORMS
-from turnout.tensors import Assignment, LossTerm, MoEStats, total_loss
+from turnout.tensors import Assignment, LossTerm, MoEOutput, MoEStats, total_loss
 
 # far beyond any model, and small enough that no product of sizes is beyond 64 bits
 MOST = {"vocab_size": 1 << 24, "dim": 1 << 20, "num_layers": 1000, "max_seq_len": 1 << 30, "hidden": 1 << 20}
@@ -159,27 +159,15 @@ class Decoder(nn.Module):
         length = tokens_BS.shape[1]
         if start + length > self.config.max_seq_len:
             raise ShapeError(f"{start + length} tokens are more than model.max_seq_len={self.config.max_seq_len}")
-        x_BSD = F.embedding(tokens_BS, self.embedding_VD)
-        rope = None
-        if self.position_SD is None:
-            rope = self.config.attention.rope(start, length, x_BSD.device)
-        else:
-            x_BSD = x_BSD + self.position_SD[start : start + length]
-        reports = []
-        whole = itertools.repeat(None) if step_stats is None else iter(step_stats)
-        for i, block in enumerate(self.blocks):
-            x_BSD, report = block(
-                x_BSD,
-                rope,
-                token_ids_BS=tokens_BS,
-                mask_BS=mask_BS,
-                cache=cache,
-                layer=i,
-                generator=generator,
-                step_stats=next(whole) if isinstance(block.ffn, MoE) else None,
-            )
-            if report is not None:
-                reports.append(report)
+        x_BSD, reports = self.run_blocks(
+            self.embed(tokens_BS, start=start),
+            tokens_BS,
+            range(self.config.num_layers),
+            mask_BS=mask_BS,
+            cache=cache,
+            generator=generator,
+            step_stats=step_stats,
+        )
         if cache is not None:
             cache.length += length
         losses = tuple(term for report in reports for term in report.losses)
@@ -190,6 +178,50 @@ class Decoder(nn.Module):
             assignments=tuple(r.assignment for r in reports),
             keeps=tuple(r.keep_N for r in reports),
         )
+
+    def embed(self, tokens_BS: Tensor, *, start: int = 0) -> Tensor:
+        """What the first block gets, of tokens at positions from `start` on. Shapes: returns (B, S, D)."""
+        x_BSD = F.embedding(tokens_BS, self.embedding_VD)
+        if self.position_SD is None:
+            return x_BSD
+        return x_BSD + self.position_SD[start : start + tokens_BS.shape[1]]
+
+    def run_blocks(
+        self,
+        x_BSD: Tensor,
+        tokens_BS: Tensor,
+        layers: Sequence[int],
+        *,
+        mask_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        generator: torch.Generator | None = None,
+        step_stats: Sequence[MoEStats] | None = None,
+    ) -> tuple[Tensor, list[MoEOutput]]:
+        """What these blocks make of x, one after another, and what those with experts report.
+
+        `step_stats`: as in `forward`, for those among `layers`.
+        Shapes: x_BSD and the result (B, S, D); tokens_BS and mask_BS (B, S).
+        """
+        start, length = 0 if cache is None else cache.length, tokens_BS.shape[1]
+        learned = self.config.positions == "learned"
+        rope = None if learned else self.config.attention.rope(start, length, x_BSD.device)
+        reports: list[MoEOutput] = []
+        whole = itertools.repeat(None) if step_stats is None else iter(step_stats)
+        for layer in layers:
+            block = self.blocks[layer]
+            x_BSD, report = block(
+                x_BSD,
+                rope,
+                token_ids_BS=tokens_BS,
+                mask_BS=mask_BS,
+                cache=cache,
+                layer=layer,
+                generator=generator,
+                step_stats=next(whole) if isinstance(block.ffn, MoE) else None,
+            )
+            if report is not None:
+                reports.append(report)
+        return x_BSD, reports
 
     def logits(self, h: Tensor) -> Tensor:
         """Shapes: h (..., D); returns (..., V)."""

@@ -21,6 +21,8 @@ from turnout.parallel.own_targets import OwnTargets
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.shards import Shards
 from turnout.parallel.sites import stand
+from turnout.parallel.stage_cut import check_stages
+from turnout.parallel.stages import cut_stages
 from turnout.parallel.supported import check_shards, check_supported
 from turnout.parallel.tensor_parallel import Tokens, check_dense, share_dense
 from turnout.placement import Placement
@@ -45,6 +47,7 @@ def apply(
     Losses that ask which experts are near are told; the first rank warns where the groups of a router or of a loss are
     not the devices or nodes that they stand for.
     With tp every rank of a group of neighbours calls the model with the same tokens, and gets the same output.
+    With pp a rank keeps its stages of a Decoder, and no longer calls the model, but `stages` of what is returned.
     "auto" shares the experts over all ranks, as far as they go, in the layout from which a `Tuner` reaches the others.
     Raises: ConfigError if the strategy does not fit the ranks or the model, or is not in this version.
     """
@@ -58,9 +61,12 @@ def apply(
         check_dense(model, resolved.tp, sequence_parallel=resolved.sequence_parallel)
         if any(weight.is_meta for weight in model.parameters()):
             raise ConfigError("the model is on the meta device: give its weights values, then apply")
+    check_stages(model, resolved)
     groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
     stand(layers, resolved, groups)
     ledger = Ledger()
+    stages = cut_stages(model, groups, resolved, ledger)
+    layers = dict(moe_layers(model))
     cuts = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
     tensor, dense = groups.tensor, dict[str, DenseCut]()
     if tensor is not None:
@@ -69,27 +75,33 @@ def apply(
             layer.reach(sending_own(name, layer.dispatcher, resolved, tensor, ledger))
     if resolved.zero == 3 and world.size > 1:
         shard_fully(model, groups, cuts, "cuda" if cuda else "cpu")
+    each = world.size // resolved.pp
+    first = world.rank // each * each
     return Parallel(
         strategy=resolved,
         groups=groups,
         shards=Shards(
             cuts=cuts | dense,
             group=groups.experts,
-            has_first=_has_first(groups),
+            has_first=_has_first(groups, first),
             shardings=shardings(model),
             tensor=tensor,
+            first=first,
+            elsewhere=frozenset() if stages is None else stages.elsewhere,
+            tied=frozenset() if stages is None else stages.tied,
         ),
         ledger=ledger,
+        stages=stages,
     )
 
 
-def _has_first(groups: Groups) -> bool:
-    """Whether whole tensors are put together here: the job's first rank writes them down."""
+def _has_first(groups: Groups, first: int) -> bool:
+    """Whether whole tensors are put together here, at the first of the ranks with the same blocks."""
     wires = [
         *([] if groups.experts is None else [groups.experts.whole]),
         *([] if groups.tensor is None else [groups.tensor.wire]),
     ]
-    return all(0 in dist.get_process_group_ranks(wire) for wire in wires) if wires else groups.world.is_first
+    return all(first in dist.get_process_group_ranks(wire) for wire in wires) if wires else groups.world.rank == first
 
 
 def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledger: Ledger) -> dict[str, Cut]:

@@ -18,6 +18,8 @@ BUCKET_BYTES = 32 << 20
 def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
     """Average over ranks, in place: the losses of all ranks, each weighed by the number of ranks, add up to the step's.
 
+    Of pipeline stages the ranks are those of one: its gradients have the losses of all that come after it already. What
+    the first stage shares with the last has one sum over both.
     A dense gradient is the mean over all ranks. An expert's, or that of its slice, has the tokens of its whole expert
     group already, for they were brought there: what is missing is the sum over its replicas, and the same divisor.
     So it is with a part that tensor-parallel ranks have of a dense weight: the losses of their group are all in it.
@@ -33,9 +35,8 @@ def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
 
 
 def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> None:
-    world = parallel.world
-    has_grad = world.largest([float(parameter.grad is not None) for _, parameter in named])
-    dense, parts, experts = [], [], []
+    has_grad = _largest([parameter.grad is not None for _, parameter in named], parallel.groups.like)
+    dense, parts, experts, tied = [], [], [], []
     for (name, parameter), wanted in zip(named, has_grad, strict=True):
         if not wanted:
             continue
@@ -43,13 +44,23 @@ def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> No
         cut = parallel.shards.cuts.get(name)
         if name not in parallel.shards.shardings:
             kind = dense if cut is None else parts if isinstance(cut, DenseCut) else experts
+            kind = tied if name in parallel.shards.tied else kind
             kind.append(parameter.grad)
         elif cut is not None:
             here(parameter.grad).div_(cut.ranks)
-    _average(dense, dist.group.WORLD, world.size)
-    _average(experts, parallel.groups.replicas, world.size)
-    tensor = parallel.groups.tensor
-    _average(parts, None if tensor is None else tensor.replicas, world.size)
+    groups, divisor = parallel.groups, parallel.alike
+    _average(dense, groups.like, divisor)
+    _average(experts, groups.replicas, divisor)
+    _average(parts, None if groups.tensor is None else groups.tensor.replicas, divisor)
+    _average(tied, None if groups.stages is None else groups.stages.ends, divisor)
+
+
+def _largest(found: Sequence[bool], group: ProcessGroup | None) -> list[bool]:
+    marks = torch.tensor(found, dtype=torch.uint8)
+    if group is not None:
+        with naming("an agreement"):
+            dist.all_reduce(marks, op=dist.ReduceOp.MAX, group=group)
+    return marks.bool().tolist()
 
 
 def _average(grads: Sequence[Tensor], group: ProcessGroup | None, divisor: int) -> None:

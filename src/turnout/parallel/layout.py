@@ -1,5 +1,6 @@
 """How a model lies on the ranks of a job, once a strategy is applied to it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from turnout.comm.ledger import Kind
 from turnout.parallel.fully_sharded import reshard
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.shards import Shards
+from turnout.parallel.stage_gather import joined_stages
+from turnout.parallel.stages import Stages
 from turnout.parallel.supported import check_shards, check_supported
 from turnout.parallel.tensor_parallel import cutting
 from turnout.strategy import Strategy
@@ -22,15 +25,21 @@ class Parallel:
     groups: Groups
     shards: Shards  # which tensors are slices, by name
     ledger: Ledger  # what expert layers sent
+    stages: Stages | None = None  # None: this rank has all blocks
 
     @property
     def world(self) -> World:
         return self.groups.world
 
     @property
+    def alike(self) -> int:
+        """On how many ranks a dense weight is, in parts or whole: all, or those of one stage."""
+        return self.world.size // self.strategy.pp
+
+    @property
     def text_place(self) -> tuple[int, int]:
-        """Which text is this rank's, and of how many: tensor-parallel ranks are all given the same."""
-        return self.world.rank // self.strategy.tp, self.world.size // self.strategy.tp
+        """Which text is this rank's, and of how many: tensor-parallel ranks, and stages, are all given the same."""
+        return self.world.rank % self.alike // self.strategy.tp, self.alike // self.strategy.tp
 
     def own_tokens(self, value_BS: Tensor) -> Tensor:
         """Of a number for each token of a batch those that this rank's experts layers report on."""
@@ -54,10 +63,24 @@ class Parallel:
         """Which random numbers are this rank's, and of how many: those that route the same tokens route them alike."""
         return self.world.rank // self.repeats, self.world.size // self.repeats
 
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On the job's first rank all tensors of the model whole, on the CPU where they were gathered.
+
+        Every rank calls it, with what it has of them.
+        """
+        gathered = self.shards.whole(tensors)
+        staged = self.groups.stages
+        # the ranks where tensors of a stage are put together are those of the first rank's pipeline
+        return gathered if staged is None or self.world.rank != self.shards.first else joined_stages(gathered, staged)
+
     def copies(self, model: nn.Module) -> dict[Tensor, int]:
-        """The parameters of which this rank has only a part, and on how many ranks there is the same part."""
-        parts: dict[Tensor, int] = {weight: self.shards.parts(name) for name, weight in model.named_parameters()}
-        return {weight: self.world.size // number for weight, number in parts.items() if number > 1}
+        """The parameters that not every rank has whole, and on how many ranks there is the same part."""
+        named, tied = list(model.named_parameters()), self.shards.tied
+        parts: dict[Tensor, int] = {weight: self.shards.parts(name) for name, weight in named}
+        found = {
+            weight: self.alike // number for weight, number in parts.items() if number > 1 or self.stages is not None
+        }
+        return found | {weight: 2 * self.alike for name, weight in named if name in tied}
 
     def reshard(self, model: nn.Module) -> None:
         """After a forward pass without a backward one: the parameters are again what this rank keeps of them."""

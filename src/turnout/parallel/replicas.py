@@ -17,7 +17,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_replicas(model: nn.Module, parallel: Parallel) -> None:
-    """Compare a sum over the bits of every tensor: dense ones over all ranks, parts of others over their replicas.
+    """Compare a sum over the bits of every tensor: dense ones over all ranks that have them, parts of others over their
+    replicas.
 
     Every rank calls it. What lies in shards has no other copy than those of whole groups of ranks, which FSDP keeps.
     Raises: TransportError naming the first tensor that differs, on every rank that sees it differ.
@@ -26,12 +27,16 @@ def check_replicas(model: nn.Module, parallel: Parallel) -> None:
         return
     shards = parallel.shards.shardings
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel() and name not in shards}
-    cuts, tensor = parallel.shards.cuts, parallel.groups.tensor
+    cuts, tensor, staged = parallel.shards.cuts, parallel.groups.tensor, parallel.groups.stages
     dense = [name for name in tensors if name not in cuts]
+    tied = [name for name in dense if name in parallel.shards.tied]
     experts = [name for name in tensors if isinstance(cuts.get(name), Cut)]
     parts = [name for name in tensors if isinstance(cuts.get(name), DenseCut)]
-    differing = _differing(dense, tensors, dist.group.WORLD) + _differing(experts, tensors, parallel.groups.replicas)
+    differing = _differing(dense, tensors, parallel.groups.like) + _differing(
+        experts, tensors, parallel.groups.replicas
+    )
     differing += _differing(parts, tensors, None if tensor is None else tensor.replicas)
+    differing += _differing(tied, tensors, None if staged is None else staged.ends)
     if differing:
         raise TransportError(
             f"rank {parallel.world.rank}: {differing[0]} is not the same on all ranks that hold it "

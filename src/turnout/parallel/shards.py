@@ -31,12 +31,15 @@ class Shards:
 
     cuts: Mapping[str, Cut | DenseCut]  # parameter -> which rank has what of it
     group: ExpertGroup | None  # None: no expert is cut
-    has_first: bool  # all groups of this rank are those of the job's first rank, which writes checkpoints
+    has_first: bool  # all groups of this rank are those of `first`
     shardings: Mapping[str, Sharding] = field(default_factory=dict)  # parameter -> where FSDP has its shards
     tensor: TensorGroup | None = None  # None: nothing dense is cut
+    first: int = 0  # the job's first rank that has the same blocks as this one: where whole tensors are put together
+    elsewhere: frozenset[str] = frozenset()  # tensors of other pipeline stages
+    tied: frozenset[str] = frozenset()  # parameters that the first stage has and the last
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with the parts gathered, on the CPU; only in the first rank's group, elsewhere as they are.
+        """The same with the parts gathered, on the CPU; only in the groups of `first`, elsewhere as they are.
 
         Every rank of the job calls it, with the same names in the same order.
         """
@@ -62,6 +65,10 @@ class Shards:
         if holders is None or tensor.shape != holders.cut.part_shape(holders.place):
             return tuple(tensor.shape)
         return tuple(holders.cut.shape)
+
+    def is_here(self, name: str) -> bool:
+        """Whether this rank has anything of that parameter or buffer, or of what an optimizer keeps of it."""
+        return name not in self.elsewhere and name.rpartition("/")[0] not in self.elsewhere
 
     def parts(self, name: str) -> int:
         """How many parts a parameter has."""
@@ -93,9 +100,9 @@ class Shards:
     def _holders(self, name: str) -> "_Holders | None":
         cut = self._cut_of(name)
         if isinstance(cut, DenseCut) and self.tensor is not None:
-            return _Holders(cut=cut, place=self.tensor.place, wire=self.tensor.wire)
+            return _Holders(cut=cut, place=self.tensor.place, wire=self.tensor.wire, first=self.first)
         if isinstance(cut, Cut) and self.group is not None:
-            return _Holders(cut=cut, place=self.group.place, wire=self.group.whole)
+            return _Holders(cut=cut, place=self.group.place, wire=self.group.whole, first=self.first)
         return None
 
     def _sharding(self, name: str) -> Sharding | None:
@@ -119,11 +126,12 @@ class _Holders:
     cut: Cut | DenseCut
     place: int  # this process's
     wire: ProcessGroup
+    first: int
 
     @property
     def has_first(self) -> bool:
-        """Whether the job's first rank is one of them."""
-        return 0 in dist.get_process_group_ranks(self.wire)
+        """Whether `first` is one of them."""
+        return self.first in dist.get_process_group_ranks(self.wire)
 
     def joined(self, part: Tensor) -> Tensor:
         """The whole, on the CPU; all of these ranks call it."""

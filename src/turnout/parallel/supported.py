@@ -4,13 +4,12 @@ from typing import Any
 
 from turnout.alltoall import PROGRAMS
 from turnout.errors import ConfigError
+from turnout.parallel.stage_schedules import check_schedule
 from turnout.strategy import Strategy
 
 # fields that `turnout plan` knows and training does not yet -> the one value that training has
 _ONLY: dict[str, Any] = {
     "cp": 1,
-    "pp": 1,
-    "virtual_stages": 1,
     "recompute": "none",
     "dispatch_precision": "",
     "grad_precision": "fp32",
@@ -29,6 +28,7 @@ def check_supported(strategy: Strategy) -> None:
                 f"strategy.{name}={value!r} can be planned (turnout plan) but not trained with in this version; "
                 f"legal: {legal!r}"
             )
+    _check_stages(strategy)
     _check_tensor(strategy)
     if strategy.overlap not in CHUNKS:
         near = min(CHUNKS, key=lambda legal: (abs(legal - strategy.overlap), legal))
@@ -50,6 +50,27 @@ def check_supported(strategy: Strategy) -> None:
         )
     if strategy.alltoall not in PROGRAMS:
         PROGRAMS[strategy.alltoall]
+
+
+def _check_stages(strategy: Strategy) -> None:
+    """What pipeline stages cannot do yet."""
+    if strategy.pp == 1:
+        if strategy.virtual_stages > 1:
+            raise ConfigError(f"strategy.virtual_stages={strategy.virtual_stages} needs strategy.pp; nearest legal: 1")
+        return
+    check_schedule(strategy)
+    for name, legal in (("sequence_parallel", False), ("zero", 0), ("scatter_gather", False)):
+        if getattr(strategy, name) != legal:
+            raise ConfigError(
+                f"strategy.{name}={getattr(strategy, name)} with pp={strategy.pp} can be planned (turnout plan) but "
+                f"not trained with in this version; nearest legal: {name}={legal}, or pp=1"
+            )
+    if strategy.schedule == "zero_bubble" and strategy.tp > 1:
+        # torch's split backward pass goes from each use of a weight to the next, and over the sums between them twice
+        raise ConfigError(
+            f"strategy.schedule='zero_bubble' with tp={strategy.tp}: torch splits no backward that uses a weight on "
+            "both sides of a sum over ranks, as biases are; nearest legal: '1f1b', or tp=1"
+        )
 
 
 def _check_tensor(strategy: Strategy) -> None:

@@ -29,7 +29,7 @@ def stages(shape: ModelShape, pp: int, virtual_stages: int = 1, balance: str = "
     the output matrix count as the blocks it costs as much as (nanotron).
     """
     chunks = pp * virtual_stages
-    sizes = _by_flops(shape, chunks) if balance == "flops" else _by_layers(shape.all_layers, chunks)
+    sizes = _by_flops(shape, chunks) if balance == "flops" else cut_evenly(shape.all_layers, chunks)
     held: list[list[int]] = [[] for _ in range(pp)]
     start = 0
     for chunk, size in enumerate(sizes):
@@ -91,7 +91,8 @@ def _blocks(shape: ModelShape, layers: Sequence[int]) -> tuple[tuple[int, int], 
     return tuple(Counter(like[layer] for layer in layers).items())
 
 
-def _by_layers(layers: int, chunks: int) -> list[int]:
+def cut_evenly(layers: int, chunks: int) -> list[int]:
+    """Blocks of each chunk, one after another."""
     base, extra = divmod(layers, chunks)
     sizes = [base] * chunks
     # the middle first: the ends have the embedding and the output matrix to carry

@@ -10,6 +10,7 @@ from turnout.contracts import ExpertBackend
 from turnout.experts import available_backends, choose_backend, passed_by
 from turnout.layers import MoE
 from turnout.models.size import sizes
+from turnout.parallel import cut_of
 from turnout.strategy import Strategy
 from turnout.train.device import compute_dtype, pick_device
 from turnout.train.estimate import memory_per_rank
@@ -73,14 +74,19 @@ def _parallel(recipe: Recipe, world: World) -> Fact:
     if world.size == 1:
         return Fact(name="parallel", value={"ranks": 1}, text="none")
     strategy, each = recipe.strategy, sequences_per_rank(recipe, world.size)
-    whose = "each" if strategy.tp == 1 else f"for every {strategy.tp}"
+    share = strategy.tp * strategy.pp
+    whose = "each" if share == 1 else f"for every {share}"
     words = f"{world.size} ranks, {world.local_size} a node, {each} sequences {whose}; {_experts_on_ranks(strategy)}"
     words += f", in {strategy.overlap} chunks that overlap" if strategy.overlap > 1 else ""
     words += f"; attention and dense layers over {strategy.tp} ranks" if strategy.tp > 1 else ""
     words += " in sequence parallel" if strategy.sequence_parallel else ""
+    words += _stages(recipe) if strategy.pp > 1 else ""
     words += f"; weights in shards over {strategy.zero_size or world.size} ranks" if strategy.zero else ""
     names = (
         "tp",
+        "pp",
+        "virtual_stages",
+        "schedule",
         "sequence_parallel",
         "shard_tokens",
         "folded",
@@ -94,6 +100,14 @@ def _parallel(recipe: Recipe, world: World) -> Fact:
     )
     value = {"ranks": world.size} | {name: getattr(strategy, name) for name in names}
     return Fact(name="parallel", value=value, text=words)
+
+
+def _stages(recipe: Recipe) -> str:
+    """How many blocks are on each stage, and by which of torch's schedules they work."""
+    strategy = recipe.strategy
+    sizes = [str(len(layers)) for layers in cut_of(recipe.model, strategy, 0).layers]
+    words = f"; {len(sizes)} stages of {', '.join(sizes)} blocks on {strategy.pp} ranks by {strategy.schedule}"
+    return f"{words}, {recipe.loop.accumulate} micro-batches a step"
 
 
 def _experts_on_ranks(strategy: Strategy) -> str:

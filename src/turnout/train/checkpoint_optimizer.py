@@ -1,6 +1,6 @@
 """An optimizer's state by parameter name: it does not depend on the order of parameters or groups."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,22 @@ def optimizer_state(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]]) -
             _flatten(name, optimizer.state.get(parameter, {}), tensors, scalars)
     meta = {"kind": type(optimizer).__name__, "groups": groups, "shapes": shapes, "scalars": scalars}
     return FlatState(tensors=tensors, meta=meta)
+
+
+def join_optimizer_meta(metas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The JSON of optimizers that have a model's parameters between them, as if one had them all."""
+    first, *others = metas
+    groups: list[dict[str, Any]] = [dict(group) for group in first["groups"]]
+    for group in (group for meta in others for group in meta["groups"]):
+        like = next((known for known in groups if known["settings"] == group["settings"]), None)
+        if like is None:
+            groups.append(dict(group))
+        else:
+            new = [name for name in group["params"] if name not in like["params"]]
+            like["params"] = [*like["params"], *new]
+    # what several have, as tied ends of a pipeline do, is alike
+    joined = {key: {n: v for meta in metas for n, v in meta[key].items()} for key in ("shapes", "scalars")}
+    return {"kind": first["kind"], "groups": groups, **joined}
 
 
 def set_optimizer_state(

@@ -16,6 +16,7 @@ from turnout.errors import ConfigError
 from turnout.models import Decoder, ModelConfig
 from turnout.models.memory import TrainMemory, train_memory
 from turnout.models.size import sizes
+from turnout.parallel import cut_of
 from turnout.parallel.dense_cuts import cut_layers, cuts_of
 from turnout.strategy import Strategy
 from turnout.train.device import autocast_for, compute_dtype
@@ -96,6 +97,13 @@ def _own_memory(recipe: Recipe, ranks: int, memory: TrainMemory) -> TrainMemory:
     if strategy.sequence_parallel:
         gathered = 4 * model.num_layers * model.dim * sequences_per_rank(recipe, ranks) * recipe.loop.seq_len
         activations = activations // strategy.tp + gathered
+    if strategy.pp > 1:
+        share = _most_blocks(recipe) / model.num_layers
+        # a table that only one end has, or both: hardly a block is as large in a small model
+        tables = 4 * model.vocab_size * model.dim
+        elsewhere += round((memory.parameters - elsewhere - tables) * (1 - share))
+        in_flight = recipe.loop.accumulate if strategy.schedule == "gpipe" else strategy.pp
+        activations = round(activations * share * min(in_flight, recipe.loop.accumulate))
     return replace(
         memory,
         activations=activations,
@@ -103,6 +111,12 @@ def _own_memory(recipe: Recipe, ranks: int, memory: TrainMemory) -> TrainMemory:
         gradients=memory.gradients // shards if strategy.zero else memory.gradients - elsewhere,
         moments=memory.moments // shards if strategy.zero else memory.moments - 2 * elsewhere,
     )
+
+
+def _most_blocks(recipe: Recipe) -> int:
+    """Blocks of the rank of a pipeline that has most."""
+    cut = cut_of(recipe.model, recipe.strategy, 0)
+    return max(sum(len(layers) for layers in cut.layers[place :: cut.ranks]) for place in range(cut.ranks))
 
 
 def shared_parameters(model: ModelConfig, strategy: Strategy) -> int:

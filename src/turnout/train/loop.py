@@ -388,9 +388,7 @@ class Trainer:
             changes = self._resume()
         check_replicas(self.model, self.parallel)
         resumed_at = self.counters.step if resume else None
-        record = open_record(
-            self.run, self.recipe, self.dataset, self.model, self.world, resumed_at=resumed_at, begins=begins
-        )
+        record = open_record(self.run, self.recipe, self.dataset, self.world, resumed_at=resumed_at, begins=begins)
         return record, changes
 
     def _release(self) -> None:

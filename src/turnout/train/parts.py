@@ -45,19 +45,27 @@ def shares(batches: Sequence[Batch], parallel: Parallel | None = None) -> list[S
 
 @torch.no_grad()
 def count_ahead(
-    model: Decoder, batches: Sequence[Batch], autocast: torch.autocast, *, repeats: int = 1
+    model: Decoder,
+    batches: Sequence[Batch],
+    autocast: torch.autocast,
+    *,
+    repeats: int = 1,
+    parallel: Parallel | None = None,
 ) -> tuple[MoEStats, ...] | None:
     """What the step will do in each MoE layer, where a loss has to know it before the first gradient; None elsewhere.
 
     It takes a forward pass over every micro-batch, with the random draws that the training pass will make again. A
     single micro-batch needs none: its own call knows.
     """
-    losses = [loss for _, layer in model.moe_blocks() for loss in layer.config.losses]
-    if len(batches) == 1 or not any(loss.spans_step for loss in losses):
+    moe = model.config.moe
+    if len(batches) == 1 or moe is None or not any(loss.spans_step for loss in moe.losses):
         return None
     device = batches[0].tokens_BS.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
-        stats = [model(batch.tokens_BS, mask_BS=batch.mask_BS).stats for batch in batches]
+        if parallel is not None and parallel.stages is not None:
+            stats = parallel.stages.stats(parallel.stages.forward(batches, autocast))
+        else:
+            stats = [model(batch.tokens_BS, mask_BS=batch.mask_BS).stats for batch in batches]
         return sum_stats(stats, repeats=repeats)
 
 

@@ -10,7 +10,14 @@ from turnout.config import Settings
 from turnout.data.prepare import DataConfig
 from turnout.errors import ConfigError
 from turnout.models import Decoder, ModelConfig
-from turnout.parallel import check_dense, check_sequences, check_shards, check_supported, cutting
+from turnout.parallel import (
+    check_dense,
+    check_micro_batches,
+    check_sequences,
+    check_shards,
+    check_supported,
+    cutting,
+)
 from turnout.strategy import Strategy, nearest_divisor
 from turnout.train.guards import NonFinitePolicy
 
@@ -156,6 +163,7 @@ class Recipe(Settings):
                     f"({getattr(usual, name)!r})"
                 )
         check_supported(strategy)
+        check_micro_batches(strategy, self.loop.accumulate)
         if self.loop.compile and strategy.zero:
             raise ConfigError(
                 f"loop.compile=true with strategy.zero={strategy.zero}: gathering shards is not compiled in this "
@@ -166,13 +174,14 @@ class Recipe(Settings):
                 f"loop.compile=true with loop.tune={self.loop.tune!r}: an exchange between ranks is not compiled in "
                 "this version; nearest legal: loop.compile=false"
             )
-        if self.loop.tune and strategy.tp > 1:
+        many = [f"{name}={getattr(strategy, name)}" for name in ("pp", "tp", "ep", "etp")]
+        shared = [words for words in many if not words.endswith("=1")]
+        if self.loop.tune and (strategy.tp > 1 or strategy.pp > 1):
             raise ConfigError(
-                f"loop.tune={self.loop.tune!r} with strategy.tp={strategy.tp}: the tuner knows no such ranks in "
+                f"loop.tune={self.loop.tune!r} with strategy.{shared[0]}: the tuner knows no such ranks in "
                 'this version; nearest legal: loop.tune=""'
             )
         self._check_rebalancing()
-        shared = [f"{name}={getattr(strategy, name)}" for name in ("tp", "ep", "etp") if getattr(strategy, name) > 1]
         if self.loop.compile and shared:
             raise ConfigError(
                 f"loop.compile=true with strategy.{shared[0]}: an exchange between ranks is not compiled in this "
@@ -186,6 +195,11 @@ class Recipe(Settings):
                 f"loop.rebalance_every={loop.rebalance_every} with strategy.ep=1: every rank has all experts, and none "
                 "can move; nearest legal: loop.rebalance_every=0, or strategy.ep=2"
             )
+        if loop.rebalance_every and self.strategy.pp > 1:
+            raise ConfigError(
+                f"loop.rebalance_every={loop.rebalance_every} with strategy.pp={self.strategy.pp}: experts of pipeline "
+                "stages do not move in this version; nearest legal: loop.rebalance_every=0"
+            )
         for name in ("rebalance_spare", "rebalance_on"):
             if getattr(loop, name) and not loop.rebalance_every:
                 raise ConfigError(
@@ -197,12 +211,13 @@ class Recipe(Settings):
 def check_ranks(recipe: Recipe, ranks: int) -> None:
     """Raises: ConfigError if the recipe cannot run on so many ranks, naming the nearest that can be."""
     strategy = recipe.strategy
-    sizes = {name: getattr(strategy, name) for name in ("tp", "ep", "etp")}
+    sizes = {name: getattr(strategy, name) for name in ("tp", "pp", "ep", "etp")}
     several = [name for name, size in sizes.items() if size > 1]
     if ranks == 1 and several:
         # folded, experts take the very ranks that attention has
         experts = strategy.ep * strategy.etp
         needed = math.lcm(strategy.tp, experts) if strategy.folded or strategy.etp > 1 else strategy.tp * experts
+        needed *= strategy.pp
         given = " * ".join(f"{name}={sizes[name]}" for name in several)
         raise ConfigError(
             f"strategy.{given} needs at least {needed} processes: torchrun --nproc-per-node {needed} -m turnout train "
@@ -210,7 +225,9 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
         )
     moe = recipe.model.moe
     num_experts = moe.num_experts if moe is not None and recipe.model.moe_layers() else 0
-    check_shards(recipe.strategy.check(ranks, num_experts=num_experts), has_experts=num_experts > 0)
+    layers = recipe.model.num_layers if strategy.pp > 1 else 0
+    resolved = strategy.check(ranks, num_experts=num_experts, num_layers=layers)
+    check_shards(resolved, has_experts=num_experts > 0)
     if moe is not None and moe.hidden % recipe.strategy.etp:
         near = nearest_divisor(recipe.strategy.etp, moe.hidden)
         raise ConfigError(
@@ -228,13 +245,16 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
 def sequences_per_rank(recipe: Recipe, ranks: int) -> int:
     """Sequences in a micro-batch of one of `ranks`: a run is the same run on any number of them.
 
-    Those that are tensor-parallel have the same sequences.
+    Those that are tensor-parallel have the same sequences, and so have pipeline stages.
     Raises: ConfigError if the ranks do not divide loop.batch_size.
     """
-    size, ranks = recipe.loop.batch_size, max(1, ranks // recipe.strategy.tp)
+    strategy = recipe.strategy
+    shared = {name: size for name, size in (("tp", strategy.tp), ("pp", strategy.pp)) if size > 1}
+    size, ranks = recipe.loop.batch_size, max(1, ranks // math.prod(shared.values()))
     if size % ranks:
         near = max(1, round(size / ranks)) * ranks
-        whose = "ranks" if recipe.strategy.tp == 1 else f"groups of tp={recipe.strategy.tp} ranks"
+        given = " * ".join(f"{name}={each}" for name, each in shared.items())
+        whose = f"groups of {given} ranks" if shared else "ranks"
         raise ConfigError(
             f"loop.batch_size={size} is that of all {ranks} {whose} together: they must divide it; "
             f"nearest legal: {near}"

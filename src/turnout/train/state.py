@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor, nn, optim
 
 from turnout.data.sampler import Sampler
-from turnout.parallel import Layout, Parallel
+from turnout.parallel import Layout, Parallel, of_stages
 from turnout.parallel.fully_sharded import here
 from turnout.parallel.rebalancer import Rebalancer
 from turnout.train.checkpoint import Checkpoint
 from turnout.train.checkpoint_fit import check_fits
-from turnout.train.checkpoint_optimizer import optimizer_state, set_optimizer_state
+from turnout.train.checkpoint_optimizer import join_optimizer_meta, optimizer_state, set_optimizer_state
 from turnout.train.checkpoint_pieces import Piece
 from turnout.train.checkpoint_ranks import join_rng_meta, join_rng_states, own_rng_tensors, reads_rng, rng_state_of
 from turnout.train.checkpoint_rng import rng_state, set_rng_state
@@ -41,12 +41,12 @@ class RunState:
 
         Every rank calls it; what the first one gets is to be saved.
         """
-        shards = self.parallel.shards
+        parallel = self.parallel
         moments = optimizer_state(self.optimizer, self.model.named_parameters())
-        rng = join_rng_states(self.parallel.world.all(rng_state())[:: self.parallel.repeats])
+        rng = join_rng_states(parallel.world.all(rng_state())[:: parallel.repeats])
         files: dict[str, Mapping[str, Tensor]] = {
-            "model": shards.whole(self.model.state_dict()),
-            "optimizer": shards.whole(moments.tensors),
+            "model": parallel.whole(self.model.state_dict()),
+            "optimizer": parallel.whole(moments.tensors),
             "rng": rng.tensors,
         }
         return files, self._meta(moments.meta, rng.meta)
@@ -69,7 +69,8 @@ class RunState:
         """What of a stored tensor this rank restores."""
         if part == "rng":
             return whole_of(part, name, whole) if reads_rng(name, self.parallel.random_stream[0]) else None
-        return self.parallel.shards.layout(name, whole)
+        shards = self.parallel.shards
+        return shards.layout(name, whole) if shards.is_here(name) else None
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:
         shards = self.parallel.shards
@@ -78,10 +79,11 @@ class RunState:
     def _meta(self, optimizer: Mapping[str, Any], rng: Mapping[str, Any]) -> dict[str, Any]:
         whole_shape = self.parallel.shards.whole_shape
         shapes = {name: whole_shape(name, shape) for name, shape in optimizer["shapes"].items()}
+        of_all = of_stages({**optimizer, "shapes": shapes}, self.parallel.groups.stages)
         rebalancer = self.rebalancer
         placement = {} if rebalancer is None else {"placement": rebalancer.state(self.parallel, self.model)}
         return placement | {
-            "optimizer": {**optimizer, "shapes": shapes},
+            "optimizer": join_optimizer_meta(of_all),
             "rng": dict(rng),
             "sampler": self.sampler.state_dict(),
             "counters": dict(self.counters),
@@ -108,7 +110,7 @@ class RunState:
         return loaded.meta["counters"], notes + (() if rng is None else set_rng_state(rng))
 
     def _own_shapes(self, loaded: Checkpoint) -> dict[str, Any]:
-        """The optimizer's meta with the shapes of slices where this rank has them."""
+        """The optimizer's meta with the shapes of slices where this rank has them, and of nothing it has not."""
         meta = loaded.meta["optimizer"]
         own = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
         whole_shape = self.parallel.shards.whole_shape
@@ -116,5 +118,6 @@ class RunState:
         fitting = {
             name: own[name] if name in own and shape == whole_shape(name, own[name]) else shape
             for name, shape in shapes.items()
+            if self.parallel.shards.is_here(name)
         }
         return {**meta, "shapes": fitting} if "shapes" in meta else meta

@@ -13,7 +13,7 @@ from turnout.contracts import Router
 from turnout.data.sampler import Batch
 from turnout.models import Decoder
 from turnout.models.decoder import DecoderLoss
-from turnout.parallel import Parallel, reduce_gradients
+from turnout.parallel import MicroBatch, Parallel, reduce_gradients
 from turnout.tensors import LossTerm, MoEStats, total_loss
 from turnout.train.guards import ExpertAt, GradReport, clip_and_check, nonfinite_report
 from turnout.train.parts import Share, count_ahead, mean_over_ranks, own_stats, shares, sum_stats
@@ -53,15 +53,19 @@ def train_step(
     with _inside(parallel, "sum of targets"):
         weights = shares(batches, parallel)
     repeats = 1 if parallel is None else parallel.repeats
-    step_stats = count_ahead(model, batches, autocast, repeats=repeats)
-    results = [
-        _forward_backward(loss_function, batch, share, step_stats, autocast)
-        for batch, share in zip(batches, weights, strict=True)
-    ]
+    step_stats = count_ahead(model, batches, autocast, repeats=repeats, parallel=parallel)
+    if parallel is not None and parallel.stages is not None:
+        parts = [MicroBatch(batch=b, main=s.main, aux=s.aux) for b, s in zip(batches, weights, strict=True)]
+        results = parallel.stages.train(parts, autocast, step_stats=step_stats)
+    else:
+        results = [
+            _forward_backward(loss_function, batch, share, step_stats, autocast)
+            for batch, share in zip(batches, weights, strict=True)
+        ]
     with _inside(parallel, "sum of statistics and losses"):
         own = [result.stats for result in results]
         stats = sum_stats(own, repeats=repeats) if step_stats is None else step_stats
-        loss, aux_total, aux = _losses(results, weights)
+        loss, aux_total, aux = _losses(results, weights, 1 if parallel is None else parallel.strategy.pp)
     if parallel is not None:
         reduce_gradients(model, parallel)
     report = _clip(model, max_norm, parallel)
@@ -70,10 +74,11 @@ def train_step(
         problem = _name_problem(model, loss, [term for r in results for term in r.losses], parallel)
     else:
         optimizer.step()
-        for (_, layer), layer_stats in zip(model.moe_blocks(), stats, strict=True):
-            router = layer.router
-            if isinstance(router, Router):
-                router.after_step(layer_stats)
+        layers = dict(model.moe_blocks())
+        for number, layer_stats in zip(model.config.moe_layers(), stats, strict=True):
+            layer = layers.get(f"blocks.{number}")
+            if layer is not None and isinstance(layer.router, Router):
+                layer.router.after_step(layer_stats)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(
         loss=loss,
@@ -111,12 +116,17 @@ def _inside(parallel: Parallel | None, collective: str) -> AbstractContextManage
     return nullcontext() if parallel is None else parallel.ledger.inside(collective)
 
 
-def _losses(results: Sequence[DecoderLoss], weights: Sequence[Share]) -> tuple[float, float, dict[str, float]]:
-    """Main loss, sum of the auxiliary losses with their coefficients, and each of these alone; of all ranks."""
+def _losses(
+    results: Sequence[DecoderLoss], weights: Sequence[Share], stages: int
+) -> tuple[float, float, dict[str, float]]:
+    """Main loss, sum of the auxiliary losses with their coefficients, and each of these alone; of all ranks.
+
+    `stages`: ranks that have one loss between them.
+    """
     main = sum(share.main * r.main.item() for share, r in zip(weights, results, strict=True))
     total = sum(share.aux * float(total_loss(r.losses)) for share, r in zip(weights, results, strict=True))
     terms = _mean_terms([r.losses for r in results], weights)
-    main, total, *values = mean_over_ranks([main, total, *terms.values()])
+    main, total, *values = [stages * value for value in mean_over_ranks([main, total, *terms.values()])]
     return main, total, dict(zip(terms, values, strict=True))
 
 

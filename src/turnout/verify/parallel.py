@@ -61,9 +61,11 @@ def verify_parallel(recipe: Recipe, ranks: int) -> list[Compared]:
     batches, tp = _batches(recipe.model, ranks), recipe.strategy.tp
     # who routes by himself has a micro-batch of his own
     batches = batches if recipe.strategy.sequence_parallel else _together(batches, tp)
+    # a pipeline's ranks have all its micro-batches, the last of them the logits
+    found_logits = [each.pop("logits") for each in found if "logits" in each]
     want = _step(_in_one_process(recipe.model), dtype, batches, None)
     limit = TOLERANCE[dtype]
-    logits = torch.cat([each.pop("logits") for each in found][::tp])
+    logits = torch.cat(found_logits[::tp])
     rows = [Compared(name="logits", error=_error(logits, want.pop("logits")), tolerance=limit)]
     return rows + [
         Compared(name=name, error=max(_error(each[name], value) for each in found if name in each), tolerance=limit)
@@ -75,9 +77,11 @@ def _rank(rank: int, text: str, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     recipe = from_dict(Recipe, tomllib.loads(text))
     with as_rank(rank, ranks, folder, timeout_s=TIMEOUT_S) as world:
-        tp = recipe.strategy.tp
-        batch = _together(_batches(recipe.model, ranks), tp)[rank // tp]
-        outcome = _step(recipe.model, _dtype(recipe.model), [batch], (recipe, world))
+        tp, pp = recipe.strategy.tp, recipe.strategy.pp
+        place = rank % (ranks // pp) // tp
+        # as many micro-batches as stages: so many every schedule takes
+        mine = _together(_batches(recipe.model, ranks), tp)[place * pp : (place + 1) * pp]
+        outcome = _step(recipe.model, _dtype(recipe.model), mine, (recipe, world))
         torch.save(outcome, Path(folder) / f"{rank}.pt")
 
 
@@ -89,23 +93,36 @@ def _step(
     # out of training, so that no router draws at random: ranks would draw otherwise than one process
     model = Decoder(config).to(dtype).eval()
     parallel = None if on is None else apply(model, on[0].strategy, world=on[1], timeout_s=TIMEOUT_S)
+    autocast = autocast_for(torch.device("cpu"), torch.float32)
+    found: dict[str, Tensor] = {}
     with torch.no_grad():
-        logits = torch.cat([model.logits(model(batch.tokens_BS).h_BSD) for batch in batches])
+        hidden = _hidden(model, batches, parallel, autocast)
+        if hidden:
+            found["logits"] = torch.cat([model.logits(h_BSD) for h_BSD in hidden])
     if parallel is not None:
         parallel.reshard(model)
     grads: dict[str, Tensor] = {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: grads.update(_gradients(model, parallel)))
-    autocast = autocast_for(torch.device("cpu"), torch.float32)
     result = train_step(model, model.loss, optimizer, batches, max_norm=math.inf, autocast=autocast, parallel=parallel)
     if result.problem is not None:
         raise ConfigError(f"the model cannot be compared: {result.problem}")
     scalars = {"loss": result.loss, "gradient norm": result.grad_norm, **result.aux}
-    found: dict[str, Tensor] = {"logits": logits}
     found |= {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}
-    for (name, _), stats in zip(model.moe_blocks(), result.stats, strict=True):
-        found[f"statistics of {name}"] = torch.cat([value.double().reshape(-1) for value in vars(stats).values()])
+    for layer, stats in zip(config.moe_layers(), result.stats, strict=True):
+        found[f"statistics of blocks.{layer}"] = torch.cat(
+            [value.double().reshape(-1) for value in vars(stats).values()]
+        )
     return found | {f"gradient of {name}": grad for name, grad in grads.items()}
+
+
+def _hidden(
+    model: Decoder, batches: Sequence[Batch], parallel: Parallel | None, autocast: torch.autocast
+) -> list[Tensor]:
+    """What the head gets of each micro-batch; nothing where another pipeline stage has the head."""
+    if parallel is None or parallel.stages is None:
+        return [model(batch.tokens_BS).h_BSD for batch in batches]
+    return [each.h_BSD for each in parallel.stages.forward(batches, autocast) if each.h_BSD is not None]
 
 
 def _gradients(model: Decoder, parallel: Parallel | None) -> dict[str, Tensor]:
