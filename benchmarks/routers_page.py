@@ -54,9 +54,20 @@ def main() -> None:
     recipe, by_router = _by_router(rows)
     if BESIDE not in by_router:
         sys.exit(f"no rows of the router {BESIDE}, which the others stand beside")
+    _check_alike(by_router)
     page = _page(recipe, by_router, _read(asked.bench), asked.settings)
     PAGE.write_text("\n".join(page), encoding="utf-8")
     print(f"wrote {PAGE.name}: {len(by_router)} routers, {len(rows)} runs")
+
+
+def _check_alike(by_router: dict[str, list[dict[str, Any]]]) -> None:
+    """Raises: SystemExit if a router had other tokens than the one beside it, or no seed in common with it."""
+    wanted = {run["tokens"] for run in by_router[BESIDE]}
+    for name, runs in by_router.items():
+        if {run["tokens"] for run in runs} != wanted:
+            sys.exit(f"{name} was trained on another number of tokens than {BESIDE}: their losses do not compare")
+        if not _differences(runs, by_router[BESIDE]):
+            sys.exit(f"{name} has no seed in common with {BESIDE}")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -164,13 +175,18 @@ def _defaults(order: Sequence[str], by_router: dict[str, list[dict[str, Any]]]) 
         if not _looks_ahead(name, by_router[name][0])
         and all(difference < 0 for difference in _differences(by_router[name], by_router[BESIDE]))
     ]
+    followed = (
+        "So `tiny`, which has token ids and little time, routes by `hash`."
+        if ahead[:1] == ["`hash`"]
+        else "`tiny` routes by `hash` all the same: that was chosen on other runs, see docs/LOG.md."
+    )
     return [
         "## What the defaults follow from",
         "",
-        f"Ahead of `{BESIDE}` at every seed: {', '.join(ahead) or 'none'}. So `tiny`, which has token ids and little",
-        f"time, routes by `hash`; a layer by itself has no ids and starts with `{BESIDE}`, than which no router that",
-        "learns is better by more than seeds differ and as simple. These are a training's first minutes: what learns",
-        "slowly is judged too early, and a small machine says nothing of large models.",
+        f"Ahead of `{BESIDE}` at every seed: {', '.join(ahead) or 'none'}.",
+        followed,
+        f"A layer by itself has no token ids and starts with `{BESIDE}`, the simplest that learns. These are the",
+        "first minutes of a training: what learns slowly is judged too early, and small models tell nothing of large.",
     ]
 
 

@@ -325,6 +325,7 @@ def test_a_round_of_prices_is_the_one_of_the_source() -> None:
         for _ in range(3):
             threshold = [sorted((s - p for s, p in zip(row, price, strict=True)), reverse=True)[k] for row in rows]
             fair = num_tokens * k // num_experts
+            assert fair > 0
             price = [
                 sorted((row[e] - a for row, a in zip(rows, threshold, strict=True)), reverse=True)[fair]
                 for e in range(num_experts)
@@ -364,6 +365,14 @@ def test_evaluation_balances_by_the_average_of_the_steps_prices() -> None:
     torch.testing.assert_close(router.price_E, (average_E + third) / 2)
     router.after_step(layer.eval()(x_TD).stats)
     assert layer.bfloat16().router.get_buffer("price_E").dtype == torch.float32
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "k"), [(1, 8, 2), (4, 64, 2), (8, 64, 1), (31, 64, 2)])
+def test_fewer_choices_than_experts_go_where_tokens_want_them(num_tokens: int, num_experts: int, k: int) -> None:
+    """A fair share of none would price every token out of every expert, and ties go to the first of them."""
+    logits_RE = drawn(num_tokens, num_tokens, num_experts)
+    assignment = routed(Quantile(k=k), logits_RE, training=True).assignment
+    assert torch.equal(assignment.as_topk()[0], reference.best_experts(logits_RE, k))
 
 
 def test_quantile_prices_choose_but_do_not_weigh() -> None:

@@ -255,6 +255,11 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
     (lambda: untyped_top_k("2"), ConfigError, r"top_k='2' for one call must be a whole number from 1 to"),
     (lambda: untyped_factor("0"), ConfigError, r"capacity_factor='0' for one call must be a finite number"),
     (lambda: untyped_factor(True), ConfigError, r"capacity_factor=True for one call must be a finite number"),
+    (
+        lambda: MoE(4, 4, 3, router=Returning(0))(torch.zeros(2, 4), top_k=2),
+        ConfigError,
+        r"top_k=2 for one call: the forward of Returning takes no top_k; leave it out",
+    ),
     (lambda: Switch().build(4, 3)(torch.zeros(2, 4), top_k=2), ConfigError, r"a SwitchRouter has its own number of"),
     (lambda: DeviceLimited(k=0), ConfigError, r"router\.k=0 must be at least 1"),
     (lambda: DeviceLimited(groups=2, top_groups=3), ConfigError, r"top_groups=3 must be from 1 to groups=2"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from turnout.cli.compare import _variants
 from turnout.cli.compare_print import print_setups, rows_of
 from turnout.config import dump_toml, from_dict
 from turnout.contracts import CapacityPolicy, Loss, RouterConfig
@@ -516,3 +517,13 @@ def test_a_baseline_without_a_curve_is_not_replaced_by_another_recipe() -> None:
     curves = [curve("moe", [5.0, 3.0]), curve("other", [5.0, 3.5])]
     assert verdicts(curves, "dense") == []
     assert [v.recipe for v in verdicts(curves, "moe")] == ["other"]
+
+
+def test_all_routers_are_those_that_fit_the_sizes() -> None:
+    with io.StringIO() as out:
+        found = _variants("smoke", ["model.moe.num_experts=9"], "all", Console(file=out, width=200))
+        said = out.getvalue()
+    names = {variant.recipe.name.removeprefix("smoke-") for variant in found}
+    assert {"topk", "hash", "base"} <= names
+    assert "hierarchical" not in names
+    assert re.search(r"left out: smoke-hierarchical: .*groups=2 must divide num_experts=9", said), said

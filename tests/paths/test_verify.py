@@ -16,11 +16,12 @@ from turnout import presets
 from turnout.cli.main import app_of
 from turnout.dispatch import FixedCapacity
 from turnout.errors import ConfigError
-from turnout.layers import MoE
+from turnout.layers import MoE, MoEConfig
 from turnout.losses import LoadBalance
-from turnout.routers import TopK
+from turnout.routers import DeviceLimited, TopK
 from turnout.verify import CHECKS, Result, Sizes, Subject, cases, verify
-from turnout.verify.adapters.own import OwnLayer
+from turnout.verify.adapters.own import OwnLayer, from_config
+from turnout.verify.subject import NotApplicable
 from turnout.verify.targets import layer_presets, subject
 
 
@@ -491,6 +492,42 @@ def test_the_verb_prints_the_failures_and_exits_with_1() -> None:
     assert "S1" in failed
     assert answer["failed"] == len(failed)
     assert answer["passed"] + answer["failed"] + answer["not_applicable"] == len(CHECKS)
+
+
+def test_what_is_not_finite_is_null_in_json(turnout) -> None:
+    result = turnout("verify", "tests.paths.test_verify:nothing_but_nan", "--only", "O6", "--json")
+    assert result.code == 1
+    (check,) = json.loads(result.out.strip().splitlines()[-1], parse_constant=pytest.fail)["checks"]
+    assert check["error"] is None
+
+
+class NothingButNaN(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x) * float("nan")
+
+
+def nothing_but_nan(dim: int, hidden: int) -> nn.Module:
+    return NothingButNaN(dim)
+
+
+def test_groups_that_no_size_of_the_suite_has_are_checked_in_the_recipe_s_own() -> None:
+    config = MoEConfig(num_experts=64, hidden=8, router=DeviceLimited(k=6, groups=8, top_groups=3))
+    results = verify(from_config("grouped", 16, config), ["O1", "O6"])
+    assert [result.outcome for result in results] == ["pass", "pass"]
+
+
+def test_a_layer_that_fits_no_size_at_all_is_not_a_success(turnout, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_fits(*args: object, **kwargs: object) -> None:
+        raise NotApplicable("no size fits")
+
+    monkeypatch.setattr("turnout.verify.adapters.own._preset", none_fits)
+    result = turnout("verify", "mixtral")
+    assert result.code == 1
+    assert "nothing was checked" in result.out
 
 
 def test_a_factory_that_gives_no_layer_is_one_clear_error(turnout) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from turnout.cli import options
 from turnout.cli.compare_print import print_comparison, print_setups, rows_of
@@ -49,12 +50,12 @@ def compare(
     if not 0 < minutes <= MOST_MINUTES:
         raise ConfigError(f"--minutes {minutes} must be above 0 and at most {MOST_MINUTES:,} (ten years)")
     overrides = options.recipe_overrides(settings, data)
-    variants = [variant for name in recipes for variant in _variants(name, overrides, routers)]
+    screen = patient_console(as_json=as_json)
+    variants = [variant for name in recipes for variant in _variants(name, overrides, routers, screen)]
     chosen = [variant.recipe for variant in variants]
     check_comparable(chosen)
     baseline = chosen[-1].name
     folder = choose_run("compare", out, None)
-    screen = patient_console(as_json=as_json)
     screen.print(
         f"  {own_process(threads)}; {_budget(minutes, steps)} each, seeds {first_seed}..{first_seed + seeds - 1}"
     )
@@ -92,15 +93,22 @@ def _budget(minutes: float, steps: int) -> str:
     return f"{steps} steps" if steps else f"{minutes:g} minutes"
 
 
-def _variants(name: str, overrides: list[str], routers: str) -> list[Any]:
-    """The recipe, or, if it has experts, the recipe with each of the routers."""
+def _variants(name: str, overrides: list[str], routers: str, screen: Console) -> list[Any]:
+    """The recipe, or, if it has experts, the recipe with each of the routers; of all those that fit its sizes."""
     from turnout.contracts import RouterConfig
     from turnout.train.compared_losses import asked_losses
     from turnout.train.recipes import load_recipe
-    from turnout.train.variants import Variant, with_routers
+    from turnout.train.variants import Variant, why_not, with_routers
 
     recipe = load_recipe(name, overrides)
     if not routers or recipe.model.moe is None:
         return [Variant(recipe=recipe, notes=())]
-    names = RouterConfig.TABLE.names() if routers == "all" else [router.strip() for router in routers.split(",")]
-    return with_routers(recipe, names, asked_losses(name, overrides))
+    if routers != "all":
+        names = [router.strip() for router in routers.split(",")]
+        return with_routers(recipe, names, asked_losses(name, overrides))
+    variants = with_routers(recipe, RouterConfig.TABLE.names(), asked_losses(name, overrides))
+    reasons = [why_not(variant.recipe) for variant in variants]
+    for variant, reason in zip(variants, reasons, strict=True):
+        if reason:
+            screen.print(f"  left out: {variant.recipe.name}: {reason}", style="yellow")
+    return [variant for variant, reason in zip(variants, reasons, strict=True) if not reason]

@@ -1,8 +1,9 @@
 """What a person sees goes to stderr under --json, so that stdout ends in one JSON object."""
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
@@ -61,8 +62,16 @@ def print_error(text: str) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The last line under --json."""
-    print(json.dumps(value), flush=True)
+    """The last line under --json; a number that is not finite, which JSON has not, is null."""
+    print(json.dumps(_finite(value), allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def write_pieces(out: TextIO, pieces: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """The MoE layer: the one conductor of router, capacity, dispatch, experts and combine."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ class MoE(nn.Module):
         self._check(x, mask, token_ids)
         x_TD = x.reshape(-1, self.dim)
         # a user's router need not know of top_k
-        asked = {} if top_k is None else {"top_k": top_k}
+        asked = {} if top_k is None else {"top_k": self._check_takes_top_k(top_k)}
         routing = self.router(x_TD, _flat(as_token_ids(token_ids)), _flat(mask), generator, **asked)
         if isinstance(self.config.router, GivenRouter):
             self.config.router.check_output(routing, num_tokens=len(x_TD), num_experts=self.config.num_experts)
@@ -241,6 +242,14 @@ class MoE(nn.Module):
             assignment=routing.assignment,
             keep_N=admission.keep_N,
         )
+
+    def _check_takes_top_k(self, top_k: int) -> int:
+        if "top_k" not in inspect.signature(self.router.forward).parameters:
+            raise ConfigError(
+                f"top_k={top_k} for one call: the forward of {type(self.router).__name__} takes no top_k; leave it "
+                "out, or give that forward such an argument"
+            )
+        return top_k
 
     def _check(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
         if x.shape[-1] != self.dim:

@@ -105,13 +105,15 @@ def quantile_prices(scores_RE: Tensor, k: int, *, rounds: int, start_E: Tensor |
 
     Coordinate descent of the dual, from `start_E` (none: zeros): threshold_t = (k + 1)-th largest of score - price over
     experts, then price_e = (floor(k R / E) + 1)-th largest of score - threshold over tokens.
-    Shapes: scores_RE (R, E), without a gradient; returns (E,), zeros where every token takes every expert.
+    Shapes: scores_RE (R, E), without a gradient; returns (E,), zeros where every token takes every expert, and
+    where there are fewer choices than experts.
     """
     num_tokens, num_experts = scores_RE.shape
     prices_E = scores_RE.new_zeros(num_experts) if start_E is None else start_E
-    if num_tokens == 0 or k == num_experts:
-        return torch.zeros_like(prices_E)
+    # fewer choices than experts: a share of none would price every token out of every expert, and leave ties
     fair = k * num_tokens // num_experts
+    if fair == 0 or k == num_experts:
+        return torch.zeros_like(prices_E)
     for _ in range(rounds):
         threshold_R1 = (scores_RE - prices_E).topk(k + 1, dim=1).values[:, -1:]
         # topk of rows in memory: kthvalue takes twice as long

@@ -190,15 +190,15 @@ class Recipe(Settings):
 
     def _check_rebalancing(self) -> None:
         loop = self.loop
-        if loop.rebalance_every and self.strategy.ep == 1 and not loop.tune:
-            raise ConfigError(
-                f"loop.rebalance_every={loop.rebalance_every} with strategy.ep=1: every rank has all experts, and none "
-                "can move; nearest legal: loop.rebalance_every=0, or strategy.ep=2"
-            )
         if loop.rebalance_every and self.strategy.pp > 1:
             raise ConfigError(
                 f"loop.rebalance_every={loop.rebalance_every} with strategy.pp={self.strategy.pp}: experts of pipeline "
                 "stages do not move in this version; nearest legal: loop.rebalance_every=0"
+            )
+        if loop.rebalance_every and self.strategy.ep == 1 and not loop.tune:
+            raise ConfigError(
+                f"loop.rebalance_every={loop.rebalance_every} with strategy.ep=1: every rank has all experts, and none "
+                "can move; nearest legal: loop.rebalance_every=0, or strategy.ep=2"
             )
         for name in ("rebalance_spare", "rebalance_on"):
             if getattr(loop, name) and not loop.rebalance_every:

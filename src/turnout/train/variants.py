@@ -37,6 +37,17 @@ def with_routers(recipe: Recipe, names: Sequence[str], losses: Sequence[Loss] | 
     return [_variant(recipe, moe, name, losses) for name in names]
 
 
+def why_not(recipe: Recipe) -> str:
+    """Why the recipe's router cannot be built in its sizes; empty if it can."""
+    moe = recipe.model.moe
+    assert moe is not None
+    try:
+        moe.router.build(recipe.model.dim, moe.num_experts)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def _variant(recipe: Recipe, moe: MoEConfig, name: str, losses: Sequence[Loss] | None) -> Variant:
     router, notes = _like(moe.router, RouterConfig.TABLE[name], moe.num_experts)
     if losses is None:

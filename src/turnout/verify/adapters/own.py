@@ -95,19 +95,26 @@ def _preset(factory: Callable[..., MoE], sizes: Sizes) -> OwnLayer:
 
 
 def _configured(dim: int, config: MoEConfig, sizes: Sizes) -> OwnLayer:
-    """Its own number of choices stays where the sizes allow it."""
+    """In the suite's sizes; with its own experts and choices where its groups, say, do not fit those."""
     del dim
-    router = config.router
     try:
-        if hasattr(router, "k"):
-            router = replace(router, k=sizes.k)  # type: ignore[call-arg]
-        shared_hidden = sizes.hidden if config.shared_hidden else 0
-        settings = replace(
-            config, num_experts=sizes.num_experts, hidden=sizes.hidden, router=router, shared_hidden=shared_hidden
-        )
-        return OwnLayer(MoE.from_config(sizes.dim, settings))
+        return _in_sizes(config, sizes, num_experts=sizes.num_experts, k=sizes.k)
     except ConfigError as error:
+        if sizes.num_experts > 1:
+            try:
+                return _in_sizes(config, sizes, num_experts=config.num_experts, k=config.router.choices)
+            except ConfigError:
+                pass
         raise NotApplicable(str(error)) from error
+
+
+def _in_sizes(config: MoEConfig, sizes: Sizes, *, num_experts: int, k: int) -> OwnLayer:
+    router = config.router
+    if hasattr(router, "k"):
+        router = replace(router, k=k)  # type: ignore[call-arg]
+    shared_hidden = sizes.hidden if config.shared_hidden else 0
+    settings = replace(config, num_experts=num_experts, hidden=sizes.hidden, router=router, shared_hidden=shared_hidden)
+    return OwnLayer(MoE.from_config(sizes.dim, settings))
 
 
 def _ids(x: Tensor) -> Tensor:
