@@ -101,6 +101,7 @@ def _page(
     beside = by_router[BESIDE]
     order = sorted(by_router, key=lambda name: _mean(by_router[name], "val_loss"))
     ahead = [name for name in order if _looks_ahead(name, by_router[name][0])]
+    fewer = [f"{name} ({len(by_router[name])})" for name in order if len(by_router[name]) < len(seeds)]
     shapes = _shapes(timed)
     return [
         *INTRO.format(
@@ -113,6 +114,7 @@ def _page(
         ).splitlines(),
         "",
         *([f"A loss that no generation can have, for they see later tokens: {', '.join(ahead)}.", ""] if ahead else []),
+        *([f"Of fewer seeds: {', '.join(fewer)}.", ""] if fewer else []),
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
         *(_row(name, by_router[name], beside, timed) for name in order),
