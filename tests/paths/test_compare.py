@@ -331,7 +331,7 @@ def test_a_recipe_with_losses_of_its_own_asks_for_them(tmp_path: Path) -> None:
         (GShardTop2(), "topk", 2, ""),
         (TopK(k=3), "sinkhorn", 3, ""),
         (TopK(k=3), "gshard", 2, "no setting k; experts a token by its own settings: 2, in the recipe: 3"),
-        (TopK(k=2), "top_p", 2, "no setting k; experts a token by its own settings: 2, in the recipe: 2"),
+        (TopK(k=2), "top_p", 2, "no setting k: how many experts a token gets follows from its probabilities"),
         (TopK(k=2), "gshard", 2, ""),
         (NoisyTopK(k=2), "cosine", 2, r"init_std=0\.01 in place of the recipe's 0\.0"),
     ],
