@@ -47,5 +47,6 @@ def start_ranks(work: Callable[..., None], ranks: int, *arguments: Any) -> None:
             pass
     except BaseException:
         for process in started.processes:
+            assert process is not None
             process.kill()
         raise
