@@ -29,8 +29,9 @@ and many processes are not looked at. How to read a **no**, in our columns and i
 - R3: `torch.topk`, which most use, promises no order of equal scores. The law matters to runs that are to be the same
   on two machines.
 - O3, where an error is given below, is a matter of where bfloat16 is rounded between the products.
-- Sizes with one expert a token are among those tried: a router that softmaxes the one chosen score weighs it 1,
-  whatever the score, and learns nothing from the main loss (G3). Models of more experts a token do not meet that.
+- G3 is tried with one expert a token only where a layer takes no more. A router that makes the weights of a token's
+  choices sum to 1 weighs one choice 1, whatever its score: all it gets from the main loss is rounding. Ours refuse to
+  be built so; four of transformers' five blocks (not OLMoE's, which keeps the softmax over all experts) are built.
 - transformers' routers and DeepSpeed's gates compute in float32 by design: in those columns an error of 1e-6
   is allowed where ours are allowed less, and 1e-2 for finite differences. What is to be exact (an allowed error of 0)
   must be so there too: DeepSpeed's P1 and P2 are off by the last bits of float32.

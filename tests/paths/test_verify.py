@@ -141,6 +141,17 @@ class _DeadRouter(_Broken):
         return torch.as_tensor(y_TD).view_as(x)
 
 
+class _OneWeight(_Broken):
+    """Weighs its choices by 1, up to the rounding of its gate in float32."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x_TD = x.reshape(-1, self.dim)
+        gate_TE = self.gates(x_TD)
+        weight_TE = (gate_TE != 0) * (1 + 3e-6 * gate_TE)
+        y_TD = sum(weight_TE[:, e : e + 1] * f(x_TD) for e, f in enumerate(self.experts()))
+        return torch.as_tensor(y_TD).view_as(x)
+
+
 class _Stray(_Broken):
     """Unused experts get a little gradient."""
 
@@ -259,6 +270,22 @@ class _SumsLoss(_Broken):
 class _LossOnExperts(_Broken):
     def auxiliary_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return super().auxiliary_loss(x, mask) + 1e-3 * super().forward(x, mask).square().mean()
+
+
+class _LossOfRounding(_Broken):
+    """A loss of scores that sum to 1, up to rounding in float32."""
+
+    def auxiliary_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        loss = super().auxiliary_loss(x, mask)
+        return loss.detach() + 1e-7 * loss
+
+
+class _LossOnTheQuiet(_Broken):
+    """Reaches an expert too, ever so little."""
+
+    def auxiliary_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        extra = sum(1e-12 * p.sum() for p in self.module.experts.parameters())
+        return super().auxiliary_loss(x, mask) + extra
 
 
 class _SharedLoss(_Broken):
@@ -415,9 +442,12 @@ def test_a_healthy_layer_passes(id: str) -> None:
     assert result.outcome == "pass", result
 
 
-@pytest.mark.parametrize("id", sorted(BROKEN))
-def test_a_layer_broken_on_purpose_is_caught(id: str) -> None:
-    result = run(id, BROKEN[id])
+ALSO_BROKEN = (("G3", _OneWeight), ("A3", _LossOfRounding), ("A3", _LossOnTheQuiet))
+
+
+@pytest.mark.parametrize(("id", "broken"), [*sorted(BROKEN.items()), *ALSO_BROKEN])
+def test_a_layer_broken_on_purpose_is_caught(id: str, broken: type[_Broken]) -> None:
+    result = run(id, broken)
     assert result.outcome == "fail", result
     assert result.case
 
