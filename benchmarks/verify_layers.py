@@ -4,10 +4,12 @@ Usage: python -m benchmarks.verify_layers
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
+from turnout.contracts import RouterConfig
 from turnout.errors import ConfigError
-from turnout.verify import CHECKS, Result, verify
+from turnout.verify import CHECKS, Result, Subject, verify
 from turnout.verify.run import in_order
 from turnout.verify.targets import layer_presets, peer_targets, subject
 
@@ -15,6 +17,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "verify.md"
 OURS = (*layer_presets(), "tiny")
 # their eager experts alone: grouped_mm has no float64, in which most laws are tried
 THEIRS = tuple(f"transformers:{block}:eager" for block in ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"))
+BALANCE = 'model.moe.losses=[{name="load_balance"}]'
+# with one group, or alone in a decoder, a router would not be what its name says, or not be built
+ROUTER_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "deepseek_v3": ("model.moe.router.groups=2", "model.moe.router.top_groups=1"),
+    "device_limited": ("model.moe.router.groups=2", "model.moe.router.top_groups=1"),
+    "expert_choice": ("model.moe.router.in_decoder=allow",),
+}
 INTRO = """# What layers keep
 
 Written by `python -m benchmarks.verify_layers`, with the layers of others from `pip install 'turnout[bench,peers]'
@@ -50,14 +59,18 @@ SIGN = {"pass": "yes", "fail": "**no**", "not applicable": "-"}
 def main() -> None:
     missing = {target: why for target in peer_targets() if (why := absent(target))}
     peers = tuple(target for target in peer_targets() if target not in missing)
-    results = {target: {r.id: r for r in verify(subject(target))} for target in (*OURS, *THEIRS, *peers)}
-    versions = {name: version for target in results for name, version in subject(target).versions.items()}
+    routers, unfit = our_routers()
+    subjects = {target: subject(target) for target in (*OURS, *THEIRS, *peers)} | routers
+    results = {target: {r.id: r for r in verify(tried)} for target, tried in subjects.items()}
+    versions = {name: version for tried in subjects.values() for name, version in tried.versions.items()}
     lines = [
         *INTRO.format(
             versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         ).splitlines(),
         "",
         *_table(results, OURS, "Ours"),
+        *_table(results, tuple(routers), "Our routers"),
+        *_router_notes(routers, unfit),
         *_table(results, THEIRS, "Hugging Face transformers"),
         *(_table(results, peers, "Other libraries") if peers else []),
         *_notes(peers, missing),
@@ -71,6 +84,24 @@ def main() -> None:
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     for target, found in results.items():
         print(target, dict(Counter(r.outcome for r in found.values())))
+
+
+def our_routers() -> tuple[dict[str, Subject], dict[str, str]]:
+    """`tiny` with each router of the table, and a balance loss where it takes one; and why some cannot be built."""
+    fit: dict[str, Subject] = {}
+    unfit: dict[str, str] = {}
+    for name in RouterConfig.TABLE.names():
+        settings = (f"model.moe.router.name={name}", *ROUTER_SETTINGS.get(name, ()))
+        try:
+            subject("tiny", settings)
+        except ConfigError as error:
+            unfit[name] = str(error)
+            continue
+        try:
+            fit[f"tiny {name}"] = subject("tiny", (*settings, BALANCE))
+        except ConfigError:
+            fit[f"tiny {name}"] = subject("tiny", settings)
+    return fit, unfit
 
 
 def absent(target: str) -> str:
@@ -90,8 +121,25 @@ def _notes(peers: tuple[str, ...], missing: dict[str, str]) -> list[str]:
     return [*tried, *left_out, ""]
 
 
+def _router_notes(routers: dict[str, Subject], unfit: dict[str, str]) -> list[str]:
+    """How each was built, and which do not fit the recipe."""
+    return [
+        "Each is the recipe `tiny` with that router in place of its own and, where the router learns, a balance loss:",
+        f"`turnout verify tiny --set model.moe.router.name=NAME --set '{BALANCE}'`; besides:",
+        "",
+        *(f"- `{name}`: `{' '.join(settings)}`" for name, settings in ROUTER_SETTINGS.items()),
+        *(
+            f"- `{name.removeprefix('tiny ')}`: no balance loss"
+            for name, tried in routers.items()
+            if BALANCE not in tried.name
+        ),
+        *(f"- `{name}` does not fit the recipe: {why}" for name, why in unfit.items()),
+        "",
+    ]
+
+
 def _table(results: dict[str, dict[str, Result]], targets: tuple[str, ...], title: str) -> list[str]:
-    names = [target.removeprefix("transformers:").replace(":", " ") for target in targets]
+    names = [target.removeprefix("transformers:").removeprefix("tiny ").replace(":", " ") for target in targets]
     rows = [
         f"| {id} | {CHECKS[id].title} | {' | '.join(SIGN[results[target][id].outcome] for target in targets)} |"
         for id in in_order(CHECKS.names())

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,11 +15,13 @@ from typer.testing import CliRunner
 
 from turnout import presets
 from turnout.cli.main import app_of
+from turnout.config import dump_toml
 from turnout.dispatch import FixedCapacity
 from turnout.errors import ConfigError
 from turnout.layers import MoE, MoEConfig
 from turnout.losses import LoadBalance
-from turnout.routers import DeviceLimited, TopK
+from turnout.routers import DeviceLimited, Sinkhorn, TopK
+from turnout.train.recipes import load_recipe
 from turnout.verify import CHECKS, Result, Sizes, Subject, cases, verify
 from turnout.verify.adapters.own import OwnLayer, from_config
 from turnout.verify.subject import NotApplicable
@@ -556,6 +559,42 @@ def test_groups_that_no_size_of_the_suite_has_are_checked_in_the_recipe_s_own() 
     config = MoEConfig(num_experts=64, hidden=8, router=DeviceLimited(k=6, groups=8, top_groups=3))
     results = verify(from_config("grouped", 16, config), ["O1", "O6"])
     assert [result.outcome for result in results] == ["pass", "pass"]
+
+
+def test_a_recipe_is_checked_as_set(turnout, tmp_path: Path) -> None:
+    checks = ("--only", "O1,R2", "--set", "model.moe.router=sinkhorn")
+    result = turnout("verify", "tiny", *checks, "--json")
+    assert result.code == 0, result.err
+    answer = json.loads(result.out.strip().splitlines()[-1])
+    assert (answer["target"], answer["settings"]) == ("tiny", ["model.moe.router=sinkhorn"])
+    dump = dump_toml(load_recipe("smoke"))
+    (tmp_path / "recipe.toml").write_text(dump, encoding="utf-8")
+    for target in (str(tmp_path), str(tmp_path / "recipe.toml")):
+        layer = subject(target, ["model.moe.router=sinkhorn"]).layer(Sizes())
+        assert isinstance(layer, OwnLayer)
+        assert layer.module.config.router == Sinkhorn(k=2)
+    assert (tmp_path / "recipe.toml").read_text(encoding="utf-8") == dump
+
+
+@pytest.mark.parametrize(
+    ("target", "setting", "words"),
+    [
+        ("mixtral", "model.moe.router=base", "--set model.moe.router=base changes a recipe, which 'mixtral' is not"),
+        ("transformers:mixtral", "a=1", "which 'transformers:mixtral' is not; recipes: .*tiny"),
+        ("tinny", "a=1", "which 'tinny' is not; recipes: .*did you mean 'tiny'"),
+        ("tiny", "model.moe.router=sinkhornn", "did you mean 'sinkhorn'"),
+        ("tiny", "model.moe.router=expert_choice", "router.in_decoder='allow'"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_refused(turnout, target: str, setting: str, words: str) -> None:
+    result = turnout("verify", target, "--set", setting)
+    assert result.code == 2, result.out
+    assert re.search(words, " ".join(result.err.split()))
+
+
+def test_a_router_s_own_loss_is_an_auxiliary_loss() -> None:
+    (result,) = verify(subject("tiny", ["model.moe.router=remoe"]), ["A1"])
+    assert result.outcome == "pass", result
 
 
 def test_a_layer_that_fits_no_size_at_all_is_not_a_success(turnout, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,9 +75,10 @@ class OwnLayer(Layer):
         return {f"router.{name}": p for name, p in self.module.router.named_parameters()}
 
     def auxiliary_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if not self.module.config.losses:
+        terms = self._output(x, mask).losses  # those of the settings, and the router's own
+        if not terms:
             raise NotApplicable("has no auxiliary loss")
-        return total_loss(self._output(x, mask).losses)
+        return total_loss(terms)
 
     def counts(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self._output(x, mask).stats.assigned_E
