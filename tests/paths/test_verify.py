@@ -597,6 +597,12 @@ def test_a_router_s_own_loss_is_an_auxiliary_loss() -> None:
     assert result.outcome == "pass", result
 
 
+@pytest.mark.usefixtures("fewer_cases")
+def test_experts_between_latent_projections_are_seen() -> None:
+    results = verify(subject("tiny", ["model.moe.latent_dim=8"]), ["O1", "O12", "G1", "G4"])
+    assert [result.outcome for result in results] == ["pass"] * 4, results
+
+
 def test_a_layer_that_fits_no_size_at_all_is_not_a_success(turnout, monkeypatch: pytest.MonkeyPatch) -> None:
     def none_fits(*args: object, **kwargs: object) -> None:
         raise NotApplicable("no size fits")
