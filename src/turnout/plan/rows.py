@@ -155,7 +155,7 @@ def framework_of(row: Row) -> Framework:
     """The code a row ran under, from its suite, system and source."""
     words = " ".join(str(row.get(key) or "") for key in ("suite", "system", "source", "id")).lower()
     if "nanotron" in words:
-        return FRAMEWORKS["nanotron-2024" if row.get("keeps_gathered") else "nanotron"]
+        return FRAMEWORKS["nanotron"]
     if "torchtitan" in words:
         return FRAMEWORKS[_torchtitan(row)]
     published = re.search(r"arxiv[: ](\d{4})\.", words)
