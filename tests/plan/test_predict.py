@@ -8,7 +8,9 @@ from turnout.clusters import CLUSTERS
 from turnout.plan.data import nanotron_rows, published_cases, vtrain_one_node_rows
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.predict import predict
-from turnout.plan.rows import cluster_of, framework_of, job_of, shape_of_record
+from turnout.plan.row_machine import cluster_of
+from turnout.plan.row_model import shape_of_record
+from turnout.plan.rows import framework_of, job_of
 from turnout.plan.shapes import SHAPES
 
 ROW = {

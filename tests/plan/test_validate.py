@@ -7,7 +7,7 @@ import pytest
 
 from turnout.plan.data import nanotron_rows, published_cases
 from turnout.plan.nanotron import nanotron_cases
-from turnout.plan.rows import cluster_of
+from turnout.plan.row_machine import cluster_of
 from turnout.plan.validate import Validation, to_json, validate
 
 # mean error of time by suite, as measured, rounded up; validation rows were never fitted on

@@ -9,7 +9,8 @@ from turnout.plan.data import nanotron_rows, nanotron_runs
 from turnout.plan.job import Job
 from turnout.plan.nanotron_step import Host
 from turnout.plan.parameters import Parameters
-from turnout.plan.rows import Row, cluster_of
+from turnout.plan.row_fields import Row
+from turnout.plan.row_machine import cluster_of
 
 # seconds of a ring's step: 0.04 ms in one state of that network, 0.3 ms in the other
 SLOW_HOP_S = 2e-4

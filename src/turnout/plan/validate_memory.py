@@ -11,7 +11,9 @@ from turnout.plan.nanotron import host_of
 from turnout.plan.nanotron_step import reserved_bytes
 from turnout.plan.parameters import fitted
 from turnout.plan.predict import predict_row
-from turnout.plan.rows import Row, cluster_of, job_of
+from turnout.plan.row_fields import Row
+from turnout.plan.row_machine import cluster_of
+from turnout.plan.rows import job_of
 
 
 @dataclass(frozen=True, kw_only=True)
