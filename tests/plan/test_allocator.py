@@ -1,5 +1,7 @@
 """The caching allocator over sizes: laws that hold for any sequence of tensors, and PyTorch's own rules of size."""
 
+from random import Random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +32,7 @@ def test_what_is_held_covers_what_lives_and_never_shrinks(sizes: list[int], drop
 
 
 @given(sizes=st.lists(st.integers(10 * MIB, 200 * MIB), min_size=1, max_size=20), order=st.randoms())
-def test_the_same_tensors_again_ask_for_nothing(sizes: list[int], order: st.DrawFn) -> None:
+def test_the_same_tensors_again_ask_for_nothing(sizes: list[int], order: Random) -> None:
     memory = CachingAllocator()
     blocks = [memory.make(size) for size in sizes]
     held = memory.reserved

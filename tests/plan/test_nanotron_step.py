@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from statistics import mean, median
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from turnout.plan.pipeline import stages
 from turnout.plan.rows import job_of
 
 
-def one_node() -> list[tuple[dict[str, object], Job]]:
+def one_node() -> list[tuple[dict[str, Any], Job]]:
     return [(row, job_of(row, {})) for row in nanotron_cases(nodes=1)]
 
 
@@ -51,7 +52,7 @@ def test_it_holds_no_less_than_what_lives() -> None:
 
 def test_blocks_are_cut_as_nanotron_cuts_them() -> None:
     """What rank 0 printed between steps tells its parameters, and so its blocks: 20 bytes each, 18 without copies."""
-    shapes = {row["dims"]["layers"]: job.shape for row, job in one_node()}  # type: ignore[index]
+    shapes = {row["dims"]["layers"]: job.shape for row, job in one_node()}
     assert [len(stages(shapes[16], pp, 1, "flops")[0].layers) for pp in (2, 4, 8)] == [10, 5, 3]
     assert [len(stages(shapes[28], pp, 1, "flops")[0].layers) for pp in (2, 4, 8)] == [16, 8, 4]
 
