@@ -25,8 +25,18 @@ class Gaussian(Family):
     noise: Literal["unit", "scalar", "diagonal", "full"] = "scalar"  # form of Sigma; unit: the identity, as in 1994
     noise_rows: float = 1.0  # strength of the noise prior, in rows
     noise_floor: float = 1e-4  # its variance, in variances of the targets
+    noise_start: float = 1.0  # noise before any iteration, in variances of the targets
 
     def __post_init__(self) -> None:
+        if not (np.isfinite(self.noise_start) and self.noise_start >= self.noise_floor):
+            raise ConfigError(
+                f"noise_start={self.noise_start} must be a finite number of at least {self.noise_floor:g} "
+                "(variances of the targets)"
+            )
+        if self.noise == "unit" and self.noise_start != 1:
+            raise ConfigError(
+                f"noise='unit' stays 1, not noise_start={self.noise_start}; choose noise scalar, diagonal or full"
+            )
         if self.noise not in ("unit", "scalar", "diagonal", "full"):
             raise ConfigError(f"noise={self.noise!r} must be one of: unit, scalar, diagonal, full")
 
@@ -40,13 +50,13 @@ class Gaussian(Family):
         return {"unit": 0, "scalar": 1, "diagonal": self.outputs, "full": full}[self.noise]
 
     def start(self, y_TN: Floats, weight_N: Floats, num_leaves: int, size: int) -> Experts:
-        """Zero weights; the covariance of the targets as noise."""
+        """Zero weights; the covariance of the targets as noise, times `noise_start`."""
         centred_TN = y_TN - np.average(y_TN, axis=1, weights=weight_N)[:, None]
         square_OO = (weight_N * centred_TN) @ centred_TN.T
         covariance_1OO = self._covariance(square_OO[None], weight_N.sum(keepdims=True))
         return Experts(
             weight_LPO=np.zeros((num_leaves, size, self.outputs)),
-            covariance_LOO=covariance_1OO.repeat(num_leaves, axis=0),
+            covariance_LOO=(self.noise_start * covariance_1OO).repeat(num_leaves, axis=0),
         )
 
     def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
