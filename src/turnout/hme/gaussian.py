@@ -62,23 +62,28 @@ class Gaussian(Family):
     def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
         """Residuals are whitened inside the product with the inputs: one matrix product for all experts."""
         white_LON = predictors(np.concatenate([x_PN, y_TN]), experts.white_LZO)
-        log_density_LN = np.einsum("lon,lon->ln", white_LON, white_LON)
-        log_density_LN *= -0.5
+        square_LN = np.einsum("lon,lon->ln", white_LON, white_LON)
+        log_density_LN = -0.5 * square_LN
         log_density_LN -= (experts.log_root_L + 0.5 * self.outputs * np.log(2 * np.pi))[:, None]
-        return Judgement(log_density_LN=log_density_LN, signal_LON=white_LON)
+        return Judgement(log_density_LN=log_density_LN, signal_LON=white_LON, square_LN=square_LN)
 
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
         """Of half the squared white residuals; all outputs of an expert share one matrix of inputs."""
         weight_L1N = weight_LN[:, None]
         return Slopes(score_MON=weight_L1N * judged.signal_LON, curvature_MCN=weight_L1N)
 
-    def squares(self, slopes: Slopes, judged: Judgement) -> Floats:
-        """Those of different outputs are summed only where the noise knows of them."""
+    def squares(self, weight_LN: Floats, slopes: Slopes, judged: Judgement) -> Floats:
+        """Those of different outputs are summed only where the noise knows of them; else each has the mean of all."""
         weighted_LON, white_LON = slopes.score_MON, judged.signal_LON
         if self.noise == "full":
             return weighted_LON @ white_LON.swapaxes(1, 2)
-        square_LOO = np.zeros((*white_LON.shape[:2], self.outputs))
-        np.einsum("lon,lon->lo", weighted_LON, white_LON, out=np.einsum("loo->lo", square_LOO))
+        if self.noise == "diagonal":
+            square_LO = np.einsum("lon,lon->lo", weighted_LON, white_LON)
+        else:
+            assert judged.square_LN is not None
+            square_LO = (weight_LN[:, None] @ judged.square_LN[:, :, None])[:, 0] / self.outputs
+        square_LOO = np.zeros((len(weight_LN), self.outputs, self.outputs))
+        np.einsum("loo->lo", square_LOO)[:] = square_LO
         return square_LOO
 
     def coloured(self, sums: ExpertSums, experts: Experts) -> ExpertSums:
