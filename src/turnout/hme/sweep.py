@@ -59,7 +59,7 @@ class Rows:
         numbers_a_row = inputs * (inputs + 1) // 2 + inputs + targets
         if 8 * numbers_a_row * len(self) > MOST_HELD_BYTES:
             return self
-        return replace(self, held=tuple(replace(block, is_held=True) for block in self.blocks(mixture)))
+        return replace(self, held=tuple(self.blocks(mixture)))
 
     def blocks(self, mixture: Mixture) -> "Iterator[Block]":
         """Blocks small enough that the widest array of `mixture` takes about BLOCK_BYTES."""
@@ -77,13 +77,11 @@ class Block:
     x_PN: Floats
     y_TN: Floats
     weight_N: Floats
-    is_held: bool = False  # for passes to come
 
     @cached_property
     def product_QN(self) -> Floats:
-        """Formed once, for every pass over a block that is held: then by rows, which sums of them read faster."""
-        product_QN = pair_products(self.x_PN)
-        return np.asfortranarray(product_QN) if self.is_held else product_QN
+        """Formed once, for every pass over a block that is held."""
+        return pair_products(self.x_PN)
 
     @cached_property
     def counts_once(self) -> bool:
