@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from turnout.hme.tree import Floats, Ints
@@ -29,6 +30,14 @@ def pair_products(x_PN: Floats) -> Floats:
         np.multiply(x_PN[p], x_PN[p:], out=product_QN[start : start + size - p])
         start += size - p
     return product_QN
+
+
+def summed(weight_MN: Floats, value_QN: Floats) -> Floats:
+    """Sums over rows of each value with each weight, (M, Q): one matrix product, by torch.
+
+    For few models numpy's own, of OpenBLAS, takes half as long again.
+    """
+    return (torch.from_numpy(weight_MN) @ torch.from_numpy(value_QN).T).numpy()
 
 
 def unpack(packed_MQ: Floats, size: int) -> Floats:
