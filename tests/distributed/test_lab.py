@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from turnout.bench import alltoall
+from turnout.bench import alltoall, started
 from turnout.bench.alltoall_case import ExchangeCase
 from turnout.bench.alltoall_cost import (
     Crossover,
@@ -139,7 +139,7 @@ def test_a_machine_that_allows_no_lab_says_why_in_one_line(monkeypatch: pytest.M
     assert probe().startswith("not allowed")
     monkeypatch.setattr(isolation.sys, "platform", "darwin")
     assert "darwin" in probe()
-    monkeypatch.setattr(alltoall, "why_not", lambda delay: "not allowed")
+    monkeypatch.setattr(started, "why_not", lambda delay: "not allowed")
     with pytest.raises(TurnoutError, match="no lab here: not allowed; without --lab"):
         alltoall.run(ExchangeCase(lab=True))
 
