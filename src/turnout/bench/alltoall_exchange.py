@@ -9,6 +9,7 @@ from turnout.bench.alltoall_case import ExchangeCase
 from turnout.bench.turns import Work
 from turnout.comm import Arrived, ExpertGroup, Ledger, Sizes, TorchTransport, World
 from turnout.comm.picks import Picks
+from turnout.comm.wire import begun
 from turnout.errors import TransportError
 from turnout.placement import Placement
 
@@ -67,7 +68,9 @@ class Exchange:
                 if route.shared is not None:
                     route.shared.all_to_all(source, in_, out)
                     continue
-                dist.all_to_all_single(target, source, in_, out, group=route.group)
+                work = begun(target, source, in_, out, route)
+                assert work is not None
+                work.wait()
 
         return collectives
 
