@@ -25,6 +25,7 @@ from turnout.tune import (
     LayerShape,
     Rules,
     Workload,
+    alike,
     candidates,
     is_warm,
     key_of,
@@ -99,6 +100,9 @@ class Tuner:
             return ""
         # what is known of a step before it runs is the step before it, so that is what its time is remembered by
         key = self._key or own_key
+        if not alike(key, own_key):
+            # a sudden change: the step was decided for other rows than it had
+            return ""
         was_warm = self._is_warm(key, predicted)
         self.dictionary = self.dictionary.observed(key, self._choice, predicted, slowest_s)
         if was_warm or not self._is_warm(key, predicted):
