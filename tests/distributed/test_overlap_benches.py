@@ -29,6 +29,7 @@ SMALL = OverlapCase(hosts=1, ranks=2, tokens=48, dim=16, hidden=8, experts=4, ch
         (lambda: ScheduleCase(swing=1.0), r"swing=1\.0 must be above 1"),
         (lambda: ScheduleCase(etp=3), "etp=3 must divide the 4 ranks"),
         (lambda: ScheduleCase(hold=0), "hold=0 must be at least 1"),
+        (lambda: ScheduleCase(then_mbit=5), r"then_mbit=5 must be above 0, and so must the rate of the lab's links"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(made: Callable[[], object], words: str) -> None:

@@ -41,24 +41,34 @@ def run(case: ScheduleCase, out: Path | None = None) -> dict[str, Any]:
     check_lab(case.links, lab=case.lab)
     check_gate()
     found = started("turnout.bench.schedule_ranks", case.to_json(), lab=case.lab)
-    steps, dictionary = found["steps"], Dictionary.from_json(found["dictionary"], "the tuner's dictionary")
+    last = found.get("then", found)
     if out is not None:
-        out.write_text(found["dictionary"], encoding="utf-8")
-    totals, by_median = totals_of(steps, measured=True), totals_of(steps, measured=False)
+        out.write_text(last["dictionary"], encoding="utf-8")
     return result(
-        [_row(name, seconds, totals, by_median) for name, seconds in {TUNER: totals.tuner, **totals.static}.items()],
-        **totals.ratios(),
-        oracle_s=totals.oracle,
-        by_medians=by_median.ratios() | {"oracle_s": by_median.oracle, "tuner_s": by_median.tuner},
-        levels=_levels(case, steps),
-        steps=_steps(steps),
-        learning=found["learning"],
-        decisions=_decisions(dictionary),
+        **_said(case, found),
+        then={"rate_mbit": case.then_mbit, **_said(case, last)} if "then" in found else None,
         layer={name: getattr(case, name) for name in ("dim", "hidden", "experts", "k", "etp", "ep")},
         schedule={name: getattr(case, name) for name in ("least", "swing", "levels", "hold", "periods")},
         mesh={"hosts": case.hosts, "ranks": case.ranks},
         links=vars(case.links) if case.lab else None,
     )
+
+
+def _said(case: ScheduleCase, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one measured schedule."""
+    steps, dictionary = found["steps"], Dictionary.from_json(found["dictionary"], "the tuner's dictionary")
+    totals, by_median = totals_of(steps, measured=True), totals_of(steps, measured=False)
+    every = {TUNER: totals.tuner, **totals.static}
+    return {
+        "rows": [_row(name, seconds, totals, by_median) for name, seconds in every.items()],
+        **totals.ratios(),
+        "oracle_s": totals.oracle,
+        "by_medians": by_median.ratios() | {"oracle_s": by_median.oracle, "tuner_s": by_median.tuner},
+        "levels": _levels(case, steps),
+        "steps": _steps(steps),
+        "learning": found["learning"],
+        "decisions": _decisions(dictionary),
+    }
 
 
 def totals_of(steps: Sequence[Step], *, measured: bool) -> Totals:
@@ -148,5 +158,6 @@ def _decisions(dictionary: Dictionary) -> list[dict[str, Any]]:
     found = []
     for key, entry in sorted(dictionary.entries.items()):
         first = next(row for row in explain(entry, dictionary.rules, busy) if row.reason.startswith("taken"))
-        found.append({"capacity": key.capacity, "skew": key.skew, "choice": str(first.choice), "reason": first.reason})
+        said = {"choice": str(first.choice), "reason": first.reason, "searches": entry.searches}
+        found.append({"capacity": key.capacity, "skew": key.skew} | said)
     return found

@@ -32,6 +32,7 @@ class ScheduleCase:
     periods: int = 1  # of the measured schedule: up and down again
     most_steps: int = 200  # of a level, to learn in
     most_periods: int = 8  # of the schedule, to learn in after that
+    then_mbit: float = 0.0  # rate of the lab's cards in a second schedule, which nobody is told of; 0: there is none
     trials: int = 5  # steps in which the tuner measures a candidate
 
     def __post_init__(self) -> None:
@@ -52,6 +53,8 @@ class ScheduleCase:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.levels < 2:
             raise ConfigError(f"levels={self.levels} must be at least 2")
+        if self.then_mbit < 0 or (self.then_mbit and not self.links.rate_mbit):
+            raise ConfigError(f"then_mbit={self.then_mbit} must be above 0, and so must the rate of the lab's links")
         if self.swing <= 1:
             raise ConfigError(f"swing={self.swing} must be above 1")
         if self.mesh.size % self.etp or self.experts % self.ep or self.k > self.experts:

@@ -41,19 +41,21 @@ def main() -> None:
     case = ScheduleCase.from_json(json.loads(sys.argv[1]))
     with ExitStack() as stack:
         lab = stack.enter_context(Lab(case.hosts, case.links)) if case.lab else None
-        found = fork_ranks(partial(_measured, case), case.mesh, lab=lab, timeout_s=TIMEOUT_S)
+        found = fork_ranks(partial(_measured, case, lab), case.mesh, lab=lab, timeout_s=TIMEOUT_S)
     # the tuner's times and decisions are the same on all
     print(json.dumps(found[0]))
 
 
-def _measured(case: ScheduleCase, world: World) -> dict[str, Any]:
+def _measured(case: ScheduleCase, lab: Lab | None, world: World) -> dict[str, Any]:
     steps = Steps(case, world)
-    learned = steps.learn()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    measured = [steps.race(number, level) for number, level in enumerate(case.periods * case.period())]
-    return {"learning": learned, "steps": measured, "dictionary": steps.tuner.dictionary.to_json()}
+    found = steps.learn(range(len(case.tokens))) | steps.measure()
+    if lab is None or not case.then_mbit:
+        return found
+    if world.is_first:
+        lab.pace(case.then_mbit)
+    world.barrier()
+    # its own times are all that tells the tuner
+    return found | {"then": steps.learn(()) | steps.measure()}
 
 
 class Steps:
@@ -71,25 +73,34 @@ class Steps:
         self.tuner = Tuner(self._layer, self._parallel, dictionary, element_bytes=self._x_TD.element_size())
         self._static = {choice: _dispatcher(choice, self._layer, self._parallel) for choice in self.tuner.candidates}
 
-    def learn(self) -> dict[str, Any]:
-        """Steps of each level in turn until nothing is left to try there, then the schedule until that stays so.
+    def learn(self, levels: Sequence[int]) -> dict[str, Any]:
+        """Steps of each of these until nothing is left to try there, then the schedule until that stays so.
 
         On its way from level to level a step is known by the one before, of another level: that is learned too.
         """
-        began_s, steps, periods = time.perf_counter(), 0, 0
-        for level in range(len(self._case.tokens)):
+        began_s, steps, periods, is_warm = time.perf_counter(), 0, 0, False
+        for level in levels:
             for _ in range(self._case.most_steps):
                 self._tuned(level)
                 steps += 1
                 if self.tuner.is_warm:
                     break
-        is_warm = False
         while not is_warm and periods < self._case.most_periods:
             is_warm, periods = True, periods + 1
             for level in self._case.period():
                 self._tuned(level)
                 steps, is_warm = steps + 1, is_warm and self.tuner.is_warm
-        return {"steps": steps, "warm": is_warm, "periods": periods, "seconds": time.perf_counter() - began_s}
+        seconds = time.perf_counter() - began_s
+        return {"learning": {"steps": steps, "warm": is_warm, "periods": periods, "seconds": seconds}}
+
+    def measure(self) -> dict[str, Any]:
+        """The schedule, everybody in turns in every step, and the dictionary after it."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        measured = [self.race(number, level) for number, level in enumerate(self._case.periods * self._case.period())]
+        gc.enable()
+        return {"steps": measured, "dictionary": self.tuner.dictionary.to_json()}
 
     def race(self, number: int, level: int) -> dict[str, Any]:
         """Seconds of one step of the schedule: the tuner's, and each candidate's."""

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from turnout.cli import options
 from turnout.cli.console import console, print_json, table
@@ -34,6 +35,9 @@ def tuner(
     levels: Annotated[int, typer.Option(help="Levels of the schedule.", min=2)] = 4,
     hold: Annotated[int, typer.Option(help="Steps of a level before the next.", min=1)] = 5,
     periods: Annotated[int, typer.Option(help="Times up and down.", min=1)] = 1,
+    then_rate: Annotated[
+        float, typer.Option(help="Mbit/s of a second schedule, which nobody is told of; 0: none. Needs --rate.", min=0)
+    ] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Write the dictionary there, for `turnout tune --explain`.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -59,18 +63,27 @@ def tuner(
         levels=levels,
         hold=hold,
         periods=periods,
+        then_mbit=then_rate,
     )
     result = run(case, out)
     screen = console(as_json=as_json)
-    machine, learning = result["machine"], result["learning"]
+    machine = result["machine"]
     screen.print(f"  {machine['processor']}, {machine['cores']} cores; {hosts} x {ranks} ranks of one thread")
-    state = "warm" if learning["warm"] else "not all tried"
-    screen.print(f"  learned in {learning['steps']} steps, {learning['seconds']:.0f} s: {state}")
-    screen.print(_totals(result["rows"]))
-    screen.print(_levels(result["levels"]))
-    screen.print(f"  {_words(result)}", soft_wrap=True)
+    _print(result, screen)
+    if result["then"] is not None:
+        screen.print(f"  then at {then_rate:g} Mbit/s, of which nobody was told:")
+        _print(result["then"], screen)
     if as_json:
         print_json(result)
+
+
+def _print(found: dict[str, Any], screen: Console) -> None:
+    learning = found["learning"]
+    state = "warm" if learning["warm"] else "not all tried"
+    screen.print(f"  learned in {learning['steps']} steps, {learning['seconds']:.0f} s: {state}")
+    screen.print(_totals(found["rows"]))
+    screen.print(_levels(found["levels"]))
+    screen.print(f"  {_words(found)}", soft_wrap=True)
 
 
 def _totals(rows: list[dict[str, Any]]) -> Any:
