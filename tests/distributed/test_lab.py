@@ -22,7 +22,7 @@ from turnout.bench.alltoall_cost import (
     expected_copies,
     planned_crossover,
 )
-from turnout.bench.lab import Links, isolated, isolation, why_not
+from turnout.bench.lab import Lab, Links, isolated, isolation, why_not
 from turnout.errors import ConfigError, TurnoutError
 
 SLOW = Links(rate_mbit=400, packet_us=250)
@@ -152,6 +152,7 @@ def test_a_machine_that_allows_no_lab_says_why_in_one_line(monkeypatch: pytest.M
         (lambda: Links(rate_mbit=-1), "rate_mbit=-1 must be at least 0"),
         (lambda: Links(packet_us=5), "packet_us=5 needs a rate"),
         (lambda: Links(mtu=100), r"mtu=100 must be in 576\.\.65535"),
+        (lambda: Lab(2, Links()).pace(5), "rate_mbit=5 must be above 0, and so must that of the lab's links"),
         (lambda: ExchangeCase(hosts=1, ranks=1), "hosts=1 times ranks=1 must be in 2"),
         (lambda: ExchangeCase(row_bytes=(6,)), "row_bytes=6 must be a multiple of 4; nearest legal: 8"),
         (lambda: ExchangeCase(experts=12), "experts=12 must be a multiple of the 8 ranks; nearest legal: 16"),
