@@ -5,6 +5,7 @@ same connection, and who waits for him sends only when those are through: of a l
 also runs two collectives of a group at once and no more, so that exchanges that are begun ahead, as a layer's chunks
 are, shake hands in pairs, and over a long way both directions rest meanwhile. Messages leave in the order in which they
 were begun, at once. They cost more of the processor, which is why ranks of one node go on with gloo's.
+Source: facebookincubator/gloo, gloo/alltoallv.cc, which calls `send` and then `recv` for each peer.
 """
 
 from collections.abc import Sequence
