@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class FusedInt8(FusedBackend):
-    """Whole-number products of codes, by AMX or VNNI where there are such; scales and activations in float32."""
+    """Products of codes as whole numbers, by VNNI where there is such; of many rows by AMX, in bfloat16."""
 
     layout = "ragged"
     trains = False
@@ -67,7 +67,7 @@ def trusted_int8() -> Kernel | str:
 
 @functools.cache
 def int8_by_matrix_unit() -> Kernel | str:
-    """The same by the processor's matrix unit, where calls of more than a few rows gain by it; or why there is none."""
+    """The same, with many rows by the processor's matrix unit; or why there is none."""
     kernel = trusted_kernel()
     return kernel if isinstance(kernel, str) else by_matrix_unit(kernel, prove_int8, _proof(".int8-amx-proven"))
 
@@ -93,8 +93,10 @@ def int8_weights(experts: QuantizedFFNExperts) -> Int8Weights:
     return Int8Weights(
         up_codes=experts.up_codes.contiguous(),
         up_scales=experts.up_scales.contiguous(),
+        up_bases=experts.up_bases.contiguous(),
         down_codes=experts.down_codes.contiguous(),
         down_scales=experts.down_scales.contiguous(),
+        down_bases=experts.down_bases.contiguous(),
         up_bias_EG=up_bias_EG,
         down_bias_ED=down_bias_ED,
         hidden=experts.hidden,

@@ -31,8 +31,10 @@ class Int8Weights:
 
     up_codes: Tensor
     up_scales: Tensor
+    up_bases: Tensor
     down_codes: Tensor
     down_scales: Tensor
+    down_bases: Tensor
     up_bias_EG: Tensor | None
     down_bias_ED: Tensor | None
     hidden: int
