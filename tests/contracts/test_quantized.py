@@ -319,6 +319,49 @@ def test_a_layer_takes_fused_int8_by_itself_and_refuses_to_train() -> None:
         assert relative(layer(x).y, want) < 0.02
 
 
+@pytest.mark.parametrize("backend", ["auto", "loop"])
+def test_a_router_that_would_learn_is_refused_whatever_computes(backend: str) -> None:
+    """Its gradients through the experts' outputs would be right, but none of them trains with what it reads."""
+    layer, x = quantize_experts(MoE(16, 12, 4, backend=backend)), torch.randn(5, 16)
+    with pytest.raises(ConfigError, match=r"quantised experts are for inference alone: call the layer under"):
+        layer(x)
+    layer.requires_grad_(requires_grad=False)
+    assert layer(x).y.isfinite().all()
+
+
+@with_kernel
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [5, 200], ids=["few rows", "many"])
+def test_torch_compile_takes_the_pass_as_one_node(num_tokens: int) -> None:
+    torch.compiler.reset()
+    experts, x_TD, assignment = quantized(32, 24, 4, bias=True), torch.randn(num_tokens, 32), drawn(num_tokens, 4, 2)
+
+    def graph(x_TD: Tensor, weight_N: Tensor) -> Tensor:
+        own = Assignment(
+            token_N=assignment.token_N,
+            expert_N=assignment.expert_N,
+            weight_N=weight_N,
+            choice_N=assignment.choice_N,
+            num_tokens=num_tokens,
+            num_experts=4,
+        )
+        return run(experts, x_TD, own)
+
+    functions = (graph, torch.compile(graph, backend="aot_eager", fullgraph=True))
+    outputs = [function(x_TD, assignment.weight_N.detach()) for function in functions]
+    assert torch.equal(*outputs)
+    # by the kernel, and not by the loop, whose rows are not rounded
+    assert not torch.allclose(outputs[1], loop_of(experts, x_TD, assignment), rtol=0, atol=1e-6)
+
+
+def loop_of(experts: QuantizedFFNExperts, x_TD: Tensor, assignment: Assignment) -> Tensor:
+    admission = Admission(keep_N=None, capacity=None, dropped_E={})
+    with torch.no_grad():
+        return pass_experts(
+            experts, ExpertBackend.TABLE["loop"], x_TD, assignment, admission, dispatcher=LocalDispatcher()
+        )
+
+
 def test_backends_for_float_experts_refuse_quantised_ones() -> None:
     layer = quantize_experts(MoE(16, 12, 4, backend="grouped_mm"))
     with pytest.raises(ConfigError, match=r"backend='grouped_mm' cannot run here: .* need backend='loop'"):

@@ -40,6 +40,12 @@ class Int8Weights:
     hidden: int
     kind: str
 
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Codes, scales and bases of the first product, then of the second."""
+        up = (self.up_codes, self.up_scales, self.up_bases)
+        return (*up, self.down_codes, self.down_scales, self.down_bases)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
