@@ -26,7 +26,8 @@ def encode_ffn(up_EDG: Tensor, down_EFD: Tensor) -> FFNCodes:
     hidden = down_EFD.shape[1]
     # each part begins a panel, and ends with a group of the second product
     parts = torch.stack([F.pad(part, (0, -hidden % GROUP)) for part in up_EDG.split(hidden, dim=2)], dim=1)
-    return FFNCodes(*(t.unflatten(0, parts.shape[:2]) for t in encode(parts.flatten(0, 1))), *encode(down_EFD))
+    up = (tensor.unflatten(0, parts.shape[:2]) for tensor in encode(parts.flatten(0, 1)))
+    return FFNCodes._make([*up, *encode(down_EFD)])
 
 
 def decode_ffn(codes: FFNCodes, *, dim: int, hidden: int) -> tuple[Tensor, Tensor]:

@@ -86,8 +86,9 @@ template <int DIGITS, int ROWS, bool FETCH>
 void code_tile(const Codes<DIGITS>& x, long first, const Panel& panel, float* out, long out_step) {
   constexpr int LINES = ROWS * DIGITS;
   for (int column = 0; column < PANEL; column += TILE_COLUMNS) {
-    for (int r = 0; r < ROWS; r++)
-      for (int half = 0; half < 2; half++) store(out + r * out_step + column + half * LANES, vec{});
+    // in registers while the rows are few
+    vec all[ROWS][2] = {};
+    const vec base[] = {load(panel.base + column), load(panel.base + column + LANES)};
     for (int g = 0; g < panel.groups; g++) {
       ints sum[LINES][2];
 #pragma GCC unroll 12
@@ -111,18 +112,20 @@ void code_tile(const Codes<DIGITS>& x, long first, const Panel& panel, float* ou
       const float* own = x.scales(g, first);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
-        const vec scale = scale_of(scales + half * LANES, load(panel.base + column + half * LANES));
+        const vec scale = scale_of(scales + half * LANES, base[half]);
         const vec low = -scale * zero_of(scales + PANEL + half * LANES);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) {
           const ints high = sum[r * DIGITS][half], lower = sum[r * DIGITS + DIGITS - 1][half];
           const vec whole =
               DIGITS == 1 ? scaled(lower, scale) : __builtin_convertvector((high << 8) + lower, vec) * scale;
-          float* to = out + r * out_step + column + half * LANES;
-          store(to, load(to) + low * own[2 * r + 1] + whole * own[2 * r]);
+          all[r][half] = all[r][half] + low * own[2 * r + 1] + whole * own[2 * r];
         }
       }
     }
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++)
+      for (int half = 0; half < 2; half++) store(out + r * out_step + column + half * LANES, all[r][half]);
   }
 }
 
