@@ -1,6 +1,6 @@
 """What torch's deterministic mode costs a layer, and whether ten runs in it are equal bit for bit.
 
-Usage: python -m benchmarks.deterministic [--shapes a,b,c] [--modes forward,train] [--rounds 8] [--threads 2] > RESULT.json
+Usage: python -m benchmarks.deterministic [--shapes a,b,c] [--modes forward,train] [--rounds 8] [--threads 2] > FILE
 
 The kernels add in one order whatever the threads do, so nothing is computed otherwise in that mode; but torch then also
 fills all memory it hands out uninitialised (`fills`, torch's own default there). `plain` leaves that off. Both take
