@@ -13,7 +13,8 @@ from turnout.parallel.stage_gather import of_stages
 from turnout.parallel.stage_pass import MicroBatch
 from turnout.parallel.stage_schedules import check_micro_batches
 from turnout.parallel.supported import check_shards, check_supported
-from turnout.parallel.tensor_parallel import check_dense, check_sequences, cutting
+from turnout.parallel.tensor_parallel import check_dense, check_sequences
+from turnout.parallel.tokens import cutting
 
 __all__ = [
     "ExpertParallel",

@@ -24,7 +24,8 @@ from turnout.parallel.sites import stand
 from turnout.parallel.stage_cut import check_stages
 from turnout.parallel.stages import cut_stages
 from turnout.parallel.supported import check_shards, check_supported
-from turnout.parallel.tensor_parallel import Tokens, check_dense, share_dense
+from turnout.parallel.tensor_parallel import check_dense, share_dense
+from turnout.parallel.tokens import Tokens
 from turnout.placement import Placement
 from turnout.strategy import Strategy
 

@@ -13,7 +13,7 @@ from turnout.parallel.shards import Shards
 from turnout.parallel.stage_gather import joined_stages
 from turnout.parallel.stages import Stages
 from turnout.parallel.supported import check_shards, check_supported
-from turnout.parallel.tensor_parallel import cutting
+from turnout.parallel.tokens import cutting
 from turnout.strategy import Strategy
 
 
