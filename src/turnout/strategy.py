@@ -11,7 +11,7 @@ from turnout.registry import nearest
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "fp4"]
 WirePrecision = Literal["", "fp32", "fp16", "bf16", "fp8", "fp4"]
 ELEMENT_BYTES: dict[str, float] = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "fp4": 0.5}
-_COUNTS = ("tp", "cp", "pp", "virtual_stages", "ep", "etp", "overlap", "micro_batch")
+_COUNTS = ("tp", "tp_overlap", "cp", "pp", "virtual_stages", "ep", "etp", "overlap", "micro_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Strategy:
     dp: int = 0  # data-parallel ranks of the dense part; 0 derives it from the world
     tp: int = 1  # tensor parallel ranks of attention and dense layers
     sequence_parallel: bool = False  # norms and residual sharded over tp, all-gather + reduce-scatter for all-reduce
+    tp_overlap: int = 1  # chunks in which those gathers and sums hide behind their products; 1: none
     cp: int = 1  # context parallel ranks: each has 1/cp of every sequence
     cp_kind: Literal["ring", "alltoall"] = "ring"  # keys and values round a ring, or heads exchanged (Ulysses)
     pp: int = 1  # pipeline stages
@@ -86,6 +87,11 @@ class Strategy:
             raise ConfigError(f"strategy.pp={self.pp} must be even under dualpipe; nearest legal: {self.pp + 1}")
         if self.sequence_parallel and self.tp == 1:
             raise ConfigError("strategy.sequence_parallel=True needs tp of at least 2; nearest legal: False")
+        if self.tp_overlap > 1 and not self.sequence_parallel:
+            raise ConfigError(
+                f"strategy.tp_overlap={self.tp_overlap} cuts the gathers and sums of sequence_parallel, which is off; "
+                "nearest legal: 1, or sequence_parallel=True"
+            )
 
     @property
     def tokens_sharded(self) -> bool:

@@ -276,6 +276,7 @@ class TrainCase:
     adaptive_r: int = -1
     tp: int = 1
     sequence_parallel: bool = False
+    tp_overlap: int = 1
     shard_tokens: bool = False
     folded: bool = False
     pieces: bool = False  # a group of tensor-parallel ranks has one sequence alone, which they cut
@@ -299,6 +300,7 @@ class TrainCase:
         sizes = {"ep": self.ep, "etp": self.etp, "zero": self.zero, "zero_size": self.zero_size}
         sizes |= {"adaptive_r": self.adaptive_r, "tp": self.tp, "folded": self.folded}
         sizes |= {"sequence_parallel": self.sequence_parallel, "shard_tokens": self.shard_tokens}
+        sizes |= {"tp_overlap": self.tp_overlap}
         return Strategy(**sizes, alltoall=self.program, overlap=self.overlap)
 
 
@@ -367,10 +369,14 @@ def tensor_cases() -> Iterator[TrainCase]:
     yield replace(plain, capacity=FixedCapacity(factor=1.0), ep=2, shard_tokens=True)
     yield replace(plain, ep=2, etp=2, shard_tokens=True)
     yield replace(plain, ep=1, etp=4, adaptive_r=2, folded=True, sequence_parallel=True, adam=True)
+    fused = replace(plain, sequence_parallel=True, ep=4, folded=True)
+    yield replace(fused, tp_overlap=4, adam=True, accumulate=2)
+    yield replace(fused, tp_overlap=3, attention="latent", bias=False, dtype=torch.float32)
     # ten tokens over four ranks
     pieces = TrainCase(tp=4, attention="many", sequence_parallel=True, pieces=True, losses=stepwise, folded=True)
     yield replace(pieces, accumulate=2, adam=True)
     yield replace(pieces, ep=2, bias=True, dtype=torch.float32)
+    yield replace(pieces, tp_overlap=2, bias=True)
 
 
 def sharded_cases() -> Iterator[TrainCase]:

@@ -1,5 +1,8 @@
 """Processes and what moves between them: the world, groups of ranks, the torch.distributed transport, the ledger."""
 
+from turnout.comm.fused import FusedProducts
+from turnout.comm.fused_chunks import ChunkedProducts
+from turnout.comm.fused_symmetric import SymmetricProducts, is_shared
 from turnout.comm.groups import ExpertGroup, Groups, StageGroup, TensorGroup, expert_mesh, make_groups
 from turnout.comm.ledger import Ledger
 from turnout.comm.sharing import Peers, Sharing
@@ -11,13 +14,16 @@ from turnout.comm.world import World, is_launched, join
 
 __all__ = [
     "Arrived",
+    "ChunkedProducts",
     "ExpertGroup",
+    "FusedProducts",
     "Groups",
     "Ledger",
     "Peers",
     "Sharing",
     "Sizes",
     "StageGroup",
+    "SymmetricProducts",
     "TensorGroup",
     "TensorWire",
     "TorchTransport",
@@ -25,6 +31,7 @@ __all__ = [
     "World",
     "expert_mesh",
     "is_launched",
+    "is_shared",
     "join",
     "make_groups",
 ]

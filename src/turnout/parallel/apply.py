@@ -3,6 +3,7 @@
 from math import gcd
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -24,7 +25,7 @@ from turnout.parallel.sites import stand
 from turnout.parallel.stage_cut import check_stages
 from turnout.parallel.stages import cut_stages
 from turnout.parallel.supported import check_shards, check_supported
-from turnout.parallel.tensor_parallel import check_dense, share_dense
+from turnout.parallel.tensor_parallel import Fusion, check_dense, share_dense
 from turnout.parallel.tokens import Tokens
 from turnout.placement import Placement
 from turnout.strategy import Strategy
@@ -71,7 +72,8 @@ def apply(
     cuts = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
     tensor, dense = groups.tensor, dict[str, DenseCut]()
     if tensor is not None:
-        dense = _share_dense(model, tensor, ledger, sequence_parallel=resolved.sequence_parallel)
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        dense = _share_dense(model, tensor, ledger, resolved, device)
         for name, layer in layers.items():
             layer.reach(sending_own(name, layer.dispatcher, resolved, tensor, ledger))
     if resolved.zero == 3 and world.size > 1:
@@ -118,14 +120,14 @@ def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledg
 
 
 def _share_dense(
-    model: nn.Module, tensor: TensorGroup, ledger: Ledger, *, sequence_parallel: bool
+    model: nn.Module, tensor: TensorGroup, ledger: Ledger, strategy: Strategy, device: torch.device
 ) -> dict[str, DenseCut]:
     """Attention and dense layers over ranks, and of a decoder the loss too."""
-    tokens = Tokens(tensor.size) if sequence_parallel else None
+    tokens = Tokens(tensor.size) if strategy.sequence_parallel else None
     if isinstance(model, Decoder):
         # in the place of the method, for whoever calls it: what weighs its parts counts a rank's own targets
         vars(model)["loss"] = OwnTargets(model, tensor.size, tensor.place, tokens)
-    return share_dense(model, tensor, ledger, tokens)
+    return share_dense(model, tensor, ledger, tokens, Fusion.of(strategy, tensor, device))
 
 
 def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strategy:

@@ -12,12 +12,13 @@ is not where weights are plain tensors.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from turnout.comm import Ledger, TensorGroup, TensorWire
+from turnout.comm import ChunkedProducts, Ledger, SymmetricProducts, TensorGroup, TensorWire, is_shared
 from turnout.contracts import Loss
 from turnout.errors import ConfigError
 from turnout.layers import MoE
@@ -25,10 +26,12 @@ from turnout.layers.attention import Attention
 from turnout.layers.block import Block
 from turnout.layers.mla import MLA
 from turnout.layers.mlp import MLP
+from turnout.layers.products import Products
 from turnout.models import Decoder
 from turnout.parallel.dense_cuts import DenseCut, cut_layers, cuts_of, keep
-from turnout.parallel.shared_products import ScatteredProducts, SummedProducts
+from turnout.parallel.shared_products import FusedEnds, ScatteredProducts, SummedProducts
 from turnout.parallel.tokens import Cutting, Tokens
+from turnout.strategy import Strategy
 
 
 def check_dense(model: nn.Module, ranks: int, *, sequence_parallel: bool) -> None:
@@ -49,10 +52,13 @@ def check_dense(model: nn.Module, ranks: int, *, sequence_parallel: bool) -> Non
             raise ConfigError(f"{name} is laid out already: apply a strategy once, to the whole model")
 
 
-def share_dense(model: nn.Module, group: TensorGroup, ledger: Ledger, tokens: Tokens | None) -> dict[str, DenseCut]:
+def share_dense(
+    model: nn.Module, group: TensorGroup, ledger: Ledger, tokens: Tokens | None, fusion: "Fusion | None" = None
+) -> dict[str, DenseCut]:
     """Cut the layers that ranks share and hang their sums on them; returns who has which part, by name.
 
     `tokens`: of sequence parallel; the dense network beside experts then stays whole: it computes a rank's own alone.
+    `fusion`: how its gathers and sums hide behind products; None: they do not.
     """
     found: dict[str, DenseCut] = {}
     for name, layer in list(cut_layers(model, shared_experts=tokens is None)):
@@ -61,11 +67,35 @@ def share_dense(model: nn.Module, group: TensorGroup, ledger: Ledger, tokens: To
         found |= {f"{name}.{own}": cut for own, cut in cuts.items()}
         wire = TensorWire(group=group, ledger=ledger, layer=name)
         assert isinstance(layer, Attention | MLA | MLP)
-        layer.reach(SummedProducts(wire) if tokens is None else ScatteredProducts(wire, tokens))
+        layer.reach(_products(wire, tokens, fusion))
     if tokens is not None:
         assert isinstance(model, Decoder)
         _cut_tokens(model, tokens, TensorWire(group=group, ledger=ledger, layer="the model"))
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """How the collectives of sequence parallel are fused with products."""
+
+    chunks: int
+    symmetric: bool  # the ranks' GPUs reach each other's memory
+
+    @staticmethod
+    def of(strategy: Strategy, group: TensorGroup, device: torch.device) -> "Fusion | None":
+        """What a strategy asks for and the ranks of the group can do; all of them call it."""
+        if strategy.tp_overlap == 1:
+            return None
+        return Fusion(chunks=strategy.tp_overlap, symmetric=is_shared(group, device))
+
+
+def _products(wire: TensorWire, tokens: Tokens | None, fusion: Fusion | None) -> Products:
+    if tokens is None:
+        return SummedProducts(wire)
+    if fusion is None:
+        return ScatteredProducts(wire, tokens)
+    symmetric = SymmetricProducts(wire=wire) if fusion.symmetric else None
+    return FusedEnds(ChunkedProducts(wire=wire, chunks=fusion.chunks), symmetric, tokens)
 
 
 def _cut_tokens(model: Decoder, tokens: Tokens, wire: TensorWire) -> None:
