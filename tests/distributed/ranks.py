@@ -38,12 +38,14 @@ from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
 from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
 from turnout.comm.kernel_count import Connection, received
+from turnout.comm.ledger import Phase
 from turnout.comm.processes import start_ranks
 from turnout.contracts import ExpertCall
 from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError
 from turnout.models import Decoder
 from turnout.parallel import ExpertParallel, Parallel, Shards, apply, check_replicas, reduce_gradients
+from turnout.parallel.dense_cuts import DenseCut
 from turnout.parallel.fully_sharded import here
 from turnout.parallel.moves import move_bytes, moved, placements_of
 from turnout.parallel.tuner import Tuner, dictionary_for
@@ -229,8 +231,17 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         "begins": begins,
         "moved": has_switched,
         "sent": sent,
+        "tensor": tensor_bytes(parallel),
         "kept": {name: (here(weight).numel(), weight.numel()) for name, weight in model.named_parameters()},
     }
+
+
+def tensor_bytes(parallel: Parallel) -> list[int]:
+    """Bytes and messages that the layers which tensor-parallel ranks share have sent, the model's ends left out."""
+    layers = {name.rpartition(".")[0] for name, cut in parallel.shards.cuts.items() if isinstance(cut, DenseCut)}
+    ways: tuple[Phase, ...] = ("forward", "backward")
+    sent = [each for layer in layers for way in ways for each in parallel.ledger.sent(layer, way, "tensor").values()]
+    return [sum(column) for column in zip(*sent, strict=True)] if sent else [0, 0]
 
 
 def move(

@@ -24,6 +24,7 @@ from tests.distributed.cases import (
     optimizer,
     passed,
     placement_of,
+    texts,
     tolerance,
     train_cases,
     worst,
@@ -35,10 +36,11 @@ from turnout.dispatch import plan_dispatch
 from turnout.plan.expert_volume import expert_tensor_volume, expert_weights_volume
 from turnout.plan.shapes import SHAPES
 from turnout.plan.step import Step
+from turnout.plan.volume import tensor_volume
 from turnout.train.device import autocast_for
 from turnout.train.step import train_step
 
-LAYERS, TRAININGS = list(layer_cases()), list(train_cases())
+LAYERS, TRAININGS, PLAIN = list(layer_cases()), list(train_cases()), TrainCase()
 SENDING = [case for case in LAYERS if case.adaptive_r != 0]
 Outcomes = list[dict[str, Outcome]]
 
@@ -267,6 +269,32 @@ def test_ranks_keep_no_more_than_their_shards(case: TrainCase, outcomes: Outcome
             shards = case.ranks // block if is_cut else case.zero_size or case.ranks
             first = whole.get_parameter(name).shape[0] // (case.ep if is_cut else 1)
             assert kept <= math.ceil(first / shards) * (here // first), name
+
+
+# pieces of unequal length travel in blocks of one size, and losses of a whole step send its tokens ahead once more
+SHARING = [case for case in TRAININGS if case.sequence_parallel and not case.pieces and case.losses == PLAIN.losses]
+
+
+@pytest.mark.parametrize("case", SHARING, ids=lambda case: case.name)
+def test_shared_layers_send_what_the_planner_says(case: TrainCase, outcomes: Outcomes) -> None:
+    found = of_ranks(outcomes, case)
+    tokens = sum(batch.tokens_BS.numel() for step in range(case.steps) for batch in texts(case, step)[0])
+    # each rank has the network beside experts whole, and an expert's slices are no dense layer's
+    shape = replace(SHAPES["mixtral-8x7b"], num_layers=3, dim=16, num_experts=8, dense_first=1, shared_hidden=0)
+    strategy = replace(case.strategy, precision="fp32", ep=1, etp=1, adaptive_r=-1)
+    step = Step(
+        shape=shape,
+        strategy=strategy.check(case.ranks, num_experts=8),
+        devices_per_node=case.local,
+        tokens=float(tokens),
+        micro_batches=case.steps * case.accumulate,
+    )
+    # without products that hide it nothing is regathered: what was gathered is kept
+    parts = [part for part in tensor_volume(step) if case.tp_overlap > 1 or part.name != "sp regather"]
+    want = case.ranks * sum(part.total_bytes for part in parts) * case.dtype.itemsize / 4
+    size, messages = (sum(column) for column in zip(*(outcome["tensor"] for outcome in found), strict=True))
+    assert size == pytest.approx(want, rel=1e-12)
+    assert messages == pytest.approx(case.ranks * sum(part.messages for part in parts), rel=1e-12)
 
 
 def test_a_tuner_decides_alike_on_all_ranks_and_keeps_what_it_learned(outcomes: Outcomes) -> None:
