@@ -19,12 +19,12 @@ from torch import Tensor
 
 from turnout.comm.groups import TensorGroup
 from turnout.comm.ledger import Ledger, Phase
+from turnout.comm.scattered import reduce_scatter
 from turnout.comm.wire import named
 from turnout.tensors import first_order
 
-# torch 2.13 renamed them
+# torch 2.13 renamed it
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class TensorWire:
         out = sent.new_empty(width, *sent.shape[1:])
         self.note(phase, out.numel() * out.element_size())
         with named("reduce-scatter", self.layer, self.group.wire, self.ledger):
-            _reduce_scatter(out, sent, group=self.group.wire)
+            reduce_scatter(out, sent, self.group.wire)
         return out[: lengths[self.group.place]].movedim(0, dim)
 
     def note(self, phase: Phase, size: int) -> None:
