@@ -386,6 +386,11 @@ def sharded_cases() -> Iterator[TrainCase]:
     stepwise = LoadBalance(coefficient=0.1, scope="global")
     yield TrainCase(zero=3, ep=2, accumulate=2, idle_rank=True, losses=(stepwise,))
     yield TrainCase(zero=3, zero_size=2, ep=4, local=2, program="node_dedup", adam=True)
+    # beside tensor parallel: parts of dense weights in shards over the data axis, experts over all that have them
+    tensor = TrainCase(zero=3, tp=2, ep=2, attention="all", bias=True, adam=True)
+    yield tensor
+    yield replace(tensor, ep=1, sequence_parallel=True, tp_overlap=2, accumulate=2, idle_rank=True)
+    yield replace(tensor, ep=4, folded=True, shard_tokens=True, zero_size=2, adam=False, dtype=torch.float32)
 
 
 def decoder(case: TrainCase) -> Decoder:

@@ -232,7 +232,9 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         "moved": has_switched,
         "sent": sent,
         "tensor": tensor_bytes(parallel),
-        "kept": {name: (here(weight).numel(), weight.numel()) for name, weight in model.named_parameters()},
+        "kept": {
+            name: (here(weight).numel(), *weight.shape[:1], weight.numel()) for name, weight in model.named_parameters()
+        },
     }
 
 

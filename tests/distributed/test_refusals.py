@@ -17,7 +17,6 @@ from turnout.train.recipes import load_recipe
 
 REFUSED = [
     (Strategy(cp=2), "strategy.cp=2 can be planned (turnout plan) but not trained with in this version; legal: 1"),
-    (Strategy(tp=2, zero=3), "strategy.zero=3 with tp=2 would shard parts of tensors, which this version does not"),
     (Strategy(tp=2, etp=2), "strategy.etp=2 with tp=2: slices of an expert would get every token tp times; nearest"),
     (Strategy(tp=2, alltoall="coordinated"), "strategy.alltoall='coordinated' with tp=2 can be planned"),
     (

@@ -5,6 +5,7 @@ from turnout.comm.fused_chunks import ChunkedProducts
 from turnout.comm.fused_symmetric import SymmetricProducts, is_shared
 from turnout.comm.groups import ExpertGroup, Groups, StageGroup, TensorGroup, expert_mesh, make_groups
 from turnout.comm.ledger import Ledger
+from turnout.comm.shard_wire import GatherOfShards, SumOfShards, note_of_copies
 from turnout.comm.sharing import Peers, Sharing
 from turnout.comm.sizes import Sizes
 from turnout.comm.tensor_wire import TensorWire
@@ -17,12 +18,14 @@ __all__ = [
     "ChunkedProducts",
     "ExpertGroup",
     "FusedProducts",
+    "GatherOfShards",
     "Groups",
     "Ledger",
     "Peers",
     "Sharing",
     "Sizes",
     "StageGroup",
+    "SumOfShards",
     "SymmetricProducts",
     "TensorGroup",
     "TensorWire",
@@ -34,4 +37,5 @@ __all__ = [
     "is_shared",
     "join",
     "make_groups",
+    "note_of_copies",
 ]

@@ -76,8 +76,8 @@ def apply(
         dense = _share_dense(model, tensor, ledger, resolved, device)
         for name, layer in layers.items():
             layer.reach(sending_own(name, layer.dispatcher, resolved, tensor, ledger))
-    if resolved.zero == 3 and world.size > 1:
-        shard_fully(model, groups, cuts, "cuda" if cuda else "cpu")
+    if groups.sharded:
+        shard_fully(model, groups, resolved, cuts, ledger)
     each = world.size // resolved.pp
     first = world.rank // each * each
     return Parallel(
