@@ -37,6 +37,8 @@ class Strategy:
     shard_tokens: bool = False  # each tp rank dispatches 1/tp of the tokens; sequence parallel does so by itself
     zero: Literal[0, 1, 2, 3] = 0  # sharded over dp: 1 optimizer, 2 + gradients, 3 + parameters (FSDP)
     zero_size: int = 0  # ranks a ZeRO shard is spread over (HSDP when fewer than all); 0: all of dp
+    # when gradients are summed into shards of ZeRO-3: after each micro-batch, or once, whole ones being kept till then
+    zero_sum: Literal["micro_batch", "step"] = "micro_batch"
     # light: norms, up-projections of latent attention, gated activations
     recompute: Literal["none", "light", "selective", "full"] = "none"  # what backward computes again
     kept_precision: Literal["", "fp8"] = ""  # of products' inputs kept for backward under light recomputation
@@ -61,6 +63,11 @@ class Strategy:
         for name in ("dp", "zero_size"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"strategy.{name}={getattr(self, name)} must be at least 0; nearest legal: 0")
+        if self.zero_sum == "step" and self.zero != 3:
+            raise ConfigError(
+                f"strategy.zero_sum='step' says how often zero=3 sums gradients, and zero={self.zero}; "
+                "nearest legal: 'micro_batch'"
+            )
         if self.kept_precision and self.recompute != "light":
             raise ConfigError(
                 f"strategy.kept_precision={self.kept_precision!r} needs recompute='light' (it is {self.recompute!r}); "

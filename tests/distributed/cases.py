@@ -271,6 +271,7 @@ class TrainCase:
     local: int = 4
     zero: Literal[0, 3] = 0
     zero_size: int = 0
+    zero_sum: Literal["micro_batch", "step"] = "micro_batch"
     program: str = "flat"
     overlap: int = 1
     adaptive_r: int = -1
@@ -300,7 +301,7 @@ class TrainCase:
         sizes = {"ep": self.ep, "etp": self.etp, "zero": self.zero, "zero_size": self.zero_size}
         sizes |= {"adaptive_r": self.adaptive_r, "tp": self.tp, "folded": self.folded}
         sizes |= {"sequence_parallel": self.sequence_parallel, "shard_tokens": self.shard_tokens}
-        sizes |= {"tp_overlap": self.tp_overlap}
+        sizes |= {"tp_overlap": self.tp_overlap, "zero_sum": self.zero_sum}
         return Strategy(**sizes, alltoall=self.program, overlap=self.overlap)
 
 
@@ -386,6 +387,7 @@ def sharded_cases() -> Iterator[TrainCase]:
     stepwise = LoadBalance(coefficient=0.1, scope="global")
     yield TrainCase(zero=3, ep=2, accumulate=2, idle_rank=True, losses=(stepwise,))
     yield TrainCase(zero=3, zero_size=2, ep=4, local=2, program="node_dedup", adam=True)
+    yield TrainCase(zero=3, zero_sum="step", ep=2, accumulate=3, adam=True)
     # beside tensor parallel: parts of dense weights in shards over the data axis, experts over all that have them
     tensor = TrainCase(zero=3, tp=2, ep=2, attention="all", bias=True, adam=True)
     yield tensor

@@ -38,7 +38,7 @@ from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
 from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
 from turnout.comm.kernel_count import Connection, received
-from turnout.comm.ledger import Phase
+from turnout.comm.ledger import Kind, Phase
 from turnout.comm.processes import start_ranks
 from turnout.contracts import ExpertCall
 from turnout.dispatch import plan_dispatch
@@ -232,6 +232,7 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         "moved": has_switched,
         "sent": sent,
         "tensor": tensor_bytes(parallel),
+        "shards": shard_bytes(model, parallel),
         "kept": {
             name: (here(weight).numel(), *weight.shape[:1], weight.numel()) for name, weight in model.named_parameters()
         },
@@ -244,6 +245,14 @@ def tensor_bytes(parallel: Parallel) -> list[int]:
     ways: tuple[Phase, ...] = ("forward", "backward")
     sent = [each for layer in layers for way in ways for each in parallel.ledger.sent(layer, way, "tensor").values()]
     return [sum(column) for column in zip(*sent, strict=True)] if sent else [0, 0]
+
+
+def shard_bytes(model: Decoder, parallel: Parallel) -> dict[str, tuple[int, ...]]:
+    """Bytes of weights gathered, of gradients summed and of those summed over copies, by the module FSDP wrapped."""
+    kinds: tuple[tuple[Phase, Kind], ...] = (("forward", "shards"), ("backward", "shards"), ("backward", "copies"))
+    names = ["the model", *(name for name, _ in model.named_modules() if name)]
+    found = {name: [parallel.ledger.sent(name, *kind).values() for kind in kinds] for name in names}
+    return {name: tuple(sum(size for size, _ in sent) for sent in each) for name, each in found.items() if each[0]}
 
 
 def move(

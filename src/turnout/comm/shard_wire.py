@@ -1,6 +1,6 @@
-"""What FSDP hands to its collectives: torch's own gather and sum of shards, noted in the ledger, named where they fail.
+"""What FSDP hands to its collectives: torch's own gather and sum, noted in the ledger, and named where they fail.
 
-They have the form of torch.distributed.fsdp's custom collectives (`set_custom_all_gather`, `set_custom_reduce_scatter`).
+They have the form that FSDPModule.set_custom_all_gather and set_custom_reduce_scatter ask for.
 """
 
 import math
