@@ -139,15 +139,17 @@ class Strategy:
         num_heads: int = 0,
         seq_len: int = 0,
         global_batch: int = 0,
+        uneven: bool = False,
     ) -> "Strategy":
         """This strategy with dp filled in, once it is legal for the job. What is 0 is unknown and not checked;
         num_experts is the exception: 0 is a dense model.
 
-        `global_batch` counts sequences.
+        `global_batch` counts sequences. `uneven`: some ranks may hold one expert more than others, as the layers can;
+        the planner's and the tuner's closed forms take all alike.
         Raises: ConfigError naming the field, its value and the nearest legal one.
         """
         resolved = self._with_dp(world)
-        resolved._check_experts(world, num_experts)
+        resolved._check_experts(world, num_experts, uneven=uneven)
         if num_layers:
             resolved._check_layers(num_layers)
         if num_heads:
@@ -185,14 +187,20 @@ class Strategy:
         folded, sharded = self.folded or slices_data, self.shard_tokens or slices_data
         return replace(self, dp=world // dense, folded=folded, shard_tokens=sharded)
 
-    def _check_experts(self, world: int, num_experts: int) -> None:
+    def _check_experts(self, world: int, num_experts: int, *, uneven: bool) -> None:
         if num_experts == 0:
             for name in ("ep", "etp"):
                 if getattr(self, name) > 1:
                     raise ConfigError(f"strategy.{name}={getattr(self, name)} needs experts; nearest legal: 1")
             return
         room = world // self.pp // self.etp if self.folded else self.dp * self.cp
-        _must_divide("ep", self.ep, "num_experts", num_experts, gcd(num_experts, max(1, room)))
+        if self.ep > num_experts:
+            raise ConfigError(
+                f"strategy.ep={self.ep} must not exceed num_experts={num_experts}: each rank holds at least one; "
+                f"nearest legal: {gcd(num_experts, max(1, room))}, and more ranks share an expert by etp"
+            )
+        if not uneven:
+            _must_divide("ep", self.ep, "num_experts", num_experts, gcd(num_experts, max(1, room)))
         if self.folded:
             _must_divide("ep * etp", self.ep * self.etp, "world / pp", world // self.pp)
             # each piece of an expert would need tokens that only some of its ranks have

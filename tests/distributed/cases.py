@@ -290,6 +290,7 @@ class TrainCase:
     router: RouterConfig = field(default_factory=lambda: TopK(k=2, init_std=0.5))
     losses: tuple[Loss, ...] = (LoadBalance(coefficient=0.1), RouterZ(coefficient=0.1))
     capacity: CapacityPolicy = Dropless()
+    num_experts: int = 8
     idle_rank: bool = False  # the last rank has nothing but padding
     moves: tuple[tuple[int, ...], ...] = ()  # the rank of each expert from each step on; empty: as before
     steps: int = 2
@@ -330,6 +331,9 @@ def train_cases() -> Iterator[TrainCase]:
     to_and_fro = (("flat", 1, 4), ("rank_dedup", 2, 1), ("flat", 1, 0), ("hierarchical", 4, 2), ("flat", 2, 4))
     yield TrainCase(ep=1, etp=4, adam=True, bias=True, steps=5, switches=to_and_fro)
     yield TrainCase(ep=2, adam=True, accumulate=2, switches=(("node_dedup", 8, 1), ("flat", 1, 0)))
+    # some ranks have one expert more than others
+    yield replace(plain, num_experts=6, program="hierarchical", local=2, adam=True)
+    yield replace(plain, num_experts=5, ep=2, zero=3, accumulate=2)
     yield from sharded_cases()
     yield from tensor_cases()
     yield from moving_cases()
@@ -399,7 +403,12 @@ def decoder(case: TrainCase) -> Decoder:
     """The whole model, the same for everybody."""
     torch.manual_seed(0)
     moe = MoEConfig(
-        num_experts=8, hidden=8, router=case.router, losses=case.losses, capacity=case.capacity, bias=case.bias
+        num_experts=case.num_experts,
+        hidden=8,
+        router=case.router,
+        losses=case.losses,
+        capacity=case.capacity,
+        bias=case.bias,
     )
     config = ModelConfig(
         vocab_size=VOCAB, dim=16, num_layers=2, max_seq_len=32, attention=ATTENTION[case.attention], moe=moe

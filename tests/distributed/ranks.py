@@ -186,7 +186,7 @@ def run_random(world: World, steps: int) -> Outcome:
 
 
 def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
-    """`apply`, with groups that cases share; and with experts that the ranks do not divide, which `apply` refuses."""
+    """`apply`, with groups that cases share, and with placements of their own."""
     groups = _groups(case.ep, case.etp, world)
     ledger, cuts = Ledger(), {}
     if groups.experts is not None:

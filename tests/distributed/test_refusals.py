@@ -93,7 +93,14 @@ def layer(**settings: object) -> MoE:
         (lambda: LoopConfig(timeout_s=0.0), r"loop\.timeout_s=0\.0 must be from 1 to 86400"),
         (lambda: check_ranks(load_recipe("smoke", ["strategy.ep=2"]), 1), r"ep=2 needs at least 2 processes: torchrun"),
         (lambda: check_ranks(load_recipe("smoke"), 3), r"loop\.batch_size=4 is that of all 3 ranks.*nearest legal: 3"),
-        (lambda: check_ranks(load_recipe("smoke", ["strategy.ep=3"]), 6), r"strategy\.ep=3 must divide num_experts="),
+        (
+            lambda: check_ranks(load_recipe("smoke", ["strategy.ep=3", "loop.batch_size=6", "loop.tune=auto"]), 6),
+            r"strategy\.ep=3 must divide num_experts=",
+        ),
+        (
+            lambda: check_ranks(load_recipe("smoke", ["strategy.ep=16"]), 16),
+            r"strategy\.ep=16 must not exceed num_experts=\d+: each rank holds at least one; .*share an expert by etp",
+        ),
         (lambda: check_ranks(load_recipe("tiny-dense", ["strategy.ep=2"]), 2), r"strategy\.ep=2 needs experts"),
         (lambda: expert_mesh(2, 3), r"strategy\.ep=2 would cut through nodes of 3 ranks; nearest legal: 1"),
         (lambda: expert_mesh(4, 3), r"strategy\.ep=4 would cut through nodes of 3 ranks; nearest legal: 3"),

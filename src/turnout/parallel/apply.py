@@ -132,9 +132,10 @@ def _share_dense(
 
 def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strategy:
     check_supported(strategy)
-    resolved = strategy.check(world.size, num_experts=0 if not layers else _first(layers).config.num_experts)
+    num_experts = 0 if not layers else _first(layers).config.num_experts
+    resolved = strategy.check(world.size, num_experts=num_experts, uneven=True)
     for name, layer in layers.items():
-        strategy.check(world.size, num_experts=layer.config.num_experts)
+        strategy.check(world.size, num_experts=layer.config.num_experts, uneven=True)
         _check_layer(name or "the layer", layer, resolved)
     check_shards(resolved, has_experts=bool(layers))
     return resolved

@@ -61,7 +61,7 @@ def check_stages(model: nn.Module, strategy: Strategy) -> None:
         raise ConfigError("the model is on the meta device: give its weights values, then apply")
     config = model.config
     num_experts = config.moe.num_experts if config.moe is not None and config.moe_layers() else 0
-    strategy.check(strategy.world(), num_experts=num_experts, num_layers=config.num_layers)
+    strategy.check(strategy.world(), num_experts=num_experts, num_layers=config.num_layers, uneven=True)
 
 
 class Elsewhere(nn.Module):
