@@ -291,6 +291,7 @@ class TrainCase:
     losses: tuple[Loss, ...] = (LoadBalance(coefficient=0.1), RouterZ(coefficient=0.1))
     capacity: CapacityPolicy = Dropless()
     num_experts: int = 8
+    in_parts: bool = False  # no rank ever makes the whole model
     idle_rank: bool = False  # the last rank has nothing but padding
     moves: tuple[tuple[int, ...], ...] = ()  # the rank of each expert from each step on; empty: as before
     steps: int = 2
@@ -331,6 +332,12 @@ def train_cases() -> Iterator[TrainCase]:
     to_and_fro = (("flat", 1, 4), ("rank_dedup", 2, 1), ("flat", 1, 0), ("hierarchical", 4, 2), ("flat", 2, 4))
     yield TrainCase(ep=1, etp=4, adam=True, bias=True, steps=5, switches=to_and_fro)
     yield TrainCase(ep=2, adam=True, accumulate=2, switches=(("node_dedup", 8, 1), ("flat", 1, 0)))
+    for sizes in (
+        {"ep": 2, "zero": 3},
+        {"ep": 2, "etp": 2, "bias": True},
+        {"ep": 1, "tp": 2, "zero": 3, "attention": "many"},
+    ):
+        yield replace(plain, in_parts=True, steps=1, **sizes)
     # some ranks have one expert more than others
     yield replace(plain, num_experts=6, program="hierarchical", local=2, adam=True)
     yield replace(plain, num_experts=5, ep=2, zero=3, accumulate=2)
@@ -399,9 +406,7 @@ def sharded_cases() -> Iterator[TrainCase]:
     yield replace(tensor, ep=4, folded=True, shard_tokens=True, zero_size=2, adam=False, dtype=torch.float32)
 
 
-def decoder(case: TrainCase) -> Decoder:
-    """The whole model, the same for everybody."""
-    torch.manual_seed(0)
+def config_of(case: TrainCase) -> ModelConfig:
     moe = MoEConfig(
         num_experts=case.num_experts,
         hidden=8,
@@ -417,8 +422,14 @@ def decoder(case: TrainCase) -> Decoder:
         # a dense block before, and a dense network beside the experts
         wider = replace(moe, shared_hidden=4)
         config = replace(config, moe=wider, num_layers=3, dense_first=1, hidden=12, ffn_bias=case.bias)
-    model = Decoder(replace(config, init_std=0.2)).to(case.dtype)
-    if case.tp > 1:
+    return replace(config, init_std=0.2)
+
+
+def decoder(case: TrainCase) -> Decoder:
+    """The whole model, the same for everybody."""
+    torch.manual_seed(0)
+    model = Decoder(config_of(case)).to(case.dtype)
+    if case.tp > 1 and not case.in_parts:
         for name, weight in model.named_parameters():
             if "bias" in name or name.endswith(("sink_H", "smear_H")):
                 torch.nn.init.normal_(weight)

@@ -21,6 +21,7 @@ from tests.distributed.cases import (
     TrainCase,
     build,
     by_world,
+    config_of,
     cuts_of,
     decoder,
     inputs_of,
@@ -33,6 +34,7 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
+from tests.distributed.held import Held
 from tests.distributed.reshard import reshard
 from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
@@ -45,6 +47,7 @@ from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError
 from turnout.models import Decoder
 from turnout.parallel import ExpertParallel, Parallel, Shards, apply, check_replicas, reduce_gradients
+from turnout.parallel import build as build_in_parts
 from turnout.parallel.dense_cuts import DenseCut
 from turnout.parallel.fully_sharded import here
 from turnout.parallel.moves import move_bytes, moved, placements_of
@@ -208,8 +211,8 @@ def _groups(ep: int, etp: int, world: World) -> Groups:
 
 def run_training(case: TrainCase, world: World) -> Outcome:
     """Some optimizer steps on this rank's micro-batches; weights are written down whole."""
-    model = decoder(case)
-    parallel = apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
+    with Held() as held:
+        model, parallel = laid_out(case, world)
     optim = optimizer(case, model)
     begins = case.etp > 1 or begins_where_it_says(case, model, parallel)
     results, has_switched, sent = [], False, []
@@ -231,12 +234,21 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         "begins": begins,
         "moved": has_switched,
         "sent": sent,
+        "held": held.most_bytes,
         "tensor": tensor_bytes(parallel),
         "shards": shard_bytes(model, parallel),
         "kept": {
             name: (here(weight).numel(), *weight.shape[:1], weight.numel()) for name, weight in model.named_parameters()
         },
     }
+
+
+def laid_out(case: TrainCase, world: World) -> tuple[Decoder, Parallel]:
+    if case.in_parts:
+        torch.manual_seed(0)
+        return build_in_parts(config_of(case), case.strategy, world=world, timeout_s=TIMEOUT_S, dtype=case.dtype)
+    model = decoder(case)
+    return model, apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
 
 
 def tensor_bytes(parallel: Parallel) -> list[int]:

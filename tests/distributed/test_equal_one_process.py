@@ -42,6 +42,7 @@ from turnout.topology import Mesh
 from turnout.train.device import autocast_for
 from turnout.train.step import train_step
 
+ROOM = 2048  # bytes of small tensors: counts, marks, what groups are warmed with
 LAYERS, TRAININGS, PLAIN = list(layer_cases()), list(train_cases()), TrainCase()
 SHARDED = [case for case in TRAININGS if case.zero]
 SENDING = [case for case in LAYERS if case.adaptive_r != 0]
@@ -301,6 +302,19 @@ def test_shared_layers_send_what_the_planner_says(case: TrainCase, outcomes: Out
     size, messages = (sum(column) for column in zip(*(outcome["tensor"] for outcome in found), strict=True))
     assert size == pytest.approx(want, rel=1e-12)
     assert messages == pytest.approx(case.ranks * sum(part.messages for part in parts), rel=1e-12)
+
+
+@pytest.mark.parametrize("case", [case for case in TRAININGS if case.in_parts], ids=lambda case: case.name)
+def test_a_model_made_in_parts_is_whole_nowhere(case: TrainCase, outcomes: Outcomes) -> None:
+    """A rank holds its own parts and beside them one module whole, in float32 as it is drawn; or before, one block."""
+    model = decoder(case)
+    bytes_of = {name: 4 * sum(each.numel() for each in module.parameters()) for name, module in model.named_modules()}
+    one = max(4 * sum(each.numel() for each in module.parameters(recurse=False)) for module in model.modules())
+    block = max(size for name, size in bytes_of.items() if name.startswith("blocks.") and name.count(".") == 1)
+    for outcome in of_ranks(outcomes, case):
+        own = case.dtype.itemsize * sum(kept for kept, *_ in outcome["kept"].values())
+        # what is added to draw and to cut are numbers, not tensors of weights
+        assert own < outcome["held"] <= max(own + one, block) + ROOM, (own, one, block)
 
 
 SUMMING = [case for case in SHARDED if not case.moves and case.losses == PLAIN.losses]

@@ -37,8 +37,9 @@ def why_not(group: TensorGroup, device: torch.device) -> str:
     seen = range(torch.cuda.device_count())
     if len(seen) < group.size:
         return f"this process sees {len(seen)} GPUs of the {group.size} of its group: lift CUDA_VISIBLE_DEVICES"
-    far = [peer for peer in seen if peer != device.index and not torch.cuda.can_device_access_peer(device, peer)]
-    return f"{device} does not reach the memory of GPUs {far}" if far else ""
+    own = torch.cuda.current_device()
+    far = [peer for peer in seen if peer != own and not torch.cuda.can_device_access_peer(own, peer)]
+    return f"GPU {own} does not reach the memory of GPUs {far}" if far else ""
 
 
 def is_shared(group: TensorGroup, device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from turnout.parallel.apply import apply
 from turnout.parallel.boxes import Layout
+from turnout.parallel.build import build
 from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.gradients import reduce_gradients
 from turnout.parallel.layout import Parallel
@@ -23,6 +24,7 @@ __all__ = [
     "Parallel",
     "Shards",
     "apply",
+    "build",
     "check_dense",
     "check_micro_batches",
     "check_replicas",

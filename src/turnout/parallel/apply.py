@@ -53,6 +53,24 @@ def apply(
     "auto" shares the experts over all ranks, as far as they go, in the layout from which a `Tuner` reaches the others.
     Raises: ConfigError if the strategy does not fit the ranks or the model, or is not in this version.
     """
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise ConfigError(
+                f"{name} is on the meta device: give the model's weights values, then apply; or build a decoder in "
+                "parts, by turnout.parallel.build"
+            )
+    return lay_out(model, strategy, world=world, timeout_s=timeout_s, device="cuda" if cuda else "cpu")
+
+
+def lay_out(
+    model: nn.Module,
+    strategy: Strategy | Literal["auto"],
+    *,
+    world: World | None,
+    timeout_s: float,
+    device: str,
+) -> Parallel:
+    """The same of a model that may have no values yet; `device`: where it will have them."""
     world = current_world() if world is None else world
     layers = dict(moe_layers(model))
     if strategy == "auto":
@@ -61,10 +79,8 @@ def apply(
     resolved = _resolved(strategy, world, layers)
     if resolved.tp > 1:
         check_dense(model, resolved.tp, sequence_parallel=resolved.sequence_parallel)
-        if any(weight.is_meta for weight in model.parameters()):
-            raise ConfigError("the model is on the meta device: give its weights values, then apply")
     check_stages(model, resolved)
-    groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
+    groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=device == "cuda")
     stand(layers, resolved, groups)
     ledger = Ledger()
     stages = cut_stages(model, groups, resolved, ledger)
@@ -72,12 +88,11 @@ def apply(
     cuts = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
     tensor, dense = groups.tensor, dict[str, DenseCut]()
     if tensor is not None:
-        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         dense = _share_dense(model, tensor, ledger, resolved, device)
         for name, layer in layers.items():
             layer.reach(sending_own(name, layer.dispatcher, resolved, tensor, ledger))
     if groups.sharded:
-        shard_fully(model, groups, resolved, cuts, ledger)
+        shard_fully(model, groups, resolved, cuts, ledger, device)
     each = world.size // resolved.pp
     first = world.rank // each * each
     return Parallel(
@@ -120,14 +135,14 @@ def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledg
 
 
 def _share_dense(
-    model: nn.Module, tensor: TensorGroup, ledger: Ledger, strategy: Strategy, device: torch.device
+    model: nn.Module, tensor: TensorGroup, ledger: Ledger, strategy: Strategy, device: str
 ) -> dict[str, DenseCut]:
     """Attention and dense layers over ranks, and of a decoder the loss too."""
     tokens = Tokens(tensor.size) if strategy.sequence_parallel else None
     if isinstance(model, Decoder):
         # in the place of the method, for whoever calls it: what weighs its parts counts a rank's own targets
         vars(model)["loss"] = OwnTargets(model, tensor.size, tensor.place, tokens)
-    return share_dense(model, tensor, ledger, tokens, Fusion.of(strategy, tensor, device))
+    return share_dense(model, tensor, ledger, tokens, Fusion.of(strategy, tensor, torch.device(device)))
 
 
 def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strategy:
@@ -154,8 +169,6 @@ def _check_layer(name: str, layer: MoE, strategy: Strategy) -> None:
         )
     if layer.experts.hidden != layer.config.hidden:
         raise ConfigError(f"{name} is laid out already: apply a strategy once, to the whole model")
-    if any(weight.is_meta for weight in layer.experts.parameters()):
-        raise ConfigError(f"{name} is on the meta device: give its weights values, then apply")
     # every layer is checked before the first is cut
     layer.experts.cuts(Placement.even(layer.config.num_experts, strategy.ep), strategy.etp)
 

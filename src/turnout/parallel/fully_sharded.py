@@ -55,14 +55,15 @@ class Sharding:
         return next(axis for axis, placement in enumerate(self.placements) if isinstance(placement, Shard))
 
 
-def shard_fully(model: nn.Module, groups: Groups, strategy: Strategy, cut: Collection[str], ledger: Ledger) -> None:
+def shard_fully(
+    model: nn.Module, groups: Groups, strategy: Strategy, cut: Collection[str], ledger: Ledger, device: str
+) -> None:
     """Shard a model whose experts are cut; `cut` names those parameters, of which other ranks have the rest.
 
     Dense weights, or the parts that tensor-parallel ranks have of them, lie in shards over the data axis.
     """
     # hooks on a view would be lost if it were changed in place, and nothing here is
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    device = next(model.parameters()).device.type
     apart: list[nn.Module] = []
     # tensor-parallel ranks have the same experts: those are sharded over all that have them
     has_copies = groups.replicas is not None and (bool(cut) or strategy.tp > 1)
