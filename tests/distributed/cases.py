@@ -278,6 +278,7 @@ class TrainCase:
     tp: int = 1
     sequence_parallel: bool = False
     tp_overlap: int = 1
+    symmetric: bool = False  # torch's fused operators, as they are where GPUs reach each other's memory
     shard_tokens: bool = False
     folded: bool = False
     pieces: bool = False  # a group of tensor-parallel ranks has one sequence alone, which they cut
@@ -383,6 +384,7 @@ def tensor_cases() -> Iterator[TrainCase]:
     yield replace(plain, ep=1, etp=4, adaptive_r=2, folded=True, sequence_parallel=True, adam=True)
     fused = replace(plain, sequence_parallel=True, ep=4, folded=True)
     yield replace(fused, tp_overlap=4, adam=True, accumulate=2)
+    yield replace(fused, tp_overlap=2, symmetric=True, attention="latent")
     yield replace(fused, tp_overlap=3, attention="latent", bias=False, dtype=torch.float32)
     # ten tokens over four ranks
     pieces = TrainCase(tp=4, attention="many", sequence_parallel=True, pieces=True, losses=stepwise, folded=True)

@@ -3,16 +3,19 @@
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _symmetric_memory
 
 from tests.distributed.agreements import agreements
 from tests.distributed.cases import PROGRAMS as PROGRAM_NAMES
@@ -64,6 +67,11 @@ RANDOM_PASSES, MANY_PASSES = 12, 500
 STALLED = (0, 2)
 TUNED_STEPS = 12
 MAX_NORM = 0.5  # small enough that every step is clipped
+SYMMETRIC = torch.library.Library("symm_mem", "IMPL")
+REFERENCES = {
+    "fused_all_gather_matmul": _symmetric_memory._fused_all_gather_matmul_fallback,
+    "fused_matmul_reduce_scatter": _symmetric_memory._fused_matmul_reduce_scatter_fallback,
+}
 Outcome = dict[str, Any]
 Job = Callable[[World, Path], None]
 
@@ -248,7 +256,18 @@ def laid_out(case: TrainCase, world: World) -> tuple[Decoder, Parallel]:
         torch.manual_seed(0)
         return build_in_parts(config_of(case), case.strategy, world=world, timeout_s=TIMEOUT_S, dtype=case.dtype)
     model = decoder(case)
-    return model, apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
+    with operators_on_cpu() if case.symmetric else nullcontext():
+        return model, apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
+
+
+@contextmanager
+def operators_on_cpu() -> Iterator[None]:
+    """torch's own references of its fused operators compute on the CPU from here on; ranks are told they can."""
+    for name, reference in REFERENCES.items():
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"symm_mem::{name}", "CPU"):
+            SYMMETRIC.impl(name, reference, "CPU")
+    with patch("turnout.parallel.tensor_parallel.is_shared", return_value=True):
+        yield
 
 
 def tensor_bytes(parallel: Parallel) -> list[int]:
