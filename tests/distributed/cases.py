@@ -399,7 +399,7 @@ def sharded_cases() -> Iterator[TrainCase]:
         yield TrainCase(zero=3, ep=ep, adam=True, bias=True)
     stepwise = LoadBalance(coefficient=0.1, scope="global")
     yield TrainCase(zero=3, ep=2, accumulate=2, idle_rank=True, losses=(stepwise,))
-    yield TrainCase(zero=3, zero_size=2, ep=4, local=2, program="node_dedup", adam=True)
+    yield TrainCase(zero=3, zero_size=2, ep=4, local=2, program="node_dedup", adam=True, accumulate=2)
     yield TrainCase(zero=3, zero_sum="step", ep=2, accumulate=3, adam=True)
     # beside tensor parallel: parts of dense weights in shards over the data axis, experts over all that have them
     tensor = TrainCase(zero=3, tp=2, ep=2, attention="all", bias=True, adam=True)

@@ -342,7 +342,7 @@ def test_shards_send_what_the_planner_says(case: TrainCase, outcomes: Outcomes) 
             sent = want.setdefault(module, [0.0, 0.0, 0.0])
             sent[0] += passes * (1 if module == "the model" else gathered.calls) * gathered.traffic.intra_bytes
             sent[1] += sums * summed.traffic.intra_bytes
-            sent[2] += sums * found["shard all-reduce"].traffic.intra_bytes
+            sent[2] += case.steps * found["shard all-reduce"].traffic.intra_bytes
         assert outcome["shards"] == {module: tuple(sent) for module, sent in want.items()}
 
 

@@ -119,6 +119,14 @@ def layer(**settings: object) -> MoE:
             lambda: apply(layer(), Strategy(ep=2, zero=3, zero_size=2), world=World(size=4, local_size=4)),
             r"strategy\.zero_size=2 with copies of shared experts \(ep=2, etp=1 on dp=4 ranks\).*nearest legal: 0",
         ),
+        (
+            lambda: Strategy(tp=2, tp_overlap=2),
+            r"strategy\.tp_overlap=2 cuts .* sequence_parallel, which is off; nearest",
+        ),
+        (
+            lambda: Strategy(zero_sum="step"),
+            r"strategy\.zero_sum='step' says how often zero=3 sums .* and zero=0; nearest",
+        ),
         (lambda: Strategy(etp=4, adaptive_r=3), r"strategy\.adaptive_r=3 must be 0 or divide etp=4 .*nearest legal: 2"),
         (
             lambda: apply(layer(), Strategy(ep=2, zero=3, adaptive_r=0), world=World(size=4, local_size=4)),

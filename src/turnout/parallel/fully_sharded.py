@@ -92,10 +92,15 @@ def _count(module: FSDPModule, name: str, dense: Groups | None, ledger: Ledger) 
         module.set_all_reduce_hook(note_of_copies(ledger, name, dense.sharded[0]))
 
 
-def sum_now(model: nn.Module, *, is_last: bool) -> None:
-    """Whether the backward pass to come sums gradients into shards, or adds whole ones up for one that does."""
-    if isinstance(model, FSDPModule):
+def sum_at_end(model: nn.Module, *, is_last: bool, whole: bool) -> None:
+    """Before a backward pass: sums over copies of shards wait for the last of a step, and take all of it at once.
+
+    With `whole` the sums into shards wait too, which else every pass makes, and keep whole gradients till then.
+    """
+    if isinstance(model, FSDPModule) and whole:
         model.set_requires_gradient_sync(is_last)
+    elif isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
 
 
 def shardings(model: nn.Module) -> dict[str, Sharding]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from turnout.comm import Groups, Ledger, World
 from turnout.comm.ledger import Kind
-from turnout.parallel.fully_sharded import reshard, sum_now
+from turnout.parallel.fully_sharded import reshard, sum_at_end
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.shards import Shards
 from turnout.parallel.stage_gather import joined_stages
@@ -88,9 +88,9 @@ class Parallel:
             reshard(model)
 
     def before_backward(self, model: nn.Module, *, is_last: bool) -> None:
-        """Before each micro-batch of a step: whether gradients are to be summed into shards in its backward pass."""
-        if self.strategy.zero_sum == "step" and self.shards.shardings:
-            sum_now(model, is_last=is_last)
+        """Before each micro-batch of a step: which sums over ranks wait for the last."""
+        if self.shards.shardings:
+            sum_at_end(model, is_last=is_last, whole=self.strategy.zero_sum == "step")
 
     def switched(
         self, model: nn.Module, *, alltoall: str = "", overlap: int = 0, adaptive_r: int | None = None
