@@ -4,7 +4,8 @@ Usage: python -m benchmarks.bias_balance [--steps 300] [--seeds 3] [--update sig
 
 Max violation is the greatest load over the fair share, minus 1, of the worst layer. A step of `tiny` has 4,096 tokens,
 of files that repeat themselves: its own violation says more of the files than of the biases. So loads are counted over
-windows of 50 steps (205 thousand tokens), and beside them per step, and on validation text after training.
+windows of 50 steps (205 thousand tokens), and beside them per step; and after training, when no bias moves any more, on
+a million tokens of training text in another order and on validation text.
 Source: Wang et al. 2024, arXiv:2408.15664, which counts over a validation set (MaxVio global) and over batches.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 
 from turnout.cache import default_cache
 from turnout.data.prepare import Dataset, prepare
-from turnout.data.sampler import validation_batches
+from turnout.data.sampler import Batch, Sampler, validation_batches
+from turnout.models import Decoder
 from turnout.observe.balance import load_over_fair
 from turnout.observe.run_folder import read_run
 from turnout.routers import DeepSeekV3
@@ -31,6 +34,8 @@ from turnout.train.routing_facts import routing_facts
 from turnout.train.signals import StopRequest
 
 WINDOW = 50  # steps whose loads are counted together
+AT_REST = 256  # batches of training text, after training
+OTHER_ORDER = 1000  # added to the seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,8 @@ class Row:
     steps: int
     windows: list[float]  # worst layer's max violation over each window of steps, in order
     per_step: list[float]  # the mean over the steps of each window of a step's own, worst layer
-    validation: float  # worst layer's after training, on validation text
+    at_rest: float  # worst layer's after training, on a million tokens of training text
+    validation: float  # the same on validation text
     val_loss: float | None  # nats a token
 
 
@@ -74,19 +80,25 @@ def run(recipe: Recipe, dataset: Dataset) -> Row:
         summary = trainer.finish()
         trace = read_run(Path(folder)).trace
     loop, size = recipe.loop, np.array(trace.num_experts)
-    facts = routing_facts(
-        trainer.model, validation_batches(dataset.val, loop.batch_size, loop.seq_len, loop.eval_tokens)
-    )
-    assert facts is not None
+    again = Sampler(dataset.train, loop.batch_size, loop.seq_len, seed=recipe.seed + OTHER_ORDER)
+    train_text = (again.next_batch() for _ in range(AT_REST))
+    val_text = validation_batches(dataset.val, loop.batch_size, loop.seq_len, loop.eval_tokens)
     counts = np.split(np.concatenate(trace.counts, axis=1).astype(np.int64), range(WINDOW, len(trace.steps), WINDOW))
     return Row(
         seed=recipe.seed,
         steps=loop.steps,
         windows=[_violation(window.sum(axis=0, keepdims=True), size) for window in counts],
         per_step=[_violation(window, size) for window in counts],
-        validation=facts.max_violation_worst,
+        at_rest=_violation_on(trainer.model, train_text),
+        validation=_violation_on(trainer.model, val_text),
         val_loss=summary["val_loss"],
     )
+
+
+def _violation_on(model: Decoder, batches: Iterable[Batch]) -> float:
+    facts = routing_facts(model, batches)
+    assert facts is not None
+    return facts.max_violation_worst
 
 
 def _violation(counts: NDArray[np.int64], num_experts: NDArray[np.int64]) -> float:

@@ -17,8 +17,8 @@ OURS = (*layer_presets(), "tiny")
 THEIRS = tuple(f"transformers:{block}:eager" for block in ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"))
 INTRO = """# What layers keep
 
-Written by `python -m benchmarks.verify_layers`, with the layers of others from `pip install 'turnout[bench,peers]'`;
-one layer alone: `turnout verify TARGET`. {versions}, CPU.
+Written by `python -m benchmarks.verify_layers`, with the layers of others from `pip install 'turnout[bench,peers]'
+torchtitan triton`; one layer alone: `turnout verify TARGET`. {versions}, CPU.
 
 Each row is a law of Mixture-of-Experts layers, tried from small cases to large in float64 unless it says otherwise.
 `-`: the layer has no such thing (a mask, an auxiliary loss) or does not show it. Sizes are small; speed, other devices
@@ -40,7 +40,8 @@ and many processes are not looked at. How to read a **no**, in our columns and i
 BY_DESIGN = {
     "st_moe_pytorch:moe": "its dispatch is by default a straight-through estimator, whose gradient is on purpose not "
     "that of its output (G1, G2)",
-    "torchtitan:moe": "its experts work in bfloat16 whatever they are given (G2, G9)",
+    "torchtitan:moe": "its experts work in bfloat16 whatever they are given (G2, G9); the counter its bias follows "
+    "grows with every forward pass in training (S2)",
 }
 SIGN = {"pass": "yes", "fail": "**no**", "not applicable": "-"}
 

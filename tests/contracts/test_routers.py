@@ -173,15 +173,21 @@ def test_the_main_loss_alone_moves_the_router(row: str) -> None:
         assert all(p.grad is not None and p.grad.any() for p in layer.router.parameters()), case
 
 
-@settings(max_examples=200)
-@given(data=st.data(), num_experts=st.integers(1, 20), num_tokens=st.integers(0, 9))
+# the compiled kernel reads float32; float64 goes through torch, as all does where there is no compiler
+@settings(max_examples=400)
+@given(
+    data=st.data(),
+    num_experts=st.integers(1, 20),
+    num_tokens=st.integers(0, 9),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
 def test_selection_takes_the_best_and_of_equals_the_lower_index(
-    data: st.DataObject, num_experts: int, num_tokens: int
+    data: st.DataObject, num_experts: int, num_tokens: int, dtype: torch.dtype
 ) -> None:
     k = data.draw(st.integers(1, num_experts))
     values = st.lists(st.integers(-2, 2), min_size=num_experts, max_size=num_experts)
     rows = data.draw(st.lists(values, min_size=num_tokens, max_size=num_tokens))
-    scores_RE = torch.tensor(rows, dtype=torch.float32).reshape(num_tokens, num_experts)
+    scores_RE = torch.tensor(rows, dtype=dtype).reshape(num_tokens, num_experts)
     assert torch.equal(select_topk(scores_RE, k), reference.best_experts(scores_RE, k))
 
 

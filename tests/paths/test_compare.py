@@ -53,7 +53,7 @@ from turnout.routers import (
 from turnout.tensors import Assignment
 from turnout.train import checkpoint
 from turnout.train import compare as comparison
-from turnout.train.compare import Curve, ahead_from, check_comparable, compare, seconds_to, verdicts
+from turnout.train.compare import Curve, check_comparable, compare
 from turnout.train.compare_plot import write_comparison
 from turnout.train.compared_losses import asked_losses
 from turnout.train.later_tokens import sees_later_tokens
@@ -63,6 +63,7 @@ from turnout.train.routing_facts import _rows_sent, _told_by_id, routing_facts
 from turnout.train.routing_setup import routing_setup
 from turnout.train.signals import StopRequest
 from turnout.train.variants import with_routers
+from turnout.train.verdicts import ahead_from, seconds_to, verdicts
 
 
 def curve(recipe: str, losses: Sequence[float], seed: int = 0, *, complete: bool = True) -> Curve:
@@ -331,7 +332,7 @@ def test_a_recipe_with_losses_of_its_own_asks_for_them(tmp_path: Path) -> None:
         (GShardTop2(), "topk", 2, ""),
         (TopK(k=3), "sinkhorn", 3, ""),
         (TopK(k=3), "gshard", 2, "no setting k; experts a token by its own settings: 2, in the recipe: 3"),
-        (TopK(k=2), "top_p", 2, "no setting k; experts a token by its own settings: 2, in the recipe: 2"),
+        (TopK(k=2), "top_p", 2, "no setting k: how many experts a token gets follows from its probabilities"),
         (TopK(k=2), "gshard", 2, ""),
         (NoisyTopK(k=2), "cosine", 2, r"init_std=0\.01 in place of the recipe's 0\.0"),
     ],

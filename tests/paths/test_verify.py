@@ -541,10 +541,35 @@ def nothing(dim: int) -> None:
     del dim
 
 
-def test_ids_of_checks_may_have_spaces_between_them(turnout) -> None:
-    result = turnout("verify", "tests.paths.test_verify:plain_network", "--only", "O6, G2")
+def test_a_factory_that_raises_is_one_clear_error(turnout) -> None:
+    result = turnout("verify", "tests.paths.test_verify:broken")
+    assert result.code == 2, result.out
+    assert "gave no layer when asked for Sizes(dim=16, hidden=24, num_experts=6, k=2): ValueError: no" in result.err
+    assert "failed" not in result.out
+
+
+def broken(dim: int) -> nn.Module:
+    raise ValueError(f"no layer of {dim}")
+
+
+def test_ids_of_checks_may_have_spaces_between_them_and_come_twice(turnout) -> None:
+    result = turnout("verify", "tests.paths.test_verify:plain_network", "--only", "O6, G2,O6")
     assert result.code == 0, result.err
     assert "2 passed" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--only", ","), "names no check"),
+        (("--only", "O1", "--parallel", "2"), "--only names checks of a layer"),
+        (("--parallel", "-1"), "Invalid value"),
+    ],
+)
+def test_options_that_ask_for_nothing_are_refused(turnout, arguments: tuple[str, ...], words: str) -> None:
+    result = turnout("verify", "tiny", *arguments)
+    assert result.code == 2, result.out
+    assert words in result.err
 
 
 def forgetful(dim: int, hidden: int, num_experts: int, k: int) -> _Broken:

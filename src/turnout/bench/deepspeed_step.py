@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from turnout.bench.mixtral import mixtral
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
 from turnout.layers.mlp import MLP
@@ -21,7 +22,7 @@ from turnout.layers.moe import MoEConfig
 from turnout.losses import LoadBalance
 from turnout.models import Decoder, ModelConfig
 from turnout.routers import TopK
-from turnout.tensors import LossTerm
+from turnout.tensors import LossTerm, total_loss
 from turnout.train.optimizer import build_optimizer
 from turnout.train.recipe import Recipe
 
@@ -92,6 +93,26 @@ def engine_step(recipe: Recipe, batch: Batch) -> Callable[[], object]:
     """The same model in DeepSpeed's engine, as its users train: its collectives and clipping, torch's fused AdamW."""
     model = Decoder(recipe.model)
     _exchange_layers(model, recipe.model, dist.get_world_size(), drop_tokens=True)
+    return _in_engine(_Loss(model), recipe, batch)
+
+
+def mixtral_engine_step(recipe: Recipe, batch: Batch) -> Callable[[], object]:
+    """DeepSpeed's layers and engine around transformers' Mixtral: what one has who writes no model of one's own.
+
+    Raises: ConfigError if transformers is not installed.
+    """
+    assert recipe.model.moe is not None
+    model, module = mixtral(recipe.model, "eager"), _deepspeed()
+    model.config.output_router_logits = False  # of routers that are no longer in it
+    layers = []
+    for block in model.model.layers:
+        moe = _layer(module, recipe.model.dim, recipe.model.moe, dist.get_world_size(), drop_tokens=True)
+        layers.append(_OutputAlone(moe))
+        block.mlp = layers[-1]
+    return _in_engine(_MixtralLoss(model, layers), recipe, batch)
+
+
+def _in_engine(model: nn.Module, recipe: Recipe, batch: Batch) -> Callable[[], object]:
     settings = recipe.optimizer
     adamw = {
         "lr": settings.lr,
@@ -102,7 +123,7 @@ def engine_step(recipe: Recipe, batch: Batch) -> Callable[[], object]:
         "fused": True,
     }
     engine, *_ = importlib.import_module("deepspeed").initialize(
-        model=_Loss(model),
+        model=model,
         model_parameters=list(model.parameters()),
         config={
             "train_micro_batch_size_per_gpu": len(batch.tokens_BS),
@@ -146,6 +167,32 @@ class _Layer(nn.Module):
         return SimpleNamespace(y=y_BSD, losses=(term,), stats=None, assignment=None, keep_N=None)
 
 
+class _OutputAlone(nn.Module):
+    """A layer as transformers' blocks call theirs; what it adds to the loss waits for who sums it."""
+
+    def __init__(self, layer: _Layer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.term: LossTerm | None = None
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        output = self.layer(x_BSD)
+        (self.term,) = output.losses
+        return output.y
+
+
+class _MixtralLoss(nn.Module):
+    """transformers' Mixtral around layers of DeepSpeed's; its forward pass is the loss with their balance terms."""
+
+    def __init__(self, model: nn.Module, layers: list[_OutputAlone]) -> None:
+        super().__init__()
+        self.model, self.layers = model, layers
+
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        loss = self.model(input_ids=tokens_BS, labels=tokens_BS, shift_labels=targets_BS).loss
+        return loss + total_loss([layer.term for layer in self.layers if layer.term is not None])
+
+
 def _exchange_layers(model: Decoder, config: ModelConfig, ranks: int, *, drop_tokens: bool) -> list[_Layer]:
     assert config.moe is not None
     layer_module = _deepspeed()
@@ -175,6 +222,9 @@ def _deepspeed() -> ModuleType:
     """Its module of layers, with its own communication set up over our process group."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+    # it would compile a sum through shared memory, which only its inference calls: minutes on two cores, and for ever
+    # where a compilation that was killed has left its lock
+    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     importlib.import_module("deepspeed.comm").init_distributed(dist_backend="gloo", verbose=False)
     return importlib.import_module("deepspeed.moe.layer")
 

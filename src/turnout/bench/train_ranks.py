@@ -1,10 +1,11 @@
 """Case train-ranks: an optimizer step of a recipe on several ranks of this machine, against DeepSpeed's MoE layers.
 
 All peers live in the same processes and take turns; a step is over when it is over on the slowest rank. The recipe's
-batch is cut over the ranks, and its experts lie on all of them. DeepSpeed's layers stand in our own decoder, which
-`deepspeed` trains with DeepSpeed's engine and `deepspeed-bare` with the barest of loops. Both drop what is over their
-capacity, as they do unless told; `deepspeed-bare-dropless` and ours compute every token. `turnout-deepspeed-routing` is
-our model with the routing of DeepSpeed's gate, to compare like with like.
+batch is cut over the ranks, and its experts lie on all of them. `deepspeed-mixtral` is transformers' Mixtral of that
+shape with DeepSpeed's layers, in DeepSpeed's engine: nothing in it is ours. In the others DeepSpeed's layers stand in
+our own decoder, which `deepspeed` trains with DeepSpeed's engine and `deepspeed-bare` with the barest of loops. These
+drop what is over their capacity, as they do unless told; `deepspeed-bare-dropless` and ours compute every token.
+`turnout-deepspeed-routing` is our model with the routing of DeepSpeed's gate, to compare like with like.
 """
 
 import json
@@ -26,9 +27,10 @@ from turnout.bench.deepspeed_step import (
     check_experts,
     deepspeed_step,
     engine_step,
+    mixtral_engine_step,
     routed_like_deepspeed,
 )
-from turnout.bench.mixtral import routing_words
+from turnout.bench.mixtral import check_shape, routing_words
 from turnout.bench.race import Timing, ratio
 from turnout.bench.run import check_gate, ratio_keys, result, row
 from turnout.comm import World
@@ -45,8 +47,9 @@ from turnout.train.recipe import Recipe, check_ranks
 from turnout.train.step import train_step
 
 OURS, LIKE = "turnout", "turnout-deepspeed-routing"
-ENGINE, BARE, DROPLESS = "deepspeed", "deepspeed-bare", "deepspeed-bare-dropless"
-PEERS = (OURS, LIKE, ENGINE, BARE, DROPLESS)
+MIXTRAL, ENGINE, BARE, DROPLESS = "deepspeed-mixtral", "deepspeed", "deepspeed-bare", "deepspeed-bare-dropless"
+THEIRS = {MIXTRAL, ENGINE, BARE, DROPLESS}
+PEERS = (OURS, LIKE, MIXTRAL, ENGINE, BARE, DROPLESS)
 TIMEOUT_S = 600.0
 
 
@@ -79,9 +82,11 @@ def _check(recipe: Recipe, ranks: int, names: Sequence[str]) -> None:
     if not recipe.model.moe_layers():
         raise ConfigError(f"the recipe {recipe.name!r} has no experts; train-ranks measures one that has")
     check_ranks(recipe, ranks)
-    if {ENGINE, BARE, DROPLESS} & set(names):
+    if THEIRS & set(names):
         check_deepspeed()
         check_experts(recipe)
+    if MIXTRAL in names:
+        check_shape(recipe)
 
 
 def _slowest(of_ranks: Sequence[Sequence[float]]) -> Timing:
@@ -124,6 +129,8 @@ def _rank(
 def contestant(name: str, recipe: Recipe, batch: Batch, world: World) -> Callable[[], object]:
     """One of PEERS: this rank's part of a training step on its part of a fixed batch."""
     torch.manual_seed(0)
+    if name == MIXTRAL:
+        return mixtral_engine_step(recipe, batch)
     if name == ENGINE:
         return engine_step(recipe, batch)
     if name in (BARE, DROPLESS):

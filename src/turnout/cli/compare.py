@@ -41,11 +41,12 @@ def compare(
     from turnout.cli.training import choose_run
     from turnout.data.prepare import prepare
     from turnout.errors import ConfigError
-    from turnout.train.compare import check_comparable, verdicts
+    from turnout.train.compare import check_comparable
     from turnout.train.compare import compare as run_comparison
     from turnout.train.compare_plot import write_comparison
     from turnout.train.recipe import MOST_MINUTES
     from turnout.train.signals import StopRequest
+    from turnout.train.verdicts import verdicts
 
     if not 0 < minutes <= MOST_MINUTES:
         raise ConfigError(f"--minutes {minutes} must be above 0 and at most {MOST_MINUTES:,} (ten years)")

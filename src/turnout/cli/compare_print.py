@@ -9,7 +9,7 @@ from turnout.cli.console import table
 
 def print_comparison(screen: Any, curves: list[Any], path: Path, baseline: str, budget: str) -> None:
     """Tables of the runs and of their routing, and the verdicts in words."""
-    from turnout.train.compare import verdicts
+    from turnout.train.verdicts import verdicts
 
     columns = {"recipe": "left", "seed": "right", "minutes": "right", "tokens": "right", "tokens/s": "right"}
     columns |= {"CPU": "right"}
@@ -103,7 +103,7 @@ def _looks_ahead(phases: str) -> str:
 
 def rows_of(curves: list[Any]) -> list[dict[str, Any]]:
     """A row of `--json` for each recipe and seed."""
-    from turnout.train.compare import seconds_to
+    from turnout.train.verdicts import seconds_to
 
     final = {(c.recipe, c.seed): c.val_loss[-1] for c in curves}
     names = list(dict.fromkeys(c.recipe for c in curves))

@@ -36,7 +36,8 @@ def verify(
     ],
     only: Annotated[str, typer.Option(help="Comma-separated ids of checks; empty: all.")] = "",
     parallel: Annotated[
-        int, typer.Option(help="Compare the recipe TARGET on so many processes of this machine with one; 0: do not.")
+        int,
+        typer.Option(min=0, help="Compare the recipe TARGET on so many processes of this machine with one; 0: do not."),
     ] = 0,
     settings: options.Set = None,
     as_json: options.Json = False,
@@ -45,12 +46,17 @@ def verify(
     from turnout.errors import ConfigError
 
     screen = console(as_json=as_json)
+    ids = list(dict.fromkeys(part.strip() for part in only.split(",") if part.strip()))
+    if only and not ids:
+        raise ConfigError(f"--only {only!r} names no check; write ids such as O1,G2")
     if parallel:
+        if ids:
+            raise ConfigError("--only names checks of a layer; --parallel has none, and compares every tensor")
         _verify_parallel(target, parallel, settings or [], screen, as_json=as_json)
         return
     if settings:
         raise ConfigError("--set changes a recipe: it goes with --parallel N")
-    _verify_layer(target, only, screen, as_json=as_json)
+    _verify_layer(target, ids, screen, as_json=as_json)
 
 
 def _verify_parallel(target: str, ranks: int, settings: list[str], screen: Console, *, as_json: bool) -> None:
@@ -80,7 +86,7 @@ def _verify_parallel(target: str, ranks: int, settings: list[str], screen: Conso
         raise typer.Exit(1)
 
 
-def _verify_layer(target: str, only: str, screen: Console, *, as_json: bool) -> None:
+def _verify_layer(target: str, ids: list[str], screen: Console, *, as_json: bool) -> None:
     from turnout.verify import verify as run_checks
     from turnout.verify.targets import subject
 
@@ -89,7 +95,7 @@ def _verify_layer(target: str, only: str, screen: Console, *, as_json: bool) -> 
     chosen = subject(target)
     versions = ", ".join(f"{name} {version}" for name, version in chosen.versions.items())
     screen.print(f"  {chosen.name}  ({versions})")
-    results = run_checks(chosen, [part.strip() for part in only.split(",") if part.strip()])
+    results = run_checks(chosen, ids)
     columns = {"check": "left", "what": "left", "outcome": "left", "error": "right", "case": "left"}
     cells = [
         [r.id, r.title, r.outcome, "" if r.error is None else f"{r.error:.1e}", r.case if r.outcome != "pass" else ""]
@@ -112,7 +118,7 @@ def _verify_layer(target: str, only: str, screen: Console, *, as_json: bool) -> 
                 "checks": [vars(result) for result in results],
             }
         )
-    if not only and not counts["pass"]:
+    if not ids and not counts["pass"]:
         screen.print("  nothing was checked: the layer can be built in none of the suite's sizes")
-    if counts["fail"] or not (only or counts["pass"]):
+    if counts["fail"] or not (ids or counts["pass"]):
         raise typer.Exit(1)

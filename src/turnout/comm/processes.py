@@ -32,9 +32,21 @@ def as_rank(rank: int, ranks: int, folder: str, *, timeout_s: float) -> Iterator
 
 
 def start_ranks(work: Callable[..., None], ranks: int, *arguments: Any) -> None:
-    """Run `work(rank, *arguments)` in so many processes; an exception in one ends all, and is raised here."""
+    """Run `work(rank, *arguments)` in so many processes; an exception in one ends all, and is raised here.
+
+    They end with this call, however it ends: a rank left waiting for another would keep its parent from exiting.
+    """
     method = "spawn"
     if "forkserver" in multiprocessing.get_all_start_methods():
         method = "forkserver"
         multiprocessing.get_context(method).set_forkserver_preload([*_PRELOAD, "turnout.train.step"])
-    torch_processes.start_processes(work, args=arguments, nprocs=ranks, start_method=method)
+    started = torch_processes.start_processes(work, args=arguments, nprocs=ranks, start_method=method, join=False)
+    assert started is not None
+    try:
+        while not started.join():
+            pass
+    except BaseException:
+        for process in started.processes:
+            assert process is not None
+            process.kill()
+        raise

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from turnout.train.compare import Curve, verdicts
+from turnout.train.compare import Curve
+from turnout.train.verdicts import verdicts
 
 
 def write_comparison(curves: Sequence[Curve], out: Path, baseline: str = "") -> Path:

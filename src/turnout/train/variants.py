@@ -78,15 +78,20 @@ def _like(own: RouterConfig, row: type[RouterConfig], num_experts: int) -> tuple
     shared = {name: getattr(own, name) for name in SHARED if name in known and hasattr(own, name)}
     if "k" not in known:
         router = _first_legal(row, [asked | shared], num_experts) or row(**asked)
-        # top-p's number is an expectation, so that an equal one says nothing
-        is_same = router.choices == own.choices and not isinstance(router, TopP)
-        note = f"no setting k; experts a token by its own settings: {router.choices}, in the recipe: {own.choices}"
-        return router, ([] if is_same else [note]) + _changed(router, shared)
+        return router, _own_number(router, own.choices) + _changed(router, shared)
     tried = [asked | settings | {"k": k} for settings in (shared, {}) for k in _nearest(own.choices, num_experts)]
     # where no k is legal the fault lies elsewhere, and whoever builds the model says so
     router = _first_legal(row, tried, num_experts) or row(**asked)
     notes = [] if router.choices == own.choices else [_other_k(router, row, tried[0], num_experts)]
     return router, notes + _changed(router, shared)
+
+
+def _own_number(router: RouterConfig, wanted: int) -> list[str]:
+    if isinstance(router, TopP):
+        return ["no setting k: how many experts a token gets follows from its probabilities"]
+    if router.choices == wanted:
+        return []
+    return [f"no setting k; experts a token by its own settings: {router.choices}, in the recipe: {wanted}"]
 
 
 def _nearest(k: int, num_experts: int) -> list[int]:

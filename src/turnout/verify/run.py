@@ -40,8 +40,13 @@ def _require_layer(subject: Subject) -> None:
         subject.layer(Sizes())
     except ConfigError:
         raise
-    except Exception:  # sizes it cannot take, or a layer that raises: the checks say so
+    except NotApplicable:  # of these sizes; others may do
         return
+    except Exception as error:  # whatever a factory of others' raises
+        raise ConfigError(
+            f"{subject.name} gave no layer when asked for {Sizes()}: {type(error).__name__}: {_first_line(error)}; "
+            "a factory must build what it is asked for, or leave sizes out of its parameters and build its own"
+        ) from error
 
 
 def _run(id: str, check: Check, subject: Subject) -> Result:
