@@ -24,7 +24,9 @@ class Strategy:
     dp: int = 0  # data-parallel ranks of the dense part; 0 derives it from the world
     tp: int = 1  # tensor parallel ranks of attention and dense layers
     sequence_parallel: bool = False  # norms and residual sharded over tp, all-gather + reduce-scatter for all-reduce
-    tp_overlap: int = 1  # chunks in which those gathers and sums hide behind their products; 1: none
+    tp_overlap: int = (
+        1  # chunks of sequence parallel's gathers and sums, hidden behind the products beside them; 1: none
+    )
     cp: int = 1  # context parallel ranks: each has 1/cp of every sequence
     cp_kind: Literal["ring", "alltoall"] = "ring"  # keys and values round a ring, or heads exchanged (Ulysses)
     pp: int = 1  # pipeline stages
@@ -37,8 +39,7 @@ class Strategy:
     shard_tokens: bool = False  # each tp rank dispatches 1/tp of the tokens; sequence parallel does so by itself
     zero: Literal[0, 1, 2, 3] = 0  # sharded over dp: 1 optimizer, 2 + gradients, 3 + parameters (FSDP)
     zero_size: int = 0  # ranks a ZeRO shard is spread over (HSDP when fewer than all); 0: all of dp
-    # when gradients are summed into shards of ZeRO-3: after each micro-batch, or once, whole ones being kept till then
-    zero_sum: Literal["micro_batch", "step"] = "micro_batch"
+    zero_sum: Literal["micro_batch", "step"] = "micro_batch"  # when ZeRO-3 sums gradients; step: whole till then
     # light: norms, up-projections of latent attention, gated activations
     recompute: Literal["none", "light", "selective", "full"] = "none"  # what backward computes again
     kept_precision: Literal["", "fp8"] = ""  # of products' inputs kept for backward under light recomputation
