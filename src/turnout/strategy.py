@@ -195,7 +195,7 @@ class Strategy:
                     raise ConfigError(f"strategy.{name}={getattr(self, name)} needs experts; nearest legal: 1")
             return
         room = world // self.pp // self.etp if self.folded else self.dp * self.cp
-        if self.ep > num_experts:
+        if uneven and self.ep > num_experts:
             raise ConfigError(
                 f"strategy.ep={self.ep} must not exceed num_experts={num_experts}: each rank holds at least one; "
                 f"nearest legal: {gcd(num_experts, max(1, room))}, and more ranks share an expert by etp"
