@@ -186,13 +186,13 @@ class ParameterBytes:
     between_bytes: float
 
 
-@reads("zero", "schedule", "tp", "pp")
+@reads("zero", "zero_sum", "schedule", "tp", "pp")
 def dense_parameter_bytes(job: Job) -> ParameterBytes:
     """Of what every token meets; ZeRO shards it over data and context parallel ranks."""
     return _parameter_bytes(job, job.strategy.zero_size or job.strategy.dp * job.strategy.cp)
 
 
-@reads("zero", "schedule", "pp", "ep", "etp")
+@reads("zero", "zero_sum", "schedule", "pp", "ep", "etp")
 def routed_parameter_bytes(job: Job) -> ParameterBytes:
     """Of routed experts; ZeRO shards it over the copies of an expert."""
     return _parameter_bytes(job, job.strategy.edp())
@@ -205,7 +205,7 @@ def _parameter_bytes(job: Job, ranks: int) -> ParameterBytes:
         ranks *= 2  # every stage is on two ranks of a pipeline
     if strategy.zero >= 1:
         optimizer = (optimizer + framework.zero_shard_bytes) / ranks
-    gradients = gradients / (ranks if strategy.zero >= 2 else 1)
+    gradients = gradients / (ranks if strategy.zero >= 2 and strategy.zero_sum == "micro_batch" else 1)
     gradients += framework.data_parallel_bytes if ranks > 1 and strategy.zero == 0 else 0
     weights /= ranks if strategy.zero >= 3 else 1
     return ParameterBytes(
