@@ -3,13 +3,14 @@
 from functools import lru_cache
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from turnout.hme.tree import Floats, Ints
 
 # pivots of a Cholesky factor closer than this are rounding: the matrix is taken as singular
 RANK_TOLERANCE = 1e-7
+# products that a sum takes before torch is asked for it
+LEAST_FOR_TORCH = 1_000_000
 
 
 @lru_cache(maxsize=64)
@@ -33,10 +34,14 @@ def pair_products(x_PN: Floats) -> Floats:
 
 
 def summed(weight_MN: Floats, value_QN: Floats) -> Floats:
-    """Sums over rows of each value with each weight, (M, Q): one matrix product, by torch.
+    """Sums over rows of each value with each weight, (M, Q): one matrix product, by torch where it is not small.
 
-    For few models numpy's own, of OpenBLAS, takes half as long again.
+    For few models numpy's own, of OpenBLAS, takes half as long again; importing torch, as long as to fit a small table.
     """
+    if weight_MN.size * len(value_QN) < LEAST_FOR_TORCH:
+        return weight_MN @ value_QN.T
+    import torch
+
     return (torch.from_numpy(weight_MN) @ torch.from_numpy(value_QN).T).numpy()
 
 
