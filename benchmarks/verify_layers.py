@@ -37,7 +37,8 @@ and many processes are not looked at. How to read a **no**, in our columns and i
   on each other (G9, O6, O7); chance, or experts that choose, are for training alone (R5).
 - R3: `torch.topk`, which most use, promises no order of equal scores. The law matters to runs that are to be the same
   on two machines.
-- O3, where an error is given below, is a matter of where bfloat16 is rounded between the products.
+- O3, where an error is given below, is a matter of where bfloat16 is rounded: between the products, and where the
+  answers of routed and shared experts are added.
 - G3 is tried with one expert a token only where a layer takes no more. A router that makes the weights of a token's
   choices sum to 1 weighs one choice 1, whatever its score: all it gets from the main loss is rounding. Ours refuse to
   be built so; four of transformers' five blocks (not OLMoE's, which keeps the softmax over all experts) are built.
@@ -52,6 +53,17 @@ BY_DESIGN = {
     "that of its output (G1, G2)",
     "torchtitan:moe": "its experts work in bfloat16 whatever they are given (G2, G9); the counter its bias follows "
     "grows with every forward pass in training (S2)",
+}
+ROUTER_DESIGNS: Mapping[str, str] = {
+    "base": "the even assignment is for training alone (R5)",
+    "expert_choice": "experts choose among the tokens of a batch (G9, O7), equally many each, which makes a balance "
+    "loss a constant (A3)",
+    "forced": "tokens are dealt by their place in the batch (G9, O6, O7)",
+    "gshard": "the second expert is sent by chance in training (R5)",
+    "locmoe_plus": "experts decline tokens in training alone (R5)",
+    "noisy_topk": "noise is for training alone (R5), and so are the weights that scale it (G3)",
+    "quantile": "a batch's own prices are for training, their average is for evaluation (R5)",
+    "sinkhorn": "the even plan is for training alone (R5)",
 }
 SIGN = {"pass": "yes", "fail": "**no**", "not applicable": "-"}
 
@@ -122,17 +134,16 @@ def _notes(peers: tuple[str, ...], missing: dict[str, str]) -> list[str]:
 
 
 def _router_notes(routers: dict[str, Subject], unfit: dict[str, str]) -> list[str]:
-    """How each was built, and which do not fit the recipe."""
+    """How each was built, what it gives up by design, and which do not fit the recipe."""
+    names = [label.removeprefix("tiny ") for label in routers]
+    unbalanced = [f"`{name}`" for name in names if BALANCE not in routers[f"tiny {name}"].name]
     return [
-        "Each is the recipe `tiny` with that router in place of its own and, where the router learns, a balance loss:",
-        f"`turnout verify tiny --set model.moe.router.name=NAME --set '{BALANCE}'`; besides:",
+        "Each is the recipe `tiny` with that router in place of its own and, where it takes one, a balance loss:",
+        f"`turnout verify tiny --set model.moe.router.name=NAME --set '{BALANCE}'`.",
         "",
-        *(f"- `{name}`: `{' '.join(settings)}`" for name, settings in ROUTER_SETTINGS.items()),
-        *(
-            f"- `{name.removeprefix('tiny ')}`: no balance loss"
-            for name, tried in routers.items()
-            if BALANCE not in tried.name
-        ),
+        *(f"- `{name}` is set by `{' '.join(settings)}`." for name, settings in ROUTER_SETTINGS.items()),
+        *([f"- Without a balance loss, which they refuse: {', '.join(unbalanced)}."] if unbalanced else []),
+        *(f"- `{name}`: {words}." for name, words in ROUTER_DESIGNS.items() if name in names),
         *(f"- `{name}` does not fit the recipe: {why}" for name, why in unfit.items()),
         "",
     ]
