@@ -28,11 +28,14 @@ LOCMOE = "tests/contracts/test_locmoe.py"
 LOCALITY = "tests/distributed/test_locality.py"
 OTHERS = "tests/contracts/test_other_routers.py"
 GROUPED = "tests/contracts/test_grouped_mm.py"
+LAYERS = "tests/contracts/test_other_layers.py"
 GENERATE = "tests/paths/test_generate.py"
 COEFFICIENT = "tests/paths/test_effective_coefficient.py"
 RANKS = "tests/distributed/test_equal_one_process.py"
 MOVES = "tests/distributed/test_moves.py"
 BALANCE = "tests/plan/test_balance.py"
+MOVES_ROUTER = f"{ROUTERS}::test_the_main_loss_alone_moves_the_router"
+SCORES_ALONE = f"{LOSSES}::test_the_balance_gradient_goes_through_the_scores_alone"
 LEAST_CAUGHT = 0.9
 
 
@@ -118,6 +121,102 @@ MUTATIONS = (
         "mean - load_E",
         "load_E - mean",
         (ROUTERS, "tests/contracts"),
+    ),
+    # The detach of the bias. Most detachments of the routers have nothing to cut, and are left out here: DeepSeek-V3's,
+    # quantile's and device_limited's logits, gshard's second weight, top_p's, base's, sinkhorn's and expert_choice's
+    # scores, locmoe_plus's affinities and every priority end in integers or booleans, which have no gradient, and the
+    # biases and prices are buffers changed under no_grad. What a gradient could reach:
+    Mutation(
+        "detach: the biases are parameters",
+        "routers/deepseek_v3.py",
+        'self.register_buffer("bias_E", torch.zeros(num_experts))',
+        "self.bias_E = torch.nn.Parameter(torch.zeros(num_experts))",
+        (MOVES_ROUTER,),
+    ),
+    Mutation(
+        "detach: the prices are parameters",
+        "routers/quantile.py",
+        'self.register_buffer("price_E", torch.zeros(num_experts))',
+        "self.price_E = torch.nn.Parameter(torch.zeros(num_experts))",
+        (MOVES_ROUTER,),
+    ),
+    Mutation(
+        "detach: prices in the weights",
+        "routers/quantile.py",
+        "weight_RK = (scores_RE if is_softmax",
+        "weight_RK = ((logits_RE - price_E).softmax(dim=1) if is_softmax",
+        (f"{BALANCED}::test_quantile_prices_choose_but_do_not_weigh",),
+    ),
+    Mutation(
+        "detach: a bias's gradient in the weights, not its value",
+        "routers/deepseek_v3.py",
+        "sigmoid_shares(logits_RE.gather(1, expert_RK))",
+        "sigmoid_shares((logits_RE + self.bias_E * (logits_RE - logits_RE.detach())).gather(1, expert_RK))",
+        (f"{LAYER}::test_layer_equals_the_oracle",),
+    ),
+    Mutation(
+        "detach: the predictor of depths moves what stands below",
+        "layers/mixture_of_depths.py",
+        "self.predictor(wide_BSD.detach())",
+        "self.predictor(wide_BSD)",
+        (f"{LAYERS}::test_the_predictor_learns_who_was_chosen_and_its_loss_moves_nothing_else",),
+    ),
+    Mutation(
+        "detach: the weight of depths has no gradient",
+        "layers/mixture_of_depths.py",
+        "weight_BC1 = score_BS.flatten()",
+        "weight_BC1 = score_BS.detach().flatten()",
+        (f"{LAYERS}::test_padding_passes_by_takes_no_capacity_and_is_not_seen",),
+    ),
+    Mutation(
+        "detach: balance has its gradient through the load too",
+        "losses/load_balance.py",
+        "load_E = counts_E.to(scores_RE.dtype) / counts_E.sum().clamp(min=1)",
+        "load_E = counts_E.to(scores_RE.dtype) / counts_E.sum().clamp(min=1)\n"
+        "    load_E = load_E + scores_RE.mean(dim=0) - scores_RE.mean(dim=0).detach()",
+        (SCORES_ALONE,),
+    ),
+    Mutation(
+        "detach: balance has no gradient",
+        "losses/load_balance.py",
+        "return num_experts * (load_E * scores_RE.sum(dim=0)).sum()",
+        "return num_experts * (load_E * scores_RE.detach().sum(dim=0)).sum()",
+        (SCORES_ALONE,),
+    ),
+    Mutation(
+        "detach: remoe's balance has its gradient through the load too",
+        "routers/remoe.py",
+        "return (load_E * gate_sum_E).sum()",
+        "return ((load_E + gate_sum_E - gate_sum_E.detach()) * gate_sum_E).sum()",
+        (f"{BALANCED}::test_remoe_sends_tokens_to_the_experts_that_fire_and_returns_the_term_of_the_paper",),
+    ),
+    Mutation(
+        "detach: remoe's strength has no gradient to pass on",
+        "routers/remoe.py",
+        "value = strength * gate_l1(gates_RE,",
+        "value = strength * gate_l1(gates_RE.detach(),",
+        (f"{BALANCED}::test_remoe_sends_tokens_to_the_experts_that_fire_and_returns_the_term_of_the_paper",),
+    ),
+    Mutation(
+        "detach: a recording keeps the graph it was made with",
+        "routers/replay.py",
+        "getattr(recording, name).detach().to(",
+        "getattr(recording, name).to(",
+        (f"{OTHERS}::test_a_recording_may_give_tokens_any_number_of_experts",),
+    ),
+    Mutation(
+        "detach: locmoe+'s gate has no gradient of the task",
+        "routers/locmoe_plus.py",
+        "self._by_tokens(affinity_RE.detach(), scores_RE, tokens",
+        "self._by_tokens(affinity_RE.detach(), scores_RE.detach(), tokens",
+        (f"{LOCMOE}::test_the_task_alone_moves_the_gate",),
+    ),
+    Mutation(
+        "detach: the outer router of a tree has no gradient",
+        "routers/hierarchical.py",
+        "weight_N=(groups.weight_N[via_N] * inner_N)[order_N]",
+        "weight_N=(groups.weight_N.detach()[via_N] * inner_N)[order_N]",
+        (MOVES_ROUTER,),
     ),
     Mutation("group score is the maximum", "routers/pieces.py", "best: int = 2", "best: int = 1", (LAYER, ROUTERS)),
     Mutation(

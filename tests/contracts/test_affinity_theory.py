@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from turnout.ranking import keep_best
+from turnout.dispatch import FixedCapacity
+from turnout.routers import LocMoEPlus
 from turnout.routers import affinity_theory as theory
 from turnout.routers.grap import grap_affinity
 
@@ -74,47 +77,99 @@ def test_the_numbers_of_remark_seven() -> None:
     assert int(theory.min_capacity(torch.tensor(0.5), dim=8, num_experts=2, num_tokens=0)) == 0
 
 
-def test_token_choice_finds_its_token_as_often_as_theorem_five_says() -> None:
-    """An expert keeps the first C that come; the token in question comes at a random place."""
-    trials, num_tokens, num_experts, capacity, right = 20_000, 256, 4, 8, (0.25, 0.5, 0.75, 1.0)
+TOKENS = 256
+
+
+def own_tokens_among_others(trials: int, right: tuple[float, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Trials of TOKENS tokens (T, n), and where expert i's own token stands in each (trials, n): at a random place.
+
+    GrAP's rows of n experts are the axes of n features, so a token's best expert is its largest feature: any for the
+    others, expert i for its own with chance p_i.
+    """
+    num_experts = len(right)
+    x_TE = torch.randn(trials * TOKENS, num_experts, generator=generator)
+    place_BE = torch.rand(trials, TOKENS, generator=generator).argsort(dim=1)[:, :num_experts]
+    own_BE = place_BE + TOKENS * torch.arange(trials).unsqueeze(1)
+    for expert, p in enumerate(right):
+        own_B = own_BE[:, expert]
+        best_B = x_TE[own_B].argmax(dim=1)
+        is_right_B = torch.rand(trials, generator=generator) < p
+        elsewhere_B = (expert + torch.randint(1, num_experts, (trials,), generator=generator)) % num_experts
+        wanted_B = torch.where(is_right_B, expert, elsewhere_B)
+        largest_B, instead_B = x_TE[own_B, best_B], x_TE[own_B, wanted_B]
+        x_TE[own_B, best_B] = instead_B
+        x_TE[own_B, wanted_B] = largest_B
+    return x_TE, own_BE
+
+
+@pytest.mark.parametrize("right", [(0.25, 0.5, 0.75, 1.0), (0.1, 0.1, 0.1, 0.5)])
+@pytest.mark.parametrize("capacity", [16, 32])
+def test_token_choice_finds_its_token_as_often_as_theorem_five_says(capacity: int, right: tuple[float, ...]) -> None:
+    """The router chooses by affinity, and an expert keeps the first C that come, whatever they are."""
+    trials, num_experts = 2000, len(right)
+    x_TE, own_BE = own_tokens_among_others(trials, right, torch.Generator().manual_seed(0))
+    assignment = LocMoEPlus(k=1, mode="token_choice").build(num_experts, num_experts)(x_TE).assignment
+    policy = FixedCapacity(factor=capacity * num_experts / TOKENS, group_size=TOKENS)
+    keep_N = policy.admit(assignment).keep_N
+    assert keep_N is not None
+    expert_T, keep_T = assignment.expert_N[own_BE], keep_N[own_BE]  # one choice a token, in the order of tokens
+    success = float((keep_T & (expert_T == torch.arange(num_experts))).double().mean())
+    want = theory.token_choice_success(capacity, right, TOKENS)
+    assert math.isclose(want, capacity * sum(right) / TOKENS)
+    # 4 standard deviations, and that an expert's own tokens add to its load
+    assert abs(success - want) < 4 * math.sqrt(want / trials / num_experts) + 0.02 * want
+
+
+def test_more_room_than_tokens_is_no_chance_above_one() -> None:
+    assert theory.token_choice_success(TOKENS, (0.25, 0.5, 0.75, 1.0), TOKENS) == 1.0
+
+
+def expert_choice_success(capacity: int, beaten: float, *, num_tokens: int, trials: int) -> float:
+    """How often expert 0 of a router is sent the token that a random one beats there with chance q.
+
+    GrAP's rows are the axes of 3 features, and the cosine of a random token with an axis is even from -1 to 1
+    (Archimedes): a token of cosine 1 - 2q is beaten with chance q.
+    """
     generator = torch.Generator().manual_seed(0)
-    successes = 0.0
-    for p in right:
-        is_right = torch.rand(trials, generator=generator) < p
-        earlier = torch.randint(0, num_tokens, (trials,), generator=generator)
-        before = torch.binomial(earlier.double(), torch.full((trials,), 1 / num_experts).double(), generator=generator)
-        successes += float((is_right & (before < capacity)).double().mean()) / num_experts
-    want = theory.token_choice_success(capacity, right, num_tokens)
-    assert math.isclose(want, 8 * 2.5 / 256)
-    assert 0.9 * want < successes < 1.1 * want
-    assert theory.token_choice_success(num_tokens, right, num_tokens) == 1.0
+    settings = LocMoEPlus(
+        k=1, mode="expert_choice", threshold=1.0, floor="none", minimum=0, factor=3 * capacity / num_tokens
+    )
+    router = settings.build(3, 3)
+    cosine = 1 - 2 * beaten
+    found = 0
+    for _ in range(trials):
+        x_TD = torch.randn(num_tokens, 3, generator=generator)
+        own = int(torch.randint(0, num_tokens, (1,), generator=generator))
+        aside = F.normalize(x_TD[own, 1:], dim=0) * math.sqrt(1 - cosine**2)
+        x_TD[own] = torch.cat([torch.tensor([cosine]), aside])
+        assignment = router(x_TD).assignment
+        assert int(assignment.counts_E[0]) <= capacity
+        found += bool(((assignment.token_N == own) & (assignment.expert_N == 0)).any())
+    return found / trials
 
 
-@pytest.mark.parametrize("capacity", [2, 8, 16, 40])
-@pytest.mark.parametrize("beaten", [(0.01, 0.02), (0.1, 0.1), (0.3, 0.5), (0.01, 0.5)])
+# rows an expert keeps of 200 tokens, a q for which theorem 5 says that it finds its own, and one that it does not
+SEARCHES = ((2, 0.005, 0.03), (8, 0.02, 0.1), (16, 0.03, 0.2), (40, 0.1, 0.5))
+
+
+@pytest.mark.parametrize(("capacity", "seldom", "often"), SEARCHES)
 def test_expert_choice_finds_its_token_within_the_bounds_of_theorem_five(
-    capacity: int, beaten: tuple[float, ...]
+    capacity: int, seldom: float, often: float
 ) -> None:
-    """By the layer's own choice: each trial is an expert, its first token the one that it should keep."""
-    trials, num_tokens = 500, 200
-    generator = torch.Generator().manual_seed(0)
-    success = 0.0
-    for q in beaten:
-        affinity = torch.rand(trials, num_tokens, generator=generator)
-        affinity[:, 0] = 1 - q
-        keep_N = keep_best(
-            affinity.flatten(),
-            affinity.flatten(),
-            torch.arange(trials).repeat_interleave(num_tokens),
-            num_experts=trials,
-            threshold=1.0,
-            floor=0,
-            capacity=capacity,
-        )
-        success += float(keep_N.view(trials, num_tokens)[:, 0].double().mean()) / len(beaten)
-    lower, upper = theory.expert_choice_success(capacity, beaten, num_tokens)
-    slack = 4 * math.sqrt(0.25 / trials / len(beaten))
-    assert lower - slack <= success <= upper + slack
+    num_tokens, trials = 200, 200
+    easy, hard = (expert_choice_success(capacity, q, num_tokens=num_tokens, trials=trials) for q in (seldom, often))
+    (least, no_bound), (none, most) = (
+        theory.expert_choice_success(capacity, (q,), num_tokens) for q in (seldom, often)
+    )
+    assert (none, no_bound) == (0.0, 1.0)
+    # an expert that keeps any C tokens, its worst or all of them would be outside one of the two
+    assert capacity / num_tokens < 0.25 * least
+    assert most < 0.5
+    assert least <= easy
+    assert hard <= most
+    lower, upper = theory.expert_choice_success(capacity, (seldom, often), num_tokens)
+    assert lower <= (easy + hard) / 2 <= upper
+    assert 0 < lower < upper < 1
 
 
 def test_the_bounds_of_theorem_five_where_its_conditions_hold() -> None:

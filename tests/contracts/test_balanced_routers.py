@@ -413,7 +413,7 @@ def test_where_every_token_takes_every_expert_there_is_no_price() -> None:
 def test_remoe_sends_tokens_to_the_experts_that_fire_and_returns_the_term_of_the_paper(
     seed: int, num_tokens: int, num_experts: int, growths: int
 ) -> None:
-    logits_RE = drawn(seed, num_tokens, num_experts)
+    logits_RE = drawn(seed, num_tokens, num_experts).requires_grad_()
     rows = [[max(value, 0.0) for value in row] for row in logits_RE.tolist()]
     fired = [(t, e) for t, row in enumerate(rows) for e, gate in enumerate(row) if gate > 0]
     load = [num_experts / max(num_tokens, 1) * sum(row[e] > 0 for row in rows) for e in range(num_experts)]
@@ -429,6 +429,11 @@ def test_remoe_sends_tokens_to_the_experts_that_fire_and_returns_the_term_of_the
         want = 1e-8 * 1.2**growths * l1 / max(num_tokens, 1)
         assert (term.name, term.coefficient) == ("relu_l1", 1.0)
         assert math.isclose(float(term.value.detach()), want, rel_tol=1e-12)
+        # the load is a count: the gradient is the gates' alone
+        (grad_RE,) = torch.autograd.grad(term.value, logits_RE)
+        pull = torch.tensor([share / k if balanced else 1.0 for share in load], dtype=logits_RE.dtype)
+        want_RE = 1e-8 * 1.2**growths / max(num_tokens, 1) * pull * (logits_RE > 0)
+        assert torch.allclose(grad_RE, want_RE, rtol=1e-12, atol=0)
         assert error(routing.scores_RE.sum(dim=1), torch.ones(num_tokens).double()) < 1e-14
 
 

@@ -230,7 +230,7 @@ def test_a_recording_may_give_tokens_any_number_of_experts() -> None:
     recording = Assignment(
         token_N=token_N,
         expert_N=expert_N,
-        weight_N=torch.tensor([0.5, 0.1, 0.2, 0.3, 0.7]),
+        weight_N=torch.tensor([0.5, 0.1, 0.2, 0.3, 0.7]).requires_grad_(),  # as of a rollout with a graph
         choice_N=torch.tensor([0, 0, 1, 2, 0]),
         num_tokens=4,
         num_experts=6,

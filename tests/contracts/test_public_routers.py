@@ -7,6 +7,8 @@ from torch import Tensor
 from turnout.contracts import RouterConfig
 from turnout.routers import DeepSeekV3, TopK
 from turnout.verify.adapters.transformers_blocks import BLOCKS, TransformersLayer, from_transformers
+from turnout.verify.cases import draw, gradients, layers
+from turnout.verify.gradients import LEAST_MOVE
 from turnout.verify.subject import Sizes
 
 pytest.importorskip("transformers")
@@ -81,3 +83,19 @@ def test_groups_are_limited_as_deepseek_s_block_limits_them(groups: int) -> None
     _, weight_TK, expert_TK = peer(x_TD)
     expert_RK, weight_RK = ours(x_TD).assignment.as_topk()
     assert torch.allclose(dense(expert_RK, weight_RK, 16), dense(expert_TK, weight_TK, 16), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_one_renormalised_choice_teaches_a_router_nothing_but_rounding(name: str) -> None:
+    """Why G3 leaves sizes of one choice out where others fit, and counts as movement only what is above LEAST_MOVE."""
+    subject = from_transformers(name)
+    shares = {}
+    for layer, words in layers(subject):
+        x = draw(layer, 33).requires_grad_()
+        found = gradients(layer, x, layer.forward(x))
+        most = max(float(found[n].abs().max()) for n in layer.router_parameters() if n in found)
+        shares["k=1" in words, words] = most / float(found["x"].abs().max())
+    one, more = ([share for (is_one, _), share in shares.items() if is_one is wanted] for wanted in (True, False))
+    assert len(one) == 1
+    assert min(more) > 1e4 * LEAST_MOVE
+    assert one[0] > 1e4 * LEAST_MOVE if name == "olmoe" else one[0] < 0.1 * LEAST_MOVE

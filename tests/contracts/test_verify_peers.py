@@ -17,11 +17,7 @@ SIZES = Sizes(dim=16, hidden=8, num_experts=4)
 
 # the laws a layer does not keep, and why
 NOT_KEPT: Mapping[str, dict[str, str]] = {
-    "deepspeed:top1": {
-        "A2": "padding stays in the mean of the scores",
-        "P1": "float32 sums of more rows round otherwise",
-        "P2": "float32 sums of more rows round otherwise",
-    },
+    "deepspeed:top1": {"A2": "padding stays in the mean of the scores"},
     "deepspeed:top2": {},
     "deepspeed:topk": {"R3": "torch.topk"},
     "torchtitan:moe": {
@@ -39,6 +35,9 @@ NOT_KEPT: Mapping[str, dict[str, str]] = {
         "R3": "torch.topk",
     },
 }
+# laws that hang on the machine: float32 products of more rows round otherwise only where the matrix library takes
+# another kernel for them
+EITHER_WAY: Mapping[str, set[str]] = {"deepspeed:top1": {"P1", "P2"}}
 
 
 def test_every_peer_is_tried() -> None:
@@ -52,13 +51,13 @@ def installed(target: str) -> Layer:
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 @pytest.mark.parametrize("target", NOT_KEPT)
-def test_a_peer_keeps_all_laws_but_those_known(target: str) -> None:
+def test_a_peer_keeps_all_laws_but_those_known_and_not_those(target: str) -> None:
     """An exception would count as a failure: none but those said."""
     installed(target)
     results = {r.id: r for r in verify(subject(target))}
     assert set(results) == set(CHECKS.names())
-    failed = {id for id, r in results.items() if r.outcome == "fail"}
-    assert failed <= set(NOT_KEPT[target]), {id: results[id].case for id in failed - set(NOT_KEPT[target])}
+    failed = {id: r.case for id, r in results.items() if r.outcome == "fail"}
+    assert set(failed) - EITHER_WAY.get(target, set()) == set(NOT_KEPT[target]), failed
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")

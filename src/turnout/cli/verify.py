@@ -15,6 +15,8 @@ EPILOG = """Examples:
 
 turnout verify mixtral
 
+turnout verify tiny --set model.moe.router=sinkhorn
+
 turnout verify my_package.layers:build_moe --json
 
 turnout verify tiny --parallel 4 --set strategy.ep=4 --set strategy.alltoall=node_dedup
@@ -54,9 +56,7 @@ def verify(
             raise ConfigError("--only names checks of a layer; --parallel has none, and compares every tensor")
         _verify_parallel(target, parallel, settings or [], screen, as_json=as_json)
         return
-    if settings:
-        raise ConfigError("--set changes a recipe: it goes with --parallel N")
-    _verify_layer(target, ids, screen, as_json=as_json)
+    _verify_layer(target, settings or [], ids, screen, as_json=as_json)
 
 
 def _verify_parallel(target: str, ranks: int, settings: list[str], screen: Console, *, as_json: bool) -> None:
@@ -86,13 +86,13 @@ def _verify_parallel(target: str, ranks: int, settings: list[str], screen: Conso
         raise typer.Exit(1)
 
 
-def _verify_layer(target: str, ids: list[str], screen: Console, *, as_json: bool) -> None:
+def _verify_layer(target: str, settings: list[str], ids: list[str], screen: Console, *, as_json: bool) -> None:
     from turnout.verify import verify as run_checks
     from turnout.verify.targets import subject
 
     # as `python -m turnout` has it: a module of the folder one stands in can be named
     sys.path.insert(0, os.getcwd())
-    chosen = subject(target)
+    chosen = subject(target, settings)
     versions = ", ".join(f"{name} {version}" for name, version in chosen.versions.items())
     screen.print(f"  {chosen.name}  ({versions})")
     results = run_checks(chosen, ids)
@@ -111,6 +111,7 @@ def _verify_layer(target: str, ids: list[str], screen: Console, *, as_json: bool
         print_json(
             {
                 "target": target,
+                "settings": settings,
                 "passed": counts["pass"],
                 "failed": counts["fail"],
                 "not_applicable": counts["not applicable"],

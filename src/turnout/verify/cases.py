@@ -17,10 +17,12 @@ SIZES = (
 )
 
 
-def layers(subject: Subject, *, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Layer, str]]:
-    """The subject in every size it can take, small to large, with words for it."""
+def layers(subject: Subject, *, dtype: torch.dtype = torch.float64, least_k: int = 1) -> Iterator[tuple[Layer, str]]:
+    """The subject in every size it can take, small to large, with words for it; sizes of fewer choices are left out."""
     why, any_fits = "", False
     for seed, sizes in enumerate(SIZES):
+        if sizes.k < least_k:
+            continue
         try:
             layer = subject.layer(sizes, seed=seed, dtype=dtype)
         except NotApplicable as reason:

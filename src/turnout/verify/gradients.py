@@ -1,6 +1,6 @@
 """Checks of what a layer gives back in the backward pass."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from turnout.verify.check import Measured, check
 from turnout.verify.subject import Layer, NotApplicable, Subject
 
 WRONG = "the model trains on something else than its loss"
+# a router's largest gradient over the input's: one that weighs its choices by a constant is left with the rounding of
+# its gate, up to 1e-6 in float32
+LEAST_MOVE = 1e-5
 
 
 @check("G1", "gradients equal those of the loop", meaning=WRONG)
@@ -43,15 +46,27 @@ def _differences(subject: Subject) -> Iterable[Measured]:
 
 @check("G3", "the main loss moves the router", meaning="routing is not learned from the task, only from balance")
 def _router_moves(subject: Subject) -> Iterable[Measured]:
-    for layer, words in layers(subject):
+    for layer, words in _of_several_choices(subject):
         names = layer.router_parameters()
         x = draw(layer, 33).requires_grad_()
         found = gradients(layer, x, layer.forward(x))
         trainable = [n for n in names if n in found]
         if not trainable:
             raise NotApplicable("the router has no parameters to learn")
-        still = [name for name in trainable if not found[name].any()]
+        least = LEAST_MOVE * found["x"].abs().max()
+        still = [name for name in trainable if not found[name].abs().max() > least]
         yield Measured(error=float(len(still)), tolerance=0, case=f"{' '.join(still)} {words}".strip())
+
+
+def _of_several_choices(subject: Subject) -> Iterator[tuple[Layer, str]]:
+    """Without sizes of one choice, if others fit: a router that renormalises weighs one choice 1, whatever its score.
+
+    Some refuse to be built so (ours do), the others would be alone to be tried.
+    """
+    try:
+        yield from layers(subject, least_k=2)
+    except NotApplicable:
+        yield from layers(subject)
 
 
 @check("G4", "an expert without tokens has a gradient of exactly zero", meaning="unused experts drift, or turn NaN")

@@ -13,6 +13,7 @@ from turnout import presets, reference
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.layers import MoE, MoEConfig
+from turnout.layers.latent import Latent
 from turnout.tensors import MoEOutput, total_loss
 from turnout.verify.subject import Expert, Layer, NotApplicable, Sizes, Subject
 
@@ -51,6 +52,13 @@ class OwnLayer(Layer):
         return gate_TE.index_put((assignment.token_N, assignment.expert_N), weight_N, accumulate=True)
 
     def experts(self) -> list[Expert]:
+        """Between the latent projections, if there are any: those are linear, so that each expert may have its own."""
+        latent = self.module.latent
+        if latent is None:
+            return self._experts()
+        return [functools.partial(_between, latent, expert) for expert in self._experts()]
+
+    def _experts(self) -> list[Expert]:
         experts = self.module.experts
         if not isinstance(experts, FFNExperts):
             return list(experts.children())
@@ -75,15 +83,20 @@ class OwnLayer(Layer):
         return {f"router.{name}": p for name, p in self.module.router.named_parameters()}
 
     def auxiliary_loss(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if not self.module.config.losses:
+        terms = self._output(x, mask).losses  # those of the settings, and the router's own
+        if not terms:
             raise NotApplicable("has no auxiliary loss")
-        return total_loss(self._output(x, mask).losses)
+        return total_loss(terms)
 
     def counts(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self._output(x, mask).stats.assigned_E
 
     def _output(self, x: Tensor, mask: Tensor | None) -> MoEOutput:
         return self.module(x, mask=mask, token_ids=_ids(x), generator=_generator())
+
+
+def _between(latent: Latent, expert: Expert, x_TD: Tensor) -> Tensor:
+    return latent.up(expert(latent.down(x_TD, None)))
 
 
 def _preset(factory: Callable[..., MoE], sizes: Sizes) -> OwnLayer:
