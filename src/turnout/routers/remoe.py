@@ -48,6 +48,10 @@ class ReMoE(RouterConfig):
         return self.k
 
     @property
+    def exact_choices(self) -> bool:
+        return False
+
+    @property
     def own_balance(self) -> str:
         return "L1 of the gates weighed by load" if self.balanced else ""
 
