@@ -41,12 +41,14 @@ PUBLISHED_ONLINE = OnlineConfig(
 )
 
 
-def _em(algorithm: int, iterations: int, depth: int = 4) -> Callable[..., Progress]:
+def _em(algorithm: int, iterations: int, depth: int = 4, noise: float = 1.0, held: int = 0) -> Callable[..., Progress]:
+    """EM with the noise at `noise` variances of the targets for the first `held` iterations."""
+
     def run(x_ND: Floats, y_NO: Floats, test_ND: Floats, seed: int) -> Progress:
         rows = _rows(x_ND, y_NO)
-        mixture, passes = _start(rows, seed, depth), 0
-        config = EMConfig(algorithm=algorithm, max_iter=1, tol=0)
-        for _ in range(iterations):
+        mixture, passes = _start(rows, seed, depth, noise), 0
+        for done in range(iterations):
+            config = EMConfig(algorithm=algorithm, max_iter=1, tol=0, hold_noise=int(done < held))
             fit = fit_em(mixture, rows, config, keep_last=True)
             mixture, passes = fit.mixture, passes + fit.passes - 1  # the last pass is the next iteration's first
             yield passes, _predict(mixture, test_ND)
@@ -96,6 +98,9 @@ MODELS: dict[str, Callable[..., Progress]] = {
     "HME, algorithm 1": _em(1, 60),
     "HME, algorithm 2": _em(2, 60),
     "HME, algorithm 1, 64 experts": _em(1, 50, depth=6),
+    "HME, noise held, 16 experts": _em(1, 60, noise=0.3, held=60),
+    "HME, noise held, 32 experts": _em(1, 50, depth=5, noise=0.3, held=27),
+    "HME, noise held, 64 experts": _em(1, 50, depth=6, noise=0.3, held=27),
     "HME, on-line": _online(4, OnlineConfig()),
     "HME, on-line as published": _online(2, PUBLISHED_ONLINE),
     "HME, gradient": _gradient,
@@ -116,9 +121,9 @@ def _rows(x_ND: Floats, y_NO: Floats) -> Rows:
     return Rows(x_NP=np.column_stack([x_ND, np.ones(len(x_ND))]), y_NT=y_NO, weight_N=np.ones(len(x_ND)))
 
 
-def _start(rows: Rows, seed: int, depth: int = 4) -> Mixture:
+def _start(rows: Rows, seed: int, depth: int = 4, noise: float = 1.0) -> Mixture:
     """The paper's tree: binary, four levels, 16 experts."""
-    family, random = Gaussian(targets=rows.y_NT.shape[1]), np.random.default_rng(seed)
+    family, random = Gaussian(targets=rows.y_NT.shape[1], noise_start=noise), np.random.default_rng(seed)
     return new_mixture(Tree.complete(depth, 2), family, rows.y_NT.T, rows.weight_N, rows.x_NP.shape[1], random)
 
 

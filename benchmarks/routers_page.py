@@ -4,43 +4,49 @@ Usage: turnout compare tiny --set "model.moe.router={name='topk', k=2}" --router
            | tail -1 > RESULT.json
        turnout bench routers --json | tail -1 > BENCH.json
        python -m benchmarks.routers_page RESULT.json [MORE.json ...] --bench BENCH.json \
-           --set "model.moe.router={name='topk', k=2}"
+           --set "model.moe.router={name='topk', k=2}" [--paper-losses LOSSES.json]
 
-Several files are joined: other routers, or the same ones at other seeds. `--set` as of the comparison.
+Several files are joined: other routers, or the same ones at other seeds. `--set` as of the comparison. LOSSES.json: the
+same comparison with other losses, which has a table of its own. With matplotlib it also draws docs/routers.svg.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.routers_plot import plot_losses
+from benchmarks.routers_runs import BESIDE, by_router_of, check_alike, differences, mean, order_of, read, speed
 from turnout.contracts import RouterConfig
 from turnout.train.compared_losses import balance_alone
 from turnout.train.recipes import load_recipe
 from turnout.train.variants import with_routers
 
 PAGE = Path(__file__).parents[1] / "docs" / "routers.md"
-BESIDE = "topk"  # whose loss the others stand beside
 INTRO = """# Routers side by side
 
-Written by `python -m benchmarks.routers_page` from `turnout compare {recipe} --routers all`: the recipe `{recipe}` with
-each router, {tokens} tokens each, seeds {first} to {last}. Loss is nats a token on validation text, mean and spread
-(greatest less least) over seeds; beside {beside}: the mean difference at the same seed, below 0 is better. Dropped (for
-want of room), left out (by design) and undecided (entropy of the scores, 1 is a fair draw) are of the last step of
-training. On validation text after training: experts a token; worst load (the greatest over the fair share, less 1,
-mean over layers); told by id (share of an expert's identity that the token's id tells); bytes that a layer would send
-between 8 ranks, there and back, a token. Time: a layer forward and backward over one with softmax top-k of as many
-choices, in the shapes of `turnout bench routers` on two CPU cores:
+Written by `python -m benchmarks.routers_page`: the recipe `{recipe}` with each router, {tokens} tokens each, seeds
+{first} to {last}; a router that a loss can move and that does not balance itself has the load-balance loss alone. The
+commands are at the end. Loss is nats a token on validation text, mean and spread (greatest less least) over seeds;
+beside {beside}: the mean difference at the same seed, below 0 is better; speed: tokens a second over {beside}'s, on a
+machine with other work, `-` where {beside} did not run beside it. Dropped (for want of room), left out (by design: none
+of LocMoE+'s in evaluation) and undecided (entropy of the scores, 1 is a fair draw) are of the last step of training. On
+validation text after training: experts a token; worst load (the greatest over the fair share, less 1, mean over
+layers); told by id (share of an expert's identity that the token's id tells); bytes that a layer would send between 8
+ranks, there and back, a token. Layer time: a layer forward and backward over one with softmax top-k of as many choices,
+in the shapes of `turnout bench routers` on two CPU cores, where `top_p` is held to k experts a token and `remoe` starts
+at k:
 {shapes}.
 """
+PLOT = "routers.svg"
 COLUMNS = (
-    *("router", "loss", "spread", f"beside {BESIDE}", "experts a token", "dropped", "left out"),
-    *("worst load", "undecided", "told by id", "bytes", "time"),
+    *("router", "loss", "spread", f"beside {BESIDE}", "speed", "experts a token", "dropped", "left out"),
+    *("worst load", "undecided", "told by id", "bytes", "layer time"),
 )
+SOFT = "soft_moe"
 
 
 def main() -> None:
@@ -49,44 +55,31 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--bench", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], dest="settings")
+    parser.add_argument("--paper-losses", type=Path)
     asked = parser.parse_args()
-    rows = [row for path in asked.results for row in _read(path)]
-    recipe, by_router = _by_router(rows)
+    rows = [row for path in asked.results for row in read(path)]
+    recipe, by_router = by_router_of(rows)
     if BESIDE not in by_router:
         sys.exit(f"no rows of the router {BESIDE}, which the others stand beside")
-    _check_alike(by_router)
-    page = _page(recipe, by_router, _read(asked.bench), asked.settings)
+    check_alike(by_router)
+    page = _page(recipe, by_router, read(asked.bench), asked.settings)
+    if asked.paper_losses:
+        page += _other_losses(by_router, by_router_of(read(asked.paper_losses))[1])
+    page += _sources([*asked.results, asked.bench, *filter(None, [asked.paper_losses])])
     PAGE.write_text("\n".join(page), encoding="utf-8")
+    plot_losses({name: by_router[name] for name in order_of(by_router)}, PAGE.with_name(PLOT))
     print(f"wrote {PAGE.name}: {len(by_router)} routers, {len(rows)} runs")
 
 
-def _check_alike(by_router: dict[str, list[dict[str, Any]]]) -> None:
-    """Raises: SystemExit if a router had other tokens than the one beside it, or no seed in common with it."""
-    wanted = {run["tokens"] for run in by_router[BESIDE]}
-    for name, runs in by_router.items():
-        if {run["tokens"] for run in runs} != wanted:
-            sys.exit(f"{name} was trained on another number of tokens than {BESIDE}: their losses do not compare")
-        if not _differences(runs, by_router[BESIDE]):
-            sys.exit(f"{name} has no seed in common with {BESIDE}")
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))["rows"]
-
-
-def _by_router(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, list[dict[str, Any]]]]:
-    """The recipe's name, and the complete runs of each router."""
-    recipe = _shared_start([row["recipe"] for row in rows])
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if row["complete"]:
-            found[row["recipe"].removeprefix(f"{recipe}-")].append(row)
-    return recipe, found
-
-
-def _shared_start(names: Sequence[str]) -> str:
-    router = next(r for r in sorted(RouterConfig.TABLE.names(), key=len, reverse=True) if names[0].endswith(f"-{r}"))
-    return names[0].removesuffix(f"-{router}")
+def _sources(paths: Sequence[Path]) -> list[str]:
+    """The file and the command of every figure."""
+    notes = [(path.name, json.loads(path.read_text(encoding="utf-8"))["note"]) for path in paths]
+    return [
+        "## Where the figures come from",
+        "",
+        *(f"- `benchmarks/results/{name}`: {note}" for name, note in notes),
+        "",
+    ]
 
 
 def _page(
@@ -99,7 +92,7 @@ def _page(
     seeds = sorted({row["seed"] for row in rows})
     tokens = statistics.median(row["tokens"] for row in rows)
     beside = by_router[BESIDE]
-    order = sorted(by_router, key=lambda name: _mean(by_router[name], "val_loss"))
+    order = order_of(by_router)
     ahead = [name for name in order if _looks_ahead(name, by_router[name][0])]
     fewer = [f"{name} ({len(by_router[name])})" for name in order if len(by_router[name]) < len(seeds)]
     shapes = _shapes(timed)
@@ -119,11 +112,56 @@ def _page(
         "|---" * len(COLUMNS) + "|",
         *(_row(name, by_router[name], beside, timed) for name in order),
         "",
+        *_beyond_the_table(timed),
+        "",
+        f"![Validation loss over tokens, a line a router, mean of its seeds]({PLOT})",
+        "",
         *_defaults(order, by_router),
         "",
         *_settings(recipe, by_router, settings),
         "",
     ]
+
+
+def _beyond_the_table(timed: Sequence[dict[str, Any]]) -> list[str]:
+    """What is no router, and what the layer times cannot tell."""
+    soft = [f"{row['time_over_topk']:.2f}" for row in timed if row["peer"] == SOFT]
+    same = [f"{low:.2f} to {high:.2f}" for row in timed if row["peer"] == BESIDE for low, high in [_quartiles(row)]]
+    return [
+        "Soft MoE is a layer of its own, whose experts get mixtures of the tokens of a sequence, later ones too, and",
+        f"which a decoder refuses: layer time {', '.join(soft)}. Mixture-of-Depths wraps layers and has no row either.",
+        "",
+        f"What a layer time cannot tell: of two layers alike, both of {BESIDE}, one takes {', '.join(same)} of the",
+        "other's (quartiles over rounds, shape by shape).",
+    ]
+
+
+def _quartiles(row: dict[str, Any]) -> tuple[float, float]:
+    low, high = row["time_over_topk_quartiles"]
+    return low, high
+
+
+def _other_losses(by_router: dict[str, list[dict[str, Any]]], other: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The routers whose papers train them with other losses, beside themselves with the load-balance loss alone."""
+    lines = ["## With the losses of their papers", ""]
+    lines += [
+        "What `turnout compare` gives a router unless told otherwise; beside itself in the table above, seed by seed.",
+        "",
+    ]
+    lines += ["| router | losses | seeds | loss | beside the table above |", "|---|---|---|---|---|"]
+    for name in sorted(other):
+        runs = other[name]
+        behind = differences(runs, by_router[name])
+        if not any(behind):
+            continue
+        cells = [
+            ", ".join(_words(loss) for loss in runs[0]["losses"]),
+            ", ".join(str(run["seed"]) for run in runs),
+            f"{mean(runs, 'val_loss'):.3f}",
+            ", ".join(f"{each:+.3f}" for each in behind),
+        ]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _shapes(timed: Sequence[dict[str, Any]]) -> list[str]:
@@ -144,7 +182,7 @@ def _row(
     timed: Sequence[dict[str, Any]],
 ) -> str:
     losses = [run["val_loss"] for run in runs]
-    behind = statistics.fmean(_differences(runs, beside))
+    behind = statistics.fmean(differences(runs, beside))
     own = {_shape_words(row["shape"]): f"{row['time_over_topk']:.2f}" for row in timed if row["peer"] == name}
     # a shape may not allow a router
     times = [own.get(shape, "-") for shape in _shapes(timed)]
@@ -153,20 +191,17 @@ def _row(
         f"{statistics.fmean(losses):.3f}",
         f"{max(losses) - min(losses):.3f}",
         f"{behind:+.3f}",
-        f"{_mean(routing, 'experts_per_token'):.2f}",
-        f"{_mean(runs, 'dropped_share'):.1%}",
-        f"{_mean(runs, 'declined_share'):.1%}",
-        f"{_mean(routing, 'max_violation'):+.0%}",
-        f"{_mean(runs, 'router_entropy'):.2f}",
-        f"{_mean(routing, 'specialisation'):.2f}",
-        f"{_mean(routing, 'sent_bytes_per_token'):,.0f}",
+        speed(runs, beside),
+        f"{mean(routing, 'experts_per_token'):.2f}",
+        f"{mean(runs, 'dropped_share'):.1%}",
+        f"{mean(runs, 'declined_share'):.1%}",
+        f"{mean(routing, 'max_violation'):+.0%}",
+        f"{mean(runs, 'router_entropy'):.2f}",
+        f"{mean(routing, 'specialisation'):.2f}",
+        f"{mean(routing, 'sent_bytes_per_token'):,.0f}",
         ", ".join(times),
     ]
     return f"| `{name}` | {' | '.join(cells)} |"
-
-
-def _mean(rows: Sequence[dict[str, Any]], key: str) -> float:
-    return statistics.fmean(row[key] for row in rows)
 
 
 def _defaults(order: Sequence[str], by_router: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -175,7 +210,7 @@ def _defaults(order: Sequence[str], by_router: dict[str, list[dict[str, Any]]]) 
         f"`{name}`"
         for name in order
         if not _looks_ahead(name, by_router[name][0])
-        and all(difference < 0 for difference in _differences(by_router[name], by_router[BESIDE]))
+        and all(difference < 0 for difference in differences(by_router[name], by_router[BESIDE]))
     ]
     followed = (
         "So `tiny`, which has token ids and little time, routes by `hash`."
@@ -190,12 +225,6 @@ def _defaults(order: Sequence[str], by_router: dict[str, list[dict[str, Any]]]) 
         f"A layer by itself has no token ids and starts with `{BESIDE}`, the simplest that learns. These are the",
         "first minutes of a training: what learns slowly is judged too early, and small models tell nothing of large.",
     ]
-
-
-def _differences(runs: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]]) -> list[float]:
-    """Loss less that of the other router at the same seed."""
-    same_seed = {run["seed"]: run["val_loss"] for run in beside}
-    return [run["val_loss"] - same_seed[run["seed"]] for run in runs if run["seed"] in same_seed]
 
 
 def _settings(recipe: str, by_router: dict[str, list[dict[str, Any]]], settings: Sequence[str]) -> list[str]:

@@ -307,8 +307,8 @@ MUTATIONS = (
     Mutation(
         "locality: near are the experts of one rank",
         "placement.py",
-        "bounds[first + self.node_size]",
-        "bounds[first + 1]",
+        "range(first, first + self.node_size)",
+        "range(first, first + 1)",
         (LOCMOE,),
     ),
     Mutation("locality: every rank on the first node", "parallel/sites.py", "rank=group.rank", "rank=0", (LOCALITY,)),
@@ -372,7 +372,7 @@ MUTATIONS = (
     Mutation(
         "balance: the step is not counted ahead",
         "train/parts.py",
-        "if len(batches) == 1 or not any(loss.spans_step for loss in losses):",
+        "if len(batches) == 1 or moe is None or not any(loss.spans_step for loss in moe.losses):",
         "if True:",
         (COEFFICIENT,),
     ),
@@ -414,8 +414,8 @@ MUTATIONS = (
     Mutation(
         "ranks: experts have a divisor of their own",
         "parallel/gradients.py",
-        "_average(experts, parallel.groups.replicas, world.size)",
-        "_average(experts, parallel.groups.replicas, world.size // parallel.strategy.ep)",
+        "_average(experts, groups.replicas, divisor)",
+        "_average(experts, groups.replicas, divisor // parallel.strategy.ep)",
         (RANKS,),
     ),
     Mutation(
@@ -593,8 +593,8 @@ MUTATIONS = (
     Mutation(
         "ranks: replicas keep their own gradients",
         "parallel/gradients.py",
-        "_average(experts, parallel.groups.replicas, world.size)",
-        "_average(experts, None, world.size)",
+        "_average(experts, groups.replicas, divisor)",
+        "_average(experts, None, divisor)",
         (RANKS,),
     ),
     Mutation(
@@ -656,8 +656,8 @@ MUTATIONS = (
     Mutation(
         "ranks: evaluation shares out no text",
         "train/evaluate.py",
-        "turn[at] if at < len(turn)",
-        "turn[0] if at < len(turn)",
+        "(several[place] if place < len(several)",
+        "(several[0] if place < len(several)",
         ("tests/paths/test_evaluate.py",),
     ),
     Mutation(

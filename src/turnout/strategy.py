@@ -11,7 +11,7 @@ from turnout.registry import nearest
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "fp4"]
 WirePrecision = Literal["", "fp32", "fp16", "bf16", "fp8", "fp4"]
 ELEMENT_BYTES: dict[str, float] = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "fp4": 0.5}
-_COUNTS = ("tp", "cp", "pp", "virtual_stages", "ep", "etp", "overlap", "micro_batch")
+_COUNTS = ("tp", "tp_overlap", "cp", "pp", "virtual_stages", "ep", "etp", "overlap", "micro_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,9 @@ class Strategy:
     dp: int = 0  # data-parallel ranks of the dense part; 0 derives it from the world
     tp: int = 1  # tensor parallel ranks of attention and dense layers
     sequence_parallel: bool = False  # norms and residual sharded over tp, all-gather + reduce-scatter for all-reduce
+    tp_overlap: int = (
+        1  # chunks of sequence parallel's gathers and sums, hidden behind the products beside them; 1: none
+    )
     cp: int = 1  # context parallel ranks: each has 1/cp of every sequence
     cp_kind: Literal["ring", "alltoall"] = "ring"  # keys and values round a ring, or heads exchanged (Ulysses)
     pp: int = 1  # pipeline stages
@@ -36,6 +39,7 @@ class Strategy:
     shard_tokens: bool = False  # each tp rank dispatches 1/tp of the tokens; sequence parallel does so by itself
     zero: Literal[0, 1, 2, 3] = 0  # sharded over dp: 1 optimizer, 2 + gradients, 3 + parameters (FSDP)
     zero_size: int = 0  # ranks a ZeRO shard is spread over (HSDP when fewer than all); 0: all of dp
+    zero_sum: Literal["micro_batch", "step"] = "micro_batch"  # when ZeRO-3 sums gradients; step: whole till then
     # light: norms, up-projections of latent attention, gated activations
     recompute: Literal["none", "light", "selective", "full"] = "none"  # what backward computes again
     kept_precision: Literal["", "fp8"] = ""  # of products' inputs kept for backward under light recomputation
@@ -60,6 +64,11 @@ class Strategy:
         for name in ("dp", "zero_size"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"strategy.{name}={getattr(self, name)} must be at least 0; nearest legal: 0")
+        if self.zero_sum == "step" and self.zero != 3:
+            raise ConfigError(
+                f"strategy.zero_sum='step' says how often zero=3 sums gradients, and zero={self.zero}; "
+                "nearest legal: 'micro_batch'"
+            )
         if self.kept_precision and self.recompute != "light":
             raise ConfigError(
                 f"strategy.kept_precision={self.kept_precision!r} needs recompute='light' (it is {self.recompute!r}); "
@@ -86,6 +95,11 @@ class Strategy:
             raise ConfigError(f"strategy.pp={self.pp} must be even under dualpipe; nearest legal: {self.pp + 1}")
         if self.sequence_parallel and self.tp == 1:
             raise ConfigError("strategy.sequence_parallel=True needs tp of at least 2; nearest legal: False")
+        if self.tp_overlap > 1 and not self.sequence_parallel:
+            raise ConfigError(
+                f"strategy.tp_overlap={self.tp_overlap} cuts the gathers and sums of sequence_parallel, which is off; "
+                "nearest legal: 1, or sequence_parallel=True"
+            )
 
     @property
     def tokens_sharded(self) -> bool:
@@ -126,15 +140,17 @@ class Strategy:
         num_heads: int = 0,
         seq_len: int = 0,
         global_batch: int = 0,
+        uneven: bool = False,
     ) -> "Strategy":
         """This strategy with dp filled in, once it is legal for the job. What is 0 is unknown and not checked;
         num_experts is the exception: 0 is a dense model.
 
-        `global_batch` counts sequences.
+        `global_batch` counts sequences. `uneven`: some ranks may hold one expert more than others, as the layers can;
+        the planner's and the tuner's closed forms take all alike.
         Raises: ConfigError naming the field, its value and the nearest legal one.
         """
         resolved = self._with_dp(world)
-        resolved._check_experts(world, num_experts)
+        resolved._check_experts(world, num_experts, uneven=uneven)
         if num_layers:
             resolved._check_layers(num_layers)
         if num_heads:
@@ -172,14 +188,20 @@ class Strategy:
         folded, sharded = self.folded or slices_data, self.shard_tokens or slices_data
         return replace(self, dp=world // dense, folded=folded, shard_tokens=sharded)
 
-    def _check_experts(self, world: int, num_experts: int) -> None:
+    def _check_experts(self, world: int, num_experts: int, *, uneven: bool) -> None:
         if num_experts == 0:
             for name in ("ep", "etp"):
                 if getattr(self, name) > 1:
                     raise ConfigError(f"strategy.{name}={getattr(self, name)} needs experts; nearest legal: 1")
             return
         room = world // self.pp // self.etp if self.folded else self.dp * self.cp
-        _must_divide("ep", self.ep, "num_experts", num_experts, gcd(num_experts, max(1, room)))
+        if uneven and self.ep > num_experts:
+            raise ConfigError(
+                f"strategy.ep={self.ep} must not exceed num_experts={num_experts}: each rank holds at least one; "
+                f"nearest legal: {gcd(num_experts, max(1, room))}, and more ranks share an expert by etp"
+            )
+        if not uneven:
+            _must_divide("ep", self.ep, "num_experts", num_experts, gcd(num_experts, max(1, room)))
         if self.folded:
             _must_divide("ep * etp", self.ep * self.etp, "world / pp", world // self.pp)
             # each piece of an expert would need tokens that only some of its ranks have

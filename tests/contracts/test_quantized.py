@@ -16,10 +16,11 @@ from turnout.dispatch import LocalDispatcher
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts, QuantizedFFNExperts, available_backends, choose_backend, quantize_experts
 from turnout.experts.activations import Activation
+from turnout.experts.fused_cpu import half_by_matrix_unit
 from turnout.experts.fused_int8 import int8_by_matrix_unit, int8_weights, trusted_int8
 from turnout.kernels import Kernel, build, int8_codes, int8_proof, trusted_kernel
 from turnout.kernels.build import compiled, has_vnni
-from turnout.kernels.int8_proof import prove_int8, whole_number_error
+from turnout.kernels.int8_proof import in_halves, prove_int8, whole_number_error
 from turnout.kernels.matrix_unit import by_matrix_unit
 from turnout.layers.expert_pass import pass_experts
 from turnout.tensors import Admission, Assignment
@@ -27,6 +28,7 @@ from turnout.train.doctor import examine
 
 with_kernel = pytest.mark.skipif(isinstance(trusted_int8(), str), reason="no C++ compiler here")
 CPU = torch.device("cpu")
+HALVES = 0.006  # rounding of tokens, weights and activations to bfloat16
 # few rows of each expert, and blocks of many; whole groups and panels, and parts of them
 WHOLE = [(3, 64, 64, 4, 2), (40, 200, 131, 3, 1), (300, 65, 129, 5, 3), (700, 192, 64, 2, 2)]
 
@@ -111,7 +113,10 @@ def test_a_pass_that_is_wrong_is_not_trusted(kernel: Kernel, monkeypatch: pytest
     [drawn(257, 4, 2), drawn(90, 5, 2), drawn(33, 2, 1), all_to_one(161, 3), drawn(1, 5, 1), drawn(0, 5, 2)],
     ids=["many", "odd", "a row more than a tile's", "one expert", "one token", "none"],
 )
-def test_vectors_and_the_matrix_unit_say_the_same_bit_for_bit(assigned: Assignment, digits: int, kind: str) -> None:
+def test_few_rows_are_the_same_bit_for_bit_by_any_unit_and_many_near(
+    assigned: Assignment, digits: int, kind: str
+) -> None:
+    """Many rows are bfloat16 to the matrix unit, which loses less than codes of one byte do."""
     plain, unit = trusted_kernel(), int8_by_matrix_unit()
     if isinstance(plain, str) or isinstance(unit, str):
         pytest.skip("one of the two is not here")
@@ -124,13 +129,21 @@ def test_vectors_and_the_matrix_unit_say_the_same_bit_for_bit(assigned: Assignme
         weight_N = assigned.weight_N.detach()
         with threads(num_threads):
             outputs.append(kernel.infer_int8(x_TD, weight_N, int8_weights(experts), routing, digits=digits))
-    assert outputs[0].isfinite().all()
-    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    vectors_TD, unit_TD, by_two_TD = outputs
+    assert vectors_TD.isfinite().all()
+    assert torch.equal(unit_TD, by_two_TD)
+    if in_halves(unit, assigned):
+        assert not torch.equal(vectors_TD, unit_TD)
+        assert relative(unit_TD, vectors_TD) < (HALVES if digits == 2 else 0.015)
+    else:
+        assert torch.equal(vectors_TD, unit_TD)
 
 
 def test_the_matrix_unit_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TURNOUT_AMX", "0")
-    for asked in (trusted_int8, int8_by_matrix_unit):
+    # the doctor asks for all of them
+    answers = (trusted_int8, int8_by_matrix_unit, half_by_matrix_unit)
+    for asked in answers:
         asked.cache_clear()
     try:
         if not isinstance(trusted_kernel(), str):
@@ -139,7 +152,7 @@ def test_the_matrix_unit_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) ->
             reason = next(found.reason for found in examine()["backends"] if found.name == "fused_int8")
             assert not has_vnni() or reason.endswith("VNNI; AMX is switched off by TURNOUT_AMX=0")
     finally:
-        for asked in (trusted_int8, int8_by_matrix_unit):
+        for asked in answers:
             asked.cache_clear()
 
 
@@ -168,22 +181,24 @@ def test_a_kernel_without_a_unit_says_why() -> None:
     ]
 
 
+@pytest.mark.parametrize("num_tokens", [20, 64], ids=["few rows", "many"])
 @pytest.mark.parametrize("outlier", [1.0, 60.0], ids=["plain", "outlier features"])
 @pytest.mark.parametrize("kind", Activation.TABLE.names())
-def test_the_output_is_within_one_percent_of_the_float_experts(kind: str, outlier: float) -> None:
+def test_the_output_is_within_one_percent_of_the_float_experts(kind: str, outlier: float, num_tokens: int) -> None:
     """Also where a few features of every token are far larger than the others, as in trained models; after a norm."""
-    experts, assignment = experts_of(256, 384, 4, kind=kind, bias=True), drawn(64, 4, 2)
-    x_TD = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    experts, assignment = experts_of(256, 384, 4, kind=kind, bias=True), drawn(num_tokens, 4, 2)
+    x_TD = torch.randn(num_tokens, 256, generator=torch.Generator().manual_seed(1))
     x_TD[:, [3, 70, 71, 200]] *= outlier
     x_TD = torch.nn.functional.rms_norm(x_TD, (256,))
     want_TD = run(experts, x_TD, assignment)
     assert relative(run(quantize_experts(Holder(experts)).experts, x_TD, assignment), want_TD) < 0.01
 
 
-def test_activations_of_8_bits_are_less_exact_and_say_so() -> None:
-    """The documented 1.5 to 2 %: what weights and activations of 8 bits come to."""
-    experts, assignment = experts_of(256, 384, 4), drawn(64, 4, 2)
-    x_TD = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("num_tokens", [20, 64], ids=["few rows", "many"])
+def test_activations_of_8_bits_are_less_exact_and_say_so(num_tokens: int) -> None:
+    """The documented 1.4 %: what weights and activations of 8 bits come to."""
+    experts, assignment = experts_of(256, 384, 4), drawn(num_tokens, 4, 2)
+    x_TD = torch.randn(num_tokens, 256, generator=torch.Generator().manual_seed(1))
     want_TD = run(experts, x_TD, assignment)
     quantized = quantize_experts(Holder(experts), activation_bits=8).experts
     assert "activation_bits=8" in repr(quantized)
@@ -216,7 +231,9 @@ def test_the_kernel_and_the_loop_say_the_same(assigned: Assignment) -> None:
     got_TD = run(experts, x_TD, assigned, keep_N=keep_N)
     assert got_TD.shape == want_TD.shape
     if assigned.num_tokens:
-        assert relative(got_TD, want_TD) < 1e-3
+        unit = int8_by_matrix_unit()
+        halves = isinstance(unit, Kernel) and in_halves(unit, assigned)
+        assert relative(got_TD, want_TD) < (HALVES if halves else 1e-3)
         dropped_T = torch.ones(assigned.num_tokens).index_add(0, assigned.token_N, -keep_N.float()) == 1
         assert not got_TD[dropped_T].any()
 
@@ -244,13 +261,28 @@ def test_a_value_that_is_not_finite_spoils_its_own_token_alone(value: float) -> 
 def test_codes_are_within_half_a_step_of_the_weights() -> None:
     weight_EIO = torch.randn(2, 130, 70, generator=torch.Generator().manual_seed(0))
     weight_EIO[0, :64, 3] = 0.25  # a group without a range
-    codes, scales = int8_codes.encode(weight_EIO)
-    found_EIO = int8_codes.decode(codes, scales, inner=130, outer=70)
-    step_EGO = torch.nn.functional.pad(weight_EIO, (0, 0, 0, 62)).unflatten(1, (-1, 64)).aminmax(dim=2)
-    step_EIO = ((step_EGO.max - step_EGO.min) / 255).repeat_interleave(64, dim=1)[:, :130]
-    # bfloat16 scales and lows cover a little more than the range
-    assert bool(((found_EIO - weight_EIO).abs() <= 0.52 * step_EIO + 1e-3 * weight_EIO.abs()).all())
-    assert codes.dtype == torch.uint8
+    codes, scales, bases = int8_codes.encode(weight_EIO)
+    found_EIO = int8_codes.decode(codes, scales, bases, inner=130, outer=70)
+    range_EGO = torch.nn.functional.pad(weight_EIO, (0, 0, 0, 30)).unflatten(1, (-1, 32)).aminmax(dim=2)
+    step_EIO = ((range_EGO.max.clamp(min=0) - range_EGO.min.clamp(max=0)) / 254).repeat_interleave(32, dim=1)[:, :130]
+    # a scale is rounded up to one of 16 between two powers of two
+    assert bool(((found_EIO - weight_EIO).abs() <= 0.5 * (1 + 1 / 15) * step_EIO + 1e-7).all())
+    assert codes.dtype == scales.dtype == torch.uint8
+    assert bases.dtype == torch.bfloat16
+
+
+def test_zeros_stay_zeros_and_small_columns_lose_nothing_to_large_ones() -> None:
+    weight_EIO = torch.randn(1, 96, 40, generator=torch.Generator().manual_seed(0))
+    weight_EIO[0, :, 3] = 0
+    weight_EIO[0, 32:64, 5] = 0
+    weight_EIO[0, :, 6] *= 1e-20
+    weight_EIO[0, :, 7] *= 1e20
+    found_EIO = int8_codes.decode(*int8_codes.encode(weight_EIO), inner=96, outer=40)
+    assert not found_EIO[weight_EIO == 0].any()
+    exact_IO = weight_EIO[0].double()
+    error_O = (found_EIO[0] - exact_IO).norm(dim=0) / exact_IO.norm(dim=0).clamp(min=1e-30)
+    assert 1e-3 < float(error_O[7]) < 0.01
+    assert float(error_O.max()) < 0.01
 
 
 def test_a_saved_model_computes_the_same_bit_for_bit() -> None:
@@ -261,9 +293,9 @@ def test_a_saved_model_computes_the_same_bit_for_bit() -> None:
         want = layer(x).y
         other.load_state_dict(load(save(layer.state_dict())))
         assert torch.equal(other(x).y, want)
-        scales = layer.experts.up_scales.clone()
+        bases = layer.experts.up_bases.clone()
         # a cast of the whole model changes no code and no scale
-        assert torch.equal(layer.half().experts.up_scales, scales)
+        assert torch.equal(layer.half().experts.up_bases, bases)
     assert {name for name, _ in layer.named_parameters()} == {"router.score.weight_ED"}
 
 
@@ -285,6 +317,49 @@ def test_a_layer_takes_fused_int8_by_itself_and_refuses_to_train() -> None:
         layer(x.requires_grad_())
     with torch.no_grad():
         assert relative(layer(x).y, want) < 0.02
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop"])
+def test_a_router_that_would_learn_is_refused_whatever_computes(backend: str) -> None:
+    """Its gradients through the experts' outputs would be right, but none of them trains with what it reads."""
+    layer, x = quantize_experts(MoE(16, 12, 4, backend=backend)), torch.randn(5, 16)
+    with pytest.raises(ConfigError, match=r"quantised experts are for inference alone: call the layer under"):
+        layer(x)
+    layer.requires_grad_(requires_grad=False)
+    assert layer(x).y.isfinite().all()
+
+
+@with_kernel
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [5, 200], ids=["few rows", "many"])
+def test_torch_compile_takes_the_pass_as_one_node(num_tokens: int) -> None:
+    torch.compiler.reset()
+    experts, x_TD, assignment = quantized(32, 24, 4, bias=True), torch.randn(num_tokens, 32), drawn(num_tokens, 4, 2)
+
+    def graph(x_TD: Tensor, weight_N: Tensor) -> Tensor:
+        own = Assignment(
+            token_N=assignment.token_N,
+            expert_N=assignment.expert_N,
+            weight_N=weight_N,
+            choice_N=assignment.choice_N,
+            num_tokens=num_tokens,
+            num_experts=4,
+        )
+        return run(experts, x_TD, own)
+
+    functions = (graph, torch.compile(graph, backend="aot_eager", fullgraph=True))
+    outputs = [function(x_TD, assignment.weight_N.detach()) for function in functions]
+    assert torch.equal(*outputs)
+    # by the kernel, and not by the loop, whose rows are not rounded
+    assert not torch.allclose(outputs[1], loop_of(experts, x_TD, assignment), rtol=0, atol=1e-6)
+
+
+def loop_of(experts: QuantizedFFNExperts, x_TD: Tensor, assignment: Assignment) -> Tensor:
+    admission = Admission(keep_N=None, capacity=None, dropped_E={})
+    with torch.no_grad():
+        return pass_experts(
+            experts, ExpertBackend.TABLE["loop"], x_TD, assignment, admission, dispatcher=LocalDispatcher()
+        )
 
 
 def test_backends_for_float_experts_refuse_quantised_ones() -> None:

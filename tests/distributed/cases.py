@@ -271,11 +271,14 @@ class TrainCase:
     local: int = 4
     zero: Literal[0, 3] = 0
     zero_size: int = 0
+    zero_sum: Literal["micro_batch", "step"] = "micro_batch"
     program: str = "flat"
     overlap: int = 1
     adaptive_r: int = -1
     tp: int = 1
     sequence_parallel: bool = False
+    tp_overlap: int = 1
+    symmetric: bool = False  # torch's fused operators, as they are where GPUs reach each other's memory
     shard_tokens: bool = False
     folded: bool = False
     pieces: bool = False  # a group of tensor-parallel ranks has one sequence alone, which they cut
@@ -288,6 +291,8 @@ class TrainCase:
     router: RouterConfig = field(default_factory=lambda: TopK(k=2, init_std=0.5))
     losses: tuple[Loss, ...] = (LoadBalance(coefficient=0.1), RouterZ(coefficient=0.1))
     capacity: CapacityPolicy = Dropless()
+    num_experts: int = 8
+    in_parts: bool = False  # no rank ever makes the whole model
     idle_rank: bool = False  # the last rank has nothing but padding
     moves: tuple[tuple[int, ...], ...] = ()  # the rank of each expert from each step on; empty: as before
     steps: int = 2
@@ -299,6 +304,7 @@ class TrainCase:
         sizes = {"ep": self.ep, "etp": self.etp, "zero": self.zero, "zero_size": self.zero_size}
         sizes |= {"adaptive_r": self.adaptive_r, "tp": self.tp, "folded": self.folded}
         sizes |= {"sequence_parallel": self.sequence_parallel, "shard_tokens": self.shard_tokens}
+        sizes |= {"tp_overlap": self.tp_overlap, "zero_sum": self.zero_sum}
         return Strategy(**sizes, alltoall=self.program, overlap=self.overlap)
 
 
@@ -327,6 +333,15 @@ def train_cases() -> Iterator[TrainCase]:
     to_and_fro = (("flat", 1, 4), ("rank_dedup", 2, 1), ("flat", 1, 0), ("hierarchical", 4, 2), ("flat", 2, 4))
     yield TrainCase(ep=1, etp=4, adam=True, bias=True, steps=5, switches=to_and_fro)
     yield TrainCase(ep=2, adam=True, accumulate=2, switches=(("node_dedup", 8, 1), ("flat", 1, 0)))
+    for sizes in (
+        {"ep": 2, "zero": 3},
+        {"ep": 2, "etp": 2, "bias": True},
+        {"ep": 1, "tp": 2, "zero": 3, "attention": "many"},
+    ):
+        yield replace(plain, in_parts=True, steps=1, **sizes)
+    # some ranks have one expert more than others
+    yield replace(plain, num_experts=6, program="hierarchical", local=2, adam=True)
+    yield replace(plain, num_experts=5, ep=2, zero=3, accumulate=2)
     yield from sharded_cases()
     yield from tensor_cases()
     yield from moving_cases()
@@ -367,10 +382,15 @@ def tensor_cases() -> Iterator[TrainCase]:
     yield replace(plain, capacity=FixedCapacity(factor=1.0, in_decoder="allow"), ep=2, shard_tokens=True)
     yield replace(plain, ep=2, etp=2, shard_tokens=True)
     yield replace(plain, ep=1, etp=4, adaptive_r=2, folded=True, sequence_parallel=True, adam=True)
+    fused = replace(plain, sequence_parallel=True, ep=4, folded=True)
+    yield replace(fused, tp_overlap=4, adam=True, accumulate=2)
+    yield replace(fused, tp_overlap=2, symmetric=True, attention="latent")
+    yield replace(fused, tp_overlap=3, attention="latent", bias=False, dtype=torch.float32)
     # ten tokens over four ranks
     pieces = TrainCase(tp=4, attention="many", sequence_parallel=True, pieces=True, losses=stepwise, folded=True)
     yield replace(pieces, accumulate=2, adam=True)
     yield replace(pieces, ep=2, bias=True, dtype=torch.float32)
+    yield replace(pieces, tp_overlap=2, bias=True)
 
 
 def sharded_cases() -> Iterator[TrainCase]:
@@ -379,14 +399,23 @@ def sharded_cases() -> Iterator[TrainCase]:
         yield TrainCase(zero=3, ep=ep, adam=True, bias=True)
     stepwise = LoadBalance(coefficient=0.1, scope="global")
     yield TrainCase(zero=3, ep=2, accumulate=2, idle_rank=True, losses=(stepwise,))
-    yield TrainCase(zero=3, zero_size=2, ep=4, local=2, program="node_dedup", adam=True)
+    yield TrainCase(zero=3, zero_size=2, ep=4, local=2, program="node_dedup", adam=True, accumulate=2)
+    yield TrainCase(zero=3, zero_sum="step", ep=2, accumulate=3, adam=True)
+    # beside tensor parallel: parts of dense weights in shards over the data axis, experts over all that have them
+    tensor = TrainCase(zero=3, tp=2, ep=2, attention="all", bias=True, adam=True)
+    yield tensor
+    yield replace(tensor, ep=1, sequence_parallel=True, tp_overlap=2, accumulate=2, idle_rank=True)
+    yield replace(tensor, ep=4, folded=True, shard_tokens=True, zero_size=2, adam=False, dtype=torch.float32)
 
 
-def decoder(case: TrainCase) -> Decoder:
-    """The whole model, the same for everybody."""
-    torch.manual_seed(0)
+def config_of(case: TrainCase) -> ModelConfig:
     moe = MoEConfig(
-        num_experts=8, hidden=8, router=case.router, losses=case.losses, capacity=case.capacity, bias=case.bias
+        num_experts=case.num_experts,
+        hidden=8,
+        router=case.router,
+        losses=case.losses,
+        capacity=case.capacity,
+        bias=case.bias,
     )
     config = ModelConfig(
         vocab_size=VOCAB, dim=16, num_layers=2, max_seq_len=32, attention=ATTENTION[case.attention], moe=moe
@@ -395,8 +424,14 @@ def decoder(case: TrainCase) -> Decoder:
         # a dense block before, and a dense network beside the experts
         wider = replace(moe, shared_hidden=4)
         config = replace(config, moe=wider, num_layers=3, dense_first=1, hidden=12, ffn_bias=case.bias)
-    model = Decoder(replace(config, init_std=0.2)).to(case.dtype)
-    if case.tp > 1:
+    return replace(config, init_std=0.2)
+
+
+def decoder(case: TrainCase) -> Decoder:
+    """The whole model, the same for everybody."""
+    torch.manual_seed(0)
+    model = Decoder(config_of(case)).to(case.dtype)
+    if case.tp > 1 and not case.in_parts:
         for name, weight in model.named_parameters():
             if "bias" in name or name.endswith(("sink_H", "smear_H")):
                 torch.nn.init.normal_(weight)

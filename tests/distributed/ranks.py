@@ -3,16 +3,19 @@
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _symmetric_memory
 
 from tests.distributed.agreements import agreements
 from tests.distributed.cases import PROGRAMS as PROGRAM_NAMES
@@ -21,6 +24,7 @@ from tests.distributed.cases import (
     TrainCase,
     build,
     by_world,
+    config_of,
     cuts_of,
     decoder,
     inputs_of,
@@ -33,17 +37,21 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
+from tests.distributed.held import Held
 from tests.distributed.reshard import reshard
 from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
 from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
 from turnout.comm.kernel_count import Connection, received
+from turnout.comm.ledger import Kind, Phase
 from turnout.comm.processes import start_ranks
 from turnout.contracts import ExpertCall
 from turnout.dispatch import plan_dispatch
 from turnout.errors import TransportError
 from turnout.models import Decoder
 from turnout.parallel import ExpertParallel, Parallel, Shards, apply, check_replicas, reduce_gradients
+from turnout.parallel import build as build_in_parts
+from turnout.parallel.dense_cuts import DenseCut
 from turnout.parallel.fully_sharded import here
 from turnout.parallel.moves import move_bytes, moved, placements_of
 from turnout.parallel.tuner import Tuner, dictionary_for
@@ -59,6 +67,11 @@ RANDOM_PASSES, MANY_PASSES = 12, 500
 STALLED = (0, 2)
 TUNED_STEPS = 12
 MAX_NORM = 0.5  # small enough that every step is clipped
+SYMMETRIC = torch.library.Library("symm_mem", "IMPL")
+REFERENCES = {
+    "fused_all_gather_matmul": _symmetric_memory._fused_all_gather_matmul_fallback,
+    "fused_matmul_reduce_scatter": _symmetric_memory._fused_matmul_reduce_scatter_fallback,
+}
 Outcome = dict[str, Any]
 Job = Callable[[World, Path], None]
 
@@ -184,7 +197,7 @@ def run_random(world: World, steps: int) -> Outcome:
 
 
 def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
-    """`apply`, with groups that cases share; and with experts that the ranks do not divide, which `apply` refuses."""
+    """`apply`, with groups that cases share, and with placements of their own."""
     groups = _groups(case.ep, case.etp, world)
     ledger, cuts = Ledger(), {}
     if groups.experts is not None:
@@ -206,8 +219,8 @@ def _groups(ep: int, etp: int, world: World) -> Groups:
 
 def run_training(case: TrainCase, world: World) -> Outcome:
     """Some optimizer steps on this rank's micro-batches; weights are written down whole."""
-    model = decoder(case)
-    parallel = apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
+    with Held() as held:
+        model, parallel = laid_out(case, world)
     optim = optimizer(case, model)
     begins = case.etp > 1 or begins_where_it_says(case, model, parallel)
     results, has_switched, sent = [], False, []
@@ -229,8 +242,48 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         "begins": begins,
         "moved": has_switched,
         "sent": sent,
-        "kept": {name: (here(weight).numel(), weight.numel()) for name, weight in model.named_parameters()},
+        "held": held.most_bytes,
+        "tensor": tensor_bytes(parallel),
+        "shards": shard_bytes(model, parallel),
+        "kept": {
+            name: (here(weight).numel(), *weight.shape[:1], weight.numel()) for name, weight in model.named_parameters()
+        },
     }
+
+
+def laid_out(case: TrainCase, world: World) -> tuple[Decoder, Parallel]:
+    if case.in_parts:
+        torch.manual_seed(0)
+        return build_in_parts(config_of(case), case.strategy, world=world, timeout_s=TIMEOUT_S, dtype=case.dtype)
+    model = decoder(case)
+    with operators_on_cpu() if case.symmetric else nullcontext():
+        return model, apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)
+
+
+@contextmanager
+def operators_on_cpu() -> Iterator[None]:
+    """torch's own references of its fused operators compute on the CPU from here on; ranks are told they can."""
+    for name, reference in REFERENCES.items():
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"symm_mem::{name}", "CPU"):
+            SYMMETRIC.impl(name, reference, "CPU")
+    with patch("turnout.parallel.tensor_parallel.is_shared", return_value=True):
+        yield
+
+
+def tensor_bytes(parallel: Parallel) -> list[int]:
+    """Bytes and messages that the layers which tensor-parallel ranks share have sent, the model's ends left out."""
+    layers = {name.rpartition(".")[0] for name, cut in parallel.shards.cuts.items() if isinstance(cut, DenseCut)}
+    ways: tuple[Phase, ...] = ("forward", "backward")
+    sent = [each for layer in layers for way in ways for each in parallel.ledger.sent(layer, way, "tensor").values()]
+    return [sum(column) for column in zip(*sent, strict=True)] if sent else [0, 0]
+
+
+def shard_bytes(model: Decoder, parallel: Parallel) -> dict[str, tuple[int, ...]]:
+    """Bytes of weights gathered, of gradients summed and of those summed over copies, by the module FSDP wrapped."""
+    kinds: tuple[tuple[Phase, Kind], ...] = (("forward", "shards"), ("backward", "shards"), ("backward", "copies"))
+    names = ["the model", *(name for name, _ in model.named_modules() if name)]
+    found = {name: [parallel.ledger.sent(name, *kind).values() for kind in kinds] for name in names}
+    return {name: tuple(sum(size for size, _ in sent) for sent in each) for name, each in found.items() if each[0]}
 
 
 def move(

@@ -31,6 +31,8 @@ CHAIN: tuple[tuple[str, Strategy, bool], ...] = (
     ("two slices, sharded fully", Strategy(etp=2, zero=3), True),
     ("ep 1, sharded in pairs", Strategy(zero=3, zero_size=2), True),
     ("ep 1, sharded fully", Strategy(zero=3), True),
+    ("ep 2 beside tensor parallel, sharded fully", Strategy(tp=2, ep=2, zero=3), True),
+    ("ep 1 beside tensor parallel, sharded fully, one file", Strategy(tp=2, zero=3), False),
     ("ep 1 again", Strategy(), True),
 )
 RUN = "resharded"

@@ -30,7 +30,11 @@ PARTS: dict[int, list[tuple[Strategy, dict[str, Any], float]]] = {
     4: [
         (Strategy(ep=2, zero=3, alltoall="rank_dedup"), BESIDE, 0.25),
         (Strategy(ep=2, etp=2), {}, 0.375),
-        (Strategy(tp=2, ep=4, folded=True, sequence_parallel=True), {"checkpoint": "sharded"}, 0.5),
+        (
+            Strategy(tp=2, ep=4, folded=True, sequence_parallel=True, tp_overlap=2, zero=3),
+            {"checkpoint": "sharded"},
+            0.5,
+        ),
     ],
     2: [(Strategy(tp=2), {"checkpoint": "sharded"}, 0.625), (Strategy(etp=2, zero=3), {"checkpoint": "sharded"}, 0.75)],
 }

@@ -24,6 +24,7 @@ from tests.distributed.cases import (
     optimizer,
     passed,
     placement_of,
+    texts,
     tolerance,
     train_cases,
     worst,
@@ -32,13 +33,18 @@ from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_man
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
 from turnout.comm import expert_mesh, kernel_count
 from turnout.dispatch import plan_dispatch
+from turnout.plan.data_volume import reductions
 from turnout.plan.expert_volume import expert_tensor_volume, expert_weights_volume
 from turnout.plan.shapes import SHAPES
 from turnout.plan.step import Step
+from turnout.plan.volume import tensor_volume
+from turnout.topology import Mesh
 from turnout.train.device import autocast_for
 from turnout.train.step import train_step
 
-LAYERS, TRAININGS = list(layer_cases()), list(train_cases())
+ROOM = 2048  # bytes of small tensors: counts, marks, what groups are warmed with
+LAYERS, TRAININGS, PLAIN = list(layer_cases()), list(train_cases()), TrainCase()
+SHARDED = [case for case in TRAININGS if case.zero]
 SENDING = [case for case in LAYERS if case.adaptive_r != 0]
 Outcomes = list[dict[str, Outcome]]
 
@@ -257,16 +263,99 @@ def test_a_move_sends_the_bytes_that_were_shown_before(case: TrainCase, outcomes
     assert all(sum(size for size, _ in outcome["sent"][0][1].values()) for outcome in found)
 
 
-@pytest.mark.parametrize("case", [case for case in TRAININGS if case.zero], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
 def test_ranks_keep_no_more_than_their_shards(case: TrainCase, outcomes: Outcomes) -> None:
-    """Dense weights over all ranks or `zero_size` of them; of shared experts what their copies have between them."""
-    block, whole = case.ep * case.etp, decoder(case)
+    """Dense weights over the data axis or `zero_size` of it; of experts what their copies have between them."""
     for outcome in of_ranks(outcomes, case):
-        for name, (kept, here) in outcome["kept"].items():
-            is_cut = ".experts." in name and block > 1
-            shards = case.ranks // block if is_cut else case.zero_size or case.ranks
-            first = whole.get_parameter(name).shape[0] // (case.ep if is_cut else 1)
-            assert kept <= math.ceil(first / shards) * (here // first), name
+        for name, (kept, rows, part) in outcome["kept"].items():
+            # of a slice without values there are no rows
+            assert kept <= math.ceil(rows / shards_of(case, name)) * (part // max(1, rows)), name
+
+
+def shards_of(case: TrainCase, name: str) -> int:
+    """Ranks that have a parameter between them."""
+    block, dense = case.ep * case.etp, case.zero_size or case.ranks // case.tp
+    return case.ranks // block if ".experts." in name and block * case.tp > 1 else dense
+
+
+# pieces of unequal length travel in blocks of one size, and losses of a whole step send its tokens ahead once more
+SHARING = [case for case in TRAININGS if case.sequence_parallel and not case.pieces and case.losses == PLAIN.losses]
+
+
+@pytest.mark.parametrize("case", SHARING, ids=lambda case: case.name)
+def test_shared_layers_send_what_the_planner_says(case: TrainCase, outcomes: Outcomes) -> None:
+    found = of_ranks(outcomes, case)
+    tokens = sum(batch.tokens_BS.numel() for step in range(case.steps) for batch in texts(case, step)[0])
+    # each rank has the network beside experts whole, and an expert's slices are no dense layer's
+    shape = replace(SHAPES["mixtral-8x7b"], num_layers=3, dim=16, num_experts=8, dense_first=1, shared_hidden=0)
+    strategy = replace(case.strategy, precision="fp32", ep=1, etp=1, adaptive_r=-1)
+    step = Step(
+        shape=shape,
+        strategy=strategy.check(case.ranks, num_experts=8),
+        devices_per_node=case.local,
+        tokens=float(tokens),
+        micro_batches=case.steps * case.accumulate,
+    )
+    # without products that hide it nothing is regathered: what was gathered is kept
+    parts = [part for part in tensor_volume(step) if case.tp_overlap > 1 or part.name != "sp regather"]
+    want = case.ranks * sum(part.total_bytes for part in parts) * case.dtype.itemsize / 4
+    size, messages = (sum(column) for column in zip(*(outcome["tensor"] for outcome in found), strict=True))
+    assert size == pytest.approx(want, rel=1e-12)
+    # torch's operators take each rank's rows for one chunk
+    chunks = case.tp_overlap if case.symmetric else 1
+    assert messages * chunks == pytest.approx(case.ranks * sum(part.messages for part in parts), rel=1e-12)
+
+
+@pytest.mark.parametrize("case", [case for case in TRAININGS if case.in_parts], ids=lambda case: case.name)
+def test_a_model_made_in_parts_is_whole_nowhere(case: TrainCase, outcomes: Outcomes) -> None:
+    """A rank holds its own parts and beside them one module whole, in float32 as it is drawn; or before, one block."""
+    model = decoder(case)
+    bytes_of = {name: 4 * sum(each.numel() for each in module.parameters()) for name, module in model.named_modules()}
+    one = max(4 * sum(each.numel() for each in module.parameters(recurse=False)) for module in model.modules())
+    block = max(size for name, size in bytes_of.items() if name.startswith("blocks.") and name.count(".") == 1)
+    for outcome in of_ranks(outcomes, case):
+        own = case.dtype.itemsize * sum(kept for kept, *_ in outcome["kept"].values())
+        # what is added to draw and to cut are numbers, not tensors of weights
+        assert own < outcome["held"] <= max(own + one, block) + ROOM, (own, one, block)
+
+
+SUMMING = [case for case in SHARDED if not case.moves and case.losses == PLAIN.losses]
+
+
+@pytest.mark.parametrize("case", SUMMING, ids=lambda case: case.name)
+def test_shards_send_what_the_planner_says(case: TrainCase, outcomes: Outcomes) -> None:
+    """Rows are padded to a multiple of ranks; the root, which is kept from forward to backward, is gathered once."""
+    passes = case.steps * case.accumulate
+    sums = case.steps if case.zero_sum == "step" else passes
+    strategy = replace(case.strategy, precision="fp32")
+    for outcome in of_ranks(outcomes, case):
+        want: dict[str, list[float]] = {}
+        for name, (_, rows, part) in outcome["kept"].items():
+            shards, module = shards_of(case, name), wrapped(case, name)
+            if shards == 1:
+                continue
+            padded = math.ceil(rows / shards) * shards * (part // max(1, rows)) * case.dtype.itemsize / 4
+            alike = shards if module.endswith("experts") else case.ranks // case.tp
+            size = 0 if module.endswith("experts") else case.zero_size
+            found = {each.name: each for each in reductions(replace(strategy, zero_size=size), line(alike), padded)}
+            gathered, summed = found["parameter all-gather"], found["gradient reduce-scatter"]
+            sent = want.setdefault(module, [0.0, 0.0, 0.0])
+            sent[0] += passes * (1 if module == "the model" else gathered.calls) * gathered.traffic.intra_bytes
+            sent[1] += sums * summed.traffic.intra_bytes
+            sent[2] += case.steps * found["shard all-reduce"].traffic.intra_bytes
+        assert outcome["shards"] == {module: tuple(sent) for module, sent in want.items()}
+
+
+def line(ranks: int) -> Mesh:
+    return Mesh(nodes=1, local=ranks)
+
+
+def wrapped(case: TrainCase, name: str) -> str:
+    """The module that gathers a parameter."""
+    block = case.ep * case.etp
+    if ".ffn.experts." in name and block * case.tp > 1:
+        return name.rpartition(".")[0]
+    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "the model"
 
 
 def test_a_tuner_decides_alike_on_all_ranks_and_keeps_what_it_learned(outcomes: Outcomes) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from turnout.bench import alltoall
+from turnout.bench import alltoall, started
 from turnout.bench.alltoall_case import ExchangeCase
 from turnout.bench.alltoall_cost import (
     Crossover,
@@ -22,10 +22,12 @@ from turnout.bench.alltoall_cost import (
     expected_copies,
     planned_crossover,
 )
-from turnout.bench.lab import Links, isolated, isolation, why_not
+from turnout.bench.lab import Lab, Links, isolated, isolation, why_not
 from turnout.errors import ConfigError, TurnoutError
 
 SLOW = Links(rate_mbit=400, packet_us=250)
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+MEASURED = RESULTS / "2026-11-23-alltoall-lab-2x4-400mbit-large-rows.json"
 # the rounds of an echo over a cable that is delayed, cut and mended, and bytes a second over one that is slow
 DRIVER = """
 import json, os, socket, sys, time
@@ -139,7 +141,7 @@ def test_a_machine_that_allows_no_lab_says_why_in_one_line(monkeypatch: pytest.M
     assert probe().startswith("not allowed")
     monkeypatch.setattr(isolation.sys, "platform", "darwin")
     assert "darwin" in probe()
-    monkeypatch.setattr(alltoall, "why_not", lambda delay: "not allowed")
+    monkeypatch.setattr(started, "why_not", lambda delay: "not allowed")
     with pytest.raises(TurnoutError, match="no lab here: not allowed; without --lab"):
         alltoall.run(ExchangeCase(lab=True))
 
@@ -150,6 +152,7 @@ def test_a_machine_that_allows_no_lab_says_why_in_one_line(monkeypatch: pytest.M
         (lambda: Links(rate_mbit=-1), "rate_mbit=-1 must be at least 0"),
         (lambda: Links(packet_us=5), "packet_us=5 needs a rate"),
         (lambda: Links(mtu=100), r"mtu=100 must be in 576\.\.65535"),
+        (lambda: Lab(2, Links()).pace(5), "rate_mbit=5 must be above 0, and so must that of the lab's links"),
         (lambda: ExchangeCase(hosts=1, ranks=1), "hosts=1 times ranks=1 must be in 2"),
         (lambda: ExchangeCase(row_bytes=(6,)), "row_bytes=6 must be a multiple of 4; nearest legal: 8"),
         (lambda: ExchangeCase(experts=12), "experts=12 must be a multiple of the 8 ranks; nearest legal: 16"),
@@ -174,6 +177,21 @@ def test_the_planned_time_is_that_of_a_quiet_machine(program: str) -> None:
     routing = ExchangeCase().routing
     for row_bytes, ms in zip((16, 4096, 16384, 65536), measured, strict=True):
         assert 1e3 * exchange_s(program, routing, row_bytes, SLOW) == pytest.approx(ms, rel=0.25)
+
+
+def test_what_was_planned_is_what_was_measured_once_neither_rank_waits_for_the_other_direction() -> None:
+    """2 hosts of 4 ranks, link-bound, 16 KiB to 1 MiB to each rank: times by the median, and where flat takes over."""
+    found = json.loads(MEASURED.read_text(encoding="utf-8"))
+    routing, links = ExchangeCase(hosts=2, ranks=4).routing, Links(**found["links"])
+    rows = [row for row in found["rows"] if row["mode"] == "wire" and row["row_bytes"] >= 16384]
+    assert {(row["peer"], row["row_bytes"]) for row in rows} >= {("hierarchical", 16384), ("flat", 1 << 20)}
+    for row in rows:
+        planned_ms = 1e3 * exchange_s(row["peer"], routing, row["row_bytes"], links)
+        assert planned_ms == pytest.approx(row["ms_median"], rel=0.15)
+    (measured,) = (each["measured"] for each in found["crossover"])
+    planned = planned_crossover("hierarchical", routing, links)
+    assert planned.small == measured["small"] == "hierarchical"
+    assert 0.5 < (planned.row_bytes or inf) / measured["row_bytes"] < 2
 
 
 def test_slower_links_never_make_an_exchange_faster_and_small_rows_pay_by_the_message() -> None:

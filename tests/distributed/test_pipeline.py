@@ -15,9 +15,8 @@ from turnout.segments import gather
 from turnout.tensors import Admission, Assignment
 
 FORWARD = (
-    "begin there 0 | end there 0, begin there 1, compute 0, begin back 0 | "
-    "end there 1, begin there 2, compute 1, end back 0, begin back 1 | end there 2, compute 2, end back 1, begin back 2"
-    " | end back 2"
+    "begin there 0, begin there 1, begin there 2 | end there 0, compute 0, begin back 0 | "
+    "end there 1, compute 1, begin back 1 | end there 2, compute 2, begin back 2 | end back 0, end back 1, end back 2"
 )
 
 
@@ -81,22 +80,31 @@ def test_while_a_chunk_computes_its_neighbours_travel_and_the_gradient_reverses_
     assert bool((x_TD.grad == 6).all())
 
 
-def test_an_exchange_of_more_legs_begins_as_many_chunks_ahead() -> None:
+@pytest.mark.parametrize("legs", [0, 1, 2, 3])
+def test_an_exchange_of_more_legs_begins_as_many_chunks_ahead(legs: int) -> None:
     log: list[str] = []
 
-    def way(kind: str, chunk: int, legs: int) -> Iterator[None]:
+    def way(kind: str, chunk: int) -> Iterator[None]:
         for leg in range(legs):
             log.append(f"{kind}{chunk}.{leg}")
             yield
+        log.append(f"{kind}{chunk} ends")
         return chunk
 
     def compute_and_return(chunk: int) -> Way[int]:
         log.append(f"compute {chunk}")
-        return way("K", chunk, 2)  # type: ignore[return-value]
+        return way("K", chunk)  # type: ignore[return-value]
 
-    assert pipelined([way("S", chunk, 2) for chunk in range(4)], compute_and_return) == [0, 1, 2, 3]  # type: ignore[misc]
-    assert log.index("S2.0") < log.index("S1.1") + 2 < log.index("compute 0") + 2
-    assert log.index("S3.0") < log.index("compute 1") < log.index("K0.1") < log.index("K1.0")
+    chunks, last = range(4), legs - 1
+    assert pipelined([way("S", chunk) for chunk in chunks], compute_and_return) == [0, 1, 2, 3]  # type: ignore[misc]
+    assert len(log) == len(set(log)) == 4 * (2 * legs + 3)
+    at = {event: number for number, event in enumerate(log)}
+    for chunk in chunks if legs else ():
+        assert at[f"S{chunk}.0"] < at["compute 0"]
+        # while a chunk computes, the next one's last leg is on its way, and so is what the one before brings home
+        assert at[f"S{min(chunk + 1, 3)}.{last}"] < at[f"compute {chunk}"] < at[f"K{chunk}.0"]
+        assert at["compute 3"] < at[f"K{chunk} ends"]
+    assert all(at[f"K{chunk}.{last}"] < at["compute 3"] for chunk in chunks[:-2] if legs == 2)
 
 
 @pytest.mark.parametrize(("tokens", "chunks"), [(7, 1), (7, 3), (2, 8), (0, 2)])

@@ -17,7 +17,6 @@ from turnout.train.recipes import load_recipe
 
 REFUSED = [
     (Strategy(cp=2), "strategy.cp=2 can be planned (turnout plan) but not trained with in this version; legal: 1"),
-    (Strategy(tp=2, zero=3), "strategy.zero=3 with tp=2 would shard parts of tensors, which this version does not"),
     (Strategy(tp=2, etp=2), "strategy.etp=2 with tp=2: slices of an expert would get every token tp times; nearest"),
     (Strategy(tp=2, alltoall="coordinated"), "strategy.alltoall='coordinated' with tp=2 can be planned"),
     (
@@ -94,7 +93,14 @@ def layer(**settings: object) -> MoE:
         (lambda: LoopConfig(timeout_s=0.0), r"loop\.timeout_s=0\.0 must be from 1 to 86400"),
         (lambda: check_ranks(load_recipe("smoke", ["strategy.ep=2"]), 1), r"ep=2 needs at least 2 processes: torchrun"),
         (lambda: check_ranks(load_recipe("smoke"), 3), r"loop\.batch_size=4 is that of all 3 ranks.*nearest legal: 3"),
-        (lambda: check_ranks(load_recipe("smoke", ["strategy.ep=3"]), 6), r"strategy\.ep=3 must divide num_experts="),
+        (
+            lambda: check_ranks(load_recipe("smoke", ["strategy.ep=3", "loop.batch_size=6", "loop.tune=auto"]), 6),
+            r"strategy\.ep=3 must divide num_experts=",
+        ),
+        (
+            lambda: check_ranks(load_recipe("smoke", ["strategy.ep=16"]), 16),
+            r"strategy\.ep=16 must not exceed num_experts=\d+: each rank holds at least one; .*share an expert by etp",
+        ),
         (lambda: check_ranks(load_recipe("tiny-dense", ["strategy.ep=2"]), 2), r"strategy\.ep=2 needs experts"),
         (lambda: expert_mesh(2, 3), r"strategy\.ep=2 would cut through nodes of 3 ranks; nearest legal: 1"),
         (lambda: expert_mesh(4, 3), r"strategy\.ep=4 would cut through nodes of 3 ranks; nearest legal: 3"),
@@ -112,6 +118,14 @@ def layer(**settings: object) -> MoE:
         (
             lambda: apply(layer(), Strategy(ep=2, zero=3, zero_size=2), world=World(size=4, local_size=4)),
             r"strategy\.zero_size=2 with copies of shared experts \(ep=2, etp=1 on dp=4 ranks\).*nearest legal: 0",
+        ),
+        (
+            lambda: Strategy(tp=2, tp_overlap=2),
+            r"strategy\.tp_overlap=2 cuts .* sequence_parallel, which is off; nearest",
+        ),
+        (
+            lambda: Strategy(zero_sum="step"),
+            r"strategy\.zero_sum='step' says how often zero=3 sums .* and zero=0; nearest",
         ),
         (lambda: Strategy(etp=4, adaptive_r=3), r"strategy\.adaptive_r=3 must be 0 or divide etp=4 .*nearest legal: 2"),
         (

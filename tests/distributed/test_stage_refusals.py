@@ -124,7 +124,7 @@ def piped(*settings: str) -> Recipe:
         ),
         (
             lambda: apply(Decoder(piped().model).to("meta"), Strategy(pp=2), world=World(size=2, local_size=2)),
-            r"the model is on the meta device: give its weights values, then apply",
+            r"embedding_VD is on the meta device: give the model's weights values, then apply; or build a decoder in",
         ),
         (
             lambda: apply(Decoder(piped().model), Strategy(pp=4), world=World(size=4, local_size=4)),

@@ -155,6 +155,11 @@ def test_the_search_adds_up_what_the_cost_says(seed: int, experts: int, shares_c
 # --- the search ---
 
 
+def test_the_price_of_a_move_is_of_every_expert_and_slice_that_moves() -> None:
+    before, after = Placement.of((0, 0, 1, 1), 2), Placement.of((1, 1, 0, 0), 2)
+    assert moved_bytes(before, after, (10, 6)) == {(0, 2): 20, (1, 3): 12, (2, 0): 20, (3, 1): 12}
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     ("mesh", "experts", "room"), [(TWO_HOSTS, 6, 2), (TWO_HOSTS, 6, 3), (Mesh(nodes=2, local=1), 9, 5)]

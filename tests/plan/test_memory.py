@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from turnout.plan.data import published_cases
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.job import Job
-from turnout.plan.memory import GIB, Memory, memory, memory_by_stage
+from turnout.plan.memory import GIB, Memory, beside_bytes, memory, memory_by_stage
 from turnout.plan.pipeline import idle_passes, layers_in_flight, stages
 from turnout.plan.predict import predict
 from turnout.plan.shapes import SHAPES
@@ -130,8 +130,10 @@ def test_parts_add_up_and_decide_whether_it_fits() -> None:
     assert isinstance(parts, Memory)
     summed = parts.model_bytes + parts.activations_bytes + parts.moe_bytes + parts.logits_bytes
     assert parts.allocated_bytes == pytest.approx(summed + parts.buffer_bytes + parts.framework_bytes)
-    assert parts.fits(parts.allocated_bytes + 2 * GIB)
-    assert not parts.fits(parts.allocated_bytes)
+    # what the allocator cannot use is 3 to 6 % of it, beside the context
+    assert parts.fits(1.06 * parts.allocated_bytes + 2 * GIB)
+    assert not parts.fits(1.03 * parts.allocated_bytes)
+    assert parts.reserved_bytes < parts.allocated_bytes + beside_bytes(parts.allocated_bytes)
 
 
 def test_every_stage_is_reported() -> None:

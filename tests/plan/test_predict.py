@@ -8,7 +8,9 @@ from turnout.clusters import CLUSTERS
 from turnout.plan.data import nanotron_rows, published_cases, vtrain_one_node_rows
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.predict import predict
-from turnout.plan.rows import cluster_of, framework_of, job_of, shape_of_record
+from turnout.plan.row_machine import cluster_of
+from turnout.plan.row_model import shape_of_record
+from turnout.plan.rows import framework_of, job_of
 from turnout.plan.shapes import SHAPES
 
 ROW = {
@@ -133,7 +135,6 @@ def test_the_code_a_row_ran_under_is_read_from_its_words() -> None:
     assert named["vtrain_multi"] == named["korthikanti_table5"] == "megatron-2021"
     assert named["simumax_b200"] == named["moe_folding"] == "megatron-core"
     assert FRAMEWORKS.name_of(framework_of(nanotron_rows(nodes=1)[0])) == "nanotron"
-    assert framework_of({"suite": "nanotron", "keeps_gathered": True}).name == "nanotron-2024"
 
 
 def test_a_measured_fabric_replaces_the_data_sheet_and_never_beats_it() -> None:

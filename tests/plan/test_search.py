@@ -127,6 +127,8 @@ def test_the_best_is_the_least_of_all_that_brute_force_finds() -> None:
         job = query.with_strategy(strategy).job()
         if strategy.schedule == "zero_bubble" and (strategy.pp == 1 or job.micro_batches < strategy.pp):
             continue
+        if strategy.tp == 1 and strategy.etp > 1:
+            continue  # not searched: test_slices_of_experts_without_tensor_parallelism_are_searched
         if memory(job).fits(query.machine.device.memory_bytes):
             steps.append(step_time(job, query.machine).step_s)
     assert result.best[0].step_s == pytest.approx(min(steps), rel=1e-9)
@@ -135,6 +137,15 @@ def test_the_best_is_the_least_of_all_that_brute_force_finds() -> None:
     distinct = sorted({float(f"{step:.8e}") for step in steps})
     best = sorted({float(f"{each.step_s:.8e}") for each in result.best})
     assert best == distinct[: len(best)]
+
+
+@pytest.mark.xfail(strict=True, reason="a layout's shard_tokens is the query's: docs/LOG.md, 2026-11-23")
+def test_slices_of_experts_without_tensor_parallelism_are_searched() -> None:
+    query = Query(model="mixtral-8x7b", nodes=2, global_batch=64)
+    asked = query.with_strategy(Strategy(ep=8, etp=2, zero=1, recompute="full", micro_batch=2)).job()
+    only = replace(SMALL, tp=(1,), ep=(8,), etp=(2,), zero=(1,), recompute=("full",), micro_batch=(2,))
+    found = search(query, space=only).best[0]
+    assert found.step_s == pytest.approx(step_time(asked, query.machine).step_s, rel=0.01)
 
 
 def test_ranks_order_by_what_they_say() -> None:
@@ -233,7 +244,7 @@ def test_a_layout_that_does_not_fit_says_how_many_bytes_where_and_of_what() -> N
     answer = why_not(ASKED, Strategy(pp=4, ep=2), space=NEAR)
     job = ASKED.with_strategy(Strategy(pp=4, ep=2)).job()
     assert answer.kind == "memory"
-    assert answer.over_bytes == pytest.approx(memory(job).allocated_bytes + 1.5 * 2**30 - 80e9)
+    assert answer.over_bytes == pytest.approx(1.045 * memory(job).allocated_bytes + 1.5 * 2**30 - 80e9)
     assert answer.stage == memory(job).stage
     assert answer.needs_bytes
     assert sum(answer.needs_bytes.values()) == pytest.approx(memory(job).allocated_bytes)

@@ -27,6 +27,7 @@ from turnout.tune import (
     LayerShape,
     Rules,
     Workload,
+    alike,
     candidates,
     choose,
     explain,
@@ -237,6 +238,14 @@ def test_a_key_is_a_window_of_rows_and_of_skew() -> None:
 
     assert [of(rows)[0] for rows in (0.0, 127.9, 128.0, 1000.0)] == [0, 0, 1, 7]
     assert [of(1.0, skew)[1] for skew in (1.0, 1.2, 1.25, 2.0)] == [0, 0, 1, 3]
+
+
+def test_steps_of_much_other_rows_say_nothing_of_a_key() -> None:
+    def rows(one: float, other: float) -> bool:
+        return alike(key(one), key(other))
+
+    assert [rows(1000, 1000), rows(100, 200), rows(3000, 3600), rows(3600, 3000)] == [True] * 4
+    assert [rows(100, 300), rows(838, 1370), rows(1370, 838), rows(3000, 4000)] == [False] * 4
 
 
 def test_a_dictionary_survives_its_file() -> None:

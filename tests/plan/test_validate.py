@@ -7,7 +7,7 @@ import pytest
 
 from turnout.plan.data import nanotron_rows, published_cases
 from turnout.plan.nanotron import nanotron_cases
-from turnout.plan.rows import cluster_of
+from turnout.plan.row_machine import cluster_of
 from turnout.plan.validate import Validation, to_json, validate
 
 # mean error of time by suite, as measured, rounded up; validation rows were never fitted on
@@ -68,11 +68,12 @@ def test_layouts_over_several_nodes_are_ranked(report: Validation) -> None:
 def test_memory_and_out_of_memory_are_predicted(report: Validation) -> None:
     errors = {(each.suite, each.what): each.mape for each in report.memory}
     assert errors["simumax_b200", "peak"] <= 0.015
-    assert errors["nanotron", "between steps"] <= 0.02
-    assert errors["torchtitan", "peak"] <= 0.085
-    assert errors["nanotron", "peak"] <= 0.12
+    assert errors["nanotron", "between steps"] <= 0.01
+    assert errors["torchtitan", "reserved"] <= 0.065
+    assert errors["nanotron", "reserved"] <= 0.07
     (failures,) = report.oom
-    assert failures.f1 >= 0.965
+    assert failures.f1 >= 0.92
+    assert failures.precision >= 0.99
     assert failures.n > 1300
 
 

@@ -54,6 +54,10 @@ def test_sequence_parallel_sends_the_same_bytes_and_gathers_inputs_again() -> No
     parts = volume(step(tp=8, sequence_parallel=True))
     assert sent(parts, "sp all-gather", "sp reduce-scatter")[0] == pytest.approx(tensor, rel=1e-9)
     assert sent(parts, "sp regather")[0] == pytest.approx(tensor / 4, rel=1e-9)
+    chunks = volume(step(tp=8, sequence_parallel=True, tp_overlap=4))
+    for name in ("sp all-gather", "sp reduce-scatter", "sp regather"):
+        whole, cut = (next(part for part in found if part.name == name) for found in (parts, chunks))
+        assert (cut.total_bytes, cut.messages) == (whole.total_bytes, 4 * whole.messages)
     embedding = sent(volume(step(tp=8)), "embedding and head")
     assert sent(parts, "embedding and head") == pytest.approx(embedding, rel=1e-9)
 
@@ -108,6 +112,12 @@ def test_zero_3_that_reshards_pays_for_every_micro_batch() -> None:
     once = volume(replace(step(dp=4, node=1, zero=3), reshards=False))
     each = volume(step(dp=4, node=1, zero=3))
     assert sum(part.inter_bytes for part in each) == pytest.approx(MICRO * sum(part.inter_bytes for part in once))
+
+
+def test_gradients_that_are_summed_once_a_step_are_sent_once() -> None:
+    each, once = (volume(step(dp=4, node=1, zero=3, zero_sum=how)) for how in ("micro_batch", "step"))
+    summed = [next(p for p in parts if p.name == "dense gradient reduce-scatter") for parts in (each, once)]
+    assert summed[0].inter_bytes == pytest.approx(MICRO * summed[1].inter_bytes)
 
 
 def test_hsdp_gathers_inside_the_shard_and_sums_between_copies() -> None:

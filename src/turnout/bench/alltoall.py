@@ -1,8 +1,5 @@
 """`turnout bench alltoall`: the programs in turns over real connections, beside what the planner says of them."""
 
-import json
-import os
-import subprocess
 import sys
 from typing import Any
 
@@ -16,12 +13,12 @@ from turnout.bench.alltoall_cost import (
     planned_crossover,
     row_size,
 )
-from turnout.bench.lab import Links, isolated, why_not
+from turnout.bench.lab import Links
 from turnout.bench.race import Timing, ratio
 from turnout.bench.run import ratio_keys, result, row
-from turnout.errors import TransportError, TurnoutError
+from turnout.bench.started import check_lab, started
+from turnout.errors import TransportError
 
-_LONGEST_S = 1800.0
 _MOST_PAIRS = 256  # of which a table is printed pair by pair
 
 
@@ -31,33 +28,13 @@ def run(case: ExchangeCase) -> dict[str, Any]:
     Raises: TurnoutError where a lab is asked for and this machine cannot have one; TransportError if a program does
     not deliver, or planner, ledger and kernel do not count alike.
     """
-    reason = why_not(delay=case.links.delay_ms > 0) if case.lab else ""
-    if reason:
-        raise TurnoutError(f"no lab here: {reason}; without --lab all ranks are on loopback")
-    found = _started(case)
+    check_lab(case.links, lab=case.lab)
+    found = started("turnout.bench.alltoall_ranks", case.to_json(), lab=case.lab)
     traffic = [_traffic(case, size, name, found["counts"]) for size in case.row_bytes for name in _counted(case)]
     rows = _rows(case, found["seconds"])
     asked = {"hosts": case.hosts, "ranks": case.ranks, "tokens": case.num_tokens, "experts": case.num_experts}
     asked |= {"k": case.k, "rounds": case.rounds, "repeat": case.repeat}
     return result(rows, traffic=traffic, crossover=_crossovers(case, rows), mesh=asked, links=_links(case))
-
-
-def _started(case: ExchangeCase) -> dict[str, Any]:
-    words = [sys.executable, "-m", "turnout.bench.alltoall_ranks", json.dumps(case.to_json())]
-    # ranks are many and cores few; and hosts of a lab have no names to look up, of which torch speaks at length
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    done = subprocess.run(
-        isolated(words) if case.lab else words,
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=_LONGEST_S,
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise TransportError(f"the ranks did not come to an end: {said[-1] if said else f'exit {done.returncode}'}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _counted(case: ExchangeCase) -> list[str]:

@@ -1,19 +1,17 @@
 """What one rank of `turnout bench alltoall` sends: a program with rows that say whose they are."""
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from turnout.alltoall import PROGRAMS, combine, dispatch
 from turnout.bench.alltoall_case import ExchangeCase
+from turnout.bench.turns import Work
 from turnout.comm import Arrived, ExpertGroup, Ledger, Sizes, TorchTransport, World
 from turnout.comm.picks import Picks
+from turnout.comm.wire import begun
 from turnout.errors import TransportError
 from turnout.placement import Placement
-
-Work = Callable[[], object]
 
 
 class Exchange:
@@ -70,7 +68,9 @@ class Exchange:
                 if route.shared is not None:
                     route.shared.all_to_all(source, in_, out)
                     continue
-                dist.all_to_all_single(target, source, in_, out, group=route.group)
+                work = begun(target, source, in_, out, route)
+                assert work is not None
+                work.wait()
 
         return collectives
 

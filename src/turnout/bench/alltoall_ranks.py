@@ -3,30 +3,24 @@
 Prints one JSON object: when each round was over on the last rank, and who sent how much by whose count.
 """
 
-import gc
 import json
-import random
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from turnout.bench.alltoall_case import ALL_GATHER, ExchangeCase
-from turnout.bench.alltoall_exchange import Exchange, Work, gathering
+from turnout.bench.alltoall_exchange import Exchange, gathering
 from turnout.bench.lab import Lab
 from turnout.bench.ranks import fork_ranks
+from turnout.bench.turns import Work, in_turns, of_slowest
 from turnout.comm import World, kernel_count, make_groups
 from turnout.strategy import Strategy
 
 TIMEOUT_S = 120.0
-_READY_S = 2e-3  # from the word to start to the start
 
 
 def main() -> None:
@@ -36,7 +30,7 @@ def main() -> None:
         found = fork_ranks(
             lambda world: _measured(case, world), case.mesh, lab=lab, timeout_s=TIMEOUT_S + _longest(case)
         )
-    print(json.dumps({"seconds": _of_slowest(found), "counts": _counts(found)}))
+    print(json.dumps({"seconds": of_slowest([each["ends"] for each in found]), "counts": _counts(found)}))
 
 
 def _longest(case: ExchangeCase) -> float:
@@ -67,7 +61,16 @@ def _measured(case: ExchangeCase, world: World) -> dict[str, Any]:
                 exchange.check()
                 contestants[f"{row_bytes} shared_rows {name}"] = exchange.there
                 contestants[f"{row_bytes} shared_wire {name}"] = exchange.bare()
-    return {"ends": _raced(contestants, case, world, quiet), "counts": counts}
+    ends = in_turns(
+        contestants,
+        world,
+        quiet,
+        rounds=case.rounds,
+        warmup=case.warmup,
+        repeat=case.repeat,
+        delay_ms=case.links.delay_ms,
+    )
+    return {"ends": ends, "counts": counts}
 
 
 # --- counting ---
@@ -110,47 +113,6 @@ def _counts(found: list[dict[str, Any]]) -> dict[str, Any]:
             for receiver, sent in sorted(each["ledger"].items())
         ]
     return tables
-
-
-# --- timing ---
-
-
-def _raced(
-    contestants: Mapping[str, Work], case: ExchangeCase, world: World, quiet: ProcessGroup
-) -> dict[str, list[float]]:
-    """For each, round by round, the seconds from the common start until this rank was done."""
-    ends: dict[str, list[float]] = defaultdict(list)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    for number in range(case.warmup + case.rounds):
-        for name in random.Random(number).sample(sorted(contestants), len(contestants)):
-            start_s = _common_start(world, quiet, case)
-            for _ in range(case.repeat):
-                contestants[name]()
-            elapsed_s = (time.perf_counter() - start_s) / case.repeat
-            if number >= case.warmup:
-                ends[name].append(elapsed_s)
-    return dict(ends)
-
-
-def _common_start(world: World, quiet: ProcessGroup, case: ExchangeCase) -> float:
-    """Wait until the moment that the first rank names once all are here: the clock is that of the whole machine."""
-    dist.barrier(group=quiet)
-    ready_s = _READY_S + 2e-4 * world.size + 4e-3 * case.links.delay_ms
-    start = torch.tensor([time.perf_counter() + ready_s if world.is_first else 0.0], dtype=torch.float64)
-    dist.broadcast(start, src=0, group=quiet)
-    start_s = float(start)
-    time.sleep(max(0.0, start_s - time.perf_counter()))
-    return start_s
-
-
-def _of_slowest(found: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """An exchange is over when it is over on every rank."""
-    return {
-        name: [max(of_round) for of_round in zip(*(each["ends"][name] for each in found), strict=True)]
-        for name in found[0]["ends"]
-    }
 
 
 if __name__ == "__main__":

@@ -22,7 +22,10 @@ TopPOption = Annotated[
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text. May be repeated.")]
 Quantize = Annotated[
-    str, typer.Option(help="Experts in 8 bits: int8, or int8-a8 with activations of 8 bits too, faster and less exact.")
+    str,
+    typer.Option(
+        help="Experts in 8 bits: int8, or int8-a8 with activations of 8 bits too, less exact and, without AMX, faster."
+    ),
 ]
 
 

@@ -44,7 +44,7 @@ def memory(
     from turnout.cli import plan_print
     from turnout.cli.console import print_json
     from turnout.cli.plan_pick import with_layout, with_skew_of
-    from turnout.plan.memory import CONTEXT_BYTES, memory_by_stage
+    from turnout.plan.memory import beside_bytes, memory_by_stage
     from turnout.plan.remedies import over_bytes, remedies
 
     screen = plan_print.wide_console(as_json=as_json)
@@ -57,10 +57,11 @@ def memory(
     stages = memory_by_stage(job)
     over = over_bytes(job, device.memory_bytes)
     ways = remedies(query) if over > 0 else ()
+    peak = max(each.allocated_bytes for each in stages)
     document = {
         "stages": [{"stage": each.stage} | {name: getattr(each, name) for _, name in COLUMNS} for each in stages],
-        "peak_bytes": max(each.allocated_bytes for each in stages),
-        "context_bytes": CONTEXT_BYTES,
+        "peak_bytes": peak,
+        "beside_bytes": beside_bytes(peak),
         "device_bytes": device.memory_bytes,
         "fits": over <= 0,
         "over_bytes": over,
@@ -100,7 +101,7 @@ def _runs(stages: tuple[Any, ...]) -> list[tuple[str, Any]]:
 def _verdict(document: dict[str, Any], device: Any) -> str:
     from turnout.cli import plan_print as show
 
-    needs = f"{show.gib(document['peak_bytes'])} GiB and {show.gib(document['context_bytes'])} of the context"
+    needs = f"{show.gib(document['peak_bytes'])} GiB and {show.gib(document['beside_bytes'])} beside"
     has = f"{device.name} has {show.gib(document['device_bytes'])} GiB"
     if document["fits"]:
         return f"fits: {needs}; {has}, {show.gib(-document['over_bytes'])} stay free"

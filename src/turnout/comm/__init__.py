@@ -1,7 +1,11 @@
 """Processes and what moves between them: the world, groups of ranks, the torch.distributed transport, the ledger."""
 
+from turnout.comm.fused import FusedProducts
+from turnout.comm.fused_chunks import ChunkedProducts
+from turnout.comm.fused_symmetric import SymmetricProducts, is_shared
 from turnout.comm.groups import ExpertGroup, Groups, StageGroup, TensorGroup, expert_mesh, make_groups
 from turnout.comm.ledger import Ledger
+from turnout.comm.shard_wire import GatherOfShards, SumOfShards, note_of_copies
 from turnout.comm.sharing import Peers, Sharing
 from turnout.comm.sizes import Sizes
 from turnout.comm.tensor_wire import TensorWire
@@ -11,13 +15,18 @@ from turnout.comm.world import World, is_launched, join
 
 __all__ = [
     "Arrived",
+    "ChunkedProducts",
     "ExpertGroup",
+    "FusedProducts",
+    "GatherOfShards",
     "Groups",
     "Ledger",
     "Peers",
     "Sharing",
     "Sizes",
     "StageGroup",
+    "SumOfShards",
+    "SymmetricProducts",
     "TensorGroup",
     "TensorWire",
     "TorchTransport",
@@ -25,6 +34,8 @@ __all__ = [
     "World",
     "expert_mesh",
     "is_launched",
+    "is_shared",
     "join",
     "make_groups",
+    "note_of_copies",
 ]

@@ -189,9 +189,11 @@ def _staged(strategy: Strategy, world: World, maker: "_Maker") -> StageGroup | N
 def _sharded(strategy: Strategy, world: World, maker: "_Maker") -> tuple[ProcessGroup, ...]:
     if strategy.zero == 0:
         return ()
-    size, ranks = strategy.zero_size or world.size, range(world.size)
-    copies = maker.group([list(ranks[first::size]) for first in range(size)])
-    shards = maker.group([list(ranks[start : start + size]) for start in ranks[::size]])
+    # along the data axis: tensor-parallel ranks have other parts, or other gradients of the same
+    columns = [range(world.size)[at :: strategy.tp] for at in range(strategy.tp)]
+    size = strategy.zero_size or len(columns[0])
+    copies = maker.group([list(column[first::size]) for column in columns for first in range(size)])
+    shards = maker.group([list(column[at : at + size]) for column in columns for at in range(0, len(column), size)])
     return tuple(group for group in (copies, shards) if group is not None)
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from turnout.comm.groups import TensorGroup
 from turnout.comm.ledger import Ledger, Phase
+from turnout.comm.scattered import reduce_scatter
 from turnout.comm.wire import named
 from turnout.tensors import first_order
 
-# torch 2.13 renamed them
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# torch 2.13 renamed it
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class TensorWire:
     def all_reduce(self, x: Tensor, phase: Phase) -> Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
         size = total.numel() * total.element_size() // self.group.size
-        self._note(phase, 2 * size)
+        self.note(phase, 2 * size)
         with named("all-reduce", self.layer, self.group.wire, self.ledger):
             dist.all_reduce(total, group=self.group.wire)
         return total
@@ -58,11 +58,11 @@ class TensorWire:
     def all_gather(self, x: Tensor, lengths: Sequence[int], dim: int, phase: Phase) -> Tensor:
         # blocks of one size, the longest: gloo and NCCL are at their best with those
         width, first = max(lengths), x.movedim(dim, 0)
-        block = first.contiguous() if len(first) == width else _widened(first, width)
+        block = first.contiguous() if len(first) == width else widened(first, width)
         out = block.new_empty(self.group.size * width, *block.shape[1:])
-        self._note(phase, block.numel() * block.element_size())
+        self.note(phase, block.numel() * block.element_size())
         with named("all-gather", self.layer, self.group.wire, self.ledger):
-            _all_gather(out, block, group=self.group.wire)
+            all_gather_single(out, block, group=self.group.wire)
         if min(lengths) < width:
             out = torch.cat([each[:length] for each, length in zip(out.split(width), lengths, strict=True)])
         return out.movedim(0, dim)
@@ -70,21 +70,26 @@ class TensorWire:
     def reduce_scatter(self, x: Tensor, lengths: Sequence[int], dim: int, phase: Phase) -> Tensor:
         width, first = max(lengths), x.movedim(dim, 0)
         if min(lengths) < width:
-            first = torch.cat([_widened(part, width) for part in first.split(list(lengths))])
+            first = torch.cat([widened(part, width) for part in first.split(list(lengths))])
         sent = first.contiguous()
         out = sent.new_empty(width, *sent.shape[1:])
-        self._note(phase, out.numel() * out.element_size())
+        self.note(phase, out.numel() * out.element_size())
         with named("reduce-scatter", self.layer, self.group.wire, self.ledger):
-            _reduce_scatter(out, sent, group=self.group.wire)
+            reduce_scatter(out, sent, self.group.wire)
         return out[: lengths[self.group.place]].movedim(0, dim)
 
-    def _note(self, phase: Phase, size: int) -> None:
-        """As a ring or a direct exchange sends it: as much to each of the others."""
-        others = (place for place in range(self.group.size) if place != self.group.place)
-        self.ledger.note(self.layer, phase, "tensor", dict.fromkeys(others, size))
+    def note(self, phase: Phase, size: int) -> None:
+        """As a ring or a direct exchange sends it: so many bytes to each of the others."""
+        self.note_each(phase, [size] * self.group.size)
+
+    def note_each(self, phase: Phase, sizes: Sequence[int]) -> None:
+        """So many bytes to each rank; what stays here is not noted."""
+        others = {place: size for place, size in enumerate(sizes) if place != self.group.place}
+        self.ledger.note(self.layer, phase, "tensor", others)
 
 
-def _widened(part: Tensor, width: int) -> Tensor:
+def widened(part: Tensor, width: int) -> Tensor:
+    """With rows of zeros at its end. Shapes: returns (width, ...)."""
     wide = part.new_zeros(width, *part.shape[1:])
     wide[: len(part)] = part
     return wide

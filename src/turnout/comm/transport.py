@@ -88,6 +88,7 @@ class TorchTransport(Transport[Parcels]):
             ledger=self._ledger,
             layer=self.layer,
             shared=self._group.shared.get(frozenset(axes)),
+            far=self.mesh.nodes > 1 and "node" in axes,
         )
         sent = Sent(picks=parcels.picks, weight_M=parcels.weight_M, route=route)
         arriving = _sent(parcels.rows(), parcels.labels, route)

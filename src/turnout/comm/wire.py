@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from turnout.comm.ledger import Kind, Ledger, Phase
+from turnout.comm.pairwise import MOST, Pairwise
 from turnout.comm.shared_memory import SharedLine
 from turnout.errors import TransportError
 from turnout.tensors import first_order
@@ -31,6 +32,7 @@ class Route:
     layer: str
     kind: Kind = "rows"
     shared: SharedLine | None = None  # the group's shared memory, which rows on CPUs then take
+    far: bool = False  # its ranks are on several nodes
 
     def turned(self) -> "Route":
         """The same way back."""
@@ -104,9 +106,7 @@ class Flight:
                 self._out = route.shared.all_to_all(self._sent, received, sent)
             return
         with _naming("all-to-all", route.layer, route.group):
-            self._work = dist.all_to_all_single(
-                self._out, self._sent, list(received), list(sent), group=route.group, async_op=True
-            )
+            self._work = begun(self._out, self._sent, received, sent, route)
 
     def land(self) -> list[Tensor]:
         """What arrived, tensor by tensor."""
@@ -117,6 +117,15 @@ class Flight:
         if len(self._parts) == 1:
             return [self._out]
         return _unpacked(self._out, [tensor for tensor, _ in self._parts], [splits[1] for _, splits in self._parts])
+
+
+def begun(
+    out: Tensor, sent: Tensor, received: Sequence[int], leave: Sequence[int], route: Route
+) -> Pairwise | dist.Work | None:
+    """An all-to-all that has begun: so many entries from each peer into `out`, and for each of `sent`."""
+    if route.far and sent.device.type == "cpu" and route.group.size() <= MOST:
+        return Pairwise(out, sent, received, leave, route.group)
+    return dist.all_to_all_single(out, sent, list(received), list(leave), group=route.group, async_op=True)
 
 
 @contextmanager

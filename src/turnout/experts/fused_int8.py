@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, FusedBackend, Refusal
 from turnout.experts.fused_cpu import rows_as_tokens
+from turnout.experts.int8_op import int8_experts
 from turnout.experts.quantized import QuantizedFFNExperts
 from turnout.kernels import KINDS, Int8Weights, Kernel, trusted_kernel
 from turnout.kernels.build import Library, compiled, has_vnni
@@ -20,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class FusedInt8(FusedBackend):
-    """Whole-number products of codes, by AMX or VNNI where there are such; scales and activations in float32."""
+    """Products of codes as whole numbers, by VNNI where there is such; of many rows by AMX, in bfloat16."""
 
     layout = "ragged"
     trains = False
@@ -42,15 +43,16 @@ class FusedInt8(FusedBackend):
         """Raises: ConfigError if a gradient is to come back through the experts."""
         assert isinstance(experts, QuantizedFFNExperts)
         experts.check_inference(x_TD, assignment.weight_N)
+        weights, digits = int8_weights(experts), experts.digits
+        rows = x_TD.detach().float().contiguous(), assignment.weight_N.detach().float().contiguous()
+        if torch.compiler.is_compiling():
+            own = list(weights.matrices), weights.up_bias_EG, weights.down_bias_ED
+            routes = assignment.token_N, assignment.expert_N, admission.keep_N
+            y_TD = int8_experts(*rows, *own, *routes, weights.hidden, weights.kind, digits, _uses_matrix_unit())
+            return y_TD.to(x_TD.dtype)
         kernel = trusted_int8()
         assert isinstance(kernel, Kernel)
-        y_TD = kernel.infer_int8(
-            x_TD.detach().float().contiguous(),
-            assignment.weight_N.detach().float().contiguous(),
-            int8_weights(experts),
-            kernel.sort(assignment, admission.keep_N),
-            digits=experts.digits,
-        )
+        y_TD = kernel.infer_int8(*rows, weights, kernel.sort(assignment, admission.keep_N), digits=digits)
         return y_TD.to(x_TD.dtype)
 
 
@@ -67,7 +69,7 @@ def trusted_int8() -> Kernel | str:
 
 @functools.cache
 def int8_by_matrix_unit() -> Kernel | str:
-    """The same by the processor's matrix unit, where calls of more than a few rows gain by it; or why there is none."""
+    """The same, with many rows by the processor's matrix unit; or why there is none."""
     kernel = trusted_kernel()
     return kernel if isinstance(kernel, str) else by_matrix_unit(kernel, prove_int8, _proof(".int8-amx-proven"))
 
@@ -93,8 +95,10 @@ def int8_weights(experts: QuantizedFFNExperts) -> Int8Weights:
     return Int8Weights(
         up_codes=experts.up_codes.contiguous(),
         up_scales=experts.up_scales.contiguous(),
+        up_bases=experts.up_bases.contiguous(),
         down_codes=experts.down_codes.contiguous(),
         down_scales=experts.down_scales.contiguous(),
+        down_bases=experts.down_bases.contiguous(),
         up_bias_EG=up_bias_EG,
         down_bias_ED=down_bias_ED,
         hidden=experts.hidden,
@@ -109,10 +113,20 @@ def _reason(experts: QuantizedFFNExperts, dtype: torch.dtype, device: torch.devi
         return f"fused_int8 has no activation {experts.kind!r}, only {', '.join(KINDS)}"
     if dtype not in DTYPES:
         return f"fused_int8 computes tokens in float32 and bfloat16, not {dtype}"
-    if torch.compiler.is_compiling():
-        return "torch.compile does not know fused_int8"
+    return _kernel_failure()
+
+
+# torch.compile asks once instead of tracing how a kernel is compiled
+@torch.compiler.assume_constant_result
+def _kernel_failure() -> str:
     kernel = trusted_int8()
     return kernel if isinstance(kernel, str) else ""
+
+
+@torch.compiler.assume_constant_result
+def _uses_matrix_unit() -> bool:
+    kernel = trusted_int8()
+    return isinstance(kernel, Kernel) and kernel.matrix_unit
 
 
 ExpertBackend.TABLE.register("fused_int8")(FusedInt8())

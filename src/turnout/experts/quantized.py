@@ -16,14 +16,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class QuantizedFFNExperts(nn.Module):
-    """E feed-forward networks whose weights are codes of 8 bits, a scale for each 64 inner columns of each column.
+    """E feed-forward networks whose weights are codes of 8 bits, a scale for each 32 inner columns of each column.
 
     Codes and scales have the experts as their first axis and lie in the kernel's order, the same on every machine
     (`turnout.kernels.int8_codes`), so a checkpoint holds what is computed with. Nothing in here learns.
 
-    `activation_bits` is what the rows between the products are rounded to: 16 (14 and a sign, at scales of their own
-    for each row and 64 columns, so that outliers cost nothing: the error is that of the weights), or 8, which is
-    faster and less exact.
+    `activation_bits` is what rows are rounded to before each product: 16 (14 and a sign, at scales of their own for
+    each row and 32 columns, so that outliers cost nothing: the error is that of the weights), or 8, which is faster
+    and less exact. A processor with AMX has bfloat16 for either, where some expert has more than 16 rows: faster than
+    8 bits, and nearly as exact as 16.
     """
 
     def __init__(
@@ -52,12 +53,15 @@ class QuantizedFFNExperts(nn.Module):
         for name, sizes in (("up", up), ("down", down)):
             codes = torch.zeros(*sizes, GROUP // QUAD, PANEL, QUAD, dtype=torch.uint8)
             self.register_buffer(f"{name}_codes", codes)
+            self.register_buffer(f"{name}_scales", torch.zeros(*sizes, 2, PANEL, dtype=torch.uint8))
             # the bits of bfloat16: no cast of the model may change or widen them
-            self.register_buffer(f"{name}_scales", torch.zeros(*sizes, 2, PANEL, dtype=torch.int16))
+            self.register_buffer(f"{name}_bases", torch.zeros(*sizes[:-1], PANEL, dtype=torch.int16))
         self.up_codes: Tensor
         self.up_scales: Tensor
+        self.up_bases: Tensor
         self.down_codes: Tensor
         self.down_scales: Tensor
+        self.down_bases: Tensor
         self.up_bias_EG: Tensor | None
         self.down_bias_ED: Tensor | None
         self.register_buffer("up_bias_EG", torch.zeros(num_experts, parts * hidden) if bias else None)
@@ -100,9 +104,11 @@ class QuantizedFFNExperts(nn.Module):
         one = slice(expert, expert + 1)
         codes = FFNCodes(
             up_codes=self.up_codes[one],
-            up_scales=self.up_scales[one].view(torch.bfloat16),
+            up_scales=self.up_scales[one],
+            up_bases=self.up_bases[one].view(torch.bfloat16),
             down_codes=self.down_codes[one],
-            down_scales=self.down_scales[one].view(torch.bfloat16),
+            down_scales=self.down_scales[one],
+            down_bases=self.down_bases[one].view(torch.bfloat16),
         )
         up_EDG, down_EFD = decode_ffn(codes, dim=self.dim, hidden=self.hidden)
         return up_EDG[0], down_EFD[0]

@@ -32,6 +32,7 @@ class HMEBase(BaseEstimator):
     scale_: Scale
     target_scale_: Scale
     recursion_: Recursion
+    hold_noise: int = 0  # a setting of the regressor alone: other experts have no noise
 
     def __init__(
         self,
@@ -177,12 +178,13 @@ class HMEBase(BaseEstimator):
         own_iter = ONLINE_PASSES if self.solver == "online" else MOST_ITERATIONS
         max_iter = own_iter if self.max_iter is None else self.max_iter
         check_positive("max_iter", max_iter, 1)
+        check_positive("hold_noise", self.hold_noise)
         try:
             return SolveConfig(
                 solver=self.solver,
                 em=EMConfig(
                     algorithm=2 if self.solver == "least_squares" else 1, max_iter=max_iter, tol=self.tol,
-                    newton_steps=self.newton_steps, ridge=self.ridge,
+                    newton_steps=self.newton_steps, ridge=self.ridge, hold_noise=self.hold_noise,
                 ),
                 ascent=AscentConfig(
                     error=self.error, learning_rate=self.learning_rate, momentum=self.momentum,

@@ -27,12 +27,15 @@ class EMConfig:
     tol: float = 1e-5  # stop when an iteration gains less than this, in nats a row; 0: never
     newton_steps: int = 1  # most damped Newton steps of an M-step; 50 is exact to rounding
     ridge: float = 1e-3  # pull of all weights to zero, in rows of a standardized input
+    hold_noise: int = 0  # first iterations in which Gaussian noise stays as it started: fewer where they gain nothing
 
     def __post_init__(self) -> None:
         if self.algorithm not in (1, 2):
             raise ConfigError(f"algorithm={self.algorithm} must be 1 or 2")
         if self.max_iter < 1 or self.newton_steps < 1:
             raise ConfigError(f"max_iter={self.max_iter} and newton_steps={self.newton_steps} must be at least 1")
+        if self.hold_noise < 0:
+            raise ConfigError(f"hold_noise={self.hold_noise} must be at least 0 iterations")
         if not (self.ridge >= 0 and self.tol >= 0):
             raise ConfigError(f"ridge={self.ridge} and tol={self.tol} must be at least 0")
 
@@ -63,12 +66,15 @@ def fit_em(
 ) -> Fit:
     """EM from `mixture` on; algorithm 2, which may fall, returns the best mixture it met unless `keep_last`.
 
-    `watch` is told the iteration and its objective a row.
+    `watch` is told the iteration and its objective a row. While noise is held, experts compete by squared error in one
+    unit, and the wide noise of the start keeps posteriors soft: a partition of rows forms before experts that fit their
+    few rows closely repel all others. Weights alone are maximised then, which is EM still, and cannot fall.
+    Source: Jordan & Jacobs 1994 (unit noise throughout); Ueda & Nakano 1998, "Deterministic annealing EM algorithm".
     """
     ridge_P = ridge_of(config.ridge, rows.x_NP.shape[1])
     total_weight = float(rows.weight_N.sum())
     logliks, objectives, passes = [], [], 0
-    best, converged = mixture, False
+    best, converged, held = mixture, False, config.hold_noise
     rows = rows.held_for(mixture)
     for iteration in range(config.max_iter + 1):
         sums = sweep(rows, mixture, log_posteriors=config.algorithm == 2)
@@ -81,9 +87,14 @@ def fit_em(
         # the first iteration leaves experts that are all alike, and may gain nothing by it
         gained = objectives[-1] - objectives[-2] if iteration > 1 else np.inf
         converged = abs(gained) < config.tol * total_weight
+        if converged and iteration < held:
+            converged, held = False, iteration
         if converged or iteration == config.max_iter:
             break
+        noise_LOO = mixture.experts.covariance_LOO
         mixture, taken = _maximised(mixture, rows, sums, config)
+        if iteration < held:
+            mixture = replace(mixture, experts=replace(mixture.experts, covariance_LOO=noise_LOO))
         passes += taken
     return Fit(
         mixture=best, loglik_path=tuple(logliks), objective_path=tuple(objectives), passes=passes, converged=converged

@@ -53,6 +53,7 @@ class Judgement:
 
     log_density_LN: Floats
     signal_LON: Floats  # Gaussian: whitened residuals; softmax: shares of all classes but the last; Poisson: rates
+    square_LN: Floats | None = None  # Gaussian: squared white residuals, of all outputs together
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,7 +98,7 @@ class Family(ABC):
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
         """Derivatives by the predictors, rows weighted by `weight_LN` (posterior times sample weight)."""
 
-    def squares(self, slopes: Slopes, judged: Judgement) -> Floats:
+    def squares(self, weight_LN: Floats, slopes: Slopes, judged: Judgement) -> Floats:
         """Weighted products of white residuals, (L, O, O); (L, 0, 0) unless a family has noise of its own."""
         return np.zeros((len(judged.log_density_LN), 0, 0))
 

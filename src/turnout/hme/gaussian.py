@@ -25,8 +25,18 @@ class Gaussian(Family):
     noise: Literal["unit", "scalar", "diagonal", "full"] = "scalar"  # form of Sigma; unit: the identity, as in 1994
     noise_rows: float = 1.0  # strength of the noise prior, in rows
     noise_floor: float = 1e-4  # its variance, in variances of the targets
+    noise_start: float = 1.0  # noise before any iteration, in variances of the targets
 
     def __post_init__(self) -> None:
+        if not (np.isfinite(self.noise_start) and self.noise_start >= self.noise_floor):
+            raise ConfigError(
+                f"noise_start={self.noise_start} must be a finite number of at least {self.noise_floor:g} "
+                "(variances of the targets)"
+            )
+        if self.noise == "unit" and self.noise_start != 1:
+            raise ConfigError(
+                f"noise='unit' stays 1, not noise_start={self.noise_start}; choose noise scalar, diagonal or full"
+            )
         if self.noise not in ("unit", "scalar", "diagonal", "full"):
             raise ConfigError(f"noise={self.noise!r} must be one of: unit, scalar, diagonal, full")
 
@@ -40,35 +50,40 @@ class Gaussian(Family):
         return {"unit": 0, "scalar": 1, "diagonal": self.outputs, "full": full}[self.noise]
 
     def start(self, y_TN: Floats, weight_N: Floats, num_leaves: int, size: int) -> Experts:
-        """Zero weights; the covariance of the targets as noise."""
+        """Zero weights; the covariance of the targets as noise, times `noise_start`."""
         centred_TN = y_TN - np.average(y_TN, axis=1, weights=weight_N)[:, None]
         square_OO = (weight_N * centred_TN) @ centred_TN.T
         covariance_1OO = self._covariance(square_OO[None], weight_N.sum(keepdims=True))
         return Experts(
             weight_LPO=np.zeros((num_leaves, size, self.outputs)),
-            covariance_LOO=covariance_1OO.repeat(num_leaves, axis=0),
+            covariance_LOO=(self.noise_start * covariance_1OO).repeat(num_leaves, axis=0),
         )
 
     def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
         """Residuals are whitened inside the product with the inputs: one matrix product for all experts."""
         white_LON = predictors(np.concatenate([x_PN, y_TN]), experts.white_LZO)
-        log_density_LN = np.einsum("lon,lon->ln", white_LON, white_LON)
-        log_density_LN *= -0.5
+        square_LN = np.einsum("lon,lon->ln", white_LON, white_LON)
+        log_density_LN = -0.5 * square_LN
         log_density_LN -= (experts.log_root_L + 0.5 * self.outputs * np.log(2 * np.pi))[:, None]
-        return Judgement(log_density_LN=log_density_LN, signal_LON=white_LON)
+        return Judgement(log_density_LN=log_density_LN, signal_LON=white_LON, square_LN=square_LN)
 
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
         """Of half the squared white residuals; all outputs of an expert share one matrix of inputs."""
         weight_L1N = weight_LN[:, None]
         return Slopes(score_MON=weight_L1N * judged.signal_LON, curvature_MCN=weight_L1N)
 
-    def squares(self, slopes: Slopes, judged: Judgement) -> Floats:
-        """Those of different outputs are summed only where the noise knows of them."""
+    def squares(self, weight_LN: Floats, slopes: Slopes, judged: Judgement) -> Floats:
+        """Those of different outputs are summed only where the noise knows of them; else each has the mean of all."""
         weighted_LON, white_LON = slopes.score_MON, judged.signal_LON
         if self.noise == "full":
             return weighted_LON @ white_LON.swapaxes(1, 2)
-        square_LOO = np.zeros((*white_LON.shape[:2], self.outputs))
-        np.einsum("lon,lon->lo", weighted_LON, white_LON, out=np.einsum("loo->lo", square_LOO))
+        if self.noise == "diagonal":
+            square_LO = np.einsum("lon,lon->lo", weighted_LON, white_LON)
+        else:
+            assert judged.square_LN is not None
+            square_LO = (weight_LN[:, None] @ judged.square_LN[:, :, None])[:, 0] / self.outputs
+        square_LOO = np.zeros((len(weight_LN), self.outputs, self.outputs))
+        np.einsum("loo->lo", square_LOO)[:] = square_LO
         return square_LOO
 
     def coloured(self, sums: ExpertSums, experts: Experts) -> ExpertSums:

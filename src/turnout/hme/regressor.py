@@ -8,7 +8,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from turnout.errors import ConfigError
 from turnout.hme.base import HMEBase
-from turnout.hme.checks import Scale, check_choice
+from turnout.hme.checks import Scale, check_choice, check_positive
 from turnout.hme.distribution import Predictive
 from turnout.hme.families import Family, Poisson
 from turnout.hme.gaussian import Gaussian
@@ -19,8 +19,10 @@ class HMERegressor(RegressorMixin, HMEBase):
     """Regression by a tree of gates over linear experts, fitted by EM.
 
     `depth` and `branching` give branching ** depth experts; depth 1 is the flat mixture of 1991. `noise` is the form of
-    each expert's covariance (unit, scalar, diagonal, full); `family="poisson"` takes counts. `max_experts` grows the
-    tree, `prune` shrinks it. `max_iter` None is 100 iterations, or 3 passes on-line. `batch_size` rows are learned
+    each expert's covariance (unit, scalar, diagonal, full), which starts at `noise_start` variances of the targets and
+    stays there for the first `hold_noise` iterations of EM: with some 25 held at 0.3, many experts on smooth data find
+    far better partitions than with none. `family="poisson"` takes counts. `max_experts` grows the tree, `prune` shrinks
+    it. `max_iter` None is 100 iterations, or 3 passes on-line. `batch_size` rows are learned
     from at once by gradient and on-line.
     Fitted: `mixture_`; `loglik_path_` (nats, before each iteration and after the last) and `loglik_` of the mixture
     itself; `objective_path_` (with the log prior of ridge and noise, which EM never lowers); `n_iter_`, `n_passes_`
@@ -35,6 +37,8 @@ class HMERegressor(RegressorMixin, HMEBase):
         *,
         family: Literal["gaussian", "poisson"] = "gaussian",
         noise: Literal["unit", "scalar", "diagonal", "full"] = "scalar",
+        noise_start: float = 1.0,
+        hold_noise: int = 0,
         solver: Literal["em", "least_squares", "gradient", "online"] = "em",
         max_iter: int | None = None,
         tol: float = 1e-5,
@@ -59,6 +63,8 @@ class HMERegressor(RegressorMixin, HMEBase):
         )  # fmt: skip
         self.family = family
         self.noise: Literal["unit", "scalar", "diagonal", "full"] = noise
+        self.noise_start = noise_start
+        self.hold_noise = hold_noise
 
     def predict(self, X: Any) -> Floats:
         """Mean of the mixture: (N,), or (N, O) where y had columns."""
@@ -103,8 +109,16 @@ class HMERegressor(RegressorMixin, HMEBase):
         return y_NT
 
     def _family(self, targets: int) -> Family:
+        check_positive("noise_start", self.noise_start)
+        if self.family == "poisson":
+            if self.noise_start != 1 or self.hold_noise:
+                raise ValueError(
+                    f"noise_start={self.noise_start} and hold_noise={self.hold_noise} need family='gaussian': "
+                    "counts have no noise of their own"
+                )
+            return Poisson()
         try:
-            return Poisson() if self.family == "poisson" else Gaussian(targets=targets, noise=self.noise)
+            return Gaussian(targets=targets, noise=self.noise, noise_start=self.noise_start)
         except ConfigError as error:
             raise ValueError(str(error)) from error
 

@@ -1,7 +1,7 @@
 """From standardized rows to a fitted mixture: the solvers by name, restarts, growth and pruning."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -40,6 +40,10 @@ class SolveConfig:
             raise ConfigError(f"n_init={self.restarts} must be at least 1")
         if (self.most_leaves or self.prune) and self.solver in ("gradient", "online"):
             raise ConfigError(f"growth and pruning need solver='em' or 'least_squares', not {self.solver!r}")
+        if self.em.hold_noise and self.solver in ("gradient", "online"):
+            raise ConfigError(
+                f"hold_noise={self.em.hold_noise} needs solver='em' or 'least_squares', not {self.solver!r}"
+            )
 
 
 def solve(
@@ -51,9 +55,11 @@ def solve(
         start = new_mixture(tree, family, rows.y_NT.T, rows.weight_N, rows.x_NP.shape[1], random)
         fits.append(_fitted(start, rows, config, random, watch))
     fit = max(fits, key=lambda one: loglik(rows, one.mixture)) if len(fits) > 1 else fits[0]
+    # a fit has noise of its own by now, from which growth and pruning go on
+    later = replace(config.em, hold_noise=0)
     if config.most_leaves:
-        fit = grow(fit, rows, config.em, config.most_leaves, random, watch)
-    return prune(fit, rows, config.em, watch) if config.prune else fit
+        fit = grow(fit, rows, later, config.most_leaves, random, watch)
+    return prune(fit, rows, later, watch) if config.prune else fit
 
 
 def _fitted(start: Mixture, rows: Rows, config: SolveConfig, random: np.random.Generator, watch: Watch | None) -> Fit:

@@ -16,9 +16,9 @@ from turnout.hme.tree import Floats, Ints, Tree
 
 # posteriors below this are taken as this when their logarithm is regressed on (algorithm 2)
 LEAST_POSTERIOR = 1e-3
-# of the widest array of a block: a few such arrays fit a core's own cache, and their memory is used again for the next
-# block, where larger ones are given back to the system and taken from it page by page
-BLOCK_BYTES = 384 << 10
+# of the widest array of a block: smaller blocks cost more calls, larger ones leave a core's cache, and their memory is
+# given back to the system and taken from it page by page
+BLOCK_BYTES = 1600 << 10
 LEAST_ROWS = 128  # of a block, however wide its arrays
 # of all blocks of a fit with their products of inputs: up to this they are kept from pass to pass, else formed anew
 MOST_HELD_BYTES = 16 << 20
@@ -83,6 +83,11 @@ class Block:
         """Formed once, for every pass over a block that is held."""
         return pair_products(self.x_PN)
 
+    @cached_property
+    def counts_once(self) -> bool:
+        """Whether every row has the weight 1."""
+        return bool((self.weight_N == 1).all())
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sums:
@@ -116,7 +121,7 @@ def gathered(blocks: Iterable[Block], believed: Mixture, at: Mixture, *, log_pos
 def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors: bool) -> Sums:
     """Sums over one block, those of Gaussian experts over white residuals."""
     posterior = believed.posterior(block.x_PN, block.y_TN)
-    weight_LN = block.weight_N * posterior.leaf_LN
+    weight_LN = posterior.leaf_LN if block.counts_once else block.weight_N * posterior.leaf_LN
     if at is believed:
         shares, judged = posterior.shares, posterior.judged
     else:
@@ -128,7 +133,7 @@ def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors:
         gate_slopes = softmax_slopes(shares.free_MON, mass_GBN)
     expert_slopes = at.family.slopes(block.y_TN, weight_LN, judged)
     gates, experts = moments(block.x_PN, block.product_QN, gate_slopes, expert_slopes)
-    square_LOO = at.family.squares(expert_slopes, judged)
+    square_LOO = at.family.squares(weight_LN, expert_slopes, judged)
     return Sums(
         loglik=float(block.weight_N @ posterior.loglik_N),
         gates=gates,

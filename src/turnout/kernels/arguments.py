@@ -31,12 +31,20 @@ class Int8Weights:
 
     up_codes: Tensor
     up_scales: Tensor
+    up_bases: Tensor
     down_codes: Tensor
     down_scales: Tensor
+    down_bases: Tensor
     up_bias_EG: Tensor | None
     down_bias_ED: Tensor | None
     hidden: int
     kind: str
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Codes, scales and bases of the first product, then of the second."""
+        up = (self.up_codes, self.up_scales, self.up_bases)
+        return (*up, self.down_codes, self.down_scales, self.down_bases)
 
 
 @dataclass(frozen=True, kw_only=True)

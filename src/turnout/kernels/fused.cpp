@@ -2,6 +2,7 @@
 #include <exception>
 
 #include "backward.h"
+#include "code_panels.h"
 #include "decode.h"
 #include "forward.h"
 #include "half_forward.h"
@@ -23,10 +24,17 @@ void forward(const Job& job) {
     turnout::Forward<W>(job).run();
 }
 
+#if defined(TURNOUT_MATRIX_UNIT)
+template <class Weights>
+void half_pass(const Weights& weights) {
+  turnout::HalfForward<Weights>(weights).run();
+}
+#endif
+
 // Tokens in bfloat, by the matrix unit; a few of them widened, whose time is that of reading weights.
 void half_forward(const Job& job) {
 #if defined(TURNOUT_MATRIX_UNIT)
-  if (!turnout::Decode<bfloat>(job).fits()) return turnout::HalfForward(job).run();
+  if (!turnout::Decode<bfloat>(job).fits()) return half_pass(turnout::HalfWeights(job));
   const long size = job.tokens * job.dim;
   std::vector<float> x(size), y(size);
   for (long i = 0; i < size; i++) x[i] = turnout::value(reinterpret_cast<const bfloat*>(job.x)[i]);
@@ -36,6 +44,16 @@ void half_forward(const Job& job) {
   turnout::Decode<bfloat>(wide).run();
   turnout::to_half(reinterpret_cast<bfloat*>(job.y), y.data(), size);
 #endif
+}
+
+// Weights of 8 bits: widened for the matrix unit, as whole numbers where there is none or where the rows are few.
+void int8_forward(const turnout::Int8Job& own, int64_t digits) {
+#if defined(TURNOUT_MATRIX_UNIT)
+  const Job& job = own.job;
+  if (job.matrix_unit && !are_few(turnout::Routes(job.routes, job.tokens, job.experts, job.assignments), job))
+    return half_pass(turnout::CodeWeights(own));
+#endif
+  digits == 1 ? turnout::Int8Forward<1>(own).run() : turnout::Int8Forward<2>(own).run();
 }
 
 // 0, or 1 when there is no memory: exceptions must not reach the caller
@@ -78,7 +96,7 @@ int turnout_backward(const Job* job) {
 }
 
 int turnout_int8(const turnout::Int8Job* job, int64_t digits) {
-  return guarded([&] { digits == 1 ? turnout::Int8Forward<1>(*job).run() : turnout::Int8Forward<2>(*job).run(); });
+  return guarded([&] { int8_forward(*job, digits); });
 }
 
 int turnout_best(const float* scores, int64_t rows, int64_t experts, int64_t k, int64_t* picks, int64_t threads,

@@ -1,10 +1,11 @@
-// The forward pass in bfloat on the matrix unit: products summed in float, the activations between them rounded.
+// The forward pass on the matrix unit: rows and weights in bfloat, products summed in float. Weights are what `Weights`
+// makes panels of; tokens and outputs are bfloat, or float.
 #pragma once
 
 #include <vector>
 
-#include "activation.h"
-#include "half_tile.h"
+#include "half_activation.h"
+#include "half_panels.h"
 #include "row_sums.h"
 
 namespace turnout {
@@ -23,22 +24,26 @@ inline std::vector<Unit> half_units(const Routes& routes, const Job& job, long r
   return found;
 }
 
+template <class Weights>
 class HalfForward {
  public:
-  explicit HalfForward(const Job& job)
-      : job_(job),
-        routes_(job.routes, job.tokens, job.experts, job.assignments),
-        act_(activation(job.kind)),
-        before_(act_.parts * job.hidden),
-        units_(half_units(routes_, job, 2 * (job.dim + std::min(job.hidden, CHUNK_COLUMNS)))),
-        sums_(job, routes_, nullptr, units_, reinterpret_cast<bfloat*>(job.y)) {}
+  explicit HalfForward(const Weights& weights)
+      : weights_(weights),
+        job_(weights.job),
+        routes_(job_.routes, job_.tokens, job_.experts, job_.assignments),
+        parts_(activation(job_.kind).parts),
+        activate_(half_activation(job_.kind)),
+        before_(parts_ * job_.hidden),
+        units_(half_units(routes_, job_, 2 * (job_.dim + std::min(job_.hidden, CHUNK_COLUMNS)))),
+        sums_(job_, routes_, job_.half_rows ? nullptr : job_.y, units_,
+              job_.half_rows ? reinterpret_cast<bfloat*>(job_.y) : nullptr) {}
 
   void run() {
     long rows = 0;
     for (const Unit& unit : units_) rows = std::max<long>(rows, unit.rows);
     const long chunk = std::min(job_.hidden, CHUNK_COLUMNS), tiles = (rows + UNIT_BLOCK_ROWS - 1) / UNIT_BLOCK_ROWS;
     const size_t sizes[] = {half_block_floats(rows, job_.dim), half_block_floats(rows, chunk),
-                            HalfPanels::floats(std::max(job_.dim, chunk)),
+                            Panels::floats(std::max(job_.dim, chunk)),
                             size_t(job_.hidden > chunk ? out_panels() * tiles * (sizeof(HalfSums) / 4) : 0)};
     size_t each = 0;
     for (size_t size : sizes) each += Workspace::padded(size);
@@ -64,6 +69,7 @@ class HalfForward {
   }
 
  private:
+  typedef typename Weights::Panels Panels;
   static constexpr int64_t CHUNK_COLUMNS = 256;  // of h at a time
 
   struct Scratch {
@@ -71,23 +77,26 @@ class HalfForward {
     HalfSums* out;  // where more than one chunk adds to it
   };
 
-  bool gated() const { return act_.parts == 2; }
-  long width() const { return HalfPanels::width(gated()); }  // columns of h that a panel gives
+  bool gated() const { return parts_ == 2; }
+  long width() const { return Panels::width(gated()); }  // columns of h that a panel gives
   long out_panels() const { return (job_.dim + HALF_PANEL - 1) / HALF_PANEL; }
 
   void block(int index, const Scratch& s) const {
     const Tiles tiles(true);
     const Unit& unit = units_[index];
     const HalfBlock x = {s.x, unit.rows}, h = {s.h, unit.rows};
-    gather_half(x, reinterpret_cast<const bfloat*>(job_.x), job_.dim, routes_.token + unit.first);
+    if (job_.half_rows)
+      gather_half(x, reinterpret_cast<const bfloat*>(job_.x), job_.dim, routes_.token + unit.first);
+    else
+      gather_half(x, job_.x, job_.dim, routes_.token + unit.first);
     for (long f = 0; f < job_.hidden; f += CHUNK_COLUMNS) {
       const long end = std::min(job_.hidden, f + CHUNK_COLUMNS);
-      for (long j = f; j < end; j += HalfPanels::strip(job_.dim, gated())) up_panels(unit, x, h, j, f, end, s);
+      for (long j = f; j < end; j += Panels::strip(job_.dim, gated())) up_panels(unit, x, h, j, f, end, s);
       // what is beyond the last panel but in its group
       const long columns = (end - f + width() - 1) / width() * width();
       if (columns % HALF_GROUP)
         for (int r = 0; r < unit.rows; r++) _mm256_storeu_si256(half_line(h, columns, r), _mm256_setzero_si256());
-      for (long d = 0; d < job_.dim; d += HalfPanels::strip(end - f, false)) down_panels(index, h, d, f, end, s);
+      for (long d = 0; d < job_.dim; d += Panels::strip(end - f, false)) down_panels(index, h, d, f, end, s);
     }
   }
 
@@ -98,8 +107,7 @@ class HalfForward {
   // Panels of h from column j on, of the chunk [f, end): up, its bias, the activation.
   void up_panels(const Unit& unit, const HalfBlock& x, const HalfBlock& h, long j, long f, long end,
                  const Scratch& s) const {
-    const bfloat* up = static_cast<const bfloat*>(job_.up) + unit.expert * job_.dim * before_ + j;
-    const HalfPanels panels(up, before_, job_.dim, end - j, gated() ? job_.hidden : 0);
+    const Panels panels = weights_.up(unit.expert, j, end);
     panels.pack(s.panels);
     for (int p = 0; p < panels.number; p++, j += width())
       for (int r = 0; r < unit.rows; r += UNIT_BLOCK_ROWS) {
@@ -108,7 +116,7 @@ class HalfForward {
         multiply_half(x.at(0, r), x.group_bytes(), panels.panel(s.panels, p), half_groups(job_.dim), rows > UNIT_ROWS,
                       false, sums);
         if (job_.up_bias) add_bias(unit.expert, j, rows, sums);
-        activate(sums, rows, h, j - f, r);
+        activate_(sums, rows, h.at((j - f) / HALF_GROUP, r) + (j - f) % HALF_GROUP);
       }
   }
 
@@ -122,27 +130,10 @@ class HalfForward {
     }
   }
 
-  void activate(HalfSums& sums, int rows, const HalfBlock& h, long column, int first) const {
-    float(*const value)[UNIT_ROWS] = sums.sum[0];
-    if (gated()) {
-      act_.line(value[0], sums.sum[1][0], value[0], rows * UNIT_ROWS);
-      for (int i = 0; i < rows; i++)
-        store_half(h.at(column / HALF_GROUP, first + i) + column % HALF_GROUP, load(value[i]));
-      return;
-    }
-    for (int tile = 0; tile < 2; tile++) {
-      float* const own = sums.sum[tile][0];
-      act_.line(own, own, own, rows * UNIT_ROWS);
-    }
-    for (int i = 0; i < rows; i++)
-      store_halves(h.at(column / HALF_GROUP, first + i), load(value[i]), load(sums.sum[1][i]));
-  }
-
   // Panels of the output from column d on: what the chunk [f, end) of h adds to them; weighted after the last.
   void down_panels(int index, const HalfBlock& h, long d, long f, long end, const Scratch& s) const {
     const Unit& unit = units_[index];
-    const bfloat* down = static_cast<const bfloat*>(job_.down) + (unit.expert * job_.hidden + f) * job_.dim + d;
-    const HalfPanels panels(down, job_.dim, end - f, job_.dim - d, 0);
+    const Panels panels = weights_.down(unit.expert, d, f, end);
     panels.pack(s.panels);
     const int tiles = (unit.rows + UNIT_BLOCK_ROWS - 1) / UNIT_BLOCK_ROWS;
     for (int p = 0; p < panels.number; p++, d += HALF_PANEL)
@@ -170,7 +161,7 @@ class HalfForward {
       for (int tile = 0; tile < 2; tile++) {
         const vec value = (load(sums.sum[tile][i]) + bias[tile]) * weight;
         const long column = d + tile * UNIT_ROWS;
-        if (sums_.direct())
+        if (sums_.direct() && job_.half_rows)
           _mm256_mask_storeu_epi16(sums_.half_place(row) + column, mask[tile],
                                    (__m256i)_mm512_cvtneps_pbh((__m512)value));
         else
@@ -179,9 +170,11 @@ class HalfForward {
     }
   }
 
+  const Weights weights_;
   const Job& job_;
   const Routes routes_;
-  const Activation& act_;
+  const int parts_;
+  const HalfActivation activate_;
   const long before_;  // columns before the activation
   const std::vector<Unit> units_;
   RowSums sums_;

@@ -8,14 +8,22 @@
 
 namespace turnout {
 
+// Rows of every expert so few that reading its weights takes the time.
+inline bool are_few(const Routes& routes, const Job& job) {
+  constexpr int MOST_FEW = 16;
+  for (int e = 0; e < job.experts; e++)
+    if (routes.start[e + 1] - routes.start[e] > MOST_FEW) return false;
+  return routes.start[job.experts] * job.dim <= 4 << 20;
+}
+
 template <int DIGITS>
 class Int8Forward {
  public:
   explicit Int8Forward(const Int8Job& own)
       : job_(own.job),
         routes_(job_.routes, job_.tokens, job_.experts, job_.assignments),
-        few_(is_few()),
-        products_(own, routes_, job_.matrix_unit && !few_),
+        few_(are_few(routes_, job_)),
+        products_(own, routes_),
         x_groups_(products_.x_groups),
         h_groups_(products_.h_groups) {}
 
@@ -51,7 +59,7 @@ class Int8Forward {
  private:
   typedef typename Int8Products<DIGITS>::Block Block;
   static constexpr int UP = 16, DOWN = 17;  // beside the kinds of row_sums.h
-  static constexpr int CHUNK_TOKENS = 64, MOST_FEW = 16;
+  static constexpr int CHUNK_TOKENS = 64;
   static constexpr long BLOCK_BYTES = 384 << 10;  // about a third of a core's cache
 
   struct Scratch {
@@ -62,8 +70,7 @@ class Int8Forward {
     long first, end;
   };
 
-  // The matrix unit reads whole tiles, some lines past the last.
-  static size_t code_floats(long rows, long groups) { return (rows * groups * DIGITS + UNIT_LINES) * GROUP / 4; }
+  static size_t code_floats(long rows, long groups) { return rows * groups * DIGITS * GROUP / 4; }
   static size_t floats(long rows, long groups) {
     return Workspace::padded(code_floats(rows, groups)) + Workspace::padded(rows * groups * 2);
   }
@@ -72,15 +79,9 @@ class Int8Forward {
     return {code, space.take(rows * groups * 2), rows};
   }
 
-  bool is_few() const {
-    for (int e = 0; e < job_.experts; e++)
-      if (routes_.start[e + 1] - routes_.start[e] > MOST_FEW) return false;
-    return routes_.start[job_.experts] * job_.dim <= 4 << 20;
-  }
-
   void plan_units() {
     const long row_bytes = (x_groups_ + h_groups_) * DIGITS * GROUP;
-    const long tile = products_.tile;
+    constexpr long tile = Int8Products<DIGITS>::TILE;
     const long most = std::max<long>(4, std::min<long>(512, BLOCK_BYTES / row_bytes) / tile) * tile;
     for (int e = 0; e < job_.experts; e++) {
       const Split split(routes_.start[e + 1] - routes_.start[e], most);
@@ -138,7 +139,6 @@ class Int8Forward {
   }
 
   void block(int index, const Scratch& s) const {
-    const Tiles tiles(products_.by_unit);
     const Unit& unit = units_[index];
     const Block x = gathered(unit, s.x), h = {s.h.code, s.h.scale, unit.rows};
     products_.up(unit, x, h, 0, 0, h_groups_);

@@ -3,28 +3,19 @@
 
 #include "activation.h"
 #include "int8_codes.h"
-#include "int8_unit.h"
 #include "row_sums.h"
 
 namespace turnout {
 
+static_assert(GROUP == PANEL, "a panel of h is a group of the second product");
+
 struct Int8Job {
   Job job;                    // its `up` and `down` are the codes: (E, parts, F / PANEL, groups of D, QUADS, PANEL, 4)
                               // and (E, D / PANEL, groups of F, QUADS, PANEL, 4), everything rounded up
-  const bfloat* up_scales;    // (E, parts, F / PANEL, groups of D, 2, PANEL)
-  const bfloat* down_scales;  // (E, D / PANEL, groups of F, 2, PANEL)
-};
-
-template <int DIGITS>
-using CodeProduct = void (*)(const Codes<DIGITS>&, long, int, const Panel&, float*, long);
-
-// A unit's rows as those of its tiles: for vectors all nearly alike, for the matrix unit whole ones and a rest.
-struct RowTiles {
-  const Split alike;
-  const int rows, whole;
-  RowTiles(int n, int tile, bool by_unit) : alike(n, tile), rows(n), whole(by_unit ? tile : 0) {}
-  int begin(int t) const { return whole ? t * whole : alike.begin(t); }
-  int size(int t) const { return whole ? std::min(whole, rows - t * whole) : alike.size(t); }
+  const uint8_t* up_scales;    // (E, parts, F / PANEL, groups of D, 2, PANEL)
+  const uint8_t* down_scales;  // (E, D / PANEL, groups of F, 2, PANEL)
+  const bfloat* up_bases;      // (E, parts, F / PANEL, PANEL)
+  const bfloat* down_bases;    // (E, D / PANEL, PANEL)
 };
 
 inline long groups_of(long columns) { return (columns + GROUP - 1) / GROUP; }
@@ -33,39 +24,32 @@ template <int DIGITS>
 class Int8Products {
  public:
   typedef Codes<DIGITS> Block;
-  static constexpr int MOST_TILE = UNIT_LINES / DIGITS;
+  static constexpr int TILE = CODE_ROWS / DIGITS;  // rows that are multiplied at once
 
-  Int8Products(const Int8Job& own, const Routes& routes, bool by_unit)
-      : by_unit(by_unit),
-        x_groups(groups_of(own.job.dim)),
+  Int8Products(const Int8Job& own, const Routes& routes)
+      : x_groups(groups_of(own.job.dim)),
         h_groups(groups_of(own.job.hidden)),
         out_panels((own.job.dim + PANEL - 1) / PANEL),
-        tile((by_unit ? UNIT_LINES : CODE_ROWS) / DIGITS),
         own_(own),
         job_(own.job),
         routes_(routes),
-        act_(activation(own.job.kind)),
-        product_(by_unit ? unit_product<DIGITS> : code_product<DIGITS>) {}
+        act_(activation(own.job.kind)) {}
 
-  const bool by_unit;
   const long x_groups, h_groups, out_panels;
-  const int tile;  // rows that are multiplied at once
 
   // Groups [first, end) of h, in rows from `to` on: products, bias, activation, codes.
   void up(const Unit& unit, const Block& x, const Block& h, long to, long first, long end) const {
-    alignas(64) float before[2 * MOST_TILE * GROUP];
-    float* const second = before + (act_.parts - 1) * MOST_TILE * GROUP;
-    const RowTiles tiles(unit.rows, tile, by_unit);
+    alignas(64) float before[2 * TILE * GROUP];
+    float* const second = before + (act_.parts - 1) * TILE * GROUP;
+    const Split tiles(unit.rows, TILE);
     for (long f = first; f < end; f++)
-      for (int t = 0; t < tiles.alike.parts; t++) {
+      for (int t = 0; t < tiles.parts; t++) {
         const int rows = tiles.size(t);
         for (int part = 0; part < act_.parts; part++) {
-          float* const out = before + part * MOST_TILE * GROUP;
-          for (int half = 0; half < GROUP / PANEL; half++) {
-            const long panel = (unit.expert * act_.parts + part) * (h_groups * GROUP / PANEL) + f * 2 + half;
-            product_(x, tiles.begin(t), rows, panel_of(job_.up, own_.up_scales, panel, x_groups, t),
-                     out + half * PANEL, GROUP);
-          }
+          float* const out = before + part * TILE * GROUP;
+          const Panel panel = panel_of(job_.up, own_.up_scales, own_.up_bases,
+                                       (unit.expert * act_.parts + part) * h_groups + f, x_groups, t);
+          code_product(x, tiles.begin(t), rows, panel, out, GROUP);
           add_bias(unit.expert, part, f, rows, out);
         }
         act_.line(before, second, before, rows * GROUP);
@@ -75,14 +59,15 @@ class Int8Products {
 
   // Panels [first, end) of the output of unit `index`, weighted; its rows of h are those from `from` on.
   void down(const Unit& unit, const RowSums& sums, int index, const Block& h, long from, long first, long end) const {
-    alignas(64) float sum[MOST_TILE * PANEL];
-    const RowTiles tiles(unit.rows, tile, by_unit);
+    alignas(64) float sum[TILE * PANEL];
+    const Split tiles(unit.rows, TILE);
     for (long d = first; d < end; d++) {
       const long columns = std::min<long>(PANEL, job_.dim - d * PANEL);
       const float* bias = job_.down_bias ? job_.down_bias + unit.expert * job_.dim + d * PANEL : nullptr;
-      for (int t = 0; t < tiles.alike.parts; t++) {
-        const Panel panel = panel_of(job_.down, own_.down_scales, unit.expert * out_panels + d, h_groups, t);
-        product_(h, from + tiles.begin(t), tiles.size(t), panel, sum, PANEL);
+      for (int t = 0; t < tiles.parts; t++) {
+        const Panel panel =
+            panel_of(job_.down, own_.down_scales, own_.down_bases, unit.expert * out_panels + d, h_groups, t);
+        code_product(h, from + tiles.begin(t), tiles.size(t), panel, sum, PANEL);
         for (int r = 0; r < tiles.size(t); r++) {
           const int row = unit.first + tiles.begin(t) + r;
           const float weight = job_.weight[routes_.assignment[row]];
@@ -103,16 +88,16 @@ class Int8Products {
       for (long c = 0; c < columns; c++) out[r * GROUP + c] += bias[c];
   }
 
-  static Panel panel_of(const void* codes, const bfloat* scales, long panel, long groups, int tile) {
+  static Panel panel_of(const void* codes, const uint8_t* scales, const bfloat* bases, long panel, long groups,
+                        int tile) {
     return {static_cast<const uint8_t*>(codes) + panel * groups * PANEL_BYTES, scales + panel * groups * 2 * PANEL,
-            int(groups), tile == 0};
+            bases + panel * PANEL, int(groups), tile == 0};
   }
 
   const Int8Job& own_;
   const Job& job_;
   const Routes& routes_;
   const Activation& act_;
-  const CodeProduct<DIGITS> product_;
 };
 
 }  // namespace turnout

@@ -11,7 +11,7 @@
 
 namespace turnout {
 
-constexpr int GROUP = 64;         // inner columns that share a scale
+constexpr int GROUP = 32;         // inner columns that share a scale
 constexpr int PANEL = 32;         // columns of a weight that lie together
 constexpr int QUADS = GROUP / 4;  // four inner columns are multiplied and added at once
 constexpr long PANEL_BYTES = GROUP * PANEL;
@@ -43,8 +43,8 @@ inline ints dot(ints sum, ints w, ints x) {
 #endif
 }
 
-// Sums of one digit begin at START. Where a product and a sum are one step, START is a float's 1.5 * 2^23, whose low bits are whole
-// numbers, and to scale it away is exact: a bfloat times START is a float.
+// Sums of one digit begin at START. Where a product and a sum are one step, START is a float's 1.5 * 2^23, whose low bits
+// are whole numbers, and to scale it away is exact: a scale has 13 bits, so that its product with START is a float.
 #if defined(__FMA__)
 constexpr int32_t START = 0x4B400000;
 inline vec scaled(ints sum, vec scale) { return (vec)sum * scale + scale * -12582912.0f; }
@@ -64,21 +64,31 @@ struct Codes {
   float* scales(long group, long row) const { return scale + (group * rows + row) * 2; }
 };
 
-// What a panel of a weight holds: w = low + scale * code in each group and column.
+// What a panel of a weight holds: w = scale * (code - zero) in each group and column.
 struct Panel {
-  const uint8_t* code;  // [group][QUADS][PANEL][4]
-  const bfloat* scale;  // [group][2][PANEL]: scale, low
+  const uint8_t* code;   // [group][QUADS][PANEL][4]
+  const uint8_t* scale;  // [group][2][PANEL]: scale of a column's base, zero
+  const bfloat* base;    // [PANEL]
   int groups;
   bool fetch;  // from memory, while it is read: only the first rows of a block find it outside of the cache
 };
+
+inline vec widened(const uint8_t* p) {
+  typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+  return (vec)__builtin_convertvector(*reinterpret_cast<const bytes*>(p), words);
+}
+// A byte of four bits of exponent and four of fraction, of the largest scale in a column: 240 stands for 1.
+inline vec scale_of(const uint8_t* p, vec base) { return (vec)(((words)widened(p) << 19) + (112 << 23)) * base; }
+inline vec zero_of(const uint8_t* p) { return __builtin_convertvector((ints)widened(p), vec); }
 
 // out[i][j] = sum over inner columns of x[first + i] w[j], for ROWS rows and PANEL columns.
 template <int DIGITS, int ROWS, bool FETCH>
 void code_tile(const Codes<DIGITS>& x, long first, const Panel& panel, float* out, long out_step) {
   constexpr int LINES = ROWS * DIGITS;
   for (int column = 0; column < PANEL; column += TILE_COLUMNS) {
-    for (int r = 0; r < ROWS; r++)
-      for (int half = 0; half < 2; half++) store(out + r * out_step + column + half * LANES, vec{});
+    // in registers while the rows are few
+    vec all[ROWS][2] = {};
+    const vec base[] = {load(panel.base + column), load(panel.base + column + LANES)};
     for (int g = 0; g < panel.groups; g++) {
       ints sum[LINES][2];
 #pragma GCC unroll 12
@@ -98,21 +108,24 @@ void code_tile(const Codes<DIGITS>& x, long first, const Panel& panel, float* ou
           sum[i][1] = dot(sum[i][1], w1, spread);
         }
       }
-      const bfloat* scales = panel.scale + g * 2 * PANEL + column;
+      const uint8_t* scales = panel.scale + g * 2 * PANEL + column;
       const float* own = x.scales(g, first);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
-        const vec scale = load(scales + half * LANES), low = load(scales + PANEL + half * LANES);
+        const vec scale = scale_of(scales + half * LANES, base[half]);
+        const vec low = -scale * zero_of(scales + PANEL + half * LANES);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) {
           const ints high = sum[r * DIGITS][half], lower = sum[r * DIGITS + DIGITS - 1][half];
           const vec whole =
               DIGITS == 1 ? scaled(lower, scale) : __builtin_convertvector((high << 8) + lower, vec) * scale;
-          float* to = out + r * out_step + column + half * LANES;
-          store(to, load(to) + low * own[2 * r + 1] + whole * own[2 * r]);
+          all[r][half] = all[r][half] + low * own[2 * r + 1] + whole * own[2 * r];
         }
       }
     }
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++)
+      for (int half = 0; half < 2; half++) store(out + r * out_step + column + half * LANES, all[r][half]);
   }
 }
 

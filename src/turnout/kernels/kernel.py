@@ -94,12 +94,15 @@ class Kernel:
     def infer_int8(
         self, x_TD: Tensor, weight_N: Tensor, weights: Int8Weights, routing: Routing, *, digits: int
     ) -> Tensor:
-        """y_TD of weights of 8 bits; activations have 7 bits and a sign in one digit, 14 and a sign in two."""
+        """y_TD of weights of 8 bits; activations have 7 bits and a sign in one digit, 14 and a sign in two.
+
+        The matrix unit, which takes what has more than a few rows for some expert, has bfloat16 for either.
+        """
         y_TD = torch.empty_like(x_TD)
         sizes = (routing.num_tokens, x_TD.shape[1], weights.hidden, len(weights.up_codes), routing.num_assignments)
         own = (weights.up_codes, weights.down_codes, weights.up_bias_EG, weights.down_bias_ED)
         job = self._job((*sizes, KINDS[weights.kind], 0, 0), (routing.routes, x_TD, weight_N, *own, None, y_TD))
-        job.extend(map(_at, (weights.up_scales, weights.down_scales)))
+        job.extend(map(_at, (weights.up_scales, weights.down_scales, weights.up_bases, weights.down_bases)))
         _check(self._int8(job.buffer_info()[0], digits))
         return y_TD
 

@@ -7,13 +7,13 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from turnout.config import Settings
 from turnout.errors import ConfigError
 from turnout.layers.attend import attend
 from turnout.layers.kv_cache import KVCache
 from turnout.layers.norm import RMSNorm
+from turnout.layers.products import OWN_PRODUCTS, Products
 from turnout.layers.rope import Yarn, rope_tables, rotate
 from turnout.registry import Table
 from turnout.tensors import fill_normal
@@ -111,6 +111,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.window, self.init_std = config, window, init_std
+        self.products: Products = OWN_PRODUCTS
         self.scale = config.head_dim**-0.5 * (config.yarn.logit_scale if config.yarn else 1.0)
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
         rows = (heads + 2 * kv_heads) * width
@@ -132,6 +133,10 @@ class Attention(nn.Module):
             if offset is not None:
                 nn.init.zeros_(offset)
 
+    def reach(self, products: Products) -> None:
+        """From here on the first and the last product are these, which know of other processes."""
+        self.products = products
+
     def forward(
         self,
         x_BSD: Tensor,
@@ -142,9 +147,10 @@ class Attention(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """Shapes: x_BSD (B, S, D); rope two (S, X / 2) or None; mask_BS (B, S) False = padding; returns (B, S, D)."""
-        batch, length, _ = x_BSD.shape
         heads, kv_heads, width = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        qkv = F.linear(x_BSD, self.qkv, self.qkv_bias).view(batch, length, -1, width)
+        (rows_BSG,) = self.products.into(x_BSD, (self.qkv, self.qkv_bias))
+        batch, length, _ = rows_BSG.shape
+        qkv = rows_BSG.view(batch, length, -1, width)
         # queries and keys turn together: one pass over one buffer
         qk = self._normed(qkv[:, :, : heads + kv_heads])
         q, k = (qk if rope is None else rotate(qk, rope)).transpose(1, 2).split([heads, kv_heads], dim=1)
@@ -156,7 +162,8 @@ class Attention(nn.Module):
             # padding after a past is refused by attend
             k = smear(k, self.smear_H, None if past else mask_BS)
         y = attend(q, k, v, scale=self.scale, past=past, window=self.window, mask_BS=mask_BS, sink_H=self.sink_H)
-        return F.linear(y.transpose(1, 2).reshape(batch, length, heads * width), self.out, self.out_bias)
+        y_BSG = y.transpose(1, 2).reshape(batch, length, heads * width)
+        return self.products.out_of(y_BSG, (self.out, self.out_bias))
 
     def _normed(self, qk_BSHX: Tensor) -> Tensor:
         if self.q_norm is None or self.k_norm is None:

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from turnout.contracts import Dispatcher, ExpertBackend, ExpertCall, FusedBackend
 from turnout.dispatch import LocalDispatcher, plan_dispatch
-from turnout.experts import FFNExperts
+from turnout.experts import FFNExperts, QuantizedFFNExperts
 from turnout.tensors import Admission, Assignment, Ragged, Rows
 
 
@@ -25,7 +25,11 @@ def pass_experts(
 
     `experts` and `backend` are this process's, `dispatcher` reaches them and those of the others.
     Shapes: x_TD (T, D); returns (T, D) in the dtype of x_TD.
+    Raises: ConfigError if a gradient is to come back through quantised experts, or to the weights of their outputs.
     """
+    if isinstance(experts, QuantizedFFNExperts):
+        # rows alone do not show that a router learns
+        experts.check_inference(x_TD, assignment.weight_N)
     if isinstance(backend, FusedBackend) and isinstance(dispatcher, LocalDispatcher):
         return backend.run_tokens(experts, x_TD, assignment, admission)
     call = ExpertCall(

@@ -12,6 +12,7 @@ from turnout.layers.attend import attend
 from turnout.layers.attention import AttentionKind, require_at_least, require_theta
 from turnout.layers.kv_cache import KVCache
 from turnout.layers.norm import RMSNorm
+from turnout.layers.products import OWN_PRODUCTS, Products
 from turnout.layers.rope import Yarn, rope_tables, rotate
 from turnout.tensors import fill_normal
 
@@ -69,6 +70,7 @@ class MLA(nn.Module):
     def __init__(self, dim: int, config: MLAConfig, *, init_std: float = 0.02, norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.config, self.init_std = config, init_std
+        self.products: Products = OWN_PRODUCTS
         head_width = config.nope_dim + config.rope_dim
         self.scale = head_width**-0.5 * (config.yarn.logit_scale if config.yarn else 1.0)
         self.q_down = nn.Parameter(torch.empty(config.q_rank, dim)) if config.q_rank else None
@@ -85,6 +87,10 @@ class MLA(nn.Module):
             if weight is not None:
                 fill_normal(weight, self.init_std)
 
+    def reach(self, products: Products) -> None:
+        """From here on the first and the last product are these, which know of other processes."""
+        self.products = products
+
     def forward(
         self,
         x_BSD: Tensor,
@@ -95,9 +101,11 @@ class MLA(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """Shapes: x_BSD (B, S, D); rope two (S, rope_dim / 2); mask_BS (B, S) False = padding; returns (B, S, D)."""
-        batch, length, _ = x_BSD.shape
-        q_nope, q_rope = self._queries(x_BSD, rope)
-        latent, k_rope = F.linear(x_BSD, self.kv_down).split([self.config.kv_rank, self.config.rope_dim], dim=2)
+        first_q = self.q_up if self.q_down is None else self.q_down
+        low_BSG, kv_BSG = self.products.into(x_BSD, (first_q, None), (self.kv_down, None))
+        batch, length, _ = kv_BSG.shape
+        q_nope, q_rope = self._queries(low_BSG, rope)
+        latent, k_rope = kv_BSG.split([self.config.kv_rank, self.config.rope_dim], dim=2)
         # one head that all query heads share: (B, 1, S, kv_rank + rope_dim)
         shared = torch.cat([self.kv_norm(latent).unsqueeze(2), rotate(k_rope.unsqueeze(2), rope)], dim=3).transpose(
             1, 2
@@ -107,11 +115,12 @@ class MLA(nn.Module):
             (shared,) = cache.append(layer, shared)
         attended = self._from_latent if past else self._from_heads
         y_BHSX = attended(q_nope, q_rope, shared, past=past, mask_BS=mask_BS)
-        return F.linear(y_BHSX.transpose(1, 2).reshape(batch, length, -1), self.out)
+        return self.products.out_of(y_BHSX.transpose(1, 2).reshape(batch, length, -1), (self.out, None))
 
-    def _queries(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        low = x_BSD if self.q_down is None else self.q_norm(F.linear(x_BSD, self.q_down))
-        q = F.linear(low, self.q_up).view(*x_BSD.shape[:2], self.config.num_heads, -1)
+    def _queries(self, low_BSG: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Shapes: low_BSG (B, S, q_rank), or the queries already."""
+        q_BSG = low_BSG if self.q_down is None else F.linear(self.q_norm(low_BSG), self.q_up)
+        q = q_BSG.view(*low_BSG.shape[:2], self.config.num_heads, -1)
         q_nope, q_rope = q.split([self.config.nope_dim, self.config.rope_dim], dim=3)
         return q_nope.transpose(1, 2), rotate(q_rope, rope).transpose(1, 2)
 

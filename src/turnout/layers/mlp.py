@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from turnout.experts.activations import Activation
+from turnout.layers.products import OWN_PRODUCTS, Products
 from turnout.tensors import fill_normal
 
 
@@ -17,6 +17,7 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = Activation.TABLE[kind]
         self.kind, self.init_std = kind, init_std
+        self.products: Products = OWN_PRODUCTS
         width = 2 * hidden if self.activation.gated else hidden
         self.up_GD = nn.Parameter(torch.empty(width, dim))
         self.down_DF = nn.Parameter(torch.empty(dim, hidden))
@@ -31,9 +32,13 @@ class MLP(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
+    def reach(self, products: Products) -> None:
+        """From here on the first and the last product are these, which know of other processes."""
+        self.products = products
+
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., D); returns (..., D)."""
         # weights follow the rows, as the experts' do
         up_bias, down_bias = (None if b is None else b.to(x.dtype) for b in (self.up_bias_G, self.down_bias_D))
-        up = F.linear(x, self.up_GD.to(x.dtype), up_bias)
-        return F.linear(self.activation(up), self.down_DF.to(x.dtype), down_bias)
+        (up,) = self.products.into(x, (self.up_GD.to(x.dtype), up_bias))
+        return self.products.out_of(self.activation(up), (self.down_DF.to(x.dtype), down_bias))

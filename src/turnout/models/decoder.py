@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         learned = config.positions == "learned"
         self.position_SD = nn.Parameter(torch.empty(config.max_seq_len, config.dim)) if learned else None
-        self.blocks = nn.ModuleList(_build_block(config, layer=i) for i in range(config.num_layers))
+        self.blocks = nn.ModuleList(build_block(config, layer=i) for i in range(config.num_layers))
         self.norm = NORMS[config.norm](config.dim, eps=config.norm_eps)
         self.head_VD = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.reset_parameters()
@@ -120,16 +120,26 @@ class Decoder(nn.Module):
         """Initial weights from the default generator; all of them, so a model from the meta device is whole after."""
         if self.embedding_VD.is_meta:
             return
-        for weight in (self.embedding_VD, self.position_SD, self.head_VD):
-            if weight is not None:
-                nn.init.normal_(weight, std=self.config.init_std)
-        for module in (*self.blocks.modules(), self.norm):
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
+        for _, module in self.in_turn():
+            self.draw(module)
+
+    def in_turn(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of those that have tensors of their own, in the order in which initial weights are drawn."""
+        named = [("", self), *self.blocks.named_modules(prefix="blocks"), ("norm", self.norm)]
+        return ((name, module) for name, module in named if callable(getattr(module, "reset_parameters", None)))
+
+    @torch.no_grad()
+    def draw(self, module: nn.Module) -> None:
+        """Initial weights of one of those modules, from the default generator."""
+        if module is self:
+            for weight in (self.embedding_VD, self.position_SD, self.head_VD):
+                if weight is not None:
+                    nn.init.normal_(weight, std=self.config.init_std)
+            return
+        getattr(module, "reset_parameters")()  # noqa: B009 - modules have it, not nn.Module
         shrink = 1 / math.sqrt(2 * self.config.num_layers)
-        for name, weight in self.blocks.named_parameters():
-            if name.rsplit(".", 1)[-1] in ("out", "down_DF", "down_EFD"):
+        for name, weight in module.named_parameters(recurse=False):
+            if name in ("out", "down_DF", "down_EFD"):
                 weight.mul_(shrink)
 
     @property
@@ -243,7 +253,8 @@ class Decoder(nn.Module):
         return DecoderLoss(main=main, losses=out.losses, stats=out.stats)
 
 
-def _build_block(config: ModelConfig, *, layer: int) -> Block:
+def build_block(config: ModelConfig, *, layer: int) -> Block:
+    """One block of a decoder, with initial weights of its own."""
     ffn: MLP | MoE
     if config.moe is not None and layer in config.moe_layers():
         ffn = MoE.from_config(config.dim, config.moe)

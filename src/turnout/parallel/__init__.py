@@ -2,6 +2,7 @@
 
 from turnout.parallel.apply import apply
 from turnout.parallel.boxes import Layout
+from turnout.parallel.build import build
 from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.gradients import reduce_gradients
 from turnout.parallel.layout import Parallel
@@ -13,7 +14,8 @@ from turnout.parallel.stage_gather import of_stages
 from turnout.parallel.stage_pass import MicroBatch
 from turnout.parallel.stage_schedules import check_micro_batches
 from turnout.parallel.supported import check_shards, check_supported
-from turnout.parallel.tensor_parallel import check_dense, check_sequences, cutting
+from turnout.parallel.tensor_parallel import check_dense, check_sequences
+from turnout.parallel.tokens import cutting
 
 __all__ = [
     "ExpertParallel",
@@ -22,6 +24,7 @@ __all__ = [
     "Parallel",
     "Shards",
     "apply",
+    "build",
     "check_dense",
     "check_micro_batches",
     "check_replicas",

@@ -3,6 +3,7 @@
 from math import gcd
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -24,7 +25,8 @@ from turnout.parallel.sites import stand
 from turnout.parallel.stage_cut import check_stages
 from turnout.parallel.stages import cut_stages
 from turnout.parallel.supported import check_shards, check_supported
-from turnout.parallel.tensor_parallel import Tokens, check_dense, share_dense
+from turnout.parallel.tensor_parallel import Fusion, check_dense, share_dense
+from turnout.parallel.tokens import Tokens
 from turnout.placement import Placement
 from turnout.strategy import Strategy
 
@@ -51,6 +53,24 @@ def apply(
     "auto" shares the experts over all ranks, as far as they go, in the layout from which a `Tuner` reaches the others.
     Raises: ConfigError if the strategy does not fit the ranks or the model, or is not in this version.
     """
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise ConfigError(
+                f"{name} is on the meta device: give the model's weights values, then apply; or build a decoder in "
+                "parts, by turnout.parallel.build"
+            )
+    return lay_out(model, strategy, world=world, timeout_s=timeout_s, device="cuda" if cuda else "cpu")
+
+
+def lay_out(
+    model: nn.Module,
+    strategy: Strategy | Literal["auto"],
+    *,
+    world: World | None,
+    timeout_s: float,
+    device: str,
+) -> Parallel:
+    """The same of a model that may have no values yet; `device`: where it will have them."""
     world = current_world() if world is None else world
     layers = dict(moe_layers(model))
     if strategy == "auto":
@@ -59,10 +79,8 @@ def apply(
     resolved = _resolved(strategy, world, layers)
     if resolved.tp > 1:
         check_dense(model, resolved.tp, sequence_parallel=resolved.sequence_parallel)
-        if any(weight.is_meta for weight in model.parameters()):
-            raise ConfigError("the model is on the meta device: give its weights values, then apply")
     check_stages(model, resolved)
-    groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=cuda)
+    groups = make_groups(resolved, world, timeout_s=timeout_s, cuda=device == "cuda")
     stand(layers, resolved, groups)
     ledger = Ledger()
     stages = cut_stages(model, groups, resolved, ledger)
@@ -70,11 +88,11 @@ def apply(
     cuts = {} if groups.experts is None else _shared(layers, groups.experts, resolved, ledger)
     tensor, dense = groups.tensor, dict[str, DenseCut]()
     if tensor is not None:
-        dense = _share_dense(model, tensor, ledger, sequence_parallel=resolved.sequence_parallel)
+        dense = _share_dense(model, tensor, ledger, resolved, device)
         for name, layer in layers.items():
             layer.reach(sending_own(name, layer.dispatcher, resolved, tensor, ledger))
-    if resolved.zero == 3 and world.size > 1:
-        shard_fully(model, groups, cuts, "cuda" if cuda else "cpu")
+    if groups.sharded:
+        shard_fully(model, groups, resolved, cuts, ledger, device)
     each = world.size // resolved.pp
     first = world.rank // each * each
     return Parallel(
@@ -117,21 +135,22 @@ def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledg
 
 
 def _share_dense(
-    model: nn.Module, tensor: TensorGroup, ledger: Ledger, *, sequence_parallel: bool
+    model: nn.Module, tensor: TensorGroup, ledger: Ledger, strategy: Strategy, device: str
 ) -> dict[str, DenseCut]:
     """Attention and dense layers over ranks, and of a decoder the loss too."""
-    tokens = Tokens(tensor.size) if sequence_parallel else None
+    tokens = Tokens(tensor.size) if strategy.sequence_parallel else None
     if isinstance(model, Decoder):
         # in the place of the method, for whoever calls it: what weighs its parts counts a rank's own targets
         vars(model)["loss"] = OwnTargets(model, tensor.size, tensor.place, tokens)
-    return share_dense(model, tensor, ledger, tokens)
+    return share_dense(model, tensor, ledger, tokens, Fusion.of(strategy, tensor, torch.device(device)))
 
 
 def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strategy:
     check_supported(strategy)
-    resolved = strategy.check(world.size, num_experts=0 if not layers else _first(layers).config.num_experts)
+    num_experts = 0 if not layers else _first(layers).config.num_experts
+    resolved = strategy.check(world.size, num_experts=num_experts, uneven=True)
     for name, layer in layers.items():
-        strategy.check(world.size, num_experts=layer.config.num_experts)
+        strategy.check(world.size, num_experts=layer.config.num_experts, uneven=True)
         _check_layer(name or "the layer", layer, resolved)
     check_shards(resolved, has_experts=bool(layers))
     return resolved
@@ -150,8 +169,6 @@ def _check_layer(name: str, layer: MoE, strategy: Strategy) -> None:
         )
     if layer.experts.hidden != layer.config.hidden:
         raise ConfigError(f"{name} is laid out already: apply a strategy once, to the whole model")
-    if any(weight.is_meta for weight in layer.experts.parameters()):
-        raise ConfigError(f"{name} is on the meta device: give its weights values, then apply")
     # every layer is checked before the first is cut
     layer.experts.cuts(Placement.even(layer.config.num_experts, strategy.ep), strategy.etp)
 

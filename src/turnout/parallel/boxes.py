@@ -45,9 +45,11 @@ def layout_of(whole: tuple[int, ...], cut: Cut | DenseCut | None, place: int, sh
 
 
 def _rows(block: Block, first: int, number: int) -> Block:
-    """What of a block, which has all rows of the part, lies in a shard of `number` rows from `first` on."""
+    """What of a block of the part lies in a shard of `number` rows from `first` on; of no rows where nothing does."""
+    begin, own = block.part_at[0], block.sizes[0]
+    start, stop = max(begin, first), min(begin + own, first + number)
     return Block(
-        whole_at=(block.whole_at[0] + first, *block.whole_at[1:]),
-        part_at=block.part_at,
-        sizes=(number, *block.sizes[1:]),
+        whole_at=(block.whole_at[0] + start - begin, *block.whole_at[1:]),
+        part_at=(max(0, start - first), *block.part_at[1:]),
+        sizes=(max(0, stop - start), *block.sizes[1:]),
     )

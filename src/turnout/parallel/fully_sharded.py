@@ -1,7 +1,8 @@
 """FSDP2: what data-parallel ranks would all have, they have in shards: weights, gradients and moments (ZeRO-3).
 
 Each block is gathered when it is reached, forward and backward, and its gradients are averaged into shards. Experts of
-which several groups of ranks have copies are sharded over those; where every rank has other experts they stay.
+which several groups of ranks have copies are sharded over those; where every rank has other experts they stay. Beside
+tensor parallel the mesh has two axes, and shards lie along that of the data.
 Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; torch.distributed.fsdp.fully_shard.
 """
 
@@ -17,9 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from turnout.comm import Groups
+from turnout.comm import GatherOfShards, Groups, Ledger, SumOfShards, note_of_copies
 from turnout.layers.block import Block
 from turnout.layers.moe import MoE
+from turnout.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,23 +55,52 @@ class Sharding:
         return next(axis for axis, placement in enumerate(self.placements) if isinstance(placement, Shard))
 
 
-def shard_fully(model: nn.Module, groups: Groups, cut: Collection[str], device: str) -> None:
-    """Shard a model whose experts are cut; `cut` names those parameters, of which other ranks have the rest."""
+def shard_fully(
+    model: nn.Module, groups: Groups, strategy: Strategy, cut: Collection[str], ledger: Ledger, device: str
+) -> None:
+    """Shard a model whose experts are cut; `cut` names those parameters, of which other ranks have the rest.
+
+    Dense weights, or the parts that tensor-parallel ranks have of them, lie in shards over the data axis.
+    """
     # hooks on a view would be lost if it were changed in place, and nothing here is
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    sharded: list[FSDPModule] = []
-    if groups.replicas is not None and cut:
+    apart: list[nn.Module] = []
+    # tensor-parallel ranks have the same experts: those are sharded over all that have them
+    has_copies = groups.replicas is not None and (bool(cut) or strategy.tp > 1)
+    if has_copies and strategy.zero_size in (0, strategy.dp):
         mesh = DeviceMesh.from_group(groups.replicas, device)
-        layers = [module for module in model.modules() if isinstance(module, MoE)]
-        sharded += [fully_shard(layer.experts, mesh=mesh) for layer in layers]
+        apart = [module.experts for module in model.modules() if isinstance(module, MoE)]
+        for experts in apart:
+            fully_shard(experts, mesh=mesh)
     # experts that are sharded already are passed over by themselves
-    alone = {model.get_parameter(name) for name in cut} if not sharded else set()
+    alone = set() if apart else {model.get_parameter(name) for name in cut}
     mesh = _dense_mesh(groups, device)
     for block in [*(module for module in model.modules() if isinstance(module, Block)), model]:
-        sharded.append(fully_shard(block, mesh=mesh, ignored_params=alone))
-    for module in sharded:
-        # gloo has no average
-        module.set_force_sum_reduction_for_comms(device == "cpu")
+        fully_shard(block, mesh=mesh, ignored_params=alone)
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            # gloo has no average
+            module.set_force_sum_reduction_for_comms(device == "cpu")
+            _count(module, name or "the model", None if module in apart else groups, ledger)
+
+
+def _count(module: FSDPModule, name: str, dense: Groups | None, ledger: Ledger) -> None:
+    """What FSDP hands to the collectives of a module goes through the ledger; `dense`: groups that may have copies."""
+    module.set_custom_all_gather(GatherOfShards(ledger, name))
+    module.set_custom_reduce_scatter(SumOfShards(ledger, name))
+    if dense is not None and len(dense.sharded) > 1:
+        module.set_all_reduce_hook(note_of_copies(ledger, name, dense.sharded[0]))
+
+
+def sum_at_end(model: nn.Module, *, is_last: bool, whole: bool) -> None:
+    """Before a backward pass: sums over copies of shards wait for the last of a step, and take all of it at once.
+
+    With `whole` the sums into shards wait too, which else every pass makes, and keep whole gradients till then.
+    """
+    if isinstance(model, FSDPModule) and whole:
+        model.set_requires_gradient_sync(is_last)
+    elif isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
 
 
 def shardings(model: nn.Module) -> dict[str, Sharding]:
@@ -102,5 +133,6 @@ def _dense_mesh(groups: Groups, device: str) -> DeviceMesh:
     *copies, shards = groups.sharded
     if not copies:
         return DeviceMesh.from_group(shards, device)
-    ranks = torch.arange(groups.world.size).view(-1, shards.size())
+    tp = 1 if groups.tensor is None else groups.tensor.size
+    ranks = torch.arange(groups.world.size)[groups.world.rank % tp :: tp].view(-1, shards.size())
     return DeviceMesh.from_group([*copies, shards], device, mesh=ranks, mesh_dim_names=("copies", "shards"))

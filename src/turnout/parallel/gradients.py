@@ -23,7 +23,8 @@ def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
     A dense gradient is the mean over all ranks. An expert's, or that of its slice, has the tokens of its whole expert
     group already, for they were brought there: what is missing is the sum over its replicas, and the same divisor.
     So it is with a part that tensor-parallel ranks have of a dense weight: the losses of their group are all in it.
-    In shards either is averaged already, over the ranks that have them: of experts the divisor is not yet the same.
+    In shards either is averaged already, over the ranks that have them: the divisor is not yet the same where those
+    are not all, and tensor-parallel ranks have shards of the same whole weight, each with the losses of its own.
     A parameter with a gradient on any rank has one on all after; the collectives do not depend on which.
     """
     world = parallel.world
@@ -36,7 +37,7 @@ def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
 
 def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> None:
     has_grad = _largest([parameter.grad is not None for _, parameter in named], parallel.groups.like)
-    dense, parts, experts, tied = [], [], [], []
+    dense, parts, experts, tied, shards = [], [], [], [], []
     for (name, parameter), wanted in zip(named, has_grad, strict=True):
         if not wanted:
             continue
@@ -46,9 +47,15 @@ def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> No
             kind = dense if cut is None else parts if isinstance(cut, DenseCut) else experts
             kind = tied if name in parallel.shards.tied else kind
             kind.append(parameter.grad)
-        elif cut is not None:
-            here(parameter.grad).div_(cut.ranks)
+            continue
+        own, averaged = here(parameter.grad), parallel.shards.shardings[name].mesh.size()
+        if cut is None and averaged < parallel.alike:
+            shards.append(own)
+        else:
+            own.div_(parallel.alike // averaged)
     groups, divisor = parallel.groups, parallel.alike
+    if groups.tensor is not None:
+        _average(shards, groups.tensor.wire, groups.tensor.size)
     _average(dense, groups.like, divisor)
     _average(experts, groups.replicas, divisor)
     _average(parts, None if groups.tensor is None else groups.tensor.replicas, divisor)

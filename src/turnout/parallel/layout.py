@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from turnout.comm import Groups, Ledger, World
 from turnout.comm.ledger import Kind
-from turnout.parallel.fully_sharded import reshard
+from turnout.parallel.fully_sharded import reshard, sum_at_end
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.shards import Shards
 from turnout.parallel.stage_gather import joined_stages
 from turnout.parallel.stages import Stages
 from turnout.parallel.supported import check_shards, check_supported
-from turnout.parallel.tensor_parallel import cutting
+from turnout.parallel.tokens import cutting
 from turnout.strategy import Strategy
 
 
@@ -86,6 +86,11 @@ class Parallel:
         """After a forward pass without a backward one: the parameters are again what this rank keeps of them."""
         if self.shards.shardings:
             reshard(model)
+
+    def before_backward(self, model: nn.Module, *, is_last: bool) -> None:
+        """Before each micro-batch of a step: which sums over ranks wait for the last."""
+        if self.shards.shardings:
+            sum_at_end(model, is_last=is_last, whole=self.strategy.zero_sum == "step")
 
     def switched(
         self, model: nn.Module, *, alltoall: str = "", overlap: int = 0, adaptive_r: int | None = None

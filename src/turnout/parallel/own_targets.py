@@ -12,7 +12,7 @@ from torch import Tensor
 from turnout.layers.lm_loss import lm_loss
 from turnout.models import Decoder
 from turnout.models.decoder import DecoderLoss
-from turnout.parallel.tensor_parallel import Tokens, cutting
+from turnout.parallel.tokens import Tokens, cutting
 from turnout.tensors import MoEStats
 
 

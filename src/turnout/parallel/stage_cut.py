@@ -57,11 +57,9 @@ def check_stages(model: nn.Module, strategy: Strategy) -> None:
         )
     if any(isinstance(block, Elsewhere) for block in model.blocks):
         raise ConfigError("the model is laid out already: apply a strategy once, to the whole model")
-    if any(weight.is_meta for weight in model.parameters()):
-        raise ConfigError("the model is on the meta device: give its weights values, then apply")
     config = model.config
     num_experts = config.moe.num_experts if config.moe is not None and config.moe_layers() else 0
-    strategy.check(strategy.world(), num_experts=num_experts, num_layers=config.num_layers)
+    strategy.check(strategy.world(), num_experts=num_experts, num_layers=config.num_layers, uneven=True)
 
 
 class Elsewhere(nn.Module):

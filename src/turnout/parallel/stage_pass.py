@@ -13,7 +13,7 @@ from turnout.data.sampler import Batch
 from turnout.layers import MoE
 from turnout.layers.lm_loss import lm_loss
 from turnout.models import Decoder
-from turnout.parallel.tensor_parallel import cutting
+from turnout.parallel.tokens import cutting
 from turnout.tensors import Assignment, LossTerm, MoEOutput, MoEStats, first_order, total_loss
 
 

@@ -77,11 +77,6 @@ def _check_tensor(strategy: Strategy) -> None:
     """What tensor-parallel ranks cannot do yet."""
     if strategy.tp == 1:
         return
-    if strategy.zero:
-        raise ConfigError(
-            f"strategy.zero={strategy.zero} with tp={strategy.tp} would shard parts of tensors, which this version "
-            "does not; nearest legal: zero=0, or tp=1"
-        )
     if strategy.etp > 1 and not strategy.tokens_sharded:
         raise ConfigError(
             f"strategy.etp={strategy.etp} with tp={strategy.tp}: slices of an expert would get every token tp times; "
@@ -96,19 +91,21 @@ def _check_tensor(strategy: Strategy) -> None:
 
 def check_shards(strategy: Strategy, *, has_experts: bool) -> None:
     """Raises: ConfigError if a strategy whose dp is known has shards of shards, which this version does not make."""
-    shared = strategy.ep * strategy.etp
-    if has_experts and strategy.zero and strategy.overlap > 1 and 1 < shared < strategy.dp:
+    if not has_experts or not strategy.zero or strategy.ep * strategy.etp == 1 or strategy.edp() == 1:
+        return
+    shared = f"ep={strategy.ep}, etp={strategy.etp} on dp={strategy.dp} ranks"
+    if strategy.overlap > 1:
         raise ConfigError(
-            f"strategy.overlap={strategy.overlap} with zero=3 would gather shards of shared experts (ep={strategy.ep}, "
-            f"etp={strategy.etp} on dp={strategy.dp} ranks) for every chunk; nearest legal: overlap=1"
+            f"strategy.overlap={strategy.overlap} with zero=3 would gather shards of shared experts ({shared}) for "
+            "every chunk; nearest legal: overlap=1"
         )
-    if has_experts and strategy.zero and strategy.expert_parts != strategy.etp and 1 < shared < strategy.dp:
+    if strategy.expert_parts != strategy.etp:
         raise ConfigError(
-            f"strategy.adaptive_r={strategy.adaptive_r} with zero=3 would gather slices of shards (ep={strategy.ep}, "
-            f"etp={strategy.etp} on dp={strategy.dp} ranks), which this version does not; nearest legal: -1"
+            f"strategy.adaptive_r={strategy.adaptive_r} with zero=3 would gather slices of shards ({shared}), which "
+            "this version does not; nearest legal: -1"
         )
-    if has_experts and strategy.zero_size not in (0, strategy.dp) and 1 < shared < strategy.dp:
+    if strategy.zero_size not in (0, strategy.dp):
         raise ConfigError(
-            f"strategy.zero_size={strategy.zero_size} with copies of shared experts (ep={strategy.ep}, "
-            f"etp={strategy.etp} on dp={strategy.dp} ranks) is not in this version; nearest legal: 0"
+            f"strategy.zero_size={strategy.zero_size} with copies of shared experts ({shared}) is not in this version; "
+            "nearest legal: 0"
         )

@@ -11,69 +11,27 @@ functions of their own; its PrepareModuleInput takes the gradient of what is gat
 is not where weights are plain tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from turnout.comm import Ledger, TensorGroup, TensorWire
+from turnout.comm import ChunkedProducts, Ledger, SymmetricProducts, TensorGroup, TensorWire, is_shared
 from turnout.contracts import Loss
 from turnout.errors import ConfigError
 from turnout.layers import MoE
+from turnout.layers.attention import Attention
 from turnout.layers.block import Block
+from turnout.layers.mla import MLA
+from turnout.layers.mlp import MLP
+from turnout.layers.products import Products
 from turnout.models import Decoder
 from turnout.parallel.dense_cuts import DenseCut, cut_layers, cuts_of, keep
-
-_ADDED_BIAS = ("out_bias", "down_bias_D")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cutting:
-    """How the tokens of a pass are cut over ranks."""
-
-    dim: int  # 0: whole sequences; 1: pieces of each
-    lengths: tuple[int, ...]  # of each rank's share along it
-
-    def share(self, value: Tensor, rank: int) -> Tensor:
-        """A rank's tokens; nothing is sent. Shapes: value (B, S, ...)."""
-        return value.narrow(self.dim, sum(self.lengths[:rank]), self.lengths[rank])
-
-
-def cutting(shape: tuple[int, ...], ranks: int) -> Cutting:
-    """Shares of tokens of shape (B, S), equal but for one sequence piece's rest."""
-    batch, length = shape[:2]
-    if batch % ranks == 0:
-        return Cutting(dim=0, lengths=(batch // ranks,) * ranks)
-    return Cutting(dim=1, lengths=tuple((length + ranks - 1 - rank) // ranks for rank in range(ranks)))
-
-
-class Tokens:
-    """How the pass that runs cuts its tokens: blocks are told nothing that says so."""
-
-    def __init__(self, ranks: int) -> None:
-        self._ranks = ranks
-        self.now = cutting((0, 0), ranks)
-        self.stay_apart = False  # what comes out of the model is a rank's own share
-
-    @staticmethod
-    @contextmanager
-    def kept_apart(tokens: "Tokens | None") -> Iterator[None]:
-        """For a pass whose end needs a rank's own tokens alone."""
-        if tokens is None:
-            yield
-            return
-        tokens.stay_apart = True
-        try:
-            yield
-        finally:
-            tokens.stay_apart = False
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before the model: it is given all tokens."""
-        self.now = cutting((args[0] if args else kwargs["tokens_BS"]).shape, self._ranks)
+from turnout.parallel.shared_products import FusedEnds, ScatteredProducts, SummedProducts
+from turnout.parallel.tokens import Cutting, Tokens
+from turnout.strategy import Strategy
 
 
 def check_dense(model: nn.Module, ranks: int, *, sequence_parallel: bool) -> None:
@@ -94,10 +52,13 @@ def check_dense(model: nn.Module, ranks: int, *, sequence_parallel: bool) -> Non
             raise ConfigError(f"{name} is laid out already: apply a strategy once, to the whole model")
 
 
-def share_dense(model: nn.Module, group: TensorGroup, ledger: Ledger, tokens: Tokens | None) -> dict[str, DenseCut]:
+def share_dense(
+    model: nn.Module, group: TensorGroup, ledger: Ledger, tokens: Tokens | None, fusion: "Fusion | None" = None
+) -> dict[str, DenseCut]:
     """Cut the layers that ranks share and hang their sums on them; returns who has which part, by name.
 
     `tokens`: of sequence parallel; the dense network beside experts then stays whole: it computes a rank's own alone.
+    `fusion`: how its gathers and sums hide behind products; None: they do not.
     """
     found: dict[str, DenseCut] = {}
     for name, layer in list(cut_layers(model, shared_experts=tokens is None)):
@@ -105,40 +66,36 @@ def share_dense(model: nn.Module, group: TensorGroup, ledger: Ledger, tokens: To
         keep(layer, cuts, group.place, group.size)
         found |= {f"{name}.{own}": cut for own, cut in cuts.items()}
         wire = TensorWire(group=group, ledger=ledger, layer=name)
-        _Shared(wire, tokens).hang(layer)
+        assert isinstance(layer, Attention | MLA | MLP)
+        layer.reach(_products(wire, tokens, fusion))
     if tokens is not None:
         assert isinstance(model, Decoder)
         _cut_tokens(model, tokens, TensorWire(group=group, ledger=ledger, layer="the model"))
     return found
 
 
-class _Shared:
-    """Around a layer that ranks share: its input is gathered, its output summed."""
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """How the collectives of sequence parallel are fused with products."""
 
-    def __init__(self, wire: TensorWire, tokens: Tokens | None) -> None:
-        self._wire, self._tokens = wire, tokens
+    chunks: int
+    symmetric: bool  # the ranks' GPUs reach each other's memory
 
-    def hang(self, layer: nn.Module) -> None:
-        if self._tokens is not None:
-            layer.register_forward_pre_hook(self._gathered)
-        layer.register_forward_hook(self._summed)
+    @staticmethod
+    def of(strategy: Strategy, group: TensorGroup, device: torch.device) -> "Fusion | None":
+        """What a strategy asks for and the ranks of the group can do; all of them call it."""
+        if strategy.tp_overlap == 1:
+            return None
+        return Fusion(chunks=strategy.tp_overlap, symmetric=is_shared(group, device))
 
-    def _gathered(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        assert self._tokens is not None
-        cut = self._tokens.now
-        return (self._wire.gather(args[0], cut.lengths, dim=cut.dim), *args[1:])
 
-    def _summed(self, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-        if self._tokens is None:
-            total = self._wire.sum(y)
-        else:
-            total = self._wire.scatter_sum(y, self._tokens.now.lengths, dim=self._tokens.now.dim)
-        for name in _ADDED_BIAS:
-            bias = getattr(layer, name, None)
-            if bias is not None:
-                # every rank has added it
-                total = total - (self._wire.group.size - 1) * bias.to(total.dtype)
-        return total
+def _products(wire: TensorWire, tokens: Tokens | None, fusion: Fusion | None) -> Products:
+    if tokens is None:
+        return SummedProducts(wire)
+    if fusion is None:
+        return ScatteredProducts(wire, tokens)
+    symmetric = SymmetricProducts(wire=wire) if fusion.symmetric else None
+    return FusedEnds(ChunkedProducts(wire=wire, chunks=fusion.chunks), symmetric, tokens)
 
 
 def _cut_tokens(model: Decoder, tokens: Tokens, wire: TensorWire) -> None:

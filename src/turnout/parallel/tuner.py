@@ -25,6 +25,7 @@ from turnout.tune import (
     LayerShape,
     Rules,
     Workload,
+    alike,
     candidates,
     is_warm,
     key_of,
@@ -36,17 +37,39 @@ from turnout.tune.search import Entry, Predicted
 class Tuner:
     """Chooses r, chunks and program of the next step; learns from what the step took."""
 
-    def __init__(self, model: nn.Module, parallel: Parallel, dictionary: Dictionary, *, element_bytes: int) -> None:
-        """Raises: ConfigError if no layer has experts that ranks share."""
+    def __init__(
+        self,
+        model: nn.Module,
+        parallel: Parallel,
+        dictionary: Dictionary,
+        *,
+        element_bytes: int,
+        among: Sequence[Choice] | None = None,
+    ) -> None:
+        """`among`: what it may take, beside what the layout has now; None: every candidate.
+
+        Raises: ConfigError if no layer has experts that ranks share.
+        """
         self.dictionary, self._world = dictionary, parallel.world
         self._shape = _shape_of(model, parallel.strategy, element_bytes)
         self._choice = _own(parallel.strategy)
-        every = dict.fromkeys((*candidates(self._shape, dictionary.hardware), self._choice))
+        asked = candidates(self._shape, dictionary.hardware) if among is None else among
+        every = dict.fromkeys((*asked, self._choice))
         self._legal = [choice for choice in every if _is_legal(parallel.strategy, choice)]
         # key and predictions of the last step: the next one will be much like it
         self._seen: tuple[Key, Predicted] | None = None
         self._key: Key | None = None  # of the step before the current one: what its choice was made by
         self._is_cold = True  # the first step makes buffers and connections, and is no measure
+
+    @property
+    def candidates(self) -> tuple[Choice, ...]:
+        """What it may take."""
+        return tuple(self._legal)
+
+    @property
+    def choice(self) -> Choice:
+        """What the layout has now."""
+        return self._choice
 
     @property
     def is_warm(self) -> bool:
@@ -77,6 +100,9 @@ class Tuner:
             return ""
         # what is known of a step before it runs is the step before it, so that is what its time is remembered by
         key = self._key or own_key
+        if not alike(key, own_key):
+            # a sudden change: the step was decided for other rows than it had
+            return ""
         was_warm = self._is_warm(key, predicted)
         self.dictionary = self.dictionary.observed(key, self._choice, predicted, slowest_s)
         if was_warm or not self._is_warm(key, predicted):

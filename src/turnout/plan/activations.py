@@ -27,8 +27,7 @@ class GatheredBytes:
     """What gathers over tensor-parallel ranks hold."""
 
     buffer_bytes: Numbers  # kept from step to step
-    inputs_bytes: Numbers  # inputs of one block's column-parallel products, gathered instead of sharded
-    block_bytes: Numbers  # these of the block at work, and what its row-parallel products have not summed yet
+    block_bytes: Numbers  # of the block at work: inputs of products, gathered, and outputs not summed yet
 
 
 KEPT_BYTES = {"": 2.0, "fp8": 1 + 4 / 128}  # of an element kept for backward, its scale included
@@ -71,13 +70,12 @@ def logit_bytes(job: Job) -> float:
 def gathered_bytes(job: Job) -> GatheredBytes:
     """Bytes of one micro-batch that gathers over tensor-parallel ranks hold."""
     if job.strategy.tp == 1:
-        return GatheredBytes(buffer_bytes=0.0, inputs_bytes=0.0, block_bytes=0.0)
+        return GatheredBytes(buffer_bytes=0.0, block_bytes=0.0)
     width, framework = job.rank_tokens * job.shape.dim, job.framework
     inputs = width * 2 * job.strategy.activation_bytes
     return GatheredBytes(
         buffer_bytes=width * framework.gather_buffer_bytes,
-        inputs_bytes=inputs if framework.gathered_inputs == "stage" else 0.0,
-        block_bytes=2 * inputs if framework.gathered_inputs == "block" else 0.0,
+        block_bytes=2 * inputs if framework.gathered_inputs else 0.0,
     )
 
 
@@ -104,8 +102,8 @@ def _attention_bytes(job: Job) -> float:
     # of every score: before and after softmax, and a dropout mask (equation 2); kept unless recomputed or flash
     kept_scores = not job.framework.flash_attention and strategy.recompute == "none"
     scores = (2 * a + 1) * heads * job.seq_len if kept_scores else 0
-    turned = job.framework.rotary_bytes * (heads + shape.num_kv_heads) * shape.head_dim
-    kept = a * width + turned + scores
+    copies = job.framework.key_copies * 2 * a * shape.num_kv_heads * shape.head_dim
+    kept = a * width + copies + scores
     # the narrow latent vectors are computed on every tensor-parallel rank
     return job.rank_tokens * (kept / strategy.tp + a * shared)
 

@@ -58,7 +58,8 @@ def reductions(strategy: Strategy, mesh: Mesh, params: float, *, sums: bool = Fa
     """Gradients of `params` summed over copies; under ZeRO scattered to shards, and parameters gathered from them.
 
     `sums`: under ZeRO-1 they are summed on every rank all the same.
-    A rank that keeps a shard of the gradients alone (ZeRO-2) has to give away the rest after every micro-batch.
+    A rank that keeps a shard of the gradients alone (ZeRO-2) has to give away the rest after every micro-batch; one
+    that keeps whole ones until the last (`zero_sum`) does so once.
     Raises: ConfigError if a ZeRO shard does not fit the ranks of the mesh.
     """
     gradient = params * ELEMENT_BYTES[strategy.grad_precision]
@@ -71,7 +72,8 @@ def reductions(strategy: Strategy, mesh: Mesh, params: float, *, sums: bool = Fa
     shard, copies = _sharded(strategy, mesh)
     scattered, gathered = all_gather(shard, gradient), all_gather(shard, weights)
     if not whole:
-        yield Reduction(name="gradient reduce-scatter", mesh=shard, traffic=scattered, each_pass=strategy.zero >= 2)
+        each_pass = strategy.zero >= 2 and strategy.zero_sum == "micro_batch"
+        yield Reduction(name="gradient reduce-scatter", mesh=shard, traffic=scattered, each_pass=each_pass)
     # ZeRO-3 gathers for the forward pass and again for the backward pass
     again = strategy.zero == 3
     yield Reduction(

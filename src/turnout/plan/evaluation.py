@@ -9,7 +9,7 @@ from turnout.plan.columns import Answers, Layouts
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.job import Job
 from turnout.plan.listing import exchange_choices, list_layouts, with_exchanges
-from turnout.plan.memory import CONTEXT_BYTES, allocated_bytes
+from turnout.plan.memory import allocated_bytes, beside_bytes
 from turnout.plan.parameters import Parameters, fitted
 from turnout.plan.query import Query
 from turnout.plan.rank import TIE, Rank
@@ -44,7 +44,7 @@ def evaluate(query: Query, space: Space | None = None, parameters: Parameters | 
     choices, kind = exchange_choices(listed, legal)
     needed = memory_of(listed)
     numbers = np.array([len(each) for each in choices])
-    fits = np.flatnonzero((needed + CONTEXT_BYTES <= cluster.device.memory_bytes) & (numbers[kind] > 0))
+    fits = np.flatnonzero((needed + beside_bytes(needed) <= cluster.device.memory_bytes) & (numbers[kind] > 0))
     layouts = with_exchanges(listed.take(fits), choices, kind[fits])
     return Evaluation(
         layouts=layouts,

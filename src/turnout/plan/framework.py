@@ -29,15 +29,12 @@ class Framework:
     permuted_copies: float = 1.0  # copies of the routed rows kept beside the experts' input
     stage_balance: Literal["layers", "flops"] = "layers"  # what pipeline stages have equal numbers of
     selective: Literal["scores", "products"] = "scores"  # what selective recomputation drops
-    rotary_bytes: float = 0.0  # kept of one element of queries and keys beside the turned ones
-    # under tp, gathered inputs of column-parallel products that are live: of a block (with the products' unreduced
-    # outputs), or of one micro-batch through a stage
-    gathered_inputs: Literal["", "block", "stage"] = ""
+    key_copies: int = 0  # of keys and values, kept beside those that attention reads
+    gathered_inputs: bool = False  # under tp, a block at work holds gathered inputs and outputs not yet summed
     gather_buffer_bytes: float = 0.0  # of one element of the residual stream: buffers kept for all-gathers under tp
     light_recompute: bool = False  # has recomputation of norms, up-projections and gated activations alone
     schedules: tuple[str, ...] = ("1f1b", "interleaved")  # of its pipelines
     reshards: bool = True  # under ZeRO-3 parameters and gradients are sharded again between the passes of a pipeline
-    slack: float = 0.0  # share of the live bytes an allocator holds beyond them
     scatter_gather: bool = False  # each tensor-parallel rank sends a share over a stage boundary
     overlap_tp: bool = False  # tensor-parallel communication runs in chunks beside the products
     overlap_pp: bool = True  # interleaved stages send while they compute
@@ -93,7 +90,7 @@ TORCHTITAN = _add(
         # PyTorch's kernel is FlashAttention-2, of which FlashAttention-3 is 1.5 to 2 times as fast: arXiv:2407.08608
         attention_rate=0.6,
         block_collectives=1,  # each block is one unit of FSDP
-        gathered_inputs="block",
+        gathered_inputs=True,
     ),
 )  # fmt: skip
 # before, and where nothing is compiled: torch.nn.functional.cross_entropy of a copy in fp32, so that a logit is kept in
@@ -105,12 +102,11 @@ NANOTRON = _add(
     Framework(
         schedules=("1f1b",),
         data_parallel_bytes=2.0, zero_kept_bytes=4.0, zero_shard_bytes=2.0, logit_bytes=8.0, fused_activation=False,
-        stage_balance="flops", gathered_inputs="block", gather_buffer_bytes=4.0,
-        rotary_bytes=6.0, attention_rate=0.6, overlap_tp=True, overlap_pp=False,
+        stage_balance="flops", gathered_inputs=True, gather_buffer_bytes=4.0,
+        # queries are turned in place: what they were cut from stays, keys and values in it, beside those of attention
+        key_copies=1, attention_rate=0.6, overlap_tp=True, overlap_pp=False,
         # buckets of 25 MiB of bf16 gradients without ZeRO, the default of PyTorch's DistributedDataParallel, which it
         # leaves away with ZeRO: src/nanotron/trainer.py, make_ddp and sync_gradients_across_dp(reduce_scatter=False)
         zero_sums=True, bucket_params=25 * 2**20 / 2,
     ),
 )  # fmt: skip
-# and as long as gathered inputs were kept for the backward pass: tp_recompute_allgather of its configuration
-_add("nanotron-2024", replace(NANOTRON, gathered_inputs="stage"))

@@ -14,6 +14,9 @@ from turnout.plan.terms import Numbers, One, Terms, either, larger, reads
 GIB = 2**30
 # of the CUDA context and the communication library's buffers, outside any allocator; assumed: no source splits it off
 CONTEXT_BYTES = 1.5 * GIB
+# share of what is allocated that PyTorch's caching allocator holds beyond it, in pieces that nothing fits: the middle
+# of the 3 to 6 % that are seen
+ALLOCATOR_SLACK = 0.045
 # of the matrix library, two streams of 32 MiB each on Hopper: PyTorch's default CUBLAS_WORKSPACE_CONFIG
 WORKSPACE_BYTES = 2 * 32 * 2**20
 
@@ -31,11 +34,11 @@ class Memory:
     logits_bytes: Numbers
     between_bytes: Numbers  # of the optimizer between steps, given back before the peak
     buffer_bytes: Numbers  # kept for good: the matrix library's workspace, buffers of gathers
-    framework_bytes: Numbers  # gradients not yet accumulated, gathered parameters, allocator slack
+    framework_bytes: Numbers  # gradients not yet accumulated, gathered parameters
 
     @property
     def allocated_bytes(self) -> Numbers:
-        """What the framework allocates at its peak; compare with max_memory_allocated or reserved."""
+        """What the framework allocates at its peak; compare with max_memory_allocated."""
         return sum(getattr(self, field.name) for field in fields(self) if field.name not in ("stage", "between_bytes"))
 
     @property
@@ -48,9 +51,19 @@ class Memory:
         """What is allocated between steps."""
         return self.model_bytes + self.between_bytes + self.buffer_bytes
 
+    @property
+    def reserved_bytes(self) -> Numbers:
+        """What PyTorch's allocator holds from the device for it; compare with max_memory_reserved."""
+        return self.allocated_bytes * (1 + ALLOCATOR_SLACK)
+
     def fits(self, device_bytes: float) -> bool:
-        """Whether a device of this memory (as the data sheet counts) holds it beside its context."""
-        return self.allocated_bytes + CONTEXT_BYTES <= device_bytes
+        """Whether a device of this memory (as the data sheet counts) holds it with what lies beside it."""
+        return self.allocated_bytes + beside_bytes(self.allocated_bytes) <= device_bytes
+
+
+def beside_bytes(allocated: Numbers) -> Numbers:
+    """What a device holds beside `allocated` bytes: the context, and what the allocator cannot use."""
+    return CONTEXT_BYTES + ALLOCATOR_SLACK * allocated
 
 
 # how the parts of two stages on one rank add up
@@ -111,10 +124,9 @@ def stage_memory(of: Terms[Job], stage: Stage) -> Memory:
     weights, gradients, optimizer, between = _model_bytes(of, stage)
     activations, moe = _activation_bytes(of, stage)
     logits = of(logit_bytes) if stage.head else 0.0
-    live = weights + gradients + optimizer + activations + moe + logits
     gathered: GatheredBytes = of(gathered_bytes)
     framework = of(unaccumulated_bytes) * _widest(of.subject.shape, stage) + _gathered_params_bytes(of, stage)
-    framework = framework + gathered.inputs_bytes * len(stage.layers) + gathered.block_bytes
+    framework = framework + gathered.block_bytes
     return Memory(
         stage=stage.index,
         weights_bytes=weights,
@@ -125,7 +137,7 @@ def stage_memory(of: Terms[Job], stage: Stage) -> Memory:
         logits_bytes=logits,
         between_bytes=between,
         buffer_bytes=WORKSPACE_BYTES + gathered.buffer_bytes,
-        framework_bytes=framework + of.subject.framework.slack * (live + framework),
+        framework_bytes=framework,
     )
 
 
@@ -174,13 +186,13 @@ class ParameterBytes:
     between_bytes: float
 
 
-@reads("zero", "schedule", "tp", "pp")
+@reads("zero", "zero_sum", "schedule", "tp", "pp")
 def dense_parameter_bytes(job: Job) -> ParameterBytes:
     """Of what every token meets; ZeRO shards it over data and context parallel ranks."""
     return _parameter_bytes(job, job.strategy.zero_size or job.strategy.dp * job.strategy.cp)
 
 
-@reads("zero", "schedule", "pp", "ep", "etp")
+@reads("zero", "zero_sum", "schedule", "pp", "ep", "etp")
 def routed_parameter_bytes(job: Job) -> ParameterBytes:
     """Of routed experts; ZeRO shards it over the copies of an expert."""
     return _parameter_bytes(job, job.strategy.edp())
@@ -193,7 +205,7 @@ def _parameter_bytes(job: Job, ranks: int) -> ParameterBytes:
         ranks *= 2  # every stage is on two ranks of a pipeline
     if strategy.zero >= 1:
         optimizer = (optimizer + framework.zero_shard_bytes) / ranks
-    gradients = gradients / (ranks if strategy.zero >= 2 else 1)
+    gradients = gradients / (ranks if strategy.zero >= 2 and strategy.zero_sum == "micro_batch" else 1)
     gradients += framework.data_parallel_bytes if ranks > 1 and strategy.zero == 0 else 0
     weights /= ranks if strategy.zero >= 3 else 1
     return ParameterBytes(

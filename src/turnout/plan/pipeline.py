@@ -103,13 +103,18 @@ def cut_evenly(layers: int, chunks: int) -> list[int]:
 
 
 def _by_flops(shape: ModelShape, chunks: int) -> list[int]:
-    """Blocks go to a chunk until it has its share of all matrix products, the output matrix's included."""
+    """Blocks go to a chunk until it has its share of all matrix products, the output matrix's included.
+
+    Source: https://github.com/huggingface/nanotron, models/base.py, build_model.
+    """
     costs = [shape.matrix_weights(layer) for layer in range(shape.all_layers)]
     share = (sum(costs) + shape.vocab_size * shape.dim) / chunks
-    sizes, spent = [0] * chunks, 0.0
+    sizes, spent, chunk = [0] * chunks, 0.0, 0
     for cost in costs:
-        sizes[min(chunks - 1, int((spent + cost / 2) / share))] += 1
+        sizes[chunk] += 1
         spent += cost
+        # a block that costs more than a share fills one chunk, not several
+        chunk += spent >= share * (chunk + 1) and chunk < chunks - 1
     return sizes
 
 

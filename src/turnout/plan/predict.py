@@ -10,7 +10,9 @@ from turnout.plan.job import Job
 from turnout.plan.memory import memory, memory_by_stage
 from turnout.plan.micro import micro_case
 from turnout.plan.parameters import Parameters, fitted
-from turnout.plan.rows import Refused, Row, cluster_of, job_of, precision_of
+from turnout.plan.row_fields import Refused, Row
+from turnout.plan.row_machine import cluster_of
+from turnout.plan.rows import job_of, precision_of
 from turnout.plan.time import StepTime, step_time
 from turnout.plan.waterfall import peak_flops_per_s
 from turnout.topology import Cluster

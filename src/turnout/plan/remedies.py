@@ -7,7 +7,7 @@ from typing import Any
 
 from turnout.errors import ConfigError
 from turnout.plan.job import Job
-from turnout.plan.memory import CONTEXT_BYTES, memory
+from turnout.plan.memory import beside_bytes, memory
 from turnout.plan.query import Query
 from turnout.plan.time import step_time
 from turnout.strategy import Strategy
@@ -32,8 +32,9 @@ class Remedy:
 
 
 def over_bytes(job: Job, device_bytes: float) -> float:
-    """Bytes that a device lacks for the job and its own context; below 0 are left."""
-    return memory(job).allocated_bytes + CONTEXT_BYTES - device_bytes
+    """Bytes that a device lacks for the job and what lies beside it; below 0 are left."""
+    allocated = memory(job).allocated_bytes
+    return allocated + beside_bytes(allocated) - device_bytes
 
 
 def remedies(query: Query, *, most: int = 5) -> tuple[Remedy, ...]:

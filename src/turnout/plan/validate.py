@@ -18,7 +18,9 @@ from turnout.plan.job import Job
 from turnout.plan.nanotron import nanotron_cases
 from turnout.plan.parameters import Parameters, fitted
 from turnout.plan.predict import STEP_QUANTITIES, answer_of_step, predict_row
-from turnout.plan.rows import Row, cluster_of, job_of
+from turnout.plan.row_fields import Row
+from turnout.plan.row_machine import cluster_of
+from turnout.plan.rows import job_of
 from turnout.plan.time import StepTime
 from turnout.plan.validate_memory import MemoryAccuracy, OutOfMemory, memory_errors, out_of_memory
 from turnout.plan.waterfall import peak_flops_per_s

@@ -7,9 +7,13 @@ from statistics import mean, median
 
 from turnout.errors import TurnoutError
 from turnout.plan.memory import GIB, memory, memory_by_stage
+from turnout.plan.nanotron import host_of
+from turnout.plan.nanotron_step import reserved_bytes
 from turnout.plan.parameters import fitted
 from turnout.plan.predict import predict_row
-from turnout.plan.rows import Row, cluster_of, job_of
+from turnout.plan.row_fields import Row
+from turnout.plan.row_machine import cluster_of
+from turnout.plan.rows import job_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +21,7 @@ class MemoryAccuracy:
     """Errors of predicted memory on rows that print a peak."""
 
     suite: str
-    what: str  # peak, or what stays between steps
+    what: str  # allocated at the peak, reserved, allocated between steps, or analytic
     n: int
     mape: float
     median: float
@@ -62,11 +66,15 @@ def _memory_pairs(row: Row, models: dict[str, Row]) -> list[tuple[str, float, fl
     if not peak or row.get("oom"):
         return []
     job = job_of(row, models)
-    pairs = [("peak", memory(job).allocated_bytes / GIB, float(peak))]
-    if row.get("alloc_gib"):
-        resting = max(stage.resting_bytes for stage in memory_by_stage(job))
-        pairs.append(("between steps", resting / GIB, float(row["alloc_gib"])))
-    return pairs
+    if row["suite"] != "nanotron":
+        needed = memory(job)
+        # torchtitan prints max_memory_reserved: its components/metrics.py
+        held = ("peak", needed.allocated_bytes) if row.get("peak_alloc_gib") else ("reserved", needed.reserved_bytes)
+        return [(held[0], held[1] / GIB, float(peak))]
+    # what rank 0 printed, which is of the first stage
+    reserved = reserved_bytes(job, host_of(row, job, fitted()))
+    resting = memory_by_stage(job)[0].resting_bytes
+    return [("reserved", reserved / GIB, float(peak)), ("between steps", resting / GIB, float(row["alloc_gib"]))]
 
 
 def out_of_memory(rows: Sequence[Row]) -> OutOfMemory:

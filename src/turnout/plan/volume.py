@@ -13,6 +13,7 @@ from turnout.plan.collectives import (
     all_gather,
     all_reduce,
     all_to_all,
+    chunked,
     collective,
     group,
     pipeline_sends,
@@ -59,10 +60,10 @@ def tensor_volume(step: Step) -> Iterator[Collective]:
     if not strategy.sequence_parallel:
         yield collective("tp all-reduce", "tp", mesh, all_reduce(mesh, each_bytes), calls)
         return
-    yield collective("sp all-gather", "tp", mesh, all_gather(mesh, each_bytes), calls)
-    yield collective("sp reduce-scatter", "tp", mesh, all_gather(mesh, each_bytes), calls)
     # inputs are kept sharded and gathered again for the weight gradient; arXiv:2205.05198, section 4.2.2
-    yield collective("sp regather", "tp", mesh, all_gather(mesh, each_bytes), calls / passes)
+    for name, times in (("sp all-gather", calls), ("sp reduce-scatter", calls), ("sp regather", calls / passes)):
+        part = collective(name, "tp", mesh, all_gather(mesh, each_bytes), times)
+        yield chunked(part, strategy.tp_overlap)
 
 
 def _sums_ffn(step: Step, experts: int) -> bool:

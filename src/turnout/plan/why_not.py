@@ -7,7 +7,7 @@ from turnout.errors import ConfigError
 from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.job import Job
 from turnout.plan.layout import layout_text
-from turnout.plan.memory import CONTEXT_BYTES, GIB, Memory, memory
+from turnout.plan.memory import GIB, Memory, beside_bytes, memory
 from turnout.plan.query import Query
 from turnout.plan.rank import TIE
 from turnout.plan.space import SEARCHED, Space, as_listed, cuts_as_needed
@@ -80,11 +80,12 @@ def why_not(query: Query, strategy: Strategy, *, space: Space | None = None) -> 
 
 
 def _too_large(job: Job, needs: Memory, step: StepTime, found: "Evaluation", device_bytes: float) -> WhyNot:
-    over = needs.allocated_bytes + CONTEXT_BYTES - device_bytes
+    beside = beside_bytes(needs.allocated_bytes)
+    over = needs.allocated_bytes + beside - device_bytes
     causes = _causes(needs)
     worth = [f"{name} {size / GIB:.1f}" for name, size in causes.items() if size > WORTH_NAMING * needs.allocated_bytes]
     better = nearest_better(job.strategy, found, float("inf"))
-    sizes = f"{needs.allocated_bytes / GIB:.1f} GiB and {CONTEXT_BYTES / GIB:.1f} of context"
+    sizes = f"{needs.allocated_bytes / GIB:.1f} GiB and {beside / GIB:.1f} beside"
     words = (
         f"does not fit: stage {needs.stage} of 0 to {job.strategy.pp - 1} needs {sizes}, {over / GIB:.1f} GiB more "
         f"than the device has; in GiB {', '.join(worth[:4])}"

@@ -14,6 +14,7 @@ from turnout.comm import World
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
 from turnout.models import Decoder, ModelConfig
+from turnout.models.decoder import build_block
 from turnout.models.memory import TrainMemory, train_memory
 from turnout.models.size import sizes
 from turnout.parallel import cut_of
@@ -65,13 +66,14 @@ def require_fits(recipe: Recipe, device: torch.device, world: World | None = Non
 
 
 def memory_per_rank(recipe: Recipe, ranks: int) -> int:
-    """Estimated bytes of a training step on one of `ranks`; every rank holds all weights once, before they are cut.
+    """Estimated bytes of a training step on one of `ranks`; at the start it holds one block whole beside its own.
 
     Of sharded weights no more is gathered at a time than there is; gradients and moments stay in shards. In
     sequence parallel a rank keeps activations of its own tokens, and what attention gathers; else of all its group's.
     """
     memory = _whole_memory(recipe, ranks)
-    return max(_own_memory(recipe, ranks, memory).peak, memory.parameters)
+    own = _own_memory(recipe, ranks, memory)
+    return max(own.peak, min(memory.parameters, own.parameters + _largest_block(recipe.model)))
 
 
 def host_copy(recipe: Recipe, ranks: int) -> int:
@@ -90,9 +92,10 @@ def _own_memory(recipe: Recipe, ranks: int, memory: TrainMemory) -> TrainMemory:
     model, strategy = recipe.model, recipe.strategy
     shares = strategy.ep * strategy.etp
     elsewhere = 4 * sizes(model).routed * (shares - 1) // shares
-    if strategy.tp > 1:
-        elsewhere += 4 * shared_parameters(model, strategy) * (strategy.tp - 1) // strategy.tp
-    shards = (strategy.zero_size or ranks) if strategy.zero else 1
+    of_others = 4 * shared_parameters(model, strategy) * (strategy.tp - 1) // strategy.tp if strategy.tp > 1 else 0
+    elsewhere += of_others
+    shards = (strategy.zero_size or ranks // strategy.tp) if strategy.zero else 1
+    scatters = strategy.zero and strategy.zero_sum == "micro_batch"
     activations = memory.activations
     if strategy.sequence_parallel:
         gathered = 4 * model.num_layers * model.dim * sequences_per_rank(recipe, ranks) * recipe.loop.seq_len
@@ -108,9 +111,16 @@ def _own_memory(recipe: Recipe, ranks: int, memory: TrainMemory) -> TrainMemory:
         memory,
         activations=activations,
         parameters=memory.parameters - elsewhere,
-        gradients=memory.gradients // shards if strategy.zero else memory.gradients - elsewhere,
-        moments=memory.moments // shards if strategy.zero else memory.moments - 2 * elsewhere,
+        gradients=(memory.gradients - of_others) // shards if scatters else memory.gradients - elsewhere,
+        moments=(memory.moments - 2 * of_others) // shards if strategy.zero else memory.moments - 2 * elsewhere,
     )
+
+
+def _largest_block(model: ModelConfig) -> int:
+    """Bytes of its weights."""
+    with torch.device("meta"):
+        blocks = [build_block(model, layer=layer) for layer in range(model.num_layers)]
+    return max(sum(4 * weight.numel() for weight in block.parameters()) for block in blocks)
 
 
 def _most_blocks(recipe: Recipe) -> int:

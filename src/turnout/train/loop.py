@@ -24,7 +24,7 @@ from turnout.models.size import sizes
 from turnout.observe.recorder import Recorder
 from turnout.observe.silent import SilentRecorder
 from turnout.observe.spikes import SpikeRule, is_spike
-from turnout.parallel import apply, check_replicas
+from turnout.parallel import build, check_replicas
 from turnout.parallel.moves import moved
 from turnout.parallel.rebalancer import Rebalancer
 from turnout.train import checkpoint
@@ -68,13 +68,8 @@ class Trainer:
         self._rank_batch = sequences_per_rank(recipe, self.world.size)
         self.device = pick_device(loop.device)
         torch.manual_seed(recipe.seed)
-        self.model = Decoder(recipe.model).to(self.device)
-        self.parallel = apply(
-            self.model,
-            recipe.strategy,
-            world=self.world,
-            timeout_s=loop.timeout_s,
-            cuda=self.device.type == "cuda",
+        self.model, self.parallel = build(
+            recipe.model, recipe.strategy, world=self.world, timeout_s=loop.timeout_s, device=self.device.type
         )
         self.tuner = open_tuner(recipe, self.model, self.parallel, run, self.device)
         self.rebalancer = open_rebalancer(recipe, self.model, self.parallel, self.device)

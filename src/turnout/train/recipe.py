@@ -226,7 +226,9 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
     moe = recipe.model.moe
     num_experts = moe.num_experts if moe is not None and recipe.model.moe_layers() else 0
     layers = recipe.model.num_layers if strategy.pp > 1 else 0
-    resolved = strategy.check(ranks, num_experts=num_experts, num_layers=layers)
+    # the tuner predicts by the planner's closed forms
+    uneven = not recipe.loop.tune
+    resolved = strategy.check(ranks, num_experts=num_experts, num_layers=layers, uneven=uneven)
     check_shards(resolved, has_experts=num_experts > 0)
     if moe is not None and moe.hidden % recipe.strategy.etp:
         near = nearest_divisor(recipe.strategy.etp, moe.hidden)

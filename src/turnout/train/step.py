@@ -58,10 +58,11 @@ def train_step(
         parts = [MicroBatch(batch=b, main=s.main, aux=s.aux) for b, s in zip(batches, weights, strict=True)]
         results = parallel.stages.train(parts, autocast, step_stats=step_stats)
     else:
-        results = [
-            _forward_backward(loss_function, batch, share, step_stats, autocast)
-            for batch, share in zip(batches, weights, strict=True)
-        ]
+        results = []
+        for number, (batch, share) in enumerate(zip(batches, weights, strict=True), start=1):
+            if parallel is not None:
+                parallel.before_backward(model, is_last=number == len(batches))
+            results.append(_forward_backward(loss_function, batch, share, step_stats, autocast))
     with _inside(parallel, "sum of statistics and losses"):
         own = [result.stats for result in results]
         stats = sum_stats(own, repeats=repeats) if step_stats is None else step_stats

@@ -1,6 +1,6 @@
 """Which r, how many chunks and which program, step by step: predicted, measured, remembered. Never imports torch."""
 
-from turnout.tune.choice import Choice, Key, LayerShape, Workload, key_of
+from turnout.tune.choice import Choice, Key, LayerShape, Workload, alike, key_of
 from turnout.tune.dictionary import Dictionary
 from turnout.tune.explain import Row, explain
 from turnout.tune.predict import Hardware, candidates, predict, predictions
@@ -16,6 +16,7 @@ __all__ = [
     "Row",
     "Rules",
     "Workload",
+    "alike",
     "candidates",
     "choose",
     "explain",

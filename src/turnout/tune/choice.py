@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 WINDOW = 128  # rows of an expert that share a key: R of the paper
 SKEW_STEP = 1.25  # loads whose imbalance differs by less share one
+LIKE = 1.25  # rows of an expert that differ by less teach something of each other
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -62,3 +63,9 @@ def key_of(workload: Workload, hardware: str) -> Key:
     # the logarithm of 1.25 to the base 1.25 may come out below 1
     skew = math.floor(math.log(max(1.0, workload.skew), SKEW_STEP) + 1e-9)
     return Key(capacity=math.floor(workload.capacity / WINDOW), skew=skew, shape=str(workload.shape), hardware=hardware)
+
+
+def alike(one: Key, other: Key) -> bool:
+    """Whether a step of one teaches something of the other: neighbours, and rows that differ by less than LIKE."""
+    low, high = sorted((one.capacity, other.capacity))
+    return high <= low + 1 or high + 1 <= LIKE * (low + 1)

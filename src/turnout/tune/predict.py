@@ -1,7 +1,8 @@
 """Seconds of a layer, forward and backward, under every choice: the planner's bytes on links that were measured.
 
-The law of d chunks: of the exchange a share `busy` is the processor's own work and hides behind nothing; the rest and
-the computation take the longer of both, and the first or last chunk of the shorter. Weights are awaited first.
+The law of d chunks: of the exchange a share `busy` is the processor's own work, which grows with the messages and hides
+behind nothing; the rest and the computation take the longer of both, and the first or last chunk of the shorter. All
+chunks leave at once, so that what is no work of a message is waited for once. Weights are awaited first.
 """
 
 from collections.abc import Iterable, Iterator
@@ -61,14 +62,15 @@ def predict(choice: Choice, workload: Workload, hardware: Hardware) -> Predictio
     tokens = workload.capacity * shape.num_experts / hardware.ranks / shape.top_k
     rows, weights = _volumes(choice, shape, hardware.ranks, hardware.local)
     exchange_s = sum(_seconds(part, hardware, tokens) for part in rows)
+    in_chunks_s = sum(_seconds(chunked(part, choice.overlap), hardware, tokens) for part in rows)
     weights_s = sum(_seconds(part, hardware) for part in weights)
     flops = 2 * PASSES * tokens * shape.top_k * (3 if shape.gated else 2) * shape.dim * shape.hidden
     compute_s = flops / hardware.flops_per_s
     if choice.adaptive_r:
         # one of a rank's experts is the busiest of all, the others are as others are; tokens that stay are everybody's
         skew = 1 + (workload.skew - 1) * shape.ep / shape.num_experts
-        exchange_s, compute_s = exchange_s * skew, compute_s * skew
-    busy_s, waiting_s = hardware.busy * exchange_s, (1 - hardware.busy) * exchange_s
+        exchange_s, in_chunks_s, compute_s = exchange_s * skew, in_chunks_s * skew, compute_s * skew
+    busy_s, waiting_s = hardware.busy * in_chunks_s, (1 - hardware.busy) * exchange_s
     overlapped_s = max(waiting_s, compute_s) + min(waiting_s, compute_s) / choice.overlap
     return Prediction(
         compute_s=compute_s, exchange_s=exchange_s, weights_s=weights_s, step_s=weights_s + busy_s + overlapped_s
@@ -126,4 +128,4 @@ def _volumes(
     passed, _ = exchange(step, shape.num_experts)
     rows = [passed, *expert_tensor_volume(step, shape.num_experts)]
     weights = expert_weights_volume(step, shape.num_experts)
-    return tuple(chunked(part, choice.overlap) for part in rows), tuple(weights)
+    return tuple(rows), tuple(weights)

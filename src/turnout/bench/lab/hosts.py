@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -96,6 +96,18 @@ class Lab:
     def mend(self, host: int) -> None:
         """The cable is in again."""
         _ip(self._switch, [f"link set {_port(host)} up"])
+
+    def pace(self, rate_mbit: float) -> None:
+        """From here on every card sends at that rate, each way.
+
+        Raises: ConfigError in a lab whose cards have no rate, or for none.
+        """
+        if not self.links.rate_mbit or rate_mbit <= 0:
+            raise ConfigError(f"rate_mbit={rate_mbit} must be above 0, and so must that of the lab's links")
+        self.links = replace(self.links, rate_mbit=rate_mbit)
+        for host in range(self.hosts):
+            self._shape(self.namespace(host), "eth0")
+            self._shape(self._switch, _port(host))
 
     def __enter__(self) -> "Lab":
         with ExitStack() as undo:

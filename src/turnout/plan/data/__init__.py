@@ -50,7 +50,6 @@ def _as_row(index: int, run: dict[str, str]) -> dict[str, Any]:
         "alloc_gib": float(run["mem_alloc_gb"] or 0), "peak_mem_gib": float(run["mem_reserved_gb"] or 0),
         "all_gather_gb_per_s": float(run["ag_gbs"] or 0),
         "all_reduce_gb_per_s": float(run["ar_gbs"] or 0), "nodes": int(run["nodes"]),
-        "keeps_gathered": layout["pp"] == 1 and run["after_pp_fix"] != "True",
     }  # fmt: skip
 
 
