@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.contracts.cases import loss_of, simple_case, takers
+from tests.contracts.cases import Case, loss_of, simple_case, takers
 from tests.contracts.dense import KNOWN_LOSSES, KNOWN_POLICIES, KNOWN_ROUTERS
 from tests.contracts.test_layer_equals_oracle import TOLERANCE, check
 from turnout.contracts import CapacityPolicy, Loss, RouterConfig
@@ -42,7 +42,7 @@ SETTINGS: dict[str, tuple[tuple[RouterConfig, bool], ...]] = {
     "deepseek_v3": ((DeepSeekV3(k=4, groups=4, top_groups=2), True),),
     "device_limited": ((DeviceLimited(k=4, groups=4, top_groups=2, scale=2.5), True),),
     "locmoe": ((LocMoE(relu=True), True),),
-    # of which one has switched or the other has not, whatever is drawn; C_min is more than a row in so few dimensions
+    # of the first two one is drawn before its switch and one after it
     "locmoe_plus": (
         (LocMoEPlus(k=2, mode="hybrid", before_switch="expert_choice", switch_step=5, gate="learned"), True),
         (LocMoEPlus(k=2, mode="expert_choice", before_switch="hybrid", switch_step=5), True),
@@ -106,9 +106,8 @@ def support(router: str, capacity: str, backend: str) -> Support:
         shared_hidden=7,
         shape=(3, 14),
     )
-    others = [replace(plain, router=other, training=training) for other, training in SETTINGS.get(router, ())]
     alone = [replace(plain, losses=(loss,)) for loss in rows.values()] if (capacity, backend) == LOSSES_ALONE else []
-    cases = [plain, *others, *alone]
+    cases = [plain, *with_settings(plain, router), *alone]
     return Support(
         router=router,
         capacity=capacity,
@@ -119,6 +118,12 @@ def support(router: str, capacity: str, backend: str) -> Support:
         refused=refused,
         error=max(check(case, backend=backend, dtype=dtype) for case in cases),
     )
+
+
+def with_settings(plain: Case, router: str) -> list[Case]:
+    """The case with each of the router's other settings, and other draws."""
+    settings = enumerate(SETTINGS.get(router, ()), start=1)
+    return [replace(plain, seed=seed, router=other, training=training) for seed, (other, training) in settings]
 
 
 def fitting_losses(config: RouterConfig) -> tuple[dict[str, Loss], dict[str, str]]:

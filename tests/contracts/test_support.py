@@ -4,11 +4,13 @@ import re
 
 import pytest
 
+from tests.contracts.cases import draw, simple_case
 from tests.contracts.dense import KNOWN_LOSSES, KNOWN_POLICIES, KNOWN_ROUTERS
 from tests.contracts.support import (
     ASKED,
     JUDGES,
     LOSSES_ALONE,
+    NUM_EXPERTS,
     PAGE,
     SETTINGS,
     backends,
@@ -16,6 +18,7 @@ from tests.contracts.support import (
     judge,
     refused_cell,
     support,
+    with_settings,
 )
 from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
 
@@ -67,3 +70,9 @@ def test_settings_that_stand_for_a_row_are_of_that_row_and_not_its_defaults() ->
     for name, settings in SETTINGS.items():
         row = RouterConfig.TABLE[name]
         assert all(type(config) is row and (config, training) != (row(), True) for config, training in settings)
+
+
+def test_a_switch_of_mode_is_tried_before_it_and_after() -> None:
+    cases = with_settings(simple_case(num_experts=NUM_EXPERTS, shape=(3, 14), padding=0.3), "locmoe_plus")
+    routers = [draw(case)[0].router for case in cases if getattr(case.router, "switch_step", 0)]
+    assert {bool(router.get_buffer("switched")) for router in routers} == {False, True}
