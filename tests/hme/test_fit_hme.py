@@ -52,6 +52,15 @@ def test_a_fit_ends_in_one_line_of_json_and_a_page_that_needs_nothing(
     assert _stands_alone(text)
 
 
+def test_noise_that_is_held_is_a_setting(fit_hme: Turnout, table: Path) -> None:
+    fits = [
+        fit_hme(str(table), "--target", "size", "--depth", "3", "--max-iter", "12", "--json", *settings)
+        for settings in ([], ["--noise-start", "0.3", "--hold-noise", "8"])
+    ]
+    assert [done.code for done in fits] == [0, 0]
+    assert fits[0].last["log_likelihood"] != fits[1].last["log_likelihood"]
+
+
 def test_words_as_a_target_are_classes_and_are_counted_right_and_wrong(
     fit_hme: Turnout, table: Path, tmp_path: Path
 ) -> None:
@@ -74,6 +83,7 @@ def test_words_as_a_target_are_classes_and_are_counted_right_and_wrong(
         (["--target", "size", "--solver", "magic"], 1, "must be one of: em, least_squares"),
         (["--target", "size", "--test-share", "1.5"], 2, "--test-share 1.5 must be at least 0 and below 1"),
         (["--target", "kind", "--task", "counts"], 1, "needs numbers in column 'kind'"),
+        (["--target", "kind", "--hold-noise", "9"], 2, "classes have no noise"),
     ],
 )
 def test_bad_use_is_one_line(fit_hme: Turnout, table: Path, arguments: list[str], code: int, message: str) -> None:

@@ -25,6 +25,13 @@ def fit_hme(
     max_iter: Annotated[
         int | None, typer.Option("--max-iter", help="Most iterations; default 100, 3 passes on-line.", min=1)
     ] = None,
+    noise_start: Annotated[
+        float, typer.Option("--noise-start", help="Noise at first, in variances of the target; regression.")
+    ] = 1.0,
+    hold_noise: Annotated[
+        int,
+        typer.Option("--hold-noise", help="First iterations that keep that noise; 25 at 0.3 help many experts.", min=0),
+    ] = 0,
     restarts: Annotated[int, typer.Option(help="Random starts; the likeliest is kept.", min=1)] = 1,
     max_experts: Annotated[int, typer.Option("--max-experts", help="Grow to at most so many; 0: do not grow.")] = 0,
     missing: Annotated[str, typer.Option(help="Missing inputs: refuse, or mean of their column.")] = "refuse",
@@ -48,9 +55,12 @@ def fit_hme(
         "max_experts": max_experts or None, "missing": missing, "random_state": seed,
     }  # fmt: skip
     if kind == "classification":
+        if noise_start != 1 or hold_noise:
+            raise ConfigError("--noise-start and --hold-noise are of regression: classes have no noise")
         estimator: Any = HMEClassifier(**settings)
     else:
-        estimator = HMERegressor(**settings, family="poisson" if kind == "counts" else "gaussian")
+        family = "poisson" if kind == "counts" else "gaussian"
+        estimator = HMERegressor(**settings, family=family, noise_start=noise_start, hold_noise=hold_noise)
     fitted = _fit(estimator, table, kind, test_share, seed)
     screen = console(as_json=as_json)
     for note in table.notes:
