@@ -127,6 +127,11 @@ class RouterConfig(Settings, ABC):
         return True
 
     @property
+    def exact_choices(self) -> bool:
+        """Whether, out of training, every token has exactly `choices` experts."""
+        return True
+
+    @property
     def own_balance(self) -> str:
         """How the router balances load by itself, without a loss, in a few words; empty if it does not."""
         return ""
@@ -184,6 +189,11 @@ class GivenRouter(RouterConfig):
     def choices(self) -> int:
         return self.most_choices
 
+    @property
+    def exact_choices(self) -> bool:
+        """Not known before it has run."""
+        return False
+
     def build(self, dim: int, num_experts: int) -> nn.Module:
         """Raises: ConfigError if it is called in another way, or was built for other sizes."""
         module, name = self.module, type(self.module).__name__
@@ -225,6 +235,12 @@ class CapacityPolicy(Settings, ABC):
     """Decides which assignments are sent. A frozen dataclass of settings; pure."""
 
     TABLE: ClassVar[Table[type["CapacityPolicy"]]] = Table("capacity policy")
+
+    def check_decoder(self, router: RouterConfig, num_experts: int) -> None:
+        """Called by a model that reads from left to right.
+
+        Raises: ConfigError if, out of training, what is sent of a token depends on later tokens.
+        """
 
     @abstractmethod
     def admit(

@@ -43,6 +43,17 @@ NUMBERS: dict[str, tuple[float, ...]] = {
     "eval_factor": (0.0, 0.0, 0.5, 2.0),
     "vocab_size": (0, 64),
     "skew": (0.0, 1.0),
+    "rounds": (1, 2, 3),
+    "switch_step": (0, 5),
+    "temperature": (0.1, 0.5),
+}
+# what routers have learned between steps, by name: at its start each of them is idle
+BUFFERS: dict[str, Callable[[torch.Size, torch.Generator], Tensor]] = {
+    "bias_E": lambda shape, g: torch.randn(shape, generator=g).double() / 4,
+    "price_E": lambda shape, g: torch.randn(shape, generator=g).double() / 4,
+    "least_capacity": lambda shape, g: torch.randint(6, shape, generator=g),
+    "switched": lambda shape, g: torch.rand(shape, generator=g) < 0.5,
+    "growths": lambda shape, g: torch.randint(100, shape, generator=g),
 }
 
 
@@ -170,8 +181,9 @@ def draw(case: Case, *, backend: str = "loop", dtype: torch.dtype = torch.float6
         for name, parameter in layer.named_parameters():
             parameter.copy_(inputs.parameters[name])
         for name, buffer in layer.router.named_buffers():
-            if name.startswith("bias"):
-                buffer.copy_(_draw("normal", buffer.shape, generator) / 4)
+            learned = BUFFERS.get(name.rpartition(".")[2])
+            if learned is not None:
+                buffer.copy_(learned(buffer.shape, generator))
     return layer, inputs
 
 

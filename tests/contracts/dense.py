@@ -1,9 +1,10 @@
-"""A case computed by turnout.reference: what the layer must equal.
+"""A case computed by turnout.reference and the formulas of the papers: what the layer must equal.
 
-Where no paper known here defines a row (a new router, policy, loss or expert kind, a user's modules), the row itself is
-asked, on the oracle's own leaves; everything around it is still judged.
+Where none of them defines a row (a new router, policy, loss or expert kind, a user's modules), the row itself is asked,
+on the oracle's own leaves; everything around it is still judged.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -13,17 +14,38 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tests.contracts.cases import MODULES, Case, Inputs, Result, main_loss, own_selection
+from tests.contracts.paper_rows import FORMULAS, Ask, by_paper, own_of
+from tests.contracts.paper_rules import kept_by, loss_of_paper
 from turnout import MoE, reference
 from turnout.contracts import Loss
-from turnout.dispatch import Dropless, FixedCapacity
+from turnout.dispatch import AffinityThreshold, Dropless, FixedCapacity, TutelCapacity
 from turnout.experts.activations import Activation
-from turnout.losses import LoadBalance, RouterZ
+from turnout.losses import (
+    CommunicationBalance,
+    DeviceBalance,
+    Entropy,
+    Importance,
+    LoadBalance,
+    LoadCV,
+    Locality,
+    RouterZ,
+)
 from turnout.routers import DeepSeekV3, GShardTop2, Hash, Switch, TopK
 from turnout.tensors import Admission, Assignment, RouterOutput
 
-KNOWN_ROUTERS = (TopK, Switch, GShardTop2, DeepSeekV3, Hash)
-KNOWN_POLICIES = (Dropless, FixedCapacity)  # of the second, the order by position
-KNOWN_LOSSES = (LoadBalance, RouterZ)  # the first of routers with as many choices for every token
+KNOWN_ROUTERS = (TopK, Switch, GShardTop2, DeepSeekV3, Hash, *FORMULAS)
+KNOWN_POLICIES = (Dropless, FixedCapacity, TutelCapacity, AffinityThreshold)
+KNOWN_LOSSES = (
+    LoadBalance,
+    RouterZ,
+    Entropy,
+    Importance,
+    DeviceBalance,
+    CommunicationBalance,
+    LoadCV,
+    Locality,
+)
+SAME = 1e-9  # scores that differ by less are equal but for rounding
 KNOWN_KINDS = ("relu", "gelu", "swiglu", "swiglu_clamped")
 Leaves = Mapping[str, Tensor]
 
@@ -55,7 +77,8 @@ def run_dense(case: Case, inputs: Inputs, layer: MoE, *, selection: Assignment |
     grads = torch.autograd.grad(total, [x, *leaves.values()], allow_unused=True, materialize_grads=True)
     return Result(
         y=y.detach(),
-        losses={Loss.TABLE.name_of(type(lo)): v.detach() for lo, v in zip(case.losses, values, strict=True)},
+        losses={term.name: term.value.detach() for term in routing.losses}
+        | {Loss.TABLE.name_of(type(lo)): v.detach() for lo, v in zip(case.losses, values, strict=True)},
         grads=dict(zip(names, grads, strict=True)),
         kept_E=torch.bincount(assignment.expert_N[keep_N], minlength=case.num_experts),
     )
@@ -73,6 +96,20 @@ def route(
         flat = [None if v is None else v.reshape(-1) for v in (inputs.token_ids, inputs.mask)]
         return functional_call(router, own, (x_TD.to(dtype), *flat, generator))
     token_R = torch.arange(len(x_TD)) if inputs.mask is None else inputs.mask.reshape(-1).nonzero().squeeze(1)
+    if type(case.router) in FORMULAS:
+        theirs = own_selection(layer, inputs, case.seed) if selection is None else selection
+        ask = Ask(
+            config=case.router,
+            x_RD=x_TD[token_R],
+            leaves=leaves,
+            buffers=dict(layer.router.named_buffers()),
+            num_experts=case.num_experts,
+            training=case.training,
+            # in float32 whatever the dtype of the layer
+            normal=lambda shape: torch.randn(shape, generator=generator, dtype=torch.float32).double(),
+            own=own_of(theirs, token_R, SAME if selection is None else math.inf),
+        )
+        return by_paper(ask, token_R, len(x_TD))
     if isinstance(case.router, Hash):
         return _by_id(case.router, inputs.token_ids.reshape(-1), token_R, layer)
     uniform = _draws(generator, next(layer.parameters()).dtype)
@@ -95,34 +132,22 @@ def route(
 def kept(case: Case, inputs: Inputs, layer: MoE, routing: RouterOutput) -> Tensor:
     """Which assignments are sent: (N,) bool.
 
-    By score, at random or by affinity it hangs on the last bits of weights, or on chance: the policy is asked about
-    the layer's own routing, and tests/contracts/test_capacity.py judges it.
+    By score, at random or by affinity it hangs on the last bits of weights, or on chance: the formula is then given the
+    layer's own weights, which the outputs judge.
     """
-    assignment, policy = routing.assignment, case.capacity
-    sent_N = torch.ones_like(assignment.token_N, dtype=torch.bool)
-    if assignment.declined_N is not None:
-        sent_N = ~assignment.declined_N
-    if isinstance(policy, Dropless):
-        return sent_N
-    if not isinstance(policy, KNOWN_POLICIES) or policy.priority != "position" or assignment.top_k is None:
-        generator = torch.Generator().manual_seed(case.seed)
-        own = own_selection(layer, inputs, case.seed, generator)
+    given, policy = routing.assignment, case.capacity
+    generator = torch.Generator().manual_seed(case.seed)
+    own = own_selection(layer, inputs, case.seed, generator)
+    if not isinstance(policy, KNOWN_POLICIES):
         keep_N = policy.admit(own, training=case.training, generator=generator).keep_N
-        return sent_N if keep_N is None else keep_N
-    within_RK = torch.zeros_like(sent_N).view(-1, assignment.top_k)
-    for group_R in _groups(routing.token_R, policy.group_size):
-        place = reference.places(assignment.as_topk()[0][group_R], case.num_experts)
-        within_RK[group_R] = place < capacity_of(policy, place.numel(), case.num_experts, training=case.training)
-    return sent_N & within_RK.flatten()
-
-
-def capacity_of(policy: FixedCapacity, num_assignments: int, num_experts: int, *, training: bool) -> int:
-    """The least integer c with c * experts >= factor * assignments, counted up in exact hundredths."""
-    factor = policy.factor if training else policy.eval_factor or policy.factor
-    hundredths, c = round(factor * 100), policy.minimum
-    while c * num_experts * 100 < hundredths * num_assignments:
-        c += 1
-    return c
+        keep = [True] * len(own.token_N) if keep_N is None else keep_N.tolist()
+    else:
+        by_place = isinstance(policy, Dropless) or getattr(policy, "priority", "") == "position"
+        own = given if by_place else own
+        keep = kept_by(policy, own, training=case.training, generator=generator)
+    sent = dict(zip(zip(own.token_N.tolist(), own.expert_N.tolist(), strict=True), keep, strict=True))
+    pairs = zip(given.token_N.tolist(), given.expert_N.tolist(), strict=True)
+    return torch.tensor([sent.get(pair, False) for pair in pairs], dtype=torch.bool)
 
 
 def experts(case: Case, leaves: Leaves, layer: MoE) -> list[Callable[[Tensor], Tensor]]:
@@ -250,25 +275,9 @@ def _scores(case: Case, logits_RE: Tensor) -> Tensor:
     return reference.softmax(logits_RE)
 
 
-def _groups(token_R: Tensor, group_size: int) -> list[Tensor]:
-    """Row indices of each group of `group_size` neighbouring tokens; one group for 0."""
-    group_R = token_R * 0 if group_size == 0 else token_R // group_size
-    return [(group_R == group).nonzero().squeeze(1) for group in group_R.unique()]
-
-
 def _loss(loss: Loss, case: Case, routing: RouterOutput, keep_N: Tensor) -> Tensor:
     length = case.shape[-1] if len(case.shape) > 1 else max(case.num_tokens, 1)
-    if isinstance(loss, RouterZ):
-        return reference.z_loss(routing.logits_RE)
-    if not isinstance(loss, KNOWN_LOSSES) or routing.assignment.top_k is None:
-        admission = Admission(keep_N=keep_N, capacity=None, dropped_E={})
-        return loss.term(routing, admission, sequence_length=length).value
-    expert_RK = routing.assignment.as_topk()[0]
-    counted_RK = expert_RK if loss.count == "all" else expert_RK[:, :1]
-    if loss.scope != "sequence":
-        return reference.load_balance(routing.scores_RE, counted_RK)
-    value = routing.scores_RE.sum() * 0
-    for rows in _groups(routing.token_R, length):
-        share = len(rows) / len(routing.token_R)
-        value = value + share * reference.load_balance(routing.scores_RE[rows], counted_RK[rows])
-    return value
+    if isinstance(loss, KNOWN_LOSSES):
+        return loss_of_paper(loss, routing, length)
+    admission = Admission(keep_N=keep_N, capacity=None, dropped_E={})
+    return loss.term(routing, admission, sequence_length=length).value

@@ -177,6 +177,21 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
         ConfigError,
         r"locmoe_plus with evaluation='mode' and mode='hybrid' lets .* later tokens .*evaluation='token_choice'",
     ),
+    (
+        lambda: ModelConfig(moe=MoEConfig(num_experts=8, router=Switch(), capacity=FixedCapacity(priority="score"))),
+        ConfigError,
+        r"fixed with priority='score' .* evaluation: their rows of higher score .*eval_factor=8, .*in_decoder='allow'",
+    ),
+    (
+        lambda: TutelCapacity().check_decoder(TopK(k=2), 8),
+        ConfigError,
+        r"tutel with priority='position' .* their first choices .*use capacity\.factor=0",
+    ),
+    (
+        lambda: AffinityThreshold().check_decoder(Switch(), 8),
+        ConfigError,
+        r"affinity lets .* rows of higher affinity .*use the policy none",
+    ),
     (lambda: ExpertChoice().check_decoder(), ConfigError, r"expert choice lets .* later tokens: .*in_decoder='allow'"),
     (lambda: ExpertChoice(k=5).build(4, 3), ConfigError, r"router\.k=5 is more than num_experts=3; legal: 1 to 3"),
     (lambda: BASE(precision=0.0), ConfigError, r"router\.precision=0\.0 must be from 1e-6 up to 1"),

@@ -4,14 +4,28 @@ import re
 
 import pytest
 
+from tests.contracts.cases import draw, simple_case
 from tests.contracts.dense import KNOWN_LOSSES, KNOWN_POLICIES, KNOWN_ROUTERS
-from tests.contracts.support import ASKED, JUDGES, PAGE, backends, drawn, judge, support
-from turnout.contracts import CapacityPolicy, Loss, RouterConfig
+from tests.contracts.support import (
+    ASKED,
+    JUDGES,
+    LOSSES_ALONE,
+    NUM_EXPERTS,
+    PAGE,
+    SETTINGS,
+    backends,
+    drawn,
+    judge,
+    refused_cell,
+    support,
+    with_settings,
+)
+from turnout.contracts import CapacityPolicy, ExpertBackend, Loss, RouterConfig
 
 
 @pytest.mark.parametrize("router", RouterConfig.TABLE.names())
 def test_every_router_with_each_policy_and_each_backend_equals_the_oracle(router: str) -> None:
-    found = [support(*names) for names in drawn(router)]
+    found = [support(*names) for names in {*drawn(router), (router, *LOSSES_ALONE)}]
     assert {row.capacity for row in found} == set(CapacityPolicy.TABLE.names())
     assert {row.backend for row in found} == set(backends())
     for row in found:
@@ -39,7 +53,26 @@ def test_a_row_that_is_asked_is_judged_where_the_page_says() -> None:
         assert re.search(rf"\b{row.__name__}\(", text), (name, JUDGES[name])
 
 
-def test_the_page_has_every_router_policy_and_loss() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    for table in (RouterConfig.TABLE, CapacityPolicy.TABLE, Loss.TABLE):
-        assert all(name in text for name in table.names())
+def test_the_page_lists_the_rows_of_the_tables_and_no_others() -> None:
+    rows = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    names = [row[0].removeprefix("| ") for row in rows]
+    heads = (names.index("router"), names.index("capacity policy or loss"))
+    assert heads[0] == 0
+    assert names[1 : heads[1]] == RouterConfig.TABLE.names()
+    assert names[heads[1] + 1 :] == [*CapacityPolicy.TABLE.names(), *Loss.TABLE.names()]
+    columns = [column.partition(" (")[0] for column in rows[0][2:-1]]
+    assert set(backends()) <= set(columns) <= set(ExpertBackend.TABLE.names())
+    for name, *cells in rows[1 : heads[1]]:
+        assert cells[-1] == f"{refused_cell(RouterConfig.TABLE[name.removeprefix('| ')]())} |"
+
+
+def test_settings_that_stand_for_a_row_are_of_that_row_and_not_its_defaults() -> None:
+    for name, settings in SETTINGS.items():
+        row = RouterConfig.TABLE[name]
+        assert all(type(config) is row and (config, training) != (row(), True) for config, training in settings)
+
+
+def test_a_switch_of_mode_is_tried_before_it_and_after() -> None:
+    cases = with_settings(simple_case(num_experts=NUM_EXPERTS, shape=(3, 14), padding=0.3), "locmoe_plus")
+    routers = [draw(case)[0].router for case in cases if getattr(case.router, "switch_step", 0)]
+    assert {bool(router.get_buffer("switched")) for router in routers} == {False, True}

@@ -324,7 +324,7 @@ def train_cases() -> Iterator[TrainCase]:
     yield replace(plain, router=DeepSeekV3(k=2, bias_step=0.1), losses=(), steps=3)
     yield replace(plain, losses=(LoadBalance(coefficient=0.1, scope="global"),), accumulate=2, ep=2)
     yield replace(plain, losses=(LoadBalance(coefficient=0.1, scope="data_parallel"),), ranks=2, ep=2)
-    yield replace(plain, capacity=FixedCapacity(factor=1.0), ep=2)
+    yield replace(plain, capacity=FixedCapacity(factor=1.0, in_decoder="allow"), ep=2)
     for ep, etp in ((2, 2), (1, 4), (1, 2)):
         yield replace(plain, ep=ep, etp=etp, adam=True, bias=True, steps=3)
     yield replace(plain, overlap=2, accumulate=2, adam=True, idle_rank=True)
@@ -379,7 +379,7 @@ def tensor_cases() -> Iterator[TrainCase]:
     balanced = replace(plain, router=DeepSeekV3(k=2, bias_step=0.1), losses=(), attention="latent", ep=2, steps=3)
     yield balanced
     yield replace(balanced, sequence_parallel=True, folded=True, program="rank_dedup")
-    yield replace(plain, capacity=FixedCapacity(factor=1.0), ep=2, shard_tokens=True)
+    yield replace(plain, capacity=FixedCapacity(factor=1.0, in_decoder="allow"), ep=2, shard_tokens=True)
     yield replace(plain, ep=2, etp=2, shard_tokens=True)
     yield replace(plain, ep=1, etp=4, adaptive_r=2, folded=True, sequence_parallel=True, adam=True)
     fused = replace(plain, sequence_parallel=True, ep=4, folded=True)

@@ -155,7 +155,10 @@ REFUSED = {
     "biases": (["model.moe.bias=true"], "model.moe.bias is True, Mixtral's False"),
     "shared expert": (["model.moe.shared_hidden=16"], "model.moe.shared_hidden is 16, Mixtral's 0"),
     "latent": (["model.moe.latent_dim=16"], "model.moe.latent_dim is 16"),
-    "capacity": (["model.moe.capacity.name=fixed"], r"model.moe.capacity is FixedCapacity\(.*Mixtral's Dropless"),
+    "capacity": (
+        ["model.moe.capacity={name='fixed', in_decoder='allow'}"],
+        r"model.moe.capacity is FixedCapacity\(.*Mixtral's Dropless",
+    ),
     "a dense block": (["model.dense_first=1"], "the number of blocks with experts is 1, Mixtral's 2"),
     "query norm": (["model.attention.qk_norm=head"], "model.attention.qk_norm is head, Mixtral's none"),
     "attention biases": (["model.attention.bias=true"], "model.attention.bias is True"),

@@ -341,7 +341,7 @@ def test_train_help_documents_every_field_of_a_recipe(turnout) -> None:
     result = turnout("train", "--help")
     assert result.code == 0
     # what a recipe on disk may hold: read from a whole one, not from what help is made of
-    written = from_dict(Recipe, {"model": {"moe": {"capacity": {"name": "fixed"}}}})
+    written = from_dict(Recipe, {"model": {"moe": {"capacity": {"name": "fixed", "in_decoder": "allow"}}}})
     paths = {re.sub(r"\.\d+", "[]", path) for path in _leaves(to_dict(written)) if not path.endswith(".name")}
     assert {"model.moe.router.k", "model.moe.losses[].coefficient", "model.moe.capacity.factor"} <= paths
     assert [path for path in sorted(paths) if path not in result.out] == []

@@ -20,7 +20,7 @@ from turnout.config import dump_toml, from_dict
 from turnout.contracts import CapacityPolicy, Loss, RouterConfig
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Batch
-from turnout.dispatch import Dropless, FixedCapacity, TutelCapacity
+from turnout.dispatch import AffinityThreshold, Dropless, FixedCapacity, TutelCapacity
 from turnout.errors import ConfigError
 from turnout.layers.moe import MoEConfig
 from turnout.losses import (
@@ -32,7 +32,7 @@ from turnout.losses import (
     LoadCV,
     RouterZ,
 )
-from turnout.models import Decoder
+from turnout.models import Decoder, ModelConfig
 from turnout.models.size import sizes
 from turnout.routers import (
     DeepSeekV3,
@@ -413,6 +413,63 @@ def test_a_capacity_or_a_mode_that_looks_ahead_is_found(
     assert torch.equal(before, torch.get_rng_state())
 
 
+BY_SCORE, BY_CHANCE = FixedCapacity(priority="score"), FixedCapacity(priority="random")
+
+
+@pytest.mark.parametrize(
+    "capacity",
+    [
+        Dropless(),
+        FixedCapacity(),
+        FixedCapacity(eval_factor=8.0),
+        FixedCapacity(group_size=1, priority="score"),
+        BY_SCORE,
+        BY_CHANCE,
+        replace(BY_SCORE, group_size=24, factor=0.5),
+        TutelCapacity(),
+        TutelCapacity(factor=0, priority="score"),
+        TutelCapacity(factor=-1.0, priority="score"),
+        TutelCapacity(factor=8.0, priority="random"),
+        AffinityThreshold(),
+        AffinityThreshold(threshold=1.0, factor=0.5),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("router", [Switch(), TopK(k=2), LocMoEPlus(k=1), TopP(expected_choices=1)], ids=repr)
+def test_a_decoder_refuses_the_capacities_that_look_ahead_in_evaluation_and_no_others(
+    router: RouterConfig, capacity: CapacityPolicy
+) -> None:
+    moe = MoEConfig(num_experts=8, router=router, capacity=capacity, losses=())
+    if "evaluation" not in sees_later_tokens(16, moe):
+        ModelConfig(dim=16, moe=moe)
+        return
+    with pytest.raises(ConfigError, match=r"depend on later tokens in evaluation: .* capacity\.in_decoder='allow'"):
+        ModelConfig(dim=16, moe=moe)
+    ModelConfig(dim=16, moe=replace(moe, capacity=replace(capacity, in_decoder="allow")))  # type: ignore[call-arg]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("capacity", [BY_SCORE, TutelCapacity(priority="score"), AffinityThreshold()], ids=repr)
+def test_an_allowed_capacity_moves_a_decoders_earlier_outputs_and_dropless_does_not(capacity: CapacityPolicy) -> None:
+    earlier, one, other = torch.randint(256, (3, 8, 12))
+    for policy, moves in ((replace(capacity, in_decoder="allow"), True), (Dropless(), False)):  # type: ignore[call-arg]
+        torch.manual_seed(0)
+        moe = MoEConfig(num_experts=4, hidden=8, router=Switch(), capacity=policy)
+        model = Decoder(ModelConfig(vocab_size=256, dim=16, num_layers=2, moe=moe)).double().eval()
+        first, second = (model(torch.cat([earlier, later], dim=1)).h_BSD[:, :12] for later in (one, other))
+        assert torch.allclose(first, second, rtol=0, atol=1e-12) is not moves
+
+
+def test_a_capacity_is_let_into_the_decoder_with_the_router_that_makes_it_look_ahead(small_recipe: Recipe) -> None:
+    assert small_recipe.model.moe is not None
+    moe = replace(small_recipe.model.moe, router=Switch(), capacity=FixedCapacity())
+    recipe = replace(small_recipe, model=replace(small_recipe.model, moe=moe))
+    kept, let_in = (v.recipe.model.moe for v in with_routers(recipe, ["switch", "top_p"]))
+    assert kept is not None
+    assert let_in is not None
+    assert (kept.capacity, let_in.capacity) == (FixedCapacity(), FixedCapacity(in_decoder="allow"))
+
+
 def test_rows_hold_router_capacity_and_losses_whole(small_recipe: Recipe) -> None:
     (variant,) = with_routers(small_recipe, ["top_p"])
     c = replace(curve("small-top_p", [5.0, 4.0]), setup=routing_setup(variant.recipe))
@@ -463,7 +520,7 @@ def test_rows_sent_are_counted_once_a_rank() -> None:
 
 def test_what_capacity_drops_is_not_counted_as_sent() -> None:
     torch.manual_seed(0)
-    recipe = load_recipe("smoke", ["model.moe.capacity={name='fixed', factor=0.1, minimum=1}"])
+    recipe = load_recipe("smoke", ["model.moe.capacity={name='fixed', factor=0.1, minimum=1, in_decoder='allow'}"])
     ids_BS = torch.randint(256, (2, 32))
     facts = routing_facts(Decoder(recipe.model), [Batch(tokens_BS=ids_BS, targets_BS=ids_BS)])
     whole = routing_facts(Decoder(load_recipe("smoke").model), [Batch(tokens_BS=ids_BS, targets_BS=ids_BS)])

@@ -17,22 +17,46 @@ from turnout.contracts import Loss
 from turnout.data.sampler import Batch
 from turnout.layers.attention import AttentionConfig
 from turnout.layers.moe import MoEConfig
-from turnout.losses import DeviceBalance, Entropy, Importance, LoadBalance, RouterZ
+from turnout.losses import (
+    CommunicationBalance,
+    DeviceBalance,
+    Entropy,
+    Importance,
+    LoadBalance,
+    LoadCV,
+    Locality,
+    RouterZ,
+)
 from turnout.models import Decoder, ModelConfig
 from turnout.models.decoder import DecoderLoss
-from turnout.routers import DeepSeekV3, TopK
+from turnout.routers import DeepSeekV3, ReMoE, TopK
 from turnout.routers.deepseek_v3 import DeepSeekV3Router
+from turnout.routers.remoe import ReMoERouter
 from turnout.train.device import autocast_for
 from turnout.train.step import StepResult, train_step
 
 NUM_SEQUENCES, LENGTH, VOCAB = 8, 12, 50
-WORLDS = {2: 0.0, 4: 1.0}  # ranks -> most padding of a sequence, as a share
-MEANS_OVER_TOKENS = [
+# ranks, and most padding of a sequence, as a share
+WORLDS = [(2, 0.0), (2, 0.5), (2, 1.0), (4, 0.0), (4, 0.5), (4, 1.0)]
+MEANS_OVER_TOKENS: list[Loss | ReMoE] = [
     LoadBalance(coefficient=0.3, scope="global"),
     LoadBalance(coefficient=0.3, scope="sequence"),
     RouterZ(coefficient=0.3),
     Entropy(coefficient=0.3),
+    ReMoE(k=2, balanced=False, init_std=0.5),
 ]
+OF_A_MICRO_BATCH: list[Loss | ReMoE] = [
+    LoadBalance(coefficient=0.3),
+    LoadBalance(coefficient=0.3, count="first"),
+    Importance(coefficient=0.3),
+    Importance(coefficient=0.3, of="weights"),
+    LoadCV(coefficient=0.3),
+    DeviceBalance(coefficient=0.3, groups=3),
+    CommunicationBalance(coefficient=0.3, groups=3, top_groups=2),
+    Locality(coefficient=0.3, local=(0, 3)),
+    ReMoE(k=2, init_std=0.5),
+]
+GROWTHS = 90  # steps of a ReMoE router that has learned for a while: its strength is 0.13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +80,24 @@ def small_model(*losses: Loss, router: Any = None) -> Decoder:
     ).double()
 
 
+def model_with(part: Loss | ReMoE) -> Decoder:
+    """A model that this loss trains, or the router's own."""
+    if isinstance(part, Loss):
+        noisy = TopK(k=2, init_std=0.5, gate_noise=1.0) if isinstance(part, LoadCV) else None
+        return small_model(part, router=noisy)
+    model = small_model(router=part)
+    for _, layer in model.moe_blocks():
+        assert isinstance(layer.router, ReMoERouter)
+        layer.router.growths.fill_(GROWTHS)
+    return model
+
+
+def name_of(part: Loss | ReMoE) -> str:
+    return "-".join(
+        [type(part).__name__, *(str(getattr(part, n)) for n in ("scope", "count", "of") if hasattr(part, n))]
+    )
+
+
 def text(most_padding: float) -> Batch:
     """Sequences of which up to a share is padding at the end."""
     g = torch.Generator().manual_seed(1)
@@ -74,10 +116,15 @@ def split(batch: Batch, num_parts: int) -> list[Batch]:
     return [Batch(tokens_BS=tokens, targets_BS=targets, mask_BS=mask) for tokens, targets, mask in chunks]
 
 
-def gradients(model: Decoder, batches: Sequence[Batch], *, main: float = 0.0) -> Gradients:
-    """The gradients of one step, averaged over ranks, its main loss multiplied by `main`."""
+def gradients(model: Decoder, batches: Sequence[Batch], *, main: float = 0.0, same_noise: bool = False) -> Gradients:
+    """The gradients of one step, averaged over ranks, its main loss multiplied by `main`.
+
+    same_noise: a noisy router draws alike in every micro-batch.
+    """
 
     def loss(*args: Any, **kwargs: Any) -> DecoderLoss:
+        if same_noise:
+            torch.manual_seed(0)
         result = model.loss(*args, **kwargs)
         return replace(result, main=main * result.main)
 
@@ -109,23 +156,45 @@ def assert_same(got: Gradients, want: Gradients) -> None:
 
 @pytest.mark.parametrize("most_padding", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("num_parts", [2, 4, 8])
-@pytest.mark.parametrize(
-    "loss", MEANS_OVER_TOKENS, ids=lambda loss: f"{type(loss).__name__}-{getattr(loss, 'scope', '')}"
-)
-def test_micro_batches_and_padding_do_not_change_it(loss: Loss, num_parts: int, most_padding: float) -> None:
+@pytest.mark.parametrize("part", MEANS_OVER_TOKENS, ids=name_of)
+def test_micro_batches_and_padding_do_not_change_it(part: Loss | ReMoE, num_parts: int, most_padding: float) -> None:
     batch = text(most_padding)
-    want = gradients(small_model(loss), [batch])
-    got = gradients(small_model(loss), split(batch, num_parts))
+    want = gradients(model_with(part), [batch])
+    got = gradients(model_with(part), split(batch, num_parts))
     assert_same(got, want)
     assert got.result.aux == pytest.approx(want.result.aux, rel=1e-9)
     assert got.result.total_loss == pytest.approx(want.result.total_loss, rel=1e-9)
 
 
-@pytest.mark.parametrize("loss", [LoadBalance(), LoadBalance(count="first"), Importance(), DeviceBalance(groups=3)])
-def test_losses_of_a_micro_batch_weigh_what_its_tokens_weigh(loss: Loss) -> None:
+@pytest.mark.parametrize("part", OF_A_MICRO_BATCH, ids=name_of)
+def test_losses_of_a_micro_batch_weigh_what_its_tokens_weigh(part: Loss | ReMoE) -> None:
+    """Where micro-batches are alike the coefficient is the same however many there are."""
     batch = text(0.5)
-    want = gradients(small_model(loss), [batch])
-    assert_same(gradients(small_model(loss), [batch] * 4), want)
+    want = gradients(model_with(part), [batch], same_noise=True)
+    got = gradients(model_with(part), [batch] * 4, same_noise=True)
+    assert_same(got, want)
+    assert got.result.aux == pytest.approx(want.result.aux, rel=1e-9)
+
+
+@pytest.mark.parametrize("most_padding", [0.0, 0.5])
+@pytest.mark.parametrize("part", OF_A_MICRO_BATCH, ids=name_of)
+def test_where_micro_batches_differ_their_losses_are_another_mean_as_the_docs_say(
+    part: Loss | ReMoE, most_padding: float
+) -> None:
+    """Each counts its own tokens alone; the coefficient stands as written, weighed by the share of the tokens."""
+    batch = text(most_padding)
+    batches = split(batch, 4)
+    whole, got = (gradients(model_with(part), parts, same_noise=True) for parts in ([batch], batches))
+    shares = [num_tokens(part_of) / num_tokens(batch) for part_of in batches]
+    alone = [gradients(model_with(part), [part_of], same_noise=True) for part_of in batches]
+    for name, grad in got.by_name.items():
+        want = sum(share * one.by_name[name] for share, one in zip(shares, alone, strict=True))
+        torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-13, msg=name)
+    mean = sum(share * one.result.total_loss for share, one in zip(shares, alone, strict=True))
+    assert got.result.total_loss == pytest.approx(mean, rel=1e-9)
+    assert abs(mean / whole.result.total_loss - 1) > 1e-4
+    routers = [name for name in whole.by_name if "router" in name]
+    assert all(float((got.by_name[n] - whole.by_name[n]).abs().max()) > 1e-5 for n in routers)
 
 
 def test_the_main_loss_too_is_a_mean_over_the_steps_tokens() -> None:
@@ -159,27 +228,33 @@ def test_counting_ahead_draws_what_training_draws() -> None:
     assert torch.equal(result.stats[0].assigned_E, trained[0] + trained[2])
 
 
+def num_tokens(batch: Batch) -> int:
+    return batch.tokens_BS.numel() if batch.mask_BS is None else int(batch.mask_BS.sum())
+
+
 def one_process(rank: int, folder: str) -> None:
-    """Four processes: two of them, then all, take a step together."""
+    """Four processes: two of them, then all, take steps together."""
     torch.set_num_threads(1)
-    for world_size, most_padding in WORLDS.items():
+    for world_size, most_padding in WORLDS:
         if rank < world_size:
             one_rank(rank, world_size, folder, most_padding)
 
 
 def one_rank(rank: int, world_size: int, folder: str, most_padding: float) -> None:
     """One rank of a data-parallel step of two micro-batches each; rank 0 writes down what came out."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world_size}", rank=rank, world_size=world_size)
+    store = f"file://{folder}/store-{world_size}-{most_padding}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     mine = split(text(most_padding), 2 * world_size)[2 * rank : 2 * rank + 2]
     outcome = {}
-    for name, loss in (("global", LoadBalance(scope="global")), ("router_z", RouterZ())):
-        outcome[name] = gradients(small_model(loss), mine).by_name
-    outcome["data_parallel"] = gradients(small_model(LoadBalance(scope="data_parallel")), [joined(mine)]).by_name
+    for part in MEANS_OVER_TOKENS:
+        outcome[name_of(part)] = gradients(model_with(part), mine).by_name
+    wide = LoadBalance(coefficient=0.3, scope="data_parallel")
+    outcome[name_of(wide)] = gradients(model_with(wide), [joined(mine)]).by_name
     learner = small_model(router=DeepSeekV3(k=2))
     gradients(learner, mine, main=1.0)
     outcome["bias"] = {"bias": bias_of(learner)}
     if rank == 0:
-        torch.save(outcome, f"{folder}/outcome-{world_size}.pt")
+        torch.save(outcome, f"{folder}/outcome-{world_size}-{most_padding}.pt")
     dist.destroy_process_group()
 
 
@@ -199,23 +274,22 @@ def bias_of(model: Decoder) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, float], Any]:
     folder = tmp_path_factory.mktemp("ranks")
     # forked: to import torch again would take each of them longer than its steps
-    multiprocessing.start_processes(one_process, args=(str(folder),), nprocs=max(WORLDS), start_method="fork")
-    return {world_size: torch.load(folder / f"outcome-{world_size}.pt") for world_size in WORLDS}
+    most = max(world_size for world_size, _ in WORLDS)
+    multiprocessing.start_processes(one_process, args=(str(folder),), nprocs=most, start_method="fork")
+    return {(size, padding): torch.load(folder / f"outcome-{size}-{padding}.pt") for size, padding in WORLDS}
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_ranks_do_not_change_it(world_size: int, outcomes: dict[int, Any]) -> None:
-    outcome, batch = outcomes[world_size], text(WORLDS[world_size])
-    for name, loss in (
-        ("global", LoadBalance(scope="global")),
-        ("data_parallel", LoadBalance(scope="global")),
-        ("router_z", RouterZ()),
-    ):
-        want = gradients(small_model(loss), [batch])
-        assert_same(Gradients(by_name=outcome[name], result=want.result), want)
+@pytest.mark.parametrize("world", WORLDS, ids=str)
+def test_ranks_and_padding_do_not_change_it(world: tuple[int, float], outcomes: dict[tuple[int, float], Any]) -> None:
+    outcome, batch = outcomes[world], text(world[1])
+    whole = LoadBalance(coefficient=0.3, scope="global")
+    pairs = [(part, part) for part in MEANS_OVER_TOKENS]
+    for part, same in [*pairs, (replace(whole, scope="data_parallel"), whole)]:
+        want = gradients(model_with(same), [batch])
+        assert_same(Gradients(by_name=outcome[name_of(part)], result=want.result), want)
     learner = small_model(router=DeepSeekV3(k=2))
     gradients(learner, [batch], main=1.0)
     assert torch.equal(outcome["bias"]["bias"], bias_of(learner))

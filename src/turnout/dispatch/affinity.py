@@ -6,9 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turnout.contracts import CapacityPolicy
+from turnout.contracts import CapacityPolicy, RouterConfig
 from turnout.dispatch.admission import admission, factor_of_call, least_rows, rows_needed, rows_of_factor
-from turnout.dispatch.queue import arrival_order, order_by_priority, priorities, queue_position
+from turnout.dispatch.queue import (
+    InDecoder,
+    arrival_order,
+    order_by_priority,
+    priorities,
+    queue_position,
+    refuse_in_decoder,
+)
 from turnout.errors import ConfigError
 from turnout.ranking import keep_best
 from turnout.tensors import Admission, Assignment
@@ -32,6 +39,7 @@ class AffinityThreshold(CapacityPolicy):
     threshold: float = 0.75  # share of an expert's affinity to keep; 1: every row with affinity above 0
     minimum: int = 1  # least rows an expert keeps, where so many chose it
     factor: float = 1.1  # most rows over the balanced load; 0: no limit
+    in_decoder: InDecoder = "refuse"  # inside a decoder, evaluation in which a token's drops hang on later ones
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
@@ -40,6 +48,16 @@ class AffinityThreshold(CapacityPolicy):
             raise ConfigError(f"capacity.minimum={self.minimum} must be at least 0")
         if not (self.factor >= 0 and math.isfinite(self.factor)):
             raise ConfigError(f"capacity.factor={self.factor} must be a number, at least 0; 0: no limit")
+
+    def check_decoder(self, router: RouterConfig, num_experts: int) -> None:
+        """Raises: ConfigError unless `in_decoder` allows it."""
+        del router, num_experts
+        refuse_in_decoder(
+            "the capacity policy affinity",
+            self.in_decoder,
+            overtaken="rows of higher affinity",
+            instead="use the policy none",
+        )
 
     def admit(
         self,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turnout.contracts import CapacityPolicy
+from turnout.contracts import CapacityPolicy, RouterConfig
 from turnout.dispatch.admission import admission, factor_of_call, least_rows, rows_needed, rows_of_factor
-from turnout.dispatch.queue import Priority, arrival_order, queue_position
+from turnout.dispatch.queue import InDecoder, Priority, arrival_order, overtaken_by, queue_position, refuse_in_decoder
 from turnout.errors import ConfigError
 from turnout.tensors import Admission, Assignment
 
@@ -55,6 +55,7 @@ class FixedCapacity(CapacityPolicy):
     group_size: int = 0  # neighbouring places of the batch that share a capacity, padding's too; 0: all of them
     priority: Priority = "position"  # whose rows are kept: earlier tokens', higher scores', or by chance
     eval_factor: float = 0.0  # capacity over the balanced load in evaluation; 0: the same as factor
+    in_decoder: InDecoder = "refuse"  # inside a decoder, evaluation in which a token's drops hang on later ones
 
     def __post_init__(self) -> None:
         if not (self.factor > 0 and math.isfinite(self.factor)):
@@ -67,6 +68,17 @@ class FixedCapacity(CapacityPolicy):
             )
         if self.minimum < 0 or self.group_size < 0:
             raise ConfigError(f"capacity.minimum={self.minimum} and group_size={self.group_size} must be at least 0")
+
+    def check_decoder(self, router: RouterConfig, num_experts: int) -> None:
+        """Raises: ConfigError if later tokens push out earlier ones in evaluation, unless `in_decoder` allows it."""
+        # room for all at one expert drops nothing, and a token that is its own group has no later ones
+        never = self._own_factor(training=False) >= num_experts or self.group_size == 1
+        refuse_in_decoder(
+            f"the capacity policy fixed with priority={self.priority!r}",
+            self.in_decoder,
+            overtaken="" if never else overtaken_by(self.priority, router),
+            instead=f"use the policy none, or capacity.eval_factor={num_experts}, which drops nothing in evaluation",
+        )
 
     def admit(
         self,

@@ -5,9 +5,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from turnout.contracts import RouterConfig
+from turnout.errors import ConfigError
 from turnout.tensors import Assignment
 
 Priority = Literal["position", "score", "random"]
+InDecoder = Literal["refuse", "allow"]
 
 
 def arrival_order(
@@ -51,6 +54,23 @@ def priorities(assignment: Assignment) -> Tensor:
     """
     given_N = assignment.weight_N if assignment.priority_N is None else assignment.priority_N
     return given_N.detach()
+
+
+def overtaken_by(priority: Priority, router: RouterConfig) -> str:
+    """Which rows of later tokens come before an earlier token's in such a queue; empty: none."""
+    if priority == "position":
+        # where one choice is all there is, tokens queue as they stand
+        return "" if router.exact_choices and router.choices == 1 else "first choices"
+    return "rows of higher score" if priority == "score" else "rows drawn before it"
+
+
+def refuse_in_decoder(policy: str, in_decoder: InDecoder, *, overtaken: str, instead: str) -> None:
+    """Raises: ConfigError if later tokens' rows overtake a token's, unless `in_decoder` allows it."""
+    if overtaken and in_decoder == "refuse":
+        raise ConfigError(
+            f"{policy} lets what is sent of a token depend on later tokens in evaluation: their {overtaken} take its "
+            f"place; {instead}, or set capacity.in_decoder='allow' if you want that"
+        )
 
 
 def queue_position(assignment: Assignment, queue_N: Tensor, num_queues: int, arrival_N: Tensor | None = None) -> Tensor:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from turnout.contracts import CapacityPolicy
+from turnout.contracts import CapacityPolicy, RouterConfig
 from turnout.dispatch.admission import MOST_ROWS, admission, factor_of_call, least_rows, rows_needed
-from turnout.dispatch.queue import Priority, arrival_order, queue_position
+from turnout.dispatch.queue import InDecoder, Priority, arrival_order, overtaken_by, queue_position, refuse_in_decoder
 from turnout.errors import ConfigError
 from turnout.tensors import Admission, Assignment
 
@@ -28,6 +28,7 @@ class TutelCapacity(CapacityPolicy):
     factor: float = 1.0  # x: above 0 a factor on ceil(T / E); 0: whatever is needed; below 0: what is needed up to -x
     alignment: int = 1  # the capacity is a multiple of this many rows
     priority: Priority = "position"  # whose rows are kept: earlier tokens', higher scores' (Tutel's BPR), or by chance
+    in_decoder: InDecoder = "refuse"  # inside a decoder, evaluation in which a token's drops hang on later ones
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.factor):
@@ -37,6 +38,16 @@ class TutelCapacity(CapacityPolicy):
             )
         if self.alignment < 1:
             raise ConfigError(f"capacity.alignment={self.alignment} must be at least 1")
+
+    def check_decoder(self, router: RouterConfig, num_experts: int) -> None:
+        """Raises: ConfigError if later tokens push out earlier ones in evaluation, unless `in_decoder` allows it."""
+        never = self.factor == 0 or abs(self.factor) >= num_experts
+        refuse_in_decoder(
+            f"the capacity policy tutel with priority={self.priority!r}",
+            self.in_decoder,
+            overtaken="" if never else overtaken_by(self.priority, router),
+            instead="use capacity.factor=0, which drops nothing",
+        )
 
     def admit(
         self,

@@ -30,6 +30,7 @@ class CommunicationBalance(Loss):
     """sum_i f''_i P''_i over D devices: f''_i = D / (M T) * tokens sent to device i, P''_i the sum of its experts' P_e.
 
     It is 1 when devices receive alike and every token goes to M of them, less when tokens go to fewer.
+    Tokens are counted over the micro-batch: other with more micro-batches or ranks (docs/layers.md).
     Source: DeepSeek-AI 2024, arXiv:2405.04434, eq. 29-31, whose alpha_3 is the coefficient.
     """
 

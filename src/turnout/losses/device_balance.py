@@ -56,6 +56,7 @@ class DeviceBalance(Loss):
 
     As f'_i is D times the device's share of the choices, it is the load-balance loss with devices in the place of
     experts: 1 when devices are balanced, whatever their experts.
+    Load is counted over the micro-batch: other with more micro-batches or ranks (docs/layers.md).
     Source: Dai et al. 2024 (DeepSeekMoE), arXiv:2401.06066, eq. 15-17; DeepSeek-AI 2024, arXiv:2405.04434, eq. 26-28,
         whose alpha_2 is the coefficient.
     """

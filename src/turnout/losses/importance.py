@@ -18,6 +18,8 @@ class Importance(Loss):
 
     Tutel's load_importance_loss is this loss and `load_cv`, each at half its coefficient; its variance divides by
     E - 1, so that its coefficients are worth E / (E - 1) of these.
+    It is of the micro-batch, and no mean over tokens: with as many tokens in more micro-batches or on more ranks it is
+    greater (docs/layers.md).
     Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 6-7, w_importance of its language models.
     """
 

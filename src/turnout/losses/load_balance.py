@@ -51,13 +51,15 @@ class LoadBalance(Loss):
     Scope `data_parallel` sums the counts of a call over the ranks; `global` those of all micro-batches too, for which
     a training step that accumulates routes its text twice. The mean score stays the call's own: weighed by their
     tokens, the terms of a step and their gradients add up to the whole's.
+    With `global` and `sequence` one coefficient is one pull however a step is split; at the default, the papers',
+    it pulls harder the more micro-batches or ranks share a step, for each is to be balanced: see docs/layers.md.
     Source of the wide scopes: Qiu et al. 2025, arXiv:2501.11873, who keep a running count over micro-batches instead.
     """
 
     balances = True
 
     coefficient: float = 0.01  # weight of the term in the total loss
-    scope: Scope = "micro_batch"  # tokens over which load is counted
+    scope: Scope = "micro_batch"  # tokens over which load is counted; global, sequence: however a step is split
     count: Literal["all", "first"] = "all"  # choices that count as load; GShard's algorithm 1 counts first choices
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ class LoadCV(Loss):
     """CV^2 of each expert's expected load, which only a router with noise has as a function with a gradient.
 
     With `importance`, each at half its coefficient, it is Tutel's load_importance_loss (see there).
+    It is of the micro-batch, and no mean over tokens: other with more micro-batches or ranks (docs/layers.md).
     Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 8-11, w_load of its language models.
     """
 

@@ -67,6 +67,7 @@ class ModelConfig(Settings):
             raise ConfigError(f"attention {kind!r} turns a part of each head: it needs model.positions='rope'")
         if self.moe is not None and self.moe_layers():
             self.moe.router.check_decoder()
+            self.moe.capacity.check_decoder(self.moe.router, self.moe.num_experts)
 
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the blocks that have experts."""

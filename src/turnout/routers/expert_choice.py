@@ -34,6 +34,10 @@ class ExpertChoice(RouterConfig):
         return self.k
 
     @property
+    def exact_choices(self) -> bool:
+        return False
+
+    @property
     def causal(self) -> bool:
         return False
 

@@ -42,6 +42,10 @@ class Hierarchical(RouterConfig):
         return self.outer.choices * self.inner.choices
 
     @property
+    def exact_choices(self) -> bool:
+        return self.outer.exact_choices and self.inner.exact_choices
+
+    @property
     def own_balance(self) -> str:
         outer, inner = self.outer.own_balance, self.inner.own_balance
         return f"{outer}; within groups {inner}" if outer and inner else ""

@@ -79,6 +79,11 @@ class LocMoEPlus(RouterConfig):
         return self.k
 
     @property
+    def exact_choices(self) -> bool:
+        """An expert's choice may leave a token with none or with many."""
+        return self.evaluation == "token_choice" or "expert_choice" not in (self.mode, self.before_switch)
+
+    @property
     def causal(self) -> bool:
         """Before the switch `before_switch` chooses in evaluation too, if that is by `mode`."""
         switches = self.switch_step or self.switch_kept

@@ -25,6 +25,8 @@ class ReMoE(RouterConfig):
     evenly about 0 let half the experts fire at first, which is the paper's dense beginning. Strength and sparsity
     are each layer's own, and the strength stays from `start` to `limit`; the paper shares one strength among all
     layers and does not bound it, so a target that is missed for long lets it overflow, or vanish for as long again.
+    Unless `balanced` is false the loss is weighed by the micro-batch's load, which is another one with more
+    micro-batches or ranks to a step (docs/layers.md).
     Source: Wang, Zhu and Chen 2024 (ICLR 2025), arXiv:2412.14711.
     """
 
@@ -46,6 +48,10 @@ class ReMoE(RouterConfig):
     @property
     def choices(self) -> int:
         return self.k
+
+    @property
+    def exact_choices(self) -> bool:
+        return False
 
     @property
     def own_balance(self) -> str:

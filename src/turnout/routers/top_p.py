@@ -42,6 +42,10 @@ class TopP(RouterConfig):
     def choices(self) -> int:
         return self.expected_choices
 
+    @property
+    def exact_choices(self) -> bool:
+        return False
+
     def build(self, dim: int, num_experts: int) -> Router:
         for name in ("most", "expected_choices"):
             if getattr(self, name) > num_experts:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from turnout.contracts import Loss, RouterConfig
+from turnout.contracts import CapacityPolicy, Loss, RouterConfig
 from turnout.errors import ConfigError
 from turnout.layers.moe import MoEConfig
 from turnout.routers import LocMoE, LocMoEPlus, TopP
@@ -27,7 +27,7 @@ class Variant:
 def with_routers(recipe: Recipe, names: Sequence[str], losses: Sequence[Loss] | None = None) -> list[Variant]:
     """RECIPE-ROUTER for each name: `k`, `scale` and `init_std` of the recipe's router where the other has them and may.
 
-    Where it may not have that k it gets the nearest it may. A router that looks ahead is let into the decoder.
+    Where it may not have that k it gets the nearest it may. What looks ahead is let into the decoder.
     losses: what all of them are trained with, but for those a router cannot have; None: each its paper's.
     Raises: ConfigError if the recipe has no experts or a router is unknown.
     """
@@ -56,9 +56,18 @@ def _variant(recipe: Recipe, moe: MoEConfig, name: str, losses: Sequence[Loss] |
     else:
         kept = tuple(loss for loss in losses if not _why_not(loss, router, moe.num_experts))
         notes += [f"without a loss: {why}" for loss in losses if (why := _why_not(loss, router, moe.num_experts))]
-    moe = replace(moe, router=router, losses=kept)
+    moe = replace(moe, router=router, losses=kept, capacity=_let_in(moe.capacity, router, moe.num_experts))
     own = replace(recipe, name=f"{recipe.name}-{name}", model=replace(recipe.model, moe=moe))
     return Variant(recipe=own, notes=tuple(notes))
+
+
+def _let_in(capacity: CapacityPolicy, router: RouterConfig, num_experts: int) -> CapacityPolicy:
+    """The capacity, which with this router may be one that looks ahead: then as such a router is."""
+    try:
+        capacity.check_decoder(router, num_experts)
+    except ConfigError:
+        return replace(capacity, in_decoder="allow")  # type: ignore[call-arg]
+    return capacity
 
 
 def _why_not(loss: Loss, router: RouterConfig, num_experts: int) -> str:
