@@ -720,8 +720,8 @@ MUTATIONS = (
     Mutation(
         "ranks: sharded experts have a divisor of their own",
         "parallel/gradients.py",
-        "here(parameter.grad).div_(cut.ranks)",
-        "here(parameter.grad).div_(1)",
+        "own.div_(parallel.alike // averaged)",
+        "own.div_(1)",
         (RANKS,),
     ),
     Mutation(

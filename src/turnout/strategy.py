@@ -24,9 +24,7 @@ class Strategy:
     dp: int = 0  # data-parallel ranks of the dense part; 0 derives it from the world
     tp: int = 1  # tensor parallel ranks of attention and dense layers
     sequence_parallel: bool = False  # norms and residual sharded over tp, all-gather + reduce-scatter for all-reduce
-    tp_overlap: int = (
-        1  # chunks of sequence parallel's gathers and sums, hidden behind the products beside them; 1: none
-    )
+    tp_overlap: int = 1  # chunks of sequence parallel's gathers and sums, hidden behind products; 1: none
     cp: int = 1  # context parallel ranks: each has 1/cp of every sequence
     cp_kind: Literal["ring", "alltoall"] = "ring"  # keys and values round a ring, or heads exchanged (Ulysses)
     pp: int = 1  # pipeline stages

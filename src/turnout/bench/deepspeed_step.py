@@ -190,7 +190,7 @@ class _MixtralLoss(nn.Module):
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
         loss = self.model(input_ids=tokens_BS, labels=tokens_BS, shift_labels=targets_BS).loss
-        return loss + total_loss([layer.term for layer in self.layers if layer.term is not None])
+        return loss + total_loss(tuple(layer.term for layer in self.layers if layer.term is not None))
 
 
 def _exchange_layers(model: Decoder, config: ModelConfig, ranks: int, *, drop_tokens: bool) -> list[_Layer]:

@@ -84,6 +84,7 @@ class SymmetricProducts(FusedProducts):
 
         def landed() -> Tensor:
             with self._named("all-gather"):
+                assert work is not None
                 work.wait()
             return whole
 

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ def shard_fully(
     # tensor-parallel ranks have the same experts: those are sharded over all that have them
     has_copies = groups.replicas is not None and (bool(cut) or strategy.tp > 1)
     if has_copies and strategy.zero_size in (0, strategy.dp):
+        assert groups.replicas is not None
         mesh = DeviceMesh.from_group(groups.replicas, device)
         apart = [module.experts for module in model.modules() if isinstance(module, MoE)]
         for experts in apart:
@@ -86,8 +87,9 @@ def shard_fully(
 
 def _count(module: FSDPModule, name: str, dense: Groups | None, ledger: Ledger) -> None:
     """What FSDP hands to the collectives of a module goes through the ledger; `dense`: groups that may have copies."""
-    module.set_custom_all_gather(GatherOfShards(ledger, name))
-    module.set_custom_reduce_scatter(SumOfShards(ledger, name))
+    # what torch asks for is a callable that allocates: its own classes are private
+    module.set_custom_all_gather(cast(Any, GatherOfShards(ledger, name)))
+    module.set_custom_reduce_scatter(cast(Any, SumOfShards(ledger, name)))
     if dense is not None and len(dense.sharded) > 1:
         module.set_all_reduce_hook(note_of_copies(ledger, name, dense.sharded[0]))
 
