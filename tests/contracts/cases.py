@@ -100,6 +100,7 @@ class Result:
     losses: dict[str, Tensor]
     grads: dict[str, Tensor | None]  # x and every parameter
     kept_E: Tensor
+    gate_grad: float = 0.0  # largest gradient of a gate
 
 
 def takers(dtype: torch.dtype) -> list[str]:
@@ -221,14 +222,14 @@ def main_loss(y: Tensor, y_grad: Tensor) -> Tensor:
     return (y * y_grad.to(y.dtype)).sum()
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """Largest difference, relative to the largest value wanted or 1; infinite for NaN."""
+def error(got: Tensor, want: Tensor, *, terms: float = 1.0) -> float:
+    """Largest difference, relative to the largest value wanted or to the terms it is summed from; infinite for NaN."""
     if got.shape != want.shape:
         return float("inf")
     if got.numel() == 0:
         return 0.0
     got, want = got.detach().double(), want.detach()
-    worst = float((got - want).abs().max() / want.abs().max().clamp(min=1.0))
+    worst = float((got - want).abs().max() / want.abs().max().clamp(min=terms))
     return worst if worst == worst else float("inf")
 
 

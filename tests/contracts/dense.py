@@ -73,14 +73,16 @@ def run_dense(case: Case, inputs: Inputs, layer: MoE, *, selection: Assignment |
     for term in routing.losses:
         total = total + term.coefficient * term.value
     names = ["x", *leaves]
+    gates = [gate_TE] if gate_TE.requires_grad else []
     # a leaf without a path to the loss has gradient zero
-    grads = torch.autograd.grad(total, [x, *leaves.values()], allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(total, [x, *leaves.values(), *gates], allow_unused=True, materialize_grads=True)
     return Result(
         y=y.detach(),
         losses={term.name: term.value.detach() for term in routing.losses}
         | {Loss.TABLE.name_of(type(lo)): v.detach() for lo, v in zip(case.losses, values, strict=True)},
-        grads=dict(zip(names, grads, strict=True)),
+        grads=dict(zip(names, grads[: len(names)], strict=True)),
         kept_E=torch.bincount(assignment.expert_N[keep_N], minlength=case.num_experts),
+        gate_grad=max((float(grad.abs().max()) for grad in grads[len(names) :] if grad.numel()), default=0.0),
     )
 
 

@@ -109,7 +109,10 @@ def check(case: Case, *, backend: str, dtype: torch.dtype) -> float:
     selection = own_selection(layer, inputs, case.seed) if known and dtype != torch.float64 else None
     want = run_dense(case, inputs, layer, selection=selection)
     found = tensors(got)
-    errors = {name: difference(found.get(name), value) for name, value in tensors(want).items()}
+    # a saturated softmax keeps little of the gates' gradients, which cancel: float32 rounds what was there before
+    steep = max(1.0, want.gate_grad) if dtype == torch.float32 else 1.0
+    terms = {name: steep if name.startswith("gradient of router.") else 1.0 for name in tensors(want)}
+    errors = {name: difference(found.get(name), value, terms=terms[name]) for name, value in tensors(want).items()}
     off = {name: value for name, value in errors.items() if not value <= TOLERANCE[dtype]}
     assert not off, f"{off} with backend={backend!r} {dtype} in {case}"
     assert torch.equal(got.kept_E, want.kept_E), f"kept {got.kept_E} not {want.kept_E} in {case}"
@@ -127,9 +130,9 @@ def tensors(result: Result) -> dict[str, Tensor | None]:
     }
 
 
-def difference(got: Tensor | None, want: Tensor | None) -> float:
+def difference(got: Tensor | None, want: Tensor | None, *, terms: float = 1.0) -> float:
     """A missing gradient is as wrong as a NaN."""
-    return float("inf") if got is None or want is None else error(got, want)
+    return float("inf") if got is None or want is None else error(got, want, terms=terms)
 
 
 def exact_zeros(case: Case, got: Result, want: Result, mask: Tensor | None) -> Iterator[str]:
