@@ -9,7 +9,7 @@ last two steps are done once for all ranks together.
 Here experts need not divide over ranks: the first ranks then hold one more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from turnout.errors import ConfigError
 from turnout.topology import Mesh
@@ -24,6 +24,21 @@ def eplb(loads_E: Sequence[float], mesh: Mesh, *, groups: int = 1, redundant: in
     beyond one of each expert.
     Raises: ConfigError if the groups do not divide the experts, or a rank would hold none.
     """
+    ranks: Packs = []
+    for experts, copies, local in nodes_of(loads_E, mesh, groups=groups, redundant=redundant):
+        copied = _copied([loads_E[expert] for expert in experts], len(experts) + copies)
+        shares = [loads_E[experts[at]] / copied.count(at) for at in copied]
+        ranks += [sorted(experts[copied[at]] for at in pack) for pack in _packed(shares, local)]
+    return ranks
+
+
+def nodes_of(
+    loads_E: Sequence[float], mesh: Mesh, *, groups: int, redundant: int
+) -> Iterator[tuple[list[int], int, int]]:
+    """The first step: of each node its experts, how many copies it has, and its ranks; or of all ranks together.
+
+    Raises: ConfigError if the groups do not divide the experts, or a rank would hold none.
+    """
     num_experts = len(loads_E)
     if groups < 1 or num_experts % groups:
         raise ConfigError(f"groups={groups} must divide num_experts={num_experts}")
@@ -33,15 +48,11 @@ def eplb(loads_E: Sequence[float], mesh: Mesh, *, groups: int = 1, redundant: in
             f"{mesh.size} ranks; nearest legal: {max(0, mesh.size - num_experts)}"
         )
     nodes = mesh.nodes if groups % mesh.nodes == 0 and redundant % mesh.nodes == 0 else 1
-    local, size = mesh.size // nodes, num_experts // groups
+    size = num_experts // groups
     group_loads = [sum(loads_E[group * size : (group + 1) * size]) for group in range(groups)]
-    ranks: Packs = []
     for packed in _packed(group_loads, nodes):
         experts = [group * size + at for group in sorted(packed) for at in range(size)]
-        copies = _copied([loads_E[expert] for expert in experts], len(experts) + redundant // nodes)
-        shares = [loads_E[experts[at]] / copies.count(at) for at in copies]
-        ranks += [sorted(experts[copies[at]] for at in pack) for pack in _packed(shares, local)]
-    return ranks
+        yield experts, redundant // nodes, mesh.size // nodes
 
 
 def _packed(loads: Sequence[float], packs: int) -> Packs:
