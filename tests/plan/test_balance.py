@@ -132,12 +132,19 @@ def test_a_move_is_as_slow_as_its_busiest_rank() -> None:
     assert cost_of(before, routed, PRICES, present=before).move_s == 0
 
 
-def test_copies_share_their_rows_evenly() -> None:
-    rows_RE = np.array([[8.0, 2], [4, 0]])
-    routed = Routed(rows_RE=rows_RE, mesh=Mesh(nodes=2, local=1))
-    cost = cost_of([[0], [0, 1]], routed, PRICES)
-    assert cost.max_load == pytest.approx((6 + 2) / 7)
-    assert cost.inter_bytes == pytest.approx(4 * 256 * (4 + 2 + 2))
+def test_copies_get_the_same_and_as_few_rows_leave_a_host_as_may_be() -> None:
+    rows_RE = np.zeros((4, 4))
+    rows_RE[:, 0] = 12
+    routed = Routed(rows_RE=rows_RE, mesh=TWO_HOSTS)
+    # three copies take 16 each: what is there stays, and of the other's 12 the near copy has room for 4
+    sent_RR = routed.sent_RR([[0], [1, 2, 3], [0], [0]])
+    assert sent_RR.sum(axis=0).tolist() == [16, 0, 16, 16]
+    assert sent_RR[1].tolist() == [4, 0, 4, 4]
+    cost = cost_of([[0], [1, 2, 3], [0], [0]], routed, PRICES)
+    assert cost.inter_bytes == pytest.approx(4 * 256 * 8)
+    assert routed.sent_RR([[0], [0], [1, 2], [3]])[2].tolist() == [6, 6, 0, 0], "from a host without any to all"
+    # two copies on one rank, as EPLB may place them, are as one of twice the size
+    assert routed.sent_RR([[0, 0], [0, 1], [2], [3]]).sum(axis=0).tolist() == [32, 16, 0, 0]
 
 
 @given(seed=st.integers(0, 10**6), experts=st.integers(4, 12), shares_card=st.booleans())

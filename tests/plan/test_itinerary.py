@@ -83,7 +83,10 @@ def test_one_placement_is_one_value() -> None:
         (lambda: Placement.even(3, 4), "3 experts cannot lie on 4 ranks.*nearest legal: ep=3"),
         (lambda: Placement((0, 2, 2)), r"placement.bounds=\(0, 2, 2\) must start at 0 and rise"),
         (lambda: Placement((0,)), "must start at 0 and rise"),
-        (lambda: Placement((0, 1, 3), (2, 1, 1)), r"placement.order=\(2, 1, 1\) must hold each of the 3 experts once"),
+        (
+            lambda: Placement((0, 1, 3), (2, 1, 1)),
+            r"placement.order=\(2, 1, 1\) must hold in 3 slots each of the experts",
+        ),
         (lambda: Placement.of((0, 2, 2), 3), "every rank holds an expert"),
     ],
 )

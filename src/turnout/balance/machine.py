@@ -43,12 +43,15 @@ class ExpertShape:
         """Weights of one expert, without biases."""
         return (3 if self.gated else 2) * self.dim * self.hidden
 
-    def prices(self, machine: Machine, *, expert_bytes: float, period: int) -> Prices:
-        """`expert_bytes`: that a rank has of an expert; `period`: steps that a move must pay for itself in."""
+    def prices(self, machine: Machine, *, expert_bytes: float, period: int, gradient_bytes: float = 0.0) -> Prices:
+        """`expert_bytes`: that a rank has of an expert; `period`: steps that a move must pay for itself in;
+        `gradient_bytes`: that copies of an expert exchange in a step.
+        """
         return Prices(
             row_s=2 * PASSES * self.params / machine.flops_per_s,
             row_bytes=self.dim * self.element_bytes,
             expert_bytes=expert_bytes,
+            gradient_bytes=gradient_bytes,
             intra=machine.intra,
             inter=machine.inter,
             period=period,

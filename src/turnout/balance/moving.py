@@ -1,28 +1,14 @@
 """What a move of experts sends, to the byte: shown before it is made, and what the ledger then counts."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from turnout.alltoall import Traffic
 from turnout.balance.cost import Cost
-from turnout.errors import ConfigError
+from turnout.balance.errands import expert_moves
 from turnout.placement import Placement
 from turnout.topology import Mesh
-
-
-def expert_moves(before: Placement, after: Placement) -> Iterator[tuple[int, int, int]]:
-    """(expert, from rank, to rank) of every expert that changes its rank, in order.
-
-    Raises: ConfigError if the placements are of other experts or ranks.
-    """
-    if (before.num_experts, before.ranks) != (after.num_experts, after.ranks):
-        raise ConfigError(
-            f"{after.num_experts} experts on {after.ranks} ranks cannot follow {before.num_experts} on {before.ranks}: "
-            "a move keeps experts and ranks"
-        )
-    ends = zip(before.rank_of, after.rank_of, strict=True)
-    return ((expert, old, new) for expert, (old, new) in enumerate(ends) if old != new)
 
 
 def moved_bytes(before: Placement, after: Placement, slice_bytes: Sequence[int]) -> dict[tuple[int, int], int]:
@@ -62,8 +48,8 @@ class Move:
 
     @property
     def experts(self) -> int:
-        """How many change their rank."""
-        return sum(1 for _ in expert_moves(self.before, self.after))
+        """How many go to another rank, or get a copy there."""
+        return len({expert for expert, _, _ in expert_moves(self.before, self.after)})
 
     @property
     def saved_s(self) -> float:
@@ -73,9 +59,11 @@ class Move:
     def __str__(self) -> str:
         load = " -> ".join(f"{cost.max_load:.2f}" for cost in self.cost)
         far = " -> ".join(f"{cost.inter_bytes / max(self.tokens, 1.0):,.0f}" for cost in self.cost)
+        copied = ", ".join(map(str, self.after.copied))
+        copies = f"experts {copied} have copies; " if copied else ""
         return (
-            f"{self.layer}: {self.experts} of {self.after.num_experts} experts move; fullest rank {load} of the mean, "
-            f"between hosts {far} bytes a token; {self.inter_bytes:,} bytes are sent between hosts and "
+            f"{self.layer}: {self.experts} of {self.after.num_experts} experts move; {copies}fullest rank {load} "
+            f"of the mean, between hosts {far} bytes a token; {self.inter_bytes:,} bytes are sent between hosts and "
             f"{self.intra_bytes:,} inside, {1e3 * self.cost[1].move_s:.3g} ms, to save {1e3 * self.saved_s:.3g} ms in "
             f"{self.period} steps"
         )

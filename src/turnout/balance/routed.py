@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from turnout.balance.dealing import turns
 from turnout.errors import ConfigError
 from turnout.placement import Placement
 from turnout.topology import Mesh
@@ -50,15 +51,22 @@ class Routed:
         return np.arange(self.mesh.size) // self.mesh.local
 
     def sent_RR(self, holders: Holders) -> NDArray[np.float64]:
-        """Rows from each rank to each; those of an expert that several ranks hold are shared by them evenly."""
-        share_ER = np.zeros((self.num_experts, self.mesh.size))
+        """Rows from each rank to each, dealt to copies as `dealing.py` says."""
+        held: list[list[int]] = [[] for _ in range(self.num_experts)]
         for rank, experts in enumerate(holders):
             for expert in experts:
-                share_ER[expert, rank] += 1
-        copies_E = share_ER.sum(axis=1, keepdims=True)
-        if (copies_E == 0).any():
-            raise ConfigError(f"expert {int(np.argmin(copies_E))} lies on no rank")
-        return self.rows_RE @ (share_ER / copies_E)
+                held[expert].append(rank)
+        if not all(held):
+            raise ConfigError(f"expert {held.index([])} lies on no rank")
+        single = [expert for expert, ranks in enumerate(held) if len(ranks) == 1]
+        share_ER = np.zeros((self.num_experts, self.mesh.size))
+        share_ER[single, [held[expert][0] for expert in single]] = 1
+        sent_RR = self.rows_RE @ share_ER
+        for expert in set(range(self.num_experts)).difference(single):
+            for source, turn in enumerate(turns(tuple(held[expert]), self.mesh.size, self.mesh.local)):
+                # a copy may have several turns
+                np.add.at(sent_RR[source], list(turn), self.rows_RE[source, expert] / len(turn))
+        return sent_RR
 
 
 def holders_of(placement: Placement) -> Holders:

@@ -46,7 +46,7 @@ class Sizes:
 
 def equal_sizes(group: ExpertGroup, placement: Placement, capacity: int) -> Sizes:
     """Sizes of blocks padded to `capacity` rows for each expert: known to every rank without a message."""
-    each, ranks = [capacity] * placement.num_experts, group.mesh.size
+    each, ranks = [capacity] * placement.num_slots, group.mesh.size
     at_slice = [capacity * ranks] * len(placement.slots_of(group.rank))
     slices = [at_slice] * group.num_slices
     return Sizes(mesh=group.mesh, placement=placement, experts=[each] * ranks, merged={}, slices=slices)
