@@ -33,6 +33,7 @@ class Strategy:
     scatter_gather: bool = False  # each tp rank sends 1/tp over a stage boundary; sequence parallel does so by itself
     ep: int = 1  # expert parallel ranks: each has 1/ep of the experts
     etp: int = 1  # expert tensor parallel ranks: each has 1/etp of an expert (slices); with tp=1 the axes are folded
+    expert_copies: int = 0  # more places a layer for copies of its most loaded experts, over all ep ranks (EPLB)
     folded: bool = False  # expert axes ignore tp and cp and take neighbouring ranks; else ep runs along dp
     shard_tokens: bool = False  # each tp rank dispatches 1/tp of the tokens; sequence parallel does so by itself
     zero: Literal[0, 1, 2, 3] = 0  # sharded over dp: 1 optimizer, 2 + gradients, 3 + parameters (FSDP)
@@ -59,7 +60,7 @@ class Strategy:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"strategy.{name}={getattr(self, name)} must be at least 1; nearest legal: 1")
-        for name in ("dp", "zero_size"):
+        for name in ("dp", "zero_size", "expert_copies"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"strategy.{name}={getattr(self, name)} must be at least 0; nearest legal: 0")
         if self.zero_sum == "step" and self.zero != 3:
@@ -78,6 +79,11 @@ class Strategy:
             raise ConfigError(
                 f"strategy.adaptive_r={self.adaptive_r} must be 0 or divide etp={self.etp} (or -1: all of it); "
                 f"nearest legal: {near}"
+            )
+        if self.expert_copies and self.ep == 1:
+            raise ConfigError(
+                f"strategy.expert_copies={self.expert_copies} with ep=1: every rank has all experts; nearest legal: 0, "
+                "or ep=2"
             )
         self._check_schedule()
 
@@ -128,6 +134,10 @@ class Strategy:
     def edp(self) -> int:
         """Copies of each expert: data-parallel ranks of the expert part."""
         return self.world() // (self.ep * self.etp * self.pp)
+
+    def places(self, num_experts: int) -> int:
+        """Experts on the rank that holds most of a layer's, copies counted."""
+        return -(-(num_experts + self.expert_copies) // self.ep)
 
     def check(
         self,
@@ -200,6 +210,12 @@ class Strategy:
             )
         if not uneven:
             _must_divide("ep", self.ep, "num_experts", num_experts, gcd(num_experts, max(1, room)))
+        most = num_experts * (self.ep - 1)
+        if self.expert_copies > most:
+            raise ConfigError(
+                f"strategy.expert_copies={self.expert_copies} must not exceed {most}: each of {num_experts} experts "
+                f"lies at most once on each of ep={self.ep} ranks; nearest legal: {most}"
+            )
         if self.folded:
             _must_divide("ep * etp", self.ep * self.etp, "world / pp", world // self.pp)
             # each piece of an expert would need tokens that only some of its ranks have

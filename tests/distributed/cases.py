@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, optim
@@ -83,6 +83,7 @@ class LayerCase:
             and self.backend == "padded_bmm"
             and not isinstance(self.capacity, Dropless)
             and not merges
+            and not placement_of(self).has_copies
         )
 
 
@@ -122,6 +123,7 @@ def layer_cases() -> Iterator[LayerCase]:
     yield from chunked_cases()
     yield from adaptive_cases()
     yield from placed_cases()
+    yield from copied_cases()
 
 
 def chunked_cases() -> Iterator[LayerCase]:
@@ -168,6 +170,27 @@ def placed_cases() -> Iterator[LayerCase]:
     yield LayerCase(order=mixed, bounds=uneven, adaptive_r=0)
     yield LayerCase(order=mixed, ep=2, etp=2, hidden=6, adaptive_r=0)
     yield LayerCase(order=mixed, ep=2, etp=2, hidden=6, adaptive_r=1, backend="padded_bmm")
+
+
+def copied_cases() -> Iterator[LayerCase]:
+    """Experts that stand on several ranks: 0 on three, 4 on both nodes, 2 on one; under every program."""
+    spread, even = (0, 1, 2, 3, 0, 4, 5, 0, 6, 7, 4, 1, 2), (0, 3, 6, 9, 13)
+    for program in PROGRAMS:
+        for local in (1, 2):
+            yield LayerCase(program=program, local=local, order=spread, bounds=even, tokens=(11, 0, 3, 6))
+        copies = LayerCase(program=program, local=2, order=spread, bounds=even, crowded=True)
+        yield replace(copies, overlap=4, capacity=FixedCapacity(factor=1.0), backend="padded_bmm")
+        pair = LayerCase(program=program, ep=2, order=(0, 1, 2, 3, 4, 2, 5, 6, 7, 0), bounds=(0, 5, 10))
+        yield replace(pair, etp=2, hidden=6, tokens=EMPTY)
+        yield replace(pair, local=1)
+    copies = LayerCase(local=2, order=spread, bounds=even)
+    yield replace(copies, tokens=(0, 0, 0, 0))
+    yield replace(copies, router=ExpertChoice(k=2, in_decoder="allow"), overlap=2)
+    yield replace(copies, router=TopP(p=0.6), padding=True, shared_hidden=4, latent_dim=3)
+    yield replace(copies, backend="grouped_mm", dtype=torch.float32, tokens=(9, 7, 1, 2))
+    yield replace(copies, adaptive_r=0)
+    # all of them everywhere
+    yield LayerCase(ranks=2, ep=2, local=2, order=(0, 1, 2, 3) * 2, bounds=(0, 4, 8), num_experts=4)
 
 
 def sliced_cases() -> Iterator[LayerCase]:
@@ -232,6 +255,11 @@ def placement_of(case: LayerCase) -> Placement:
     return Placement(case.bounds or Placement.even(case.num_experts, case.ep).bounds, case.order)
 
 
+def placement_to(where: tuple[Any, ...], ranks: int) -> Placement:
+    """A placement of a training case."""
+    return Placement.of(where, ranks) if isinstance(where[0], int) else Placement.holding(where)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankInputs:
     """What one rank feeds its layer."""
@@ -294,7 +322,9 @@ class TrainCase:
     num_experts: int = 8
     in_parts: bool = False  # no rank ever makes the whole model
     idle_rank: bool = False  # the last rank has nothing but padding
-    moves: tuple[tuple[int, ...], ...] = ()  # the rank of each expert from each step on; empty: as before
+    # from each step on the rank of each expert, or the experts of each rank; empty: as before
+    moves: tuple[tuple[Any, ...], ...] = ()
+    expert_copies: int = 0
     steps: int = 2
 
     name = LayerCase.name
@@ -304,7 +334,7 @@ class TrainCase:
         sizes = {"ep": self.ep, "etp": self.etp, "zero": self.zero, "zero_size": self.zero_size}
         sizes |= {"adaptive_r": self.adaptive_r, "tp": self.tp, "folded": self.folded}
         sizes |= {"sequence_parallel": self.sequence_parallel, "shard_tokens": self.shard_tokens}
-        sizes |= {"tp_overlap": self.tp_overlap, "zero_sum": self.zero_sum}
+        sizes |= {"tp_overlap": self.tp_overlap, "zero_sum": self.zero_sum, "expert_copies": self.expert_copies}
         return Strategy(**sizes, alltoall=self.program, overlap=self.overlap)
 
 
@@ -345,6 +375,28 @@ def train_cases() -> Iterator[TrainCase]:
     yield from sharded_cases()
     yield from tensor_cases()
     yield from moving_cases()
+    yield from copying_cases()
+
+
+def copying_cases() -> Iterator[TrainCase]:
+    """Experts with copies from the start, others later, fewer, and none; with all that a step has."""
+    four = (
+        ((0, 1, 6), (2, 0, 3), (4, 5, 0), (6, 7, 0)),
+        ((0, 1), (5, 3, 2), (4, 5), (7, 6, 5)),
+        (0, 0, 1, 1, 2, 2, 3, 3),
+    )
+    plain = TrainCase(expert_copies=4, local=2, steps=5, moves=((), *four), bias=True)
+    yield replace(plain, adam=True, accumulate=2)
+    yield replace(plain, program="node_dedup", overlap=2, idle_rank=True)
+    yield replace(plain, program="hierarchical", adam=True, dtype=torch.float32, steps=4)
+    yield replace(plain, zero=3, adam=True)
+    pairs = ((), ((0, 1, 2, 3, 7), (4, 5, 6, 7, 3)), ((6, 1, 2, 3, 7), (4, 5, 6, 7, 0)))
+    two = TrainCase(ep=2, expert_copies=2, moves=pairs, steps=4, bias=True)
+    yield replace(two, adam=True, program="rank_dedup", losses=(LoadBalance(coefficient=0.1, scope="global"),))
+    yield replace(two, etp=2, adam=True)
+    yield replace(two, tp=2, attention="all", shard_tokens=True, adam=True)
+    yield TrainCase(ep=2, expert_copies=3, num_experts=5, switches=(("flat", 1, 1), ("rank_dedup", 2, 0)))
+    yield TrainCase(ranks=2, ep=2, local=2, expert_copies=8, adam=True, steps=3)
 
 
 def moving_cases() -> Iterator[TrainCase]:

@@ -33,6 +33,7 @@ from tests.distributed.cases import (
     optimizer,
     parts,
     passed,
+    placement_to,
     texts,
     train_cases,
     worst,
@@ -55,7 +56,6 @@ from turnout.parallel.dense_cuts import DenseCut
 from turnout.parallel.fully_sharded import here
 from turnout.parallel.moves import move_bytes, moved, placements_of
 from turnout.parallel.tuner import Tuner, dictionary_for
-from turnout.placement import Placement
 from turnout.routers import TopK
 from turnout.tensors import MoEStats
 from turnout.train.device import autocast_for
@@ -234,6 +234,8 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         autocast = autocast_for(torch.device("cpu"), torch.float32)
         result = train_step(model, model.loss, optim, mine, max_norm=MAX_NORM, autocast=autocast, parallel=parallel)
         results.append(result)
+    # copies are alike to the bit, or this says where not
+    check_replicas(model, parallel)
     whole = parallel.shards.whole(model.state_dict())
     return {
         "results": [summary(result) for result in results],
@@ -287,10 +289,10 @@ def shard_bytes(model: Decoder, parallel: Parallel) -> dict[str, tuple[int, ...]
 
 
 def move(
-    model: Decoder, parallel: Parallel, optim: torch.optim.Optimizer, rank_of: tuple[int, ...], sent: list[Any]
+    model: Decoder, parallel: Parallel, optim: torch.optim.Optimizer, where: tuple[Any, ...], sent: list[Any]
 ) -> Parallel:
     """Experts to other ranks; adds the bytes and messages to each rank, as they were shown and as they were counted."""
-    to = dict.fromkeys(placements_of(model, parallel), Placement.of(rank_of, parallel.strategy.ep))
+    to = dict.fromkeys(placements_of(model, parallel), placement_to(where, parallel.strategy.ep))
     shown = move_bytes(model, parallel, optim, to)
     parallel.ledger.clear()
     parallel = moved(model, parallel, optim, to)
@@ -344,8 +346,9 @@ def begins_where_it_says(case: TrainCase, model: Decoder, parallel: Parallel) ->
     fresh = decoder(case)
     for name, weight in model.named_parameters():
         if name.endswith("experts.up_EDG"):
-            first, own_EDG = parallel.shards.expert_at(name, 0), here(weight)
-            if not torch.equal(own_EDG, fresh.get_parameter(name)[first : first + len(own_EDG)]):
+            own_EDG = here(weight)
+            experts = [parallel.shards.expert_at(name, row) for row in range(len(own_EDG))]
+            if not torch.equal(own_EDG, fresh.get_parameter(name)[experts]):
                 return False
     return True
 

@@ -24,8 +24,11 @@ from turnout.train.state import RunState
 CHAIN: tuple[tuple[str, Strategy, bool], ...] = (
     ("ep 2", Strategy(ep=2), True),
     ("ep 4", Strategy(ep=4), True),
+    ("ep 4, with copies", Strategy(ep=4, expert_copies=4), True),
+    ("ep 2, with copies, one file", Strategy(ep=2, expert_copies=2), False),
     ("ep 1", Strategy(), True),
     ("ep 2, two slices", Strategy(ep=2, etp=2), True),
+    ("ep 2, two slices, with copies", Strategy(ep=2, etp=2, expert_copies=2), True),
     ("ep 2, sharded fully", Strategy(ep=2, zero=3), True),
     ("ep 4, sharded fully, one file", Strategy(ep=4, zero=3), False),
     ("two slices, sharded fully", Strategy(etp=2, zero=3), True),

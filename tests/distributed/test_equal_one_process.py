@@ -1,6 +1,7 @@
 """Any layout equals one process: outputs, gradients, losses, statistics, weights; and moves the bytes it predicts."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.distributed.cases import (
 )
 from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_many, spawn, summary
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
+from turnout.balance import turns
 from turnout.comm import expert_mesh, kernel_count
 from turnout.dispatch import plan_dispatch
 from turnout.plan.data_volume import reductions
@@ -196,18 +198,22 @@ def test_the_kernel_counts_the_same_bytes(case: LayerCase, outcomes: Outcomes) -
 
 def destinations(case: LayerCase, rank: int) -> list[list[int]]:
     """The ranks where each token's experts are; blocks of one size are rows that all exist."""
-    at = placement_of(case).rank_of
+    at = placement_of(case)
     layer, inputs = build(case), inputs_of(case, rank)
     routing = layer.router(inputs.x_TD, None, inputs.mask_T)
     admission = case.capacity.admit(routing.assignment)
     if case.is_padded:
-        return [[to] for to in at] * widest(case, rank)
+        return [[to] for to in at.rank_of] * widest(case, rank)
     plan = plan_dispatch(routing.assignment, admission)
     tokens: list[list[int]] = [[] for _ in range(case.tokens[rank])]
+    mesh = expert_mesh(case.ep, max(1, case.local // case.etp))
+    place, met = rank % (case.ep * case.etp) // case.etp, Counter[int]()
     for token, chosen in zip(
         plan.token_M.tolist(), routing.assignment.expert_N[plan.assignment_M].tolist(), strict=True
     ):
-        tokens[token].append(at[chosen])
+        turn = turns(at.ranks_of[chosen], case.ep, mesh.local)[place]
+        tokens[token].append(turn[met[chosen] % len(turn)])
+        met[chosen] += 1
     return tokens
 
 

@@ -14,9 +14,10 @@ Phase = Literal["forward", "backward"]
 # what a program moves; rows between slices of the same experts; weights that are gathered; what must be known before:
 # counts of rows, or a capacity; activations of tensor-parallel layers; what pipeline stages pass on; experts that
 # change their rank; shards of parameters that FSDP gathers (phase forward, whichever pass needs them) and of gradients
-# that it sums; sums of those over copies. Of slices, weights and moves the ranks are those of the whole expert group,
-# of the others those of the tensor group, of the pipeline, of the shards and of the copies.
-Kind = Literal["rows", "slices", "weights", "counts", "tensor", "stages", "moves", "shards", "copies"]
+# that it sums; sums of those over copies; gradients of experts that several ranks of a group hold. Of slices, weights,
+# moves and twins the ranks are those of the whole expert group, of the others those of the tensor group, of the
+# pipeline, of the shards and of the copies.
+Kind = Literal["rows", "slices", "weights", "counts", "tensor", "stages", "moves", "shards", "copies", "twins"]
 PIPELINE = "pipeline of stages"
 Sent = dict[int, list[int]]  # rank of the expert group -> [bytes, messages]
 

@@ -4,7 +4,7 @@ from turnout.dispatch.affinity import AffinityThreshold
 from turnout.dispatch.capacity import Dropless, FixedCapacity
 from turnout.dispatch.combine import combine
 from turnout.dispatch.local import LocalDispatcher
-from turnout.dispatch.permute import by_token, pack, plan_dispatch, reordered, unpack
+from turnout.dispatch.permute import by_token, dealt_out, pack, plan_dispatch, reordered, unpack
 from turnout.dispatch.queue import arrival_order, queue_position
 from turnout.dispatch.tutel import TutelCapacity
 
@@ -17,6 +17,7 @@ __all__ = [
     "arrival_order",
     "by_token",
     "combine",
+    "dealt_out",
     "pack",
     "plan_dispatch",
     "queue_position",

@@ -40,7 +40,29 @@ def reordered(plan: DispatchPlan, order_S: Tensor) -> DispatchPlan:
     counts_S = counts_E[order_S]
     shift_S = (counts_E.cumsum(0) - counts_E)[order_S] - (counts_S.cumsum(0) - counts_S)
     rows_M = torch.arange(num_rows, device=counts_E.device)
-    was_M = rows_M + shift_S.repeat_interleave(counts_S, output_size=num_rows)
+    return _taken(plan, counts_S, rows_M + shift_S.repeat_interleave(counts_S, output_size=num_rows))
+
+
+def dealt_out(
+    plan: DispatchPlan, slot_P: Tensor, expert_P: Tensor, first_P: Tensor, stride_P: Tensor, *, num_slots: int
+) -> DispatchPlan:
+    """The same rows in slots, of which an expert may have several; nothing is read back.
+
+    Piece by piece, in the order of their slots, every stride-th of the rows for an expert, from its first on, goes to a
+    slot; every row is in one piece. Counts are by slot. Shapes: (P,) for each piece.
+    """
+    counts_E = plan.counts_E
+    counts_P = (counts_E[expert_P] - first_P + stride_P - 1).div(stride_P, rounding_mode="floor").clamp(min=0)
+    counts_S = counts_E.new_zeros(num_slots).index_add_(0, slot_P, counts_P)
+    start_P = (counts_E.cumsum(0) - counts_E)[expert_P] + first_P
+    begin_P = counts_P.cumsum(0) - counts_P
+    rows_M = torch.arange(len(plan.token_M), device=counts_E.device)
+    piece_M = torch.repeat_interleave(counts_P, output_size=len(rows_M))
+    return _taken(plan, counts_S, start_P[piece_M] + (rows_M - begin_P[piece_M]) * stride_P[piece_M])
+
+
+def _taken(plan: DispatchPlan, counts_S: Tensor, was_M: Tensor) -> DispatchPlan:
+    """The rows of a plan in another order: each was which one."""
     return DispatchPlan(
         assignment_M=plan.assignment_M[was_M],
         token_M=plan.token_M[was_M],

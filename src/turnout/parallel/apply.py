@@ -16,18 +16,18 @@ from turnout.layers import MoE
 from turnout.models import Decoder
 from turnout.parallel.auto import auto_strategy
 from turnout.parallel.dense_cuts import DenseCut
+from turnout.parallel.expert_parallel import ExpertParallel
 from turnout.parallel.fully_sharded import shard_fully, shardings
 from turnout.parallel.layout import Parallel
 from turnout.parallel.own_targets import OwnTargets
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.shards import Shards
-from turnout.parallel.sites import stand
+from turnout.parallel.sites import first_placement, stand
 from turnout.parallel.stage_cut import check_stages
 from turnout.parallel.stages import cut_stages
 from turnout.parallel.supported import check_shards, check_supported
 from turnout.parallel.tensor_parallel import Fusion, check_dense, share_dense
 from turnout.parallel.tokens import Tokens
-from turnout.placement import Placement
 from turnout.strategy import Strategy
 
 TIMEOUT_S = 600.0
@@ -46,6 +46,7 @@ def apply(
     The whole model, equal on all ranks, goes in; build the optimizer after. Every rank of the process group calls it;
     `world` tells how many ranks a node has (None: as torchrun says). With ep=etp=1 the layers stay as they are, and
     never communicate. Gradients are then those of this rank's tokens: `reduce_gradients` makes them the step's.
+    With `expert_copies` the first experts have copies until `moved` or a `Rebalancer` gives them to others.
     Losses that ask which experts are near are told; the first rank warns where the groups of a router or of a loss are
     not the devices or nodes that they stand for.
     With tp every rank of a group of neighbours calls the model with the same tokens, and gets the same output.
@@ -127,7 +128,7 @@ def _shared(layers: dict[str, MoE], group: ExpertGroup, strategy: Strategy, ledg
     found = {}
     for name, layer in layers.items():
         assert isinstance(layer.experts, FFNExperts)
-        cuts = layer.experts.cuts(Placement.even(layer.config.num_experts, strategy.ep), strategy.etp)
+        cuts = layer.experts.cuts(first_placement(layer.config.num_experts, strategy), strategy.etp)
         share = dispatcher_of(name, strategy, group, cuts, ledger)
         layer.share_experts(share, cuts, group.place)
         found |= {prefix_of(name) + own: cut for own, cut in cuts.items()}
@@ -157,7 +158,8 @@ def _resolved(strategy: Strategy, world: World, layers: dict[str, MoE]) -> Strat
 
 
 def _check_layer(name: str, layer: MoE, strategy: Strategy) -> None:
-    if isinstance(layer.experts, FFNExperts) and layer.experts.num_experts != layer.config.num_experts:
+    shared = isinstance(layer.dispatcher, ExpertParallel)
+    if shared or (isinstance(layer.experts, FFNExperts) and layer.experts.num_experts != layer.config.num_experts):
         raise ConfigError(f"{name} is laid out already: apply a strategy once, to the whole model")
     if strategy.ep == strategy.etp == 1:
         return
@@ -170,7 +172,7 @@ def _check_layer(name: str, layer: MoE, strategy: Strategy) -> None:
     if layer.experts.hidden != layer.config.hidden:
         raise ConfigError(f"{name} is laid out already: apply a strategy once, to the whole model")
     # every layer is checked before the first is cut
-    layer.experts.cuts(Placement.even(layer.config.num_experts, strategy.ep), strategy.etp)
+    layer.experts.cuts(first_placement(layer.config.num_experts, strategy), strategy.etp)
 
 
 def _first(layers: dict[str, MoE]) -> MoE:

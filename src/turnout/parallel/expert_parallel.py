@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from turnout.alltoall import PROGRAMS, Packing, steps_of
+from turnout.balance import dealt
 from turnout.comm import Arrived, ExpertGroup, Ledger, TorchTransport
 from turnout.comm.cuts import cut_plan, lengths_of
 from turnout.comm.parcels import Parcels
@@ -15,7 +16,7 @@ from turnout.comm.picks import Picks, placed
 from turnout.comm.sizes import Sizes, agreed_capacity, equal_sizes, exchange_sizes
 from turnout.comm.slices import SliceRows
 from turnout.contracts import Dispatcher, ExpertCall
-from turnout.dispatch import LocalDispatcher, by_token, pack, reordered, unpack
+from turnout.dispatch import LocalDispatcher, by_token, dealt_out, pack, reordered, unpack
 from turnout.dispatch import combine as combine_rows
 from turnout.experts.cut import Cut
 from turnout.parallel.blocks import laid_out, taken_out
@@ -34,7 +35,8 @@ class ExpertParallel(Dispatcher):
 
     Ragged: counts of rows are exchanged first, with the one copy that the host waits for, and chunks are runs of
     tokens. Padded, where the backend wants blocks and a capacity bounds them: blocks of one size travel, chunks are
-    parts of that capacity, and nothing is waited for; a program that merges rows sends them ragged all the same.
+    parts of that capacity, and nothing is waited for; a program that merges rows sends them ragged all the same, and so
+    does any where experts have copies, of which each gets a part of the rows.
     """
 
     def __init__(
@@ -65,9 +67,12 @@ class ExpertParallel(Dispatcher):
         experts = self._with_gathered(experts)
         if self._stays:
             return LocalDispatcher().run(x_TD, assignment, plan, experts)
-        if self._placement.order:
+        if self._placement.has_copies:
+            plan = self._dealt_out(plan)
+        elif self._placement.order:
             plan = reordered(plan, placed(self._placement.order, x_TD.device))
-        if experts.layout == "padded" and experts.capacity is not None and not self._merged:
+        blocks = experts.layout == "padded" and experts.capacity is not None
+        if blocks and not self._merged and not self._placement.has_copies:
             return self._padded(x_TD, assignment, plan, experts)
         return self.after_counts(x_TD, assignment, plan, experts)()
 
@@ -78,7 +83,7 @@ class ExpertParallel(Dispatcher):
         cut = cut_plan(plan, assignment.num_tokens, self._chunks)
         sizes = exchange_sizes(
             cut.counts_GE,
-            self._merged_counts(assignment, plan, cut.tokens),
+            self._merged_counts(assignment.num_tokens, plan, cut.tokens),
             self._group,
             self._placement,
             ledger=self._ledger,
@@ -89,6 +94,13 @@ class ExpertParallel(Dispatcher):
         pieces = zip(x_TD.split(cut.tokens), cut.plans(rows), weight_M.split(rows), sizes, strict=True)
         parcels = [self._loaded(*piece) for piece in pieces]
         return lambda: _joined(self._pipelined(parcels, experts), dim=0)
+
+    def _dealt_out(self, plan: DispatchPlan) -> DispatchPlan:
+        """Every row to one of the copies of its expert."""
+        placement, device = self._placement, plan.token_M.device
+        deal = dealt(placement, self._group.rank, self._group.mesh.local)
+        pieces = placed([deal.slot, deal.expert, deal.first, deal.stride], device)
+        return dealt_out(plan, *pieces.unbind(), num_slots=placement.num_slots)
 
     def _with_gathered(self, experts: ExpertCall) -> ExpertCall:
         """The experts with weights that begin to be gathered now, and that the first computation waits for."""
@@ -171,15 +183,13 @@ class ExpertParallel(Dispatcher):
         counts = [sizes.slices[place % self._group.num_slices] for place in peers.places]
         return SliceRows(peers=peers, counts=counts, device=device, ledger=self._ledger, layer=self._layer)
 
-    def _merged_counts(
-        self, assignment: Assignment, plan: DispatchPlan, tokens: Sequence[int]
-    ) -> Mapping[Packing, Tensor]:
+    def _merged_counts(self, num_tokens: int, plan: DispatchPlan, tokens: Sequence[int]) -> Mapping[Packing, Tensor]:
         """Tokens of each chunk that go to each rank, and to each node, where the program sends them once."""
         if not self._merged:
             return {}
-        mesh, num_tokens = self._group.mesh, assignment.num_tokens
-        rank_of_expert_E = placed(self._placement.rank_of, plan.token_M.device)
-        rank_M = rank_of_expert_E[assignment.expert_N[plan.assignment_M]]
+        mesh = self._group.mesh
+        rank_S = placed(self._placement.rank_at, plan.token_M.device)
+        rank_M = rank_S.repeat_interleave(plan.counts_E, output_size=len(plan.token_M))
         goes_PT = torch.zeros(mesh.size * num_tokens, dtype=torch.int64, device=plan.token_M.device)
         goes_PT = goes_PT.index_fill_(0, rank_M * num_tokens + plan.token_M, 1).view(mesh.size, num_tokens)
         goes: dict[Packing, Tensor] = {

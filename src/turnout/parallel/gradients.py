@@ -1,6 +1,6 @@
 """The gradients of a step from those of its ranks: sums over all tokens, with one divisor for dense and for experts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from turnout.comm.world import naming
+from turnout.parallel.copies import sum_copies
 from turnout.parallel.dense_cuts import DenseCut
 from turnout.parallel.fully_sharded import here
 from turnout.parallel.layout import Parallel
+from turnout.parallel.reach import layer_of
 
 BUCKET_BYTES = 32 << 20
 
@@ -22,6 +24,7 @@ def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
     the first stage shares with the last has one sum over both.
     A dense gradient is the mean over all ranks. An expert's, or that of its slice, has the tokens of its whole expert
     group already, for they were brought there: what is missing is the sum over its replicas, and the same divisor.
+    Where several ranks of the group hold a copy, each has a part of the tokens, and the parts are added up last.
     So it is with a part that tensor-parallel ranks have of a dense weight: the losses of their group are all in it.
     In shards either is averaged already, over the ranks that have them: the divisor is not yet the same where those
     are not all, and tensor-parallel ranks have shards of the same whole weight, each with the losses of its own.
@@ -60,6 +63,20 @@ def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> No
     _average(experts, groups.replicas, divisor)
     _average(parts, None if groups.tensor is None else groups.tensor.replicas, divisor)
     _average(tied, None if groups.stages is None else groups.stages.ends, divisor)
+    # after the replicas' sum, whose order of summands may differ from one rank of a group to the next
+    _sum_copies({name: parameter.grad for (name, parameter), has in zip(named, has_grad, strict=True) if has}, parallel)
+
+
+def _sum_copies(grads: Mapping[str, Tensor | None], parallel: Parallel) -> None:
+    layers: dict[str, list[str]] = {}
+    for name, cut in parallel.shards.of_experts().items():
+        if cut.placement.has_copies and name in grads:
+            layers.setdefault(layer_of(name), []).append(name)
+    for layer, names in layers.items():
+        assert parallel.groups.experts is not None
+        own = [grad for name in names if (grad := grads[name]) is not None]
+        placement = parallel.shards.of_experts()[names[0]].placement
+        sum_copies(layer or "the layer", own, placement, parallel.groups.experts, parallel.ledger)
 
 
 def _largest(found: Sequence[bool], group: ProcessGroup | None) -> list[bool]:

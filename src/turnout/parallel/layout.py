@@ -73,13 +73,18 @@ class Parallel:
         # the ranks where tensors of a stage are put together are those of the first rank's pipeline
         return gathered if staged is None or self.world.rank != self.shards.first else joined_stages(gathered, staged)
 
-    def copies(self, model: nn.Module) -> dict[Tensor, int]:
-        """The parameters that not every rank has whole, and on how many ranks there is the same part."""
+    def copies(self, model: nn.Module) -> dict[Tensor, int | tuple[int, ...]]:
+        """The parameters that not every rank has whole, and on how many ranks there is the same part; of experts that
+        have copies within a group, each expert's number.
+        """
         named, tied = list(model.named_parameters()), self.shards.tied
         parts: dict[Tensor, int] = {weight: self.shards.parts(name) for name, weight in named}
-        found = {
+        found: dict[Tensor, int | tuple[int, ...]] = {
             weight: self.alike // number for weight, number in parts.items() if number > 1 or self.stages is not None
         }
+        for name, weight in named:
+            if holders := self.shards.holders(name):
+                found[weight] = tuple(self.alike // parts[weight] * number for number in holders)
         return found | {weight: 2 * self.alike for name, weight in named if name in tied}
 
     def reshard(self, model: nn.Module) -> None:
@@ -126,7 +131,7 @@ class Parallel:
         if experts is None:
             return None
         sent = self.ledger.traffic(experts.rank, experts.mesh)
-        kinds: tuple[Kind, ...] = ("slices", "weights")
+        kinds: tuple[Kind, ...] = ("slices", "weights", "twins")
         for kind in kinds:
             sent += self.ledger.traffic(experts.place, experts.whole_mesh, kind=kind)
         self.ledger.clear()

@@ -1,11 +1,12 @@
 """Experts that change their rank between steps, with what the optimizer keeps of them; nothing is computed with them.
 
 All of an expert that a rank has, weights and moments, goes in one message to its next rank: one uneven all-to-all of a
-layer, by the wire that carries rows. What stays is not sent. The bytes are known before, and noted in the ledger.
+layer, by the wire that carries rows. What stays is not sent. The bytes are known before, and noted in the ledger. A
+copy is made in the same way, from the nearest rank that holds the expert, and one not wanted any more is let go.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.experts.cut import Cut
 from turnout.layers import MoE
+from turnout.parallel.copies import rows_of, splits
 from turnout.parallel.kept import Kept, expert_bytes, kept_of
 from turnout.parallel.layout import Parallel
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
@@ -140,22 +142,23 @@ class _Errand:
 
     @classmethod
     def of(cls, rank: int, before: Placement, after: Placement) -> "_Errand":
-        ranks, mine = range(before.ranks), before.experts_of(rank)
+        # both ends of a message take the experts in the order of this list
+        moves = list(expert_moves(before, after))
         return cls(
-            before=mine,
+            before=before.experts_of(rank),
             after=after.experts_of(rank),
-            leaving=[[e for e in mine if after.rank_of[e] == to != rank] for to in ranks],
-            coming=[[e for e in before.experts_of(of) if after.rank_of[e] == rank != of] for of in ranks],
+            leaving=[[e for e, of, to in moves if (of, to) == (rank, there)] for there in range(before.ranks)],
+            coming=[[e for e, of, to in moves if (of, to) == (there, rank)] for there in range(before.ranks)],
         )
 
     def sent(self, tensor: Tensor) -> Tensor:
         """The rows that leave, by their next rank."""
-        return _rows(tensor, [self.before.index(expert) for expert in itertools.chain(*self.leaving)])
+        return rows_of(tensor, [self.before.index(expert) for expert in itertools.chain(*self.leaving)])
 
     def done(self, tensor: Tensor, arrived: Tensor) -> Tensor:
         """The rows of this rank's experts now."""
         there = [*self.before, *itertools.chain(*self.coming)]
-        return _rows(torch.cat([tensor, arrived]), [there.index(expert) for expert in self.after])
+        return rows_of(torch.cat([tensor, arrived]), [there.index(expert) for expert in self.after])
 
 
 def _send(
@@ -167,28 +170,18 @@ def _send(
 ) -> None:
     """One exchange for all that a layer's experts consist of."""
     errand = _Errand.of(group.rank, *ends)
-    splits = _splits(errand.leaving, group), _splits(errand.coming, group)
+    numbers = splits(errand.leaving, group), splits(errand.coming, group)
     route = Route(
         group=group.whole,
         peers=tuple(range(group.size)),
         rank=group.place,
-        rows=splits,
+        rows=numbers,
         labels=((), ()),
         ledger=parallel.ledger,
         layer=layer or "the layer",
         kind="moves",
     )
     tensors = [tensor for each in kept.values() for tensor in each.tensors()]
-    arrived = iter(Flight([(errand.sent(tensor), splits) for tensor in tensors], route, "forward").land())
+    arrived = iter(Flight([(errand.sent(tensor), numbers) for tensor in tensors], route, "forward").land())
     for each in kept.values():
         each.put([errand.done(tensor, next(arrived)) for tensor in each.tensors()])
-
-
-def _splits(experts: Sequence[Sequence[int]], group: ExpertGroup) -> tuple[int, ...]:
-    """Experts for each rank of the whole group: slices are neighbours there, and each goes to its own."""
-    slices, at = group.num_slices, group.place % group.num_slices
-    return tuple(len(experts[place // slices]) if place % slices == at else 0 for place in range(group.size))
-
-
-def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    return tensor.index_select(0, torch.tensor(list(rows), dtype=torch.int64, device=tensor.device))

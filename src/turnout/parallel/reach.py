@@ -37,3 +37,8 @@ def sending_own(
 def prefix_of(layer: str) -> str:
     """What the names of a layer's expert weights begin with."""
     return f"{layer}.experts." if layer else "experts."
+
+
+def layer_of(weight: str) -> str:
+    """The layer of an expert weight by its name."""
+    return weight.rpartition(".")[0].removesuffix("experts").removesuffix(".")

@@ -13,7 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from turnout.balance import ExpertShape, Limits, Machine, Move, Prices, Routed, balanced, by_rank, cost_of, pays
+from turnout.balance import (
+    ExpertShape,
+    Limits,
+    Machine,
+    Move,
+    Prices,
+    Routed,
+    balanced,
+    best_copied,
+    by_rank,
+    cost_of,
+    pays,
+)
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 from turnout.layers import MoE
@@ -32,7 +44,7 @@ class Rebalancing:
     """When experts may move, and what is counted with."""
 
     every: int  # steps between questions
-    spare: int = 0  # experts a rank may hold beyond its even share
+    spare: int = 0  # experts a rank may hold beyond its even share; with strategy.expert_copies none
     element_bytes: int  # of a number of a row on the wire
     machine: Machine  # its rates
     is_measured: bool = False  # they were measured now: a run that goes on keeps those it began with
@@ -164,7 +176,9 @@ class Rebalancer:
             element_bytes=self._config.element_bytes / slices,
         )
         held = max(expert_bytes(layer, cuts, optimizer))
-        return shape.prices(self._config.machine, expert_bytes=held, period=self._config.every)
+        # gradients are like the weights
+        summed = max(expert_bytes(layer, cuts, None))
+        return shape.prices(self._config.machine, expert_bytes=held, gradient_bytes=summed, period=self._config.every)
 
     def _looked_for(
         self, layer: MoE, routed: Routed, prices: Prices, present: Placement, parallel: Parallel
@@ -175,12 +189,19 @@ class Rebalancer:
         # tokens that stay do so wherever experts lie
         if strategy.expert_parts == 0 or not routed.loads_E.sum():
             return present
-        room = -(-routed.num_experts // strategy.ep) + self._config.spare
-        found = balanced(routed, prices, present, Limits(room=room))
+
+        def keeps(found: Placement) -> bool:
+            # groups of experts that stand for ranks or nodes are not torn apart
+            return set(remarks_of(layer, site_in(group, found))) <= set(remarks_of(layer, site_in(group, present)))
+
+        if strategy.expert_copies:
+            groups = getattr(layer.config.router, "groups", 1)
+            found = best_copied(routed, prices, present, copies=strategy.expert_copies, groups=groups, allowed=keeps)
+        else:
+            room = -(-routed.num_experts // strategy.ep) + self._config.spare
+            found = balanced(routed, prices, present, Limits(room=room))
         now, then = (cost_of(each, routed, prices, present=present) for each in (present, found))
-        # groups of experts that stand for ranks or nodes are not torn apart
-        keeps = set(remarks_of(layer, site_in(group, found))) <= set(remarks_of(layer, site_in(group, present)))
-        return found if keeps and pays(now, then, prices) else present
+        return found if keeps(found) and pays(now, then, prices) else present
 
     def _move(
         self,

@@ -37,6 +37,7 @@ def check_replicas(model: nn.Module, parallel: Parallel) -> None:
     )
     differing += _differing(parts, tensors, None if tensor is None else tensor.replicas)
     differing += _differing(tied, tensors, None if staged is None else staged.ends)
+    differing += _differing_copies(tensors, parallel)
     if differing:
         raise TransportError(
             f"rank {parallel.world.rank}: {differing[0]} is not the same on all ranks that hold it "
@@ -55,6 +56,27 @@ def _differing(names: Sequence[str], tensors: dict[str, Tensor], group: ProcessG
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     differ = extremes[0] != -extremes[1]
     return [name for name, differs in zip(names, differ.tolist(), strict=True) if differs]
+
+
+def _differing_copies(tensors: dict[str, Tensor], parallel: Parallel) -> list[str]:
+    """Those of which an expert is not the same on all ranks of a group that hold it."""
+    cuts, group = parallel.shards.of_experts(), parallel.groups.experts
+    copied = [(name, expert) for name in cuts for expert in cuts[name].placement.copied]
+    if group is None or not copied:
+        return []
+    at = group.place % group.num_slices
+    # what is not here must never be the largest
+    marks = torch.full((2, len(copied), group.num_slices), torch.iinfo(torch.int64).min)
+    for number, (name, expert) in enumerate(copied):
+        held = cuts[name].placement.experts_of(group.rank)
+        # of a bias that lies on another slice there are no values
+        if expert in held and name in tensors:
+            mark = _mark(tensors[name][held.index(expert)])
+            marks[:, number, at] = torch.tensor([mark, -mark])
+    with naming("the comparison of copies"):
+        dist.all_reduce(marks, op=dist.ReduceOp.MAX, group=group.whole)
+    differ = (marks[0] != -marks[1]).any(dim=1).tolist()
+    return [f"expert {expert} of {name}" for (name, expert), differs in zip(copied, differ, strict=True) if differs]
 
 
 def _mark(tensor: Tensor) -> int:

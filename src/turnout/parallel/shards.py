@@ -75,6 +75,13 @@ class Shards:
         cut, sharding = self.cuts.get(name), self.shardings.get(name)
         return (1 if cut is None else cut.ranks) * (1 if sharding is None else sharding.shards)
 
+    def holders(self, name: str) -> tuple[int, ...]:
+        """How many ranks of a group hold each expert of this rank's part; empty where none has copies."""
+        cut = self.cuts.get(name)
+        if not isinstance(cut, Cut) or self.group is None or not cut.placement.has_copies:
+            return ()
+        return tuple(len(cut.placement.ranks_of[expert]) for expert in cut.placement.experts_of(self.group.rank))
+
     def whole_shape(self, name: str, shape: list[int]) -> list[int]:
         """The shape of a parameter of which this rank's part has `shape`."""
         return list(self.cuts[name].shape) if name in self.cuts else shape

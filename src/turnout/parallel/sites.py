@@ -3,17 +3,30 @@
 import warnings
 from collections.abc import Mapping
 
+from turnout.balance import copied
 from turnout.comm import ExpertGroup, Groups
 from turnout.layers import MoE
 from turnout.placement import Placement, Site
 from turnout.strategy import Strategy
+from turnout.topology import Mesh
+
+
+def first_placement(num_experts: int, strategy: Strategy) -> Placement:
+    """Where the experts of a layer lie at first: in order, and while no load is known the first ones have the copies.
+
+    Raises: ConfigError if a rank would hold none, or copies have no room.
+    """
+    if not strategy.expert_copies:
+        return Placement.even(num_experts, strategy.ep)
+    alike = Mesh(nodes=1, local=strategy.ep)
+    return copied([1.0] * num_experts, alike, copies=strategy.expert_copies)
 
 
 def site_of(num_experts: int, strategy: Strategy, groups: Groups) -> Site:
     """This process's place in a layer of so many experts; one of which it has a slice is near, wherever others are."""
     if groups.experts is None:
         return Site.alone(num_experts)
-    return site_in(groups.experts, Placement.even(num_experts, strategy.ep))
+    return site_in(groups.experts, first_placement(num_experts, strategy))
 
 
 def site_in(group: ExpertGroup, placement: Placement) -> Site:

@@ -94,6 +94,11 @@ def check_shards(strategy: Strategy, *, has_experts: bool) -> None:
     if not has_experts or not strategy.zero or strategy.ep * strategy.etp == 1 or strategy.edp() == 1:
         return
     shared = f"ep={strategy.ep}, etp={strategy.etp} on dp={strategy.dp} ranks"
+    if strategy.expert_copies:
+        raise ConfigError(
+            f"strategy.expert_copies={strategy.expert_copies} with zero=3 would lie in shards ({shared}), which this "
+            f"version does not sum over copies; nearest legal: zero=0, or ep={strategy.world() // strategy.etp}"
+        )
     if strategy.overlap > 1:
         raise ConfigError(
             f"strategy.overlap={strategy.overlap} with zero=3 would gather shards of shared experts ({shared}) for "

@@ -11,9 +11,10 @@ from turnout.experts import available_backends, choose_backend, passed_by
 from turnout.layers import MoE
 from turnout.models.size import sizes
 from turnout.parallel import cut_of
+from turnout.parallel.sites import first_placement
 from turnout.strategy import Strategy
 from turnout.train.device import compute_dtype, pick_device
-from turnout.train.estimate import memory_per_rank
+from turnout.train.estimate import copied_parameters, memory_per_rank
 from turnout.train.recipe import Recipe, sequences_per_rank
 
 
@@ -67,6 +68,7 @@ def banner(recipe: Recipe, world: World | None = None) -> list[Fact]:
         _kernel(recipe, device, dtype),
         Fact(name="device", value=str(device), text=f"{device}, {str(dtype).removeprefix('torch.')}"),
         _parallel(recipe, world),
+        *_copies(recipe, world),
     ]
 
 
@@ -91,6 +93,7 @@ def _parallel(recipe: Recipe, world: World) -> Fact:
         "shard_tokens",
         "folded",
         "ep",
+        "expert_copies",
         "etp",
         "adaptive_r",
         "alltoall",
@@ -100,6 +103,26 @@ def _parallel(recipe: Recipe, world: World) -> Fact:
     )
     value = {"ranks": world.size} | {name: getattr(strategy, name) for name in names}
     return Fact(name="parallel", value=value, text=words)
+
+
+def _copies(recipe: Recipe, world: World) -> list[Fact]:
+    """Which experts have copies, and what those cost."""
+    strategy, model = recipe.strategy, recipe.model
+    if not strategy.expert_copies or model.moe is None or world.size == 1:
+        return []
+    first = first_placement(model.moe.num_experts, strategy)
+    # weights, gradients and both moments in float32
+    cost = 16 * copied_parameters(model, strategy)
+    experts = ", ".join(map(str, first.copied))
+    return [
+        Fact(
+            name="copies",
+            value={"number": strategy.expert_copies, "experts": list(first.copied), "bytes_per_rank": cost},
+            text=f"{strategy.expert_copies} of experts {experts} in each layer, from step "
+            f"{recipe.loop.rebalance_every} on of the most loaded; weights, gradients and moments take "
+            f"{cost:,} bytes more on a rank",
+        )
+    ]
 
 
 def _stages(recipe: Recipe) -> str:

@@ -91,7 +91,7 @@ def _whole_memory(recipe: Recipe, ranks: int) -> TrainMemory:
 def _own_memory(recipe: Recipe, ranks: int, memory: TrainMemory) -> TrainMemory:
     model, strategy = recipe.model, recipe.strategy
     shares = strategy.ep * strategy.etp
-    elsewhere = 4 * sizes(model).routed * (shares - 1) // shares
+    elsewhere = 4 * sizes(model).routed * (shares - 1) // shares - 4 * copied_parameters(model, strategy)
     of_others = 4 * shared_parameters(model, strategy) * (strategy.tp - 1) // strategy.tp if strategy.tp > 1 else 0
     elsewhere += of_others
     shards = (strategy.zero_size or ranks // strategy.tp) if strategy.zero else 1
@@ -127,6 +127,15 @@ def _most_blocks(recipe: Recipe) -> int:
     """Blocks of the rank of a pipeline that has most."""
     cut = cut_of(recipe.model, recipe.strategy, 0)
     return max(sum(len(layers) for layers in cut.layers[place :: cut.ranks]) for place in range(cut.ranks))
+
+
+def copied_parameters(model: ModelConfig, strategy: Strategy) -> int:
+    """The parameters of copies that a rank has room for, in all layers."""
+    if not strategy.expert_copies or model.moe is None:
+        return 0
+    number = model.moe.num_experts
+    more = strategy.places(number) - replace(strategy, expert_copies=0).places(number)
+    return sizes(model).routed // number * more // strategy.etp
 
 
 def shared_parameters(model: ModelConfig, strategy: Strategy) -> int:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -53,7 +53,7 @@ def clip_and_check(
     params: Iterable[Tensor],
     max_norm: float,
     *,
-    copies: Mapping[Tensor, int] = MappingProxyType({}),
+    copies: Mapping[Tensor, int | tuple[int, ...]] = MappingProxyType({}),
     over_ranks: Callable[[float], float] = float,
 ) -> GradReport:
     """Scale all gradients so that their norm is at most `max_norm`; the norm itself tells whether they are finite.
@@ -61,14 +61,15 @@ def clip_and_check(
     Gradients that are not finite stay as they are, so that `nonfinite_report` can name the tensor. On a device
     this waits for the norm, once.
 
-    `copies` names the parameters of which there is only a part here, and on how many ranks there is the same part;
-    `over_ranks` adds a number up over all ranks. So every parameter counts once, and every rank gets the same norm.
+    `copies` names the parameters of which there is only a part here, and on how many ranks there is the same part, or
+    each row of it; `over_ranks` adds a number up over all ranks. So every parameter counts once, and every rank gets
+    the same norm.
     """
     params = list(params)
     by_copies: dict[int, list[Tensor]] = {}
     for p in params:
-        own = by_copies.setdefault(copies.get(p, 0), [])
-        own += [] if p.grad is None else [here(p.grad)]
+        for number, grad in _by_number(p, copies.get(p, 0)):
+            by_copies.setdefault(number, []).extend(grad)
     norm = _safe_norm(by_copies.pop(0, []))
     if by_copies:
         squares = [_safe_norm(grads) ** 2 / number for number, grads in by_copies.items()]
@@ -78,6 +79,17 @@ def clip_and_check(
         own = [_stand_in(p.grad) for p in params if p.grad is not None]
         clip_grads_with_norm_(own, max_norm, torch.tensor(norm, dtype=torch.float64))
     return GradReport(norm=norm, finite=finite)
+
+
+def _by_number(parameter: Tensor, copies: int | tuple[int, ...]) -> Iterator[tuple[int, list[Tensor]]]:
+    """The gradient, in rows of the same number where they differ; no tensor where there is none."""
+    grads = [] if parameter.grad is None else [here(parameter.grad)]
+    if isinstance(copies, int):
+        yield copies, grads
+        return
+    for number in sorted(set(copies)):
+        rows = [row for row, each in enumerate(copies) if each == number]
+        yield number, [grad[rows] for grad in grads]
 
 
 def _stand_in(grad: Tensor) -> Tensor:

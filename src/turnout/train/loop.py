@@ -76,7 +76,8 @@ class Trainer:
         # the weights are everybody's, what routers draw at random is not
         if stream := self.parallel.random_stream[0]:
             torch.manual_seed((recipe.seed + _GOLDEN * stream) % 2**32)
-        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        has_copies = self.parallel.strategy.expert_copies > 0
+        self.optimizer = build_optimizer(self.model, recipe.optimizer, has_copies=has_copies)
         count_windows(dataset.val, loop.seq_len)  # refuses too short a validation text before anything is trained
         place, texts = self.parallel.text_place
         self.sampler = Sampler(dataset.train, self._rank_batch, loop.seq_len, recipe.seed, rank=place, world_size=texts)

@@ -9,13 +9,19 @@ from turnout.contracts import Router
 from turnout.experts import FFNExperts, ModuleExperts
 from turnout.train.recipe import OptimizerConfig, ScheduleConfig
 
+# numbers that a processor takes at once, of the narrowest kind: what is left at the end of a tensor rounds otherwise
+_WIDEST = 64
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.AdamW:
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, has_copies: bool = False) -> optim.AdamW:
     """Fused AdamW; experts and routers learn at rates of their own; routers, biases, norms and vectors do not decay.
 
     Decay shrinks experts as fast as other matrices, whatever their rate: AdamW multiplies it by the rate.
     Each group keeps its peak learning rate under `peak_lr`. Shards over other ranks are in other groups: one call of
     the fused step takes no two kinds.
+    With `has_copies` other ranks hold copies of experts, which lie elsewhere in tensors there and must stay the same to
+    the bit. torch's fused step on CPUs rounds the last numbers of a tensor otherwise than the rest, so it is then left
+    where weights of an expert do not fill whole registers.
     """
     experts = _ids_in(model, (FFNExperts, ModuleExperts))
     routers = _ids_in(model, (Router,))
@@ -38,7 +44,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.AdamW:
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=True,
+        fused=not (has_copies and any(p[0].numel() % _WIDEST for p in model.parameters() if id(p) in experts)),
     )
 
 

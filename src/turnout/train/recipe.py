@@ -200,6 +200,17 @@ class Recipe(Settings):
                 f"loop.rebalance_every={loop.rebalance_every} with strategy.ep=1: every rank has all experts, and none "
                 "can move; nearest legal: loop.rebalance_every=0, or strategy.ep=2"
             )
+        copies = self.strategy.expert_copies
+        if copies and not loop.rebalance_every:
+            raise ConfigError(
+                f"strategy.expert_copies={copies} are given to the experts that turn out to be the most loaded, every "
+                "loop.rebalance_every steps: set loop.rebalance_every=100 too, or expert_copies=0"
+            )
+        if copies and loop.rebalance_spare:
+            raise ConfigError(
+                f"loop.rebalance_spare={loop.rebalance_spare} with strategy.expert_copies={copies}: ranks that hold "
+                "copies all have as many places; nearest legal: loop.rebalance_spare=0, and more copies"
+            )
         for name in ("rebalance_spare", "rebalance_on"):
             if getattr(loop, name) and not loop.rebalance_every:
                 raise ConfigError(
