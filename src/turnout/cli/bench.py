@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from turnout.cli import bench_alltoall, bench_overlap, bench_train_ranks, bench_tuner, options
+from turnout.cli import bench_alltoall, bench_copies, bench_overlap, bench_train_ranks, bench_tuner, options
 from turnout.cli.console import console, print_json, table
 
 bench = typer.Typer(
@@ -22,6 +22,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 bench.command("alltoall", epilog=bench_alltoall.EXAMPLES)(bench_alltoall.alltoall)
+bench.command("copies", epilog=bench_copies.EXAMPLES)(bench_copies.copies)
 bench.command("overlap", epilog=bench_overlap.EXAMPLES)(bench_overlap.overlap)
 bench.command("tuner", epilog=bench_tuner.EXAMPLES)(bench_tuner.tuner)
 bench.command("train-ranks", epilog=bench_train_ranks.EXAMPLES)(bench_train_ranks.train_ranks)

@@ -128,8 +128,11 @@ class Rebalancer:
         placements = {
             name: Placement(tuple(bounds), tuple(order)) for name, (bounds, order) in state["placements"].items()
         }
+        copies = parallel.strategy.expert_copies
         alike = [
-            name in placements and (p.num_experts, p.ranks) == (placements[name].num_experts, placements[name].ranks)
+            name in placements
+            and (p.num_experts, p.ranks) == (placements[name].num_experts, placements[name].ranks)
+            and placements[name].num_slots <= p.num_experts + copies
             for name, p in present.items()
         ]
         if len(state["ranks"]) != parallel.world.size or len(placements) != len(present) or not all(alike):
