@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,23 @@ from tests.distributed.test_moves import EVERY, HOST, RANKS, SLOW, STOPPED_AT, c
 from turnout import MoE, Strategy
 from turnout.balance import Machine, twin_bytes
 from turnout.comm import World
-from turnout.errors import TransportError
+from turnout.errors import ConfigError, TransportError
 from turnout.experts import FFNExperts
 from turnout.models import Decoder
-from turnout.parallel import Parallel, apply, check_replicas, reduce_gradients
+from turnout.parallel import Parallel, apply, check_replicas, check_shards, reduce_gradients
 from turnout.parallel.moves import moved, placements_of
 from turnout.parallel.rebalancer import Rebalancer, Rebalancing
 from turnout.placement import Placement
 from turnout.routers import DeepSeekV3
 from turnout.topology import Link
 from turnout.train import checkpoint
+from turnout.train.banner import banner
 from turnout.train.device import autocast_for
+from turnout.train.estimate import memory_per_rank
 from turnout.train.loop import Trainer
 from turnout.train.optimizer import build_optimizer
-from turnout.train.recipe import OptimizerConfig, Recipe
+from turnout.train.recipe import OptimizerConfig, Recipe, check_ranks
+from turnout.train.recipes import load_recipe
 from turnout.train.signals import StopRequest
 from turnout.train.step import train_step
 
@@ -285,3 +289,52 @@ def test_what_was_saved_with_copies_loads_in_one_process(outcomes: tuple[Path, l
     trainer = Trainer(recipe, dataset_of(folder, recipe), folder / "copying", resume=True)
     assert_restored(trainer, folder / "copying")
     trainer.close()
+
+
+# --- what is said before ---
+
+
+def small(copies: int, **loop: Any) -> Recipe:
+    """The smallest recipe with so many copies."""
+    return load_recipe(
+        "smoke",
+        [
+            "strategy.ep=2",
+            f"strategy.expert_copies={copies}",
+            *(f"loop.{name}={value}" for name, value in ({"rebalance_every": 7} | loop).items()),
+        ],
+    )
+
+
+def test_the_banner_says_whose_copies_there_are_and_what_they_cost() -> None:
+    world = World(rank=0, size=2, local_size=2)
+    recipe, without = small(2), small(0)
+    moe = recipe.model.moe
+    assert moe is not None
+    (fact,) = (fact for fact in banner(recipe, world) if fact.name == "copies")
+    # one more on each rank, in every layer: weights, gradients and two moments in float32
+    layers = len(recipe.model.moe_layers())
+    cost = 16 * layers * 3 * recipe.model.dim * moe.hidden
+    assert fact.value == {"number": 2, "experts": [0, 1], "bytes_per_rank": cost}
+    assert f"from step 7 on of the most loaded; weights, gradients and moments take {cost:,} bytes more" in fact.text
+    assert all(fact.name != "copies" for fact in banner(without, world))
+    more = memory_per_rank(recipe, 2) - memory_per_rank(without, 2)
+    # gradients grow while activations shrink, so their peak may hide them
+    assert 0.75 * cost <= more <= cost
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: small(2, rebalance_every=0), "set loop.rebalance_every=100 too, or expert_copies=0"),
+        (lambda: small(2, rebalance_spare=1), "loop.rebalance_spare=1 with strategy.expert_copies=2"),
+        (lambda: check_ranks(small(99), 2), "strategy.expert_copies=99 must not exceed"),
+        (
+            lambda: check_shards(Strategy(ep=2, expert_copies=2, zero=3).check(4, num_experts=4), has_experts=True),
+            "strategy.expert_copies=2 with zero=3 would lie in shards",
+        ),
+    ],
+)
+def test_copies_that_cannot_be_had_are_refused(make: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        make()

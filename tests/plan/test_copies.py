@@ -17,6 +17,10 @@ from turnout.balance.evening import evened
 from turnout.balance.search import Limits
 from turnout.errors import ConfigError
 from turnout.placement import Placement
+from turnout.plan.memory import memory_by_stage
+from turnout.plan.query import Query
+from turnout.plan.serving import Serving
+from turnout.plan.step import step_of
 from turnout.strategy import Strategy
 from turnout.topology import Link, Mesh
 
@@ -247,3 +251,24 @@ def test_gradients_that_are_dear_are_not_paid_for() -> None:
     homes = Counter(home_of(found, expert) for expert in found.copied for _ in found.ranks_of[expert][1:])
     assert cost.copies_s >= max(homes.values()) - 1e-9
     assert cost.step_s == pytest.approx(cost.compute_s + cost.exchange_s + cost.copies_s)
+
+
+# --- the planner ---
+
+
+def test_memory_counts_copies_and_what_knows_no_loads_refuses_them() -> None:
+    def query(copies: int) -> Query:
+        strategy = Strategy(tp=8, ep=8, expert_copies=copies, folded=True, shard_tokens=True)
+        return Query(model="mixtral-8x7b", nodes=1, global_batch=64, strategy=strategy)
+
+    without, with_ = (memory_by_stage(query(copies).job())[0] for copies in (0, 8))
+    shape, framework = query(0).shape, query(0).job().framework
+    # each rank holds one expert of eight, and a copy of one
+    assert with_.weights_bytes - without.weights_bytes == pytest.approx(
+        shape.num_layers * shape.expert_params * framework.weight_bytes
+    )
+    assert with_.optimizer_bytes > without.optimizer_bytes
+    with pytest.raises(ConfigError, match="expert_copies=8: memory knows copies, seconds and bytes"):
+        step_of(query(8).job(), 8)
+    with pytest.raises(ConfigError, match=r"not planned for inference; nearest legal: 0 \(redundant_experts is\)"):
+        Serving(model="mixtral-8x7b", nodes=1, strategy=query(8).strategy)

@@ -161,7 +161,11 @@ def stage_params(shape: ModelShape, stage: Stage) -> tuple[int, int]:
 def rank_params(of: Terms[Job], stage: Stage) -> tuple[Numbers, Numbers]:
     """(dense, routed) parameters of one rank of a stage before ZeRO."""
     dense, routed = stage_params(of.subject.shape, stage)
-    return dense / of(tensor_ranks), routed / of(expert_ranks)
+    # every sparse layer has as many copies, however many experts
+    copied = of.subject.shape.expert_params * sum(
+        number for block, number in stage.blocks if of.subject.shape.experts_of(block)
+    )
+    return dense / of(tensor_ranks), routed / of(expert_ranks) + copied * of(copies_of_rank)
 
 
 @reads("tp")
@@ -174,6 +178,12 @@ def tensor_ranks(job: Job) -> int:
 def expert_ranks(job: Job) -> int:
     """Ranks that share the experts of a layer."""
     return job.strategy.ep * job.strategy.etp
+
+
+@reads("ep", "etp", "expert_copies")
+def copies_of_rank(job: Job) -> float:
+    """Copies of experts that a rank holds in a layer, or parts of them."""
+    return job.strategy.expert_copies / (job.strategy.ep * job.strategy.etp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,11 +255,12 @@ def shards_parameters(job: Job) -> bool:
     return job.strategy.zero == 3
 
 
-@reads("tp", "ep", "etp")
+@reads("tp", "ep", "etp", "expert_copies")
 def block_params(job: Job, block: int) -> float:
     """Parameters of one rank of a block, experts included, before ZeRO."""
     strategy, shape = job.strategy, job.shape
-    return shape.block_params(block) / strategy.tp + shape.routed_params(block) / (strategy.ep * strategy.etp)
+    copied = shape.expert_params * copies_of_rank(job) if shape.experts_of(block) else 0.0
+    return shape.block_params(block) / strategy.tp + shape.routed_params(block) / (strategy.ep * strategy.etp) + copied
 
 
 def _gathered_params_bytes(of: Terms[Job], stage: Stage) -> Numbers:

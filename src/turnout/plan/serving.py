@@ -16,7 +16,7 @@ from turnout.strategy import ELEMENT_BYTES, Precision, Strategy
 from turnout.topology import Cluster
 
 # what training alone has, or this part of the planner does not know
-TRAINING = {"pp": 1, "cp": 1, "virtual_stages": 1, "zero": 0, "recompute": "none"}
+TRAINING = {"pp": 1, "cp": 1, "virtual_stages": 1, "zero": 0, "recompute": "none", "expert_copies": 0}
 FRAMEWORK = FRAMEWORKS["megatron-core"]  # whose fused attention and activation kernels are assumed
 
 
@@ -51,7 +51,7 @@ class Serving:
             if getattr(self.strategy, name) != legal:
                 raise ConfigError(
                     f"strategy.{name}={getattr(self.strategy, name)} is not planned for inference; "
-                    f"nearest legal: {legal}"
+                    f"nearest legal: {legal}{' (redundant_experts is)' if name == 'expert_copies' else ''}"
                 )
 
     @cached_property

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from turnout.errors import ConfigError
 from turnout.plan.job import Job
 from turnout.plan.model import ModelShape
 from turnout.plan.pipeline import Stage
@@ -24,6 +25,18 @@ class Step:
     reshards: bool = True  # under ZeRO-3 parameters are gathered again for every micro-batch
     zero_sums: bool = False  # under ZeRO-1 whole gradients are summed on every rank
     stage: Stage | None = None  # of which pipeline stage; none: the mean over stages
+
+    def __post_init__(self) -> None:
+        refuse_copies(self.strategy)
+
+
+def refuse_copies(strategy: Strategy) -> None:
+    """Raises: ConfigError where experts have copies: what those bring and cost hangs on loads that nobody told."""
+    if strategy.expert_copies:
+        raise ConfigError(
+            f"strategy.expert_copies={strategy.expert_copies}: memory knows copies, seconds and bytes on the wire "
+            "do not; nearest legal: 0, and what copies bring to a recorded run says `turnout plan placement`"
+        )
 
 
 def step_of(
