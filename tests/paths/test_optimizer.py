@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from turnout.errors import ConfigError
+from turnout.experts import FFNExperts
 from turnout.models import Decoder
 from turnout.routers import TopK
 from turnout.train.optimizer import build_optimizer, lr_factor, set_lr
@@ -64,3 +65,26 @@ def test_a_step_moves_each_part_at_its_own_rate(small_recipe: Recipe) -> None:
 def test_a_setting_without_bounds_is_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"optimizer\.{name}={value} must be"):
         OptimizerConfig(**{name: value})
+
+
+@pytest.mark.parametrize("dim", [3, 5, 16])
+def test_an_expert_with_copies_takes_the_same_step_wherever_it_lies(dim: int) -> None:
+    """torch's fused step rounds the last numbers of a tensor otherwise than those before them."""
+    torch.manual_seed(0)
+    number = FFNExperts(dim, 3, 1, bias=True)
+    found = []
+    for experts, row in ((1, 0), (3, 0), (3, 1), (4, 3)):
+        model = FFNExperts(dim, 3, experts, bias=True)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight[row] = number.get_parameter(name)[0]
+        optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2), has_copies=True)
+        for step in range(4):
+            for weight in model.parameters():
+                weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(experts))
+                own = torch.randn(weight.shape[1:], generator=torch.Generator().manual_seed(step))
+                weight.grad[row] = own
+            optimizer.step()
+        found.append([weight.detach()[row] for weight in model.parameters()])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))

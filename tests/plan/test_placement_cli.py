@@ -41,7 +41,7 @@ def test_ways_are_compared_layer_by_layer_and_in_the_mean(placement: Turnout, ru
     file = tmp_path / "table.csv"
     answer = placement(str(run), *ASKED, "--csv", str(file), "--redundant", "4").last
     rows = {(row["layer"], row["way"]): row for row in answer["rows"]}
-    assert len(rows) == len(answer["rows"]) == len(file.read_text().splitlines()) - 1 == 3 * 4
+    assert len(rows) == len(answer["rows"]) == len(file.read_text().splitlines()) - 1 == 3 * 5
     loads = 9.0 * (1000 // (1 + np.arange(EXPERTS)))
     first = rows["blocks.0", "contiguous"]
     assert first["max_load"] == pytest.approx(4 * loads[:8].sum() / loads.sum())
@@ -56,6 +56,9 @@ def test_ways_are_compared_layer_by_layer_and_in_the_mean(placement: Turnout, ru
     assert rows["blocks.1", "turnout"]["move_inter_bytes"] == 0, "what is even stays"
     assert rows["blocks.0", "eplb + copies"]["max_load"] < rows["blocks.0", "eplb"]["max_load"]
     assert rows["blocks.0", "eplb + copies"]["move_s"] is None
+    for layer in (*LAYERS, "all"):
+        assert rows[layer, "turnout + copies"]["step_s"] <= rows[layer, "turnout"]["step_s"] * (1 + 1e-9)
+    assert rows["blocks.0", "turnout + copies"]["move_s"] >= 0
     mean = (first["max_load"] + rows["blocks.1", "contiguous"]["max_load"]) / 2
     assert rows["all", "contiguous"]["max_load"] == pytest.approx(mean)
     assert answer["sources"] == "alike"

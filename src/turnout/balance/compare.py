@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turnout.balance.copies import best_copied
 from turnout.balance.cost import Prices, cost_of
 from turnout.balance.eplb import eplb
 from turnout.balance.moving import by_rank, moved_bytes
@@ -35,7 +36,7 @@ class Row:
     max_load: float  # rows of the fullest rank over the mean
     inter_bytes_a_token: float  # between hosts, four trips
     step_s: float  # computation and exchange of the layer
-    move_inter_bytes: float | None  # to get there from neighbours in order; None: it has copies, which do not move
+    move_inter_bytes: float | None  # to get there from neighbours in order; None: EPLB's copies, twice on a rank
     move_intra_bytes: float | None
     move_s: float | None
     pays_after: float | None  # steps that save what the move took; None: never
@@ -79,7 +80,8 @@ def compared(
 ) -> list[Row]:
     """Rows of every layer, way by way, and after them the means of all layers under the name "all".
 
-    `groups` and `redundant` are of EPLB; with copies a way more is compared, "eplb + copies".
+    With `redundant` copies two ways more are compared, "eplb + copies" and "turnout + copies"; `groups`: runs of
+    experts that stay on a host in both, and in EPLB's placement without copies.
     Raises: ConfigError as `eplb` and `balanced` do.
     """
     found = []
@@ -94,6 +96,8 @@ def compared(
         if redundant:
             ways["eplb + copies"] = eplb(list(routed.loads_E), mesh, groups=groups, redundant=redundant)
         ways["turnout"] = balanced(routed, prices, present, limits)
+        if redundant:
+            ways["turnout + copies"] = best_copied(routed, prices, present, copies=redundant, groups=groups)
         found += [_row(name, way, where, present, routed, prices, top_k, expert_bytes) for way, where in ways.items()]
     ways_of = dict.fromkeys(row.way for row in found)
     return found + [_mean([row for row in found if row.way == way]) for way in ways_of]

@@ -77,7 +77,7 @@ def run(case: CopiesCase, *, rounds: int, warmup: int, threads: int = 0) -> dict
     with TemporaryDirectory() as folder:
         start_ranks(_rank, case.ranks, case, folder, threads, rounds, warmup)
         found = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(case.ranks)]
-    rows = [each for mode in MODES for each in _rows(mode, [of_rank[mode] for of_rank in found])]
+    rows = [each | {"threads": threads} for mode in MODES for each in _rows(mode, [of_rank[mode] for of_rank in found])]
     return result(rows, case=asdict(case), threads=threads)
 
 

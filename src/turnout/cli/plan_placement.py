@@ -10,6 +10,7 @@ from turnout.cli import options, plan_options
 
 EXAMPLE = "Example: turnout plan placement tiny runs/tiny --ranks 4 --hosts 2 --cluster dgx-h100"
 NAMES = {"contiguous": "in order", "eplb": "EPLB", "eplb + copies": "EPLB with copies", "turnout": "searched"}
+NAMES |= {"turnout + copies": "searched, with copies"}
 
 
 def add_to(app: typer.Typer) -> None:
@@ -33,8 +34,12 @@ def placement(
         float,
         typer.Option("--state-bytes", help="Bytes that move with a parameter: 12 are float32 weights and AdamW's."),
     ] = 12.0,
-    groups: Annotated[int, typer.Option("--groups", help="Of EPLB: runs of experts that stay on one host.")] = 1,
-    redundant: Annotated[int, typer.Option("--redundant", help="Of EPLB: also with so many copies of experts.")] = 0,
+    groups: Annotated[
+        int, typer.Option("--groups", help="Of EPLB and copies: runs of experts that stay on one host.")
+    ] = 1,
+    redundant: Annotated[
+        int, typer.Option("--redundant", help="Also with so many copies of experts (strategy.expert_copies).")
+    ] = 0,
     last: Annotated[int, typer.Option("--last", help="Steps at the end of the run that count; 0: all.")] = 0,
     csv: plan_options.Csv = None,
     as_json: options.Json = False,
@@ -68,7 +73,8 @@ def placement(
         gated=sizes.gated,
         element_bytes=ELEMENT_BYTES[precision],
     )
-    expert_bytes = round(shape.params * state_bytes)
+    # gradients in float32
+    expert_bytes, gradient_bytes = round(shape.params * state_bytes), 4 * shape.params
     found = recorded(run, mesh, last=last)
     numbers = {sizes.experts_of(layer) for layer in sizes.sparse_layers}
     for name, routed in found.layers.items():
@@ -79,7 +85,7 @@ def placement(
             )
     rows = compared(
         found.layers,
-        shape.prices(machine, expert_bytes=expert_bytes, period=every),
+        shape.prices(machine, expert_bytes=expert_bytes, gradient_bytes=gradient_bytes, period=every),
         top_k=sizes.top_k,
         expert_bytes=expert_bytes,
         groups=groups,
@@ -136,5 +142,5 @@ def _notes(knows_sources: bool, every: int, expert_bytes: int, redundant: int) -
         f"an expert moves with {expert_bytes:,} bytes; the search counts its move as paid over {every:,} steps",
     ]
     return lines + (
-        ["copies of an expert within a group of ranks can be planned, not trained with"] if redundant else []
+        ["a step with copies has the sum of their gradients in it; EPLB's may lie twice on a rank"] if redundant else []
     )

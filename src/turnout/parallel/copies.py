@@ -35,7 +35,7 @@ def sum_copies(layer: str, grads: Sequence[Tensor], placement: Placement, group:
     flight = Flight([(rows_of(grad, errand.away), there) for grad in grads], route, "backward")
     sums = [errand.summed(grad, arrived) for grad, arrived in zip(grads, flight.land(), strict=True)]
     back = route.turned()
-    flight = Flight([(rows_of(total, errand.wanted), there[::-1]) for total in sums], back, "backward")
+    flight = Flight([(rows_of(total, errand.wanted), (there[1], there[0])) for total in sums], back, "backward")
     for grad, total, arrived in zip(grads, sums, flight.land(), strict=True):
         grad.index_copy_(0, _index(errand.homed, grad), total)
         grad.index_copy_(0, _index(errand.away, grad), arrived)
