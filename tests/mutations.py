@@ -34,6 +34,7 @@ COEFFICIENT = "tests/paths/test_effective_coefficient.py"
 RANKS = "tests/distributed/test_equal_one_process.py"
 MOVES = "tests/distributed/test_moves.py"
 BALANCE = "tests/plan/test_balance.py"
+COPIES, COPIES_PLAN = "tests/distributed/test_copies.py", "tests/plan/test_copies.py"
 MOVES_ROUTER = f"{ROUTERS}::test_the_main_loss_alone_moves_the_router"
 SCORES_ALONE = f"{LOSSES}::test_the_balance_gradient_goes_through_the_scores_alone"
 LEAST_CAUGHT = 0.9
@@ -765,6 +766,55 @@ MUTATIONS = (
         "                self.state[name] = new",
         "                self.state[name] = new * 0",
         (MOVES,),
+    ),
+    Mutation(
+        "copies: their home keeps the sum of gradients",
+        "parallel/copies.py",
+        "        grad.index_copy_(0, _index(errand.away, grad), arrived)\n",
+        "",
+        (COPIES,),
+    ),
+    Mutation(
+        "copies: their home leaves its own gradient out",
+        "parallel/copies.py",
+        "            total.index_add_(0, _index(rows, grad), part)\n",
+        "            total.index_add_(0, _index(rows, grad), part if rank != self.rank else part * 0)\n",
+        (RANKS,),
+    ),
+    Mutation(
+        "copies: each counts in the norm",
+        "parallel/layout.py",
+        "tuple(self.alike // parts[weight] * number for number in holders)",
+        "tuple(self.alike // parts[weight] for number in holders)",
+        (RANKS,),
+    ),
+    Mutation(
+        "copies: one that is full still takes rows",
+        "balance/dealing.py",
+        "            room[to] -= 1\n",
+        "",
+        (COPIES_PLAN,),
+    ),
+    Mutation(
+        "copies: every rank begins with the same one",
+        "balance/dealing.py",
+        "round_ % len(those) if turned else 0",
+        "0",
+        (COPIES_PLAN, BALANCE),
+    ),
+    Mutation(
+        "copies: gradients that they exchange are free",
+        "balance/cost.py",
+        "copies_s = experts_s(twins(where), prices.gradient_bytes)",
+        "copies_s = 0.0",
+        (COPIES_PLAN,),
+    ),
+    Mutation(
+        "copies: a fused step rounds otherwise where they lie",
+        "train/optimizer.py",
+        "fused=not (has_copies and any(p[0].numel() % _WIDEST for p in model.parameters() if id(p) in experts))",
+        "fused=True",
+        ("tests/paths/test_optimizer.py",),
     ),
     Mutation(
         "moves: rows are put in the order they came",
