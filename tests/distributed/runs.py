@@ -65,6 +65,8 @@ def recipe_of(folder: Path, strategy: Strategy) -> Recipe:
         save_every=100,
         keep_last=9,
         precision="float32",
+        # never asked for in so few steps
+        rebalance_every=100 if strategy.expert_copies else 0,
     )
     return Recipe(
         name="ranks", model=model, data=data, loop=loop, schedule=ScheduleConfig(warmup=0.2), strategy=strategy
