@@ -136,7 +136,7 @@ def test_no_posterior_is_subnormal_and_the_rest_are_exact() -> None:
     tiny = replace(mixture, experts=replace(mixture.experts, covariance_LOO=1e-6 * mixture.experts.covariance_LOO))
     block = rows.block(slice(None))
     posterior = tiny.posterior(block.x_PN, block.y_TN)
-    log_joint_LN = tiny.log_priors(posterior.shares.log_MBN) + posterior.judged.log_density_LN
+    log_joint_LN = tiny.log_priors(posterior.shares) + posterior.judged.log_density_LN
     want_LN = np.exp(log_joint_LN - logsumexp(log_joint_LN, axis=0))
     assert ((want_LN > 0) & (want_LN < np.finfo(float).tiny)).any() or (want_LN == 0).any()
     assert (posterior.leaf_LN >= np.finfo(float).tiny).all()

@@ -29,7 +29,7 @@ def _softmax(x_PN: Floats, mass_1BN: Floats, weight_1PO: Floats) -> tuple[float,
     log_share_BN = log_softmax(np.vstack([predictor_ON, np.zeros(x_PN.shape[1])]), axis=0)
     shares = softmax_with_last_zero(predictors(x_PN, weight_1PO))
     value = float((mass_1BN[0] * log_share_BN).sum()) - 0.5 * NO_RIDGE * float((weight_1PO**2).sum())
-    return value, moments(x_PN, pair_products(x_PN), softmax_slopes(shares.free_MON, mass_1BN))[0]
+    return value, moments(x_PN, pair_products(x_PN), softmax_slopes(shares.free_MON, mass_1BN[:, :-1], mass_1BN.sum(axis=1, keepdims=True)))[0]
 
 
 def _move(x_PN: Floats, step_MPO: Floats) -> Floats:

@@ -9,7 +9,7 @@ from turnout.hme.tree import Floats, Ints
 
 # pivots of a Cholesky factor closer than this are rounding: the matrix is taken as singular
 RANK_TOLERANCE = 1e-7
-# products that a sum takes before torch is asked for it
+# multiplications of a product from which on torch is asked for it
 LEAST_FOR_TORCH = 1_000_000
 
 
@@ -33,16 +33,19 @@ def pair_products(x_PN: Floats) -> Floats:
     return product_QN
 
 
-def summed(weight_MN: Floats, value_QN: Floats) -> Floats:
-    """Sums over rows of each value with each weight, (M, Q): one matrix product, by torch where it is not small.
+def product(left_EP: Floats, right_PN: Floats) -> Floats:
+    """The matrix product, (E, N), by torch where it is not small.
 
-    For few models numpy's own, of OpenBLAS, takes half as long again; importing torch, as long as to fit a small table.
+    For few rows or columns numpy's own, of OpenBLAS, takes half as long again; importing torch, as long as to fit a
+    small table.
     """
-    if weight_MN.size * len(value_QN) < LEAST_FOR_TORCH:
-        return weight_MN @ value_QN.T
+    # torch warns of arrays that are read alone, as memory maps may be
+    is_small = left_EP.size * right_PN.shape[1] < LEAST_FOR_TORCH
+    if is_small or not (left_EP.flags.writeable and right_PN.flags.writeable):
+        return left_EP @ right_PN
     import torch
 
-    return (torch.from_numpy(weight_MN) @ torch.from_numpy(value_QN).T).numpy()
+    return (torch.from_numpy(left_EP) @ torch.from_numpy(right_PN)).numpy()
 
 
 def unpack(packed_MQ: Floats, size: int) -> Floats:

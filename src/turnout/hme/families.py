@@ -96,7 +96,10 @@ class Family(ABC):
 
     @abstractmethod
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
-        """Derivatives by the predictors, rows weighted by `weight_LN` (posterior times sample weight)."""
+        """Derivatives by the predictors, rows weighted by `weight_LN` (posterior times sample weight).
+
+        May write over `judged.signal_LON`.
+        """
 
     def squares(self, weight_LN: Floats, slopes: Slopes, judged: Judgement) -> Floats:
         """Weighted products of white residuals, (L, O, O); (L, 0, 0) unless a family has noise of its own."""
@@ -138,7 +141,8 @@ class Softmax(Family):
         return Judgement(log_density_LN=(y_TN * shares.log_MBN).sum(axis=1), signal_LON=shares.free_MON)
 
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
-        return softmax_slopes(judged.signal_LON, weight_LN[:, None] * y_TN)
+        weight_L1N = weight_LN[:, None]
+        return softmax_slopes(judged.signal_LON, weight_L1N * y_TN[:-1], weight_L1N)
 
     def mean(self, x_PN: Floats, experts: Experts) -> Floats:
         return np.exp(softmax_with_last_zero(predictors(x_PN, experts.weight_LPO)).log_MBN)

@@ -68,9 +68,13 @@ class Gaussian(Family):
         return Judgement(log_density_LN=log_density_LN, signal_LON=white_LON, square_LN=square_LN)
 
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
-        """Of half the squared white residuals; all outputs of an expert share one matrix of inputs."""
-        weight_L1N = weight_LN[:, None]
-        return Slopes(score_MON=weight_L1N * judged.signal_LON, curvature_MCN=weight_L1N)
+        """Of half the squared white residuals; all outputs of an expert share one matrix of inputs.
+
+        Where `squares` has no more need of the residuals, they are weighted in their place.
+        """
+        weight_L1N, white_LON = weight_LN[:, None], judged.signal_LON
+        place_LON = None if self.noise in ("diagonal", "full") else white_LON
+        return Slopes(score_MON=np.multiply(weight_L1N, white_LON, out=place_LON), curvature_MCN=weight_L1N)
 
     def squares(self, weight_LN: Floats, slopes: Slopes, judged: Judgement) -> Floats:
         """Those of different outputs are summed only where the noise knows of them; else each has the mean of all."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turnout.hme.algebra import pairs, solve_symmetric, summed, unpack
+from turnout.hme.algebra import pairs, product, solve_symmetric, unpack
 from turnout.hme.tree import Floats
 
 GAINED = 1e-12  # a model whose next step promises less than this, in nats a row, is at its maximum
@@ -55,10 +55,10 @@ def moments(x_PN: Floats, product_QN: Floats, *slopes: Slopes) -> list[Moments]:
     """Moments of several kinds of models: every weighted sum of x x^T, of all of them, in one matrix product."""
     num_rows = x_PN.shape[1]
     curvature_EN = np.concatenate([one.curvature_MCN.reshape(-1, num_rows) for one in slopes])
-    information_EQ, start, found = summed(curvature_EN, product_QN), 0, []
+    information_EQ, start, found = product(curvature_EN, product_QN.T), 0, []
     for one in slopes:
         (models, outputs, _), pairs_of_outputs = one.score_MON.shape, one.curvature_MCN.shape[1]
-        gradient = summed(one.score_MON.reshape(-1, num_rows), x_PN).reshape(models, outputs, len(x_PN))
+        gradient = product(one.score_MON.reshape(-1, num_rows), x_PN.T).reshape(models, outputs, len(x_PN))
         own_EQ = information_EQ[start : start + models * pairs_of_outputs]
         information_MCQ = own_EQ.reshape(models, pairs_of_outputs, len(product_QN))
         found.append(Moments(gradient_MPO=gradient.swapaxes(1, 2), information_MCQ=information_MCQ))

@@ -90,5 +90,5 @@ def _outputs(mixture: Mixture, block: Block) -> tuple[Floats, Floats, Shares]:
     if not isinstance(mixture.family, Gaussian):
         raise ConfigError("the errors 'cooperation' and 'competition' compare outputs: they need Gaussian experts")
     shares = mixture.shares(block.x_PN)
-    prior_LN = np.exp(mixture.log_priors(shares.log_MBN))
+    prior_LN = np.exp(mixture.log_priors(shares))
     return mixture.family.mean(block.x_PN, mixture.experts), prior_LN, shares

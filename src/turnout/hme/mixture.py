@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from turnout.hme.algebra import product
 from turnout.hme.families import Experts, Family, Judgement, ridge_log_prior
 from turnout.hme.shares import Shares, predictors, softmax_with_last_zero
 from turnout.hme.tree import Floats, Tree
@@ -31,15 +32,17 @@ class Mixture:
             predictor_GON[~self.tree.open_GB[:, :-1]] = -np.inf
         return softmax_with_last_zero(predictor_GON)
 
-    def log_priors(self, log_share_GBN: Floats) -> Floats:
+    def log_priors(self, shares: Shares) -> Floats:
         """Log probability of each leaf before y is seen, (L, N): the sum along its path."""
-        is_open_E = self.tree.open_GB.ravel()
-        flat_EN = log_share_GBN.reshape(len(is_open_E), log_share_GBN.shape[2])
-        return self.tree.path_EL[is_open_E].T @ (flat_EN if is_open_E.all() else flat_EN[is_open_E])
+        path_EL, log_EN = self.tree.path_EL, shares.log_EN
+        if not self.tree.open_GB.all():
+            is_open_E = path_EL.any(axis=1)
+            path_EL, log_EN = path_EL[is_open_E], log_EN[is_open_E]
+        return product(path_EL.T, log_EN)
 
     def priors(self, x_PN: Floats) -> Floats:
         """Probability of each leaf before y is seen, (L, N)."""
-        return np.exp(self.log_priors(self.shares(x_PN).log_MBN))
+        return np.exp(self.log_priors(self.shares(x_PN)))
 
     def posterior(self, x_PN: Floats, y_TN: Floats) -> "Posterior":
         """The E-step: how probable each leaf is given the targets.
@@ -48,14 +51,14 @@ class Mixture:
         """
         shares = self.shares(x_PN)
         judged = self.family.judge(x_PN, y_TN, self.experts)
-        leaf_LN = self.log_priors(shares.log_MBN)
+        leaf_LN = self.log_priors(shares)
         leaf_LN += judged.log_density_LN
         top_N = leaf_LN.max(axis=0)
         leaf_LN -= top_N
         np.maximum(leaf_LN, LEAST_LOG_POSTERIOR, out=leaf_LN)
         np.exp(leaf_LN, out=leaf_LN)
         sum_N = leaf_LN.sum(axis=0)
-        leaf_LN /= sum_N
+        leaf_LN *= 1.0 / sum_N
         return Posterior(leaf_LN=leaf_LN, loglik_N=np.log(sum_N) + top_N, shares=shares, judged=judged)
 
     def mean(self, x_PN: Floats) -> Floats:

@@ -7,7 +7,7 @@ from operator import add
 
 import numpy as np
 
-from turnout.hme.algebra import pair_products
+from turnout.hme.algebra import pair_products, product
 from turnout.hme.families import ExpertSums
 from turnout.hme.glim import Moments, Slopes, moments, spread
 from turnout.hme.mixture import Mixture
@@ -126,11 +126,11 @@ def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors:
         shares, judged = posterior.shares, posterior.judged
     else:
         shares, judged = at.shares(block.x_PN), at.family.judge(block.x_PN, block.y_TN, at.experts)
-    mass_GBN = branch_mass(at.tree, weight_LN)
+    mass_GON, mass_G1N = branch_mass(at.tree, weight_LN)
     if log_posteriors:
-        gate_slopes = _log_posterior_slopes(shares.log_MBN, mass_GBN)
+        gate_slopes = _log_posterior_slopes(shares.log_MBN, mass_GON, mass_G1N)
     else:
-        gate_slopes = softmax_slopes(shares.free_MON, mass_GBN)
+        gate_slopes = softmax_slopes(shares.free_MON, mass_GON, mass_G1N)
     expert_slopes = at.family.slopes(block.y_TN, weight_LN, judged)
     gates, experts = moments(block.x_PN, block.product_QN, gate_slopes, expert_slopes)
     square_LOO = at.family.squares(weight_LN, expert_slopes, judged)
@@ -156,21 +156,26 @@ def loglik(rows: Rows, mixture: Mixture) -> float:
     return sum(float(b.weight_N @ mixture.posterior(b.x_PN, b.y_TN).loglik_N) for b in rows.blocks(mixture))
 
 
-def branch_mass(tree: Tree, weight_LN: Floats) -> Floats:
-    """Posterior mass below each branch: h_i, h_i h_j|i, ... of all levels in one product; (G, B, N)."""
-    return (tree.path_EL @ weight_LN).reshape(*tree.child_GB.shape, weight_LN.shape[1])
+def branch_mass(tree: Tree, weight_LN: Floats) -> tuple[Floats, Floats]:
+    """Posterior mass below each branch but the last and below each gate: h_i, h_i h_j|i, ... of all levels at once.
+
+    Shapes: weight_LN (L, N); returns (G, O, N) and (G, 1, N).
+    """
+    mass_EN = product(tree.path_EL, weight_LN)
+    below_EN, gate_GN = np.split(mass_EN, [tree.num_gates * (tree.branching - 1)])
+    return below_EN.reshape(tree.num_gates, tree.branching - 1, weight_LN.shape[1]), gate_GN[:, None]
 
 
-def _log_posterior_slopes(log_share_GBN: Floats, mass_GBN: Floats) -> Slopes:
+def _log_posterior_slopes(log_share_GBN: Floats, mass_GON: Floats, mass_G1N: Floats) -> Slopes:
     """Least squares of a gate's predictors on log posteriors, weighted by the gate's own posterior.
 
     Both are taken relative to the last branch, whose predictor is zero.
     Source: Jordan & Jacobs 1994, algorithm 2; that posteriors are kept from zero is ours.
     """
-    weight_GN = mass_GBN.sum(axis=1)
-    share_GBN = mass_GBN / np.maximum(weight_GN, np.finfo(float).tiny)[:, None]
+    mass_GBN = np.concatenate([mass_GON, mass_G1N - mass_GON.sum(axis=1, keepdims=True)], axis=1)
+    share_GBN = mass_GBN / np.maximum(mass_G1N, np.finfo(float).tiny)
     target_GBN = np.log(np.maximum(share_GBN, LEAST_POSTERIOR))
     is_open_GON = np.isfinite(log_share_GBN[:, :-1])
     log_ratio_GON = np.where(is_open_GON, log_share_GBN[:, :-1] - log_share_GBN[:, -1:], 0.0)
     error_GON = np.where(is_open_GON, target_GBN[:, :-1] - target_GBN[:, -1:] - log_ratio_GON, 0.0)
-    return Slopes(score_MON=weight_GN[:, None] * error_GON, curvature_MCN=weight_GN[:, None])
+    return Slopes(score_MON=mass_G1N * error_GON, curvature_MCN=mass_G1N)

@@ -78,8 +78,12 @@ class Tree:
 
     @cached_property
     def path_EL(self) -> Floats:
-        """`under_GBL` as floats with gates and branches in one axis: log priors and posteriors are products with it."""
-        return self.under_GBL.reshape(-1, self.num_leaves).astype(np.float64)
+        """Which leaves stand under each branch but the last of every gate, and then under each gate, as floats.
+
+        Log priors and the mass of posteriors are products with it.
+        """
+        branch_EL = self.under_GBL[:, :-1].reshape(-1, self.num_leaves)
+        return np.concatenate([branch_EL, self.under_GBL.any(axis=1)]).astype(np.float64)
 
     def split(self, leaf: int) -> "Tree":
         """The tree with a new gate (the last) in place of `leaf`, over it and branching - 1 new leaves (the last)."""
