@@ -57,10 +57,10 @@ def test_a_damped_step_never_lowers_a_poisson_likelihood() -> None:
         x_PN = np.vstack([random.normal(size=(2, 20)), np.ones(20)])
         y_1N, weight_LN = random.poisson(3.0, (1, 20)).astype(float), random.uniform(0, 1, (1, 20))
         experts = Experts(weight_LPO=random.normal(size=(1, 3, 1)) * 2, covariance_LOO=np.zeros((1, 0, 0)))
-        judged = Poisson().judge(x_PN, y_1N, experts)
+        judged = Poisson().judge(np.vstack([x_PN, y_1N]), experts)
         (found,) = moments(x_PN, pair_products(x_PN), Poisson().slopes(y_1N, weight_LN, judged))
         after_LPO, _ = climbed(experts.weight_LPO, found, np.zeros(3), partial(_move, x_PN), 0.0)
-        after = Poisson().judge(x_PN, y_1N, Experts(weight_LPO=after_LPO, covariance_LOO=experts.covariance_LOO))
+        after = Poisson().judge(np.vstack([x_PN, y_1N]), Experts(weight_LPO=after_LPO, covariance_LOO=experts.covariance_LOO))
         assert (weight_LN * (after.log_density_LN - judged.log_density_LN)).sum() >= -1e-9, seed
 
 

@@ -30,7 +30,7 @@ def test_a_split_leaf_says_what_it_said(seed: int) -> None:
     leaf = seed % mixture.tree.num_leaves
     larger = split(mixture, leaf, np.random.default_rng(seed))
     assert larger.tree.num_leaves == mixture.tree.num_leaves + mixture.tree.branching - 1
-    got, want = (m.posterior(rows.x_NP.T, rows.y_NT.T).loglik_N for m in (larger, mixture))
+    got, want = (m.posterior(np.hstack([rows.x_NP, rows.y_NT]).T).loglik_N for m in (larger, mixture))
     np.testing.assert_allclose(got, want, rtol=1e-10)
 
 

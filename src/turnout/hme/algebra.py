@@ -10,7 +10,7 @@ from turnout.hme.tree import Floats, Ints
 # pivots of a Cholesky factor closer than this are rounding: the matrix is taken as singular
 RANK_TOLERANCE = 1e-7
 # multiplications of a product from which on torch is asked for it
-LEAST_FOR_TORCH = 1_000_000
+LEAST_FOR_TORCH = 400_000
 
 
 @lru_cache(maxsize=64)
@@ -33,8 +33,8 @@ def pair_products(x_PN: Floats) -> Floats:
     return product_QN
 
 
-def product(left_EP: Floats, right_PN: Floats) -> Floats:
-    """The matrix product, (E, N), by torch where it is not small.
+def product(left_EP: Floats, right_PN: Floats, out_EN: Floats | None = None) -> Floats:
+    """The matrix product, (E, N), by torch where it is not small; written to `out_EN` if given.
 
     For few rows or columns numpy's own, of OpenBLAS, takes half as long again; importing torch, as long as to fit a
     small table.
@@ -42,10 +42,13 @@ def product(left_EP: Floats, right_PN: Floats) -> Floats:
     # torch warns of arrays that are read alone, as memory maps may be
     is_small = left_EP.size * right_PN.shape[1] < LEAST_FOR_TORCH
     if is_small or not (left_EP.flags.writeable and right_PN.flags.writeable):
-        return left_EP @ right_PN
+        return np.matmul(left_EP, right_PN, out=out_EN)
     import torch
 
-    return (torch.from_numpy(left_EP) @ torch.from_numpy(right_PN)).numpy()
+    # in numpy's memory, whose pages are used again from block to block
+    out_EN = np.empty((len(left_EP), right_PN.shape[1])) if out_EN is None else out_EN
+    torch.mm(torch.from_numpy(left_EP), torch.from_numpy(right_PN), out=torch.from_numpy(out_EN))
+    return out_EN
 
 
 def unpack(packed_MQ: Floats, size: int) -> Floats:

@@ -162,8 +162,8 @@ def _flat_gate(estimator: HMERegressor, X: Floats | None, y: Floats | None) -> F
     x_PN = np.ascontiguousarray(estimator.scale_.with_constant(np.asarray(X, dtype=np.float64)).T)
     target_LN = mixture.priors(x_PN)
     if y is not None:
-        y_NT = np.asarray(y, dtype=np.float64).reshape(x_PN.shape[1], -1)
-        target_LN = mixture.posterior(x_PN, estimator.target_scale_.standard(y_NT).T).leaf_LN
+        y_NT = estimator.target_scale_.standard(np.asarray(y, dtype=np.float64).reshape(x_PN.shape[1], -1))
+        target_LN = mixture.posterior(np.vstack([x_PN, y_NT.T])).leaf_LN
     return _softmax_regression(x_PN, target_LN)
 
 

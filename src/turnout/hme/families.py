@@ -91,8 +91,8 @@ class Family(ABC):
         """Experts that all say the same, so that the first posteriors are the gates' priors."""
 
     @abstractmethod
-    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
-        """Log densities of the targets under each expert, and what `slopes` needs."""
+    def judge(self, z_ZN: Floats, experts: Experts) -> Judgement:
+        """Log densities of the targets, which stand below the inputs, under each expert, and what `slopes` needs."""
 
     @abstractmethod
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
@@ -136,7 +136,8 @@ class Softmax(Family):
         """All classes equally probable."""
         return _without_noise(np.zeros((num_leaves, size, self.outputs)))
 
-    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+    def judge(self, z_ZN: Floats, experts: Experts) -> Judgement:
+        x_PN, y_TN = np.split(z_ZN, [-self.targets])
         shares = softmax_with_last_zero(predictors(x_PN, experts.weight_LPO))
         return Judgement(log_density_LN=(y_TN * shares.log_MBN).sum(axis=1), signal_LON=shares.free_MON)
 
@@ -171,7 +172,8 @@ class Poisson(Family):
         weight_LPO[:, -1] = np.log(max(float(np.average(y_TN[0], weights=weight_N)), 1e-3))
         return _without_noise(weight_LPO)
 
-    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+    def judge(self, z_ZN: Floats, experts: Experts) -> Judgement:
+        x_PN, y_TN = np.split(z_ZN, [-self.targets])
         log_rate_LN = predictors(x_PN, experts.weight_LPO)[:, 0].clip(-MOST_LOG_RATE, MOST_LOG_RATE)
         rate_LN = np.exp(log_rate_LN)
         return Judgement(log_density_LN=y_TN * log_rate_LN - rate_LN - gammaln(y_TN + 1), signal_LON=rate_LN[:, None])

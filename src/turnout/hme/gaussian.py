@@ -59,9 +59,9 @@ class Gaussian(Family):
             covariance_LOO=(self.noise_start * covariance_1OO).repeat(num_leaves, axis=0),
         )
 
-    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+    def judge(self, z_ZN: Floats, experts: Experts) -> Judgement:
         """Residuals are whitened inside the product with the inputs: one matrix product for all experts."""
-        white_LON = predictors(np.concatenate([x_PN, y_TN]), experts.white_LZO)
+        white_LON = predictors(z_ZN, experts.white_LZO)
         square_LN = np.einsum("lon,lon->ln", white_LON, white_LON)
         log_density_LN = -0.5 * square_LN
         log_density_LN -= (experts.log_root_L + 0.5 * self.outputs * np.log(2 * np.pi))[:, None]

@@ -66,7 +66,7 @@ def competition(mixture: Mixture, block: Block) -> Pull:
 @ERRORS.register("mixture")
 def mixture_likelihood(mixture: Mixture, block: Block) -> Pull:
     """E3 = -log sum_l p_l P_l(y): the negative log-likelihood, of any family."""
-    posterior = mixture.posterior(block.x_PN, block.y_TN)
+    posterior = mixture.posterior(block.z_ZN)
     weight_LN = block.weight_N * posterior.leaf_LN
     signal_LON, log_noise_L = posterior.judged.signal_LON, np.zeros(len(weight_LN))
     if isinstance(mixture.family, Gaussian):

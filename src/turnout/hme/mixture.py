@@ -44,13 +44,13 @@ class Mixture:
         """Probability of each leaf before y is seen, (L, N)."""
         return np.exp(self.log_priors(self.shares(x_PN)))
 
-    def posterior(self, x_PN: Floats, y_TN: Floats) -> "Posterior":
-        """The E-step: how probable each leaf is given the targets.
+    def posterior(self, z_ZN: Floats) -> "Posterior":
+        """The E-step: how probable each leaf is given the targets, which stand below the inputs.
 
         Source: Jordan & Jacobs 1994, eq. 9-11, in logarithms until the likeliest leaf is known.
         """
-        shares = self.shares(x_PN)
-        judged = self.family.judge(x_PN, y_TN, self.experts)
+        shares = self.shares(z_ZN[: -self.family.targets])
+        judged = self.family.judge(z_ZN, self.experts)
         leaf_LN = self.log_priors(shares)
         leaf_LN += judged.log_density_LN
         top_N = leaf_LN.max(axis=0)

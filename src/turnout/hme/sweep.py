@@ -47,11 +47,10 @@ class Rows:
 
     def block(self, part: slice | Ints) -> "Block":
         """These rows as columns."""
-        return Block(
-            x_PN=np.ascontiguousarray(self.x_NP[part].T),
-            y_TN=np.ascontiguousarray(self.y_NT[part].T),
-            weight_N=self.weight_N[part],
-        )
+        x_NP, y_NT = self.x_NP[part], self.y_NT[part]
+        z_ZN = np.empty((x_NP.shape[1] + y_NT.shape[1], len(x_NP)))
+        z_ZN[: x_NP.shape[1]], z_ZN[x_NP.shape[1] :] = x_NP.T, y_NT.T
+        return Block(z_ZN=z_ZN, inputs=x_NP.shape[1], weight_N=self.weight_N[part])
 
     def held_for(self, mixture: Mixture) -> "Rows":
         """The same rows with their blocks for trees of this size kept, or as they are where that takes much memory."""
@@ -72,11 +71,19 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """Some of the rows, as columns."""
+    """Some of the rows, as columns: inputs with the constant above targets, so that residuals are one product."""
 
-    x_PN: Floats
-    y_TN: Floats
+    z_ZN: Floats
+    inputs: int  # the constant among them
     weight_N: Floats
+
+    @property
+    def x_PN(self) -> Floats:
+        return self.z_ZN[: self.inputs]
+
+    @property
+    def y_TN(self) -> Floats:
+        return self.z_ZN[self.inputs :]
 
     @cached_property
     def product_QN(self) -> Floats:
@@ -120,12 +127,12 @@ def gathered(blocks: Iterable[Block], believed: Mixture, at: Mixture, *, log_pos
 
 def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors: bool) -> Sums:
     """Sums over one block, those of Gaussian experts over white residuals."""
-    posterior = believed.posterior(block.x_PN, block.y_TN)
+    posterior = believed.posterior(block.z_ZN)
     weight_LN = posterior.leaf_LN if block.counts_once else block.weight_N * posterior.leaf_LN
     if at is believed:
         shares, judged = posterior.shares, posterior.judged
     else:
-        shares, judged = at.shares(block.x_PN), at.family.judge(block.x_PN, block.y_TN, at.experts)
+        shares, judged = at.shares(block.x_PN), at.family.judge(block.z_ZN, at.experts)
     mass_GON, mass_G1N = branch_mass(at.tree, weight_LN)
     if log_posteriors:
         gate_slopes = _log_posterior_slopes(shares.log_MBN, mass_GON, mass_G1N)
@@ -153,7 +160,7 @@ def longest_move(rows: Rows, step_MPO: Floats) -> Floats:
 
 def loglik(rows: Rows, mixture: Mixture) -> float:
     """Weighted log-likelihood of all rows, in nats."""
-    return sum(float(b.weight_N @ mixture.posterior(b.x_PN, b.y_TN).loglik_N) for b in rows.blocks(mixture))
+    return sum(float(b.weight_N @ mixture.posterior(b.z_ZN).loglik_N) for b in rows.blocks(mixture))
 
 
 def branch_mass(tree: Tree, weight_LN: Floats) -> tuple[Floats, Floats]:
