@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turnout.hme.algebra import product
 from turnout.hme.families import Experts, Family, Judgement, ridge_log_prior
+from turnout.hme.paths import log_priors
 from turnout.hme.shares import Shares, predictors, softmax_with_last_zero
 from turnout.hme.tree import Floats, Tree
 
@@ -33,12 +33,8 @@ class Mixture:
         return softmax_with_last_zero(predictor_GON)
 
     def log_priors(self, shares: Shares) -> Floats:
-        """Log probability of each leaf before y is seen, (L, N): the sum along its path."""
-        path_EL, log_EN = self.tree.path_EL, shares.log_EN
-        if not self.tree.open_GB.all():
-            is_open_E = path_EL.any(axis=1)
-            path_EL, log_EN = path_EL[is_open_E], log_EN[is_open_E]
-        return product(path_EL.T, log_EN)
+        """Log probability of each leaf before y is seen, (L, N)."""
+        return log_priors(self.tree, shares)[self.tree.num_gates :]
 
     def priors(self, x_PN: Floats) -> Floats:
         """Probability of each leaf before y is seen, (L, N)."""
@@ -51,7 +47,8 @@ class Mixture:
         """
         shares = self.shares(z_ZN[: -self.family.targets])
         judged = self.family.judge(z_ZN, self.experts)
-        leaf_LN = self.log_priors(shares)
+        node_EN = log_priors(self.tree, shares)
+        leaf_LN = node_EN[self.tree.num_gates :]
         leaf_LN += judged.log_density_LN
         top_N = leaf_LN.max(axis=0)
         leaf_LN -= top_N
@@ -59,7 +56,7 @@ class Mixture:
         np.exp(leaf_LN, out=leaf_LN)
         sum_N = leaf_LN.sum(axis=0)
         leaf_LN *= 1.0 / sum_N
-        return Posterior(leaf_LN=leaf_LN, loglik_N=np.log(sum_N) + top_N, shares=shares, judged=judged)
+        return Posterior(node_EN=node_EN, leaf_LN=leaf_LN, loglik_N=np.log(sum_N) + top_N, shares=shares, judged=judged)
 
     def mean(self, x_PN: Floats) -> Floats:
         """Expected targets, (T, N)."""
@@ -81,7 +78,8 @@ class Mixture:
 class Posterior:
     """The E-step of a block of rows."""
 
-    leaf_LN: Floats  # columns sum to 1
+    node_EN: Floats  # room for the mass of all nodes, of which only leaves are filled
+    leaf_LN: Floats  # those; columns sum to 1
     loglik_N: Floats
     shares: Shares
     judged: Judgement

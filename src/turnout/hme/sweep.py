@@ -7,12 +7,13 @@ from operator import add
 
 import numpy as np
 
-from turnout.hme.algebra import pair_products, product
+from turnout.hme.algebra import pair_products
 from turnout.hme.families import ExpertSums
 from turnout.hme.glim import Moments, Slopes, moments, spread
 from turnout.hme.mixture import Mixture
+from turnout.hme.paths import branch_mass
 from turnout.hme.shares import predictors, softmax_slopes
-from turnout.hme.tree import Floats, Ints, Tree
+from turnout.hme.tree import Floats, Ints
 
 # posteriors below this are taken as this when their logarithm is regressed on (algorithm 2)
 LEAST_POSTERIOR = 1e-3
@@ -128,12 +129,14 @@ def gathered(blocks: Iterable[Block], believed: Mixture, at: Mixture, *, log_pos
 def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors: bool) -> Sums:
     """Sums over one block, those of Gaussian experts over white residuals."""
     posterior = believed.posterior(block.z_ZN)
-    weight_LN = posterior.leaf_LN if block.counts_once else block.weight_N * posterior.leaf_LN
+    weight_LN = posterior.leaf_LN
+    if not block.counts_once:
+        weight_LN *= block.weight_N
     if at is believed:
         shares, judged = posterior.shares, posterior.judged
     else:
         shares, judged = at.shares(block.x_PN), at.family.judge(block.z_ZN, at.experts)
-    mass_GON, mass_G1N = branch_mass(at.tree, weight_LN)
+    mass_GON, mass_G1N = branch_mass(at.tree, posterior.node_EN)
     if log_posteriors:
         gate_slopes = _log_posterior_slopes(shares.log_MBN, mass_GON, mass_G1N)
     else:
@@ -161,16 +164,6 @@ def longest_move(rows: Rows, step_MPO: Floats) -> Floats:
 def loglik(rows: Rows, mixture: Mixture) -> float:
     """Weighted log-likelihood of all rows, in nats."""
     return sum(float(b.weight_N @ mixture.posterior(b.z_ZN).loglik_N) for b in rows.blocks(mixture))
-
-
-def branch_mass(tree: Tree, weight_LN: Floats) -> tuple[Floats, Floats]:
-    """Posterior mass below each branch but the last and below each gate: h_i, h_i h_j|i, ... of all levels at once.
-
-    Shapes: weight_LN (L, N); returns (G, O, N) and (G, 1, N).
-    """
-    mass_EN = product(tree.path_EL, weight_LN)
-    below_EN, gate_GN = np.split(mass_EN, [tree.num_gates * (tree.branching - 1)])
-    return below_EN.reshape(tree.num_gates, tree.branching - 1, weight_LN.shape[1]), gate_GN[:, None]
 
 
 def _log_posterior_slopes(log_share_GBN: Floats, mass_GON: Floats, mass_G1N: Floats) -> Slopes:
