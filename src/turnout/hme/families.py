@@ -25,8 +25,11 @@ class Experts:
 
     @cached_property
     def roots(self) -> tuple[Floats, Floats]:
-        """Cholesky factors C of the covariances, and C^-T, which makes residuals (as rows) white."""
-        root_LOO: Floats = np.asarray(np.linalg.cholesky(self.covariance_LOO), dtype=np.float64)
+        """Cholesky factors C of twice the covariances, and C^-T, which makes residuals (as rows) white.
+
+        Twice: then the squared length of a white residual is what it takes from the log density.
+        """
+        root_LOO: Floats = np.asarray(np.linalg.cholesky(2 * self.covariance_LOO), dtype=np.float64)
         whiten_LOO: Floats = np.asarray(np.linalg.inv(root_LOO), dtype=np.float64).swapaxes(1, 2)
         return root_LOO, whiten_LOO
 
@@ -40,7 +43,8 @@ class Experts:
     def log_root_L(self) -> Floats:
         """Half the log determinants of the covariances."""
         root_LOO, _ = self.roots
-        return np.asarray(np.log(np.diagonal(root_LOO, axis1=1, axis2=2)).sum(axis=1), dtype=np.float64)
+        diagonal_LO = np.diagonal(root_LOO, axis1=1, axis2=2) / np.sqrt(2)
+        return np.asarray(np.log(diagonal_LO).sum(axis=1), dtype=np.float64)
 
     def __getitem__(self, leaves: Any) -> "Experts":
         """The experts at these leaves, by anything that indexes an axis."""

@@ -63,8 +63,8 @@ class Gaussian(Family):
         """Residuals are whitened inside the product with the inputs: one matrix product for all experts."""
         white_LON = predictors(z_ZN, experts.white_LZO)
         square_LN = np.einsum("lon,lon->ln", white_LON, white_LON)
-        log_density_LN = -0.5 * square_LN
-        log_density_LN -= (experts.log_root_L + 0.5 * self.outputs * np.log(2 * np.pi))[:, None]
+        most_L = -experts.log_root_L - 0.5 * self.outputs * np.log(2 * np.pi)
+        log_density_LN = most_L[:, None] - square_LN
         return Judgement(log_density_LN=log_density_LN, signal_LON=white_LON, square_LN=square_LN)
 
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
@@ -85,7 +85,7 @@ class Gaussian(Family):
             square_LO = np.einsum("lon,lon->lo", weighted_LON, white_LON)
         else:
             assert judged.square_LN is not None
-            square_LO = (weight_LN[:, None] @ judged.square_LN[:, :, None])[:, 0] / self.outputs
+            square_LO = np.einsum("ln,ln->l", weight_LN, judged.square_LN)[:, None] / self.outputs
         square_LOO = np.zeros((len(weight_LN), self.outputs, self.outputs))
         np.einsum("loo->lo", square_LOO)[:] = square_LO
         return square_LOO
@@ -118,8 +118,8 @@ class Gaussian(Family):
         _, whiten_LOO = experts.roots
         scatter_LOO = experts.weight_LPO.swapaxes(1, 2) @ (ridge_P[:, None] * experts.weight_LPO)
         scatter_LOO = scatter_LOO + self.noise_rows * self.noise_floor * np.eye(self.outputs)
-        precision_LOO = whiten_LOO @ whiten_LOO.swapaxes(1, 2)
-        return float(-0.5 * (precision_LOO * scatter_LOO).sum() - self.noise_rows * experts.log_root_L.sum())
+        half_precision_LOO = whiten_LOO @ whiten_LOO.swapaxes(1, 2)
+        return float(-(half_precision_LOO * scatter_LOO).sum() - self.noise_rows * experts.log_root_L.sum())
 
     def shaped(self, covariance_LOO: Floats) -> Floats:
         """The likeliest covariances of the form that `noise` names."""

@@ -71,8 +71,8 @@ def mixture_likelihood(mixture: Mixture, block: Block) -> Pull:
     signal_LON, log_noise_L = posterior.judged.signal_LON, np.zeros(len(weight_LN))
     if isinstance(mixture.family, Gaussian):
         root_LOO, _ = mixture.experts.roots
-        score_LON = np.linalg.solve(root_LOO.swapaxes(1, 2), signal_LON)
-        log_noise_L = (weight_LN * ((signal_LON**2).sum(axis=1) - mixture.family.outputs)).sum(axis=1)
+        score_LON = 2 * np.linalg.solve(root_LOO.swapaxes(1, 2), signal_LON)
+        log_noise_L = (weight_LN * (2 * (signal_LON**2).sum(axis=1) - mixture.family.outputs)).sum(axis=1)
     elif isinstance(mixture.family, Poisson):
         score_LON = block.y_TN - signal_LON
     else:
