@@ -55,7 +55,7 @@ def test_a_posterior_is_prior_times_density_path_by_path(seed: int) -> None:
     mixture, rows = random_problem(seed)
     mixture, block = stirred(mixture, seed), as_block(rows)
     share_GBN = np.exp(mixture.shares(block.x_PN).log_MBN)
-    density_LN = np.exp(mixture.family.judge(block.z_ZN, mixture.experts).log_density_LN)
+    density_LN = np.exp(mixture.read(block.z_ZN).judged.log_density_LN)
 
     def likelihood(node: int) -> np.ndarray:
         if node < 0:
@@ -136,7 +136,7 @@ def test_no_posterior_is_subnormal_and_the_rest_are_exact() -> None:
     tiny = replace(mixture, experts=replace(mixture.experts, covariance_LOO=1e-6 * mixture.experts.covariance_LOO))
     block = rows.block(slice(None))
     posterior = tiny.posterior(block.z_ZN)
-    log_joint_LN = tiny.log_priors(posterior.shares) + posterior.judged.log_density_LN
+    log_joint_LN = tiny.log_priors(posterior.reading.shares) + posterior.reading.judged.log_density_LN
     want_LN = np.exp(log_joint_LN - logsumexp(log_joint_LN, axis=0))
     assert ((want_LN > 0) & (want_LN < np.finfo(float).tiny)).any() or (want_LN == 0).any()
     assert (posterior.leaf_LN >= np.finfo(float).tiny).all()

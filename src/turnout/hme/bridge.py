@@ -172,7 +172,8 @@ def _softmax_regression(x_PN: Floats, target_LN: Floats) -> Floats:
     weight_1PO = np.zeros((1, len(x_PN), len(target_LN) - 1))
     for _ in range(ROUTER_STEPS):
         share_1ON = softmax_with_last_zero(predictors(x_PN, weight_1PO)).free_MON
-        (found,) = moments(x_PN, product_QN, softmax_slopes(share_1ON, target_LN[None, :-1], target_LN.sum(axis=0)[None, None]))
+        slopes = softmax_slopes(share_1ON, target_LN[None, :-1], target_LN.sum(axis=0)[None, None])
+        (found,) = moments(x_PN, product_QN, slopes.score_MON[0], slopes)
         weight_1PO, promise = climbed(
             weight_1PO, found, ridge_P, lambda step_1PO: spread(predictors(x_PN, step_1PO)), 1e-9 * x_PN.shape[1]
         )

@@ -59,30 +59,28 @@ class Gaussian(Family):
             covariance_LOO=(self.noise_start * covariance_1OO).repeat(num_leaves, axis=0),
         )
 
-    def judge(self, z_ZN: Floats, experts: Experts) -> Judgement:
-        """Residuals are whitened inside the product with the inputs: one matrix product for all experts."""
-        white_LON = predictors(z_ZN, experts.white_LZO)
-        square_LN = np.einsum("lon,lon->ln", white_LON, white_LON)
+    def weights(self, experts: Experts) -> Floats:
+        """Residuals, made white, are linear in inputs and targets."""
+        return experts.white_LZO
+
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+        """The predictors are white residuals already."""
+        square_LN = np.einsum("lon,lon->ln", predictor_LON, predictor_LON)
         most_L = -experts.log_root_L - 0.5 * self.outputs * np.log(2 * np.pi)
-        log_density_LN = most_L[:, None] - square_LN
-        return Judgement(log_density_LN=log_density_LN, signal_LON=white_LON, square_LN=square_LN)
+        return Judgement(log_density_LN=most_L[:, None] - square_LN, signal_LON=predictor_LON, square_LN=square_LN)
 
-    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
-        """Of half the squared white residuals; all outputs of an expert share one matrix of inputs.
+    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement, out_LON: Floats) -> Slopes:
+        """Of half the squared white residuals; all outputs of an expert share one matrix of inputs."""
+        weight_L1N = weight_LN[:, None]
+        return Slopes(score_MON=np.multiply(weight_L1N, judged.signal_LON, out=out_LON), curvature_MCN=weight_L1N)
 
-        Where `squares` has no more need of the residuals, they are weighted in their place.
-        """
-        weight_L1N, white_LON = weight_LN[:, None], judged.signal_LON
-        place_LON = None if self.noise in ("diagonal", "full") else white_LON
-        return Slopes(score_MON=np.multiply(weight_L1N, white_LON, out=place_LON), curvature_MCN=weight_L1N)
-
-    def squares(self, weight_LN: Floats, slopes: Slopes, judged: Judgement) -> Floats:
+    def squares(self, weight_LN: Floats, judged: Judgement) -> Floats:
         """Those of different outputs are summed only where the noise knows of them; else each has the mean of all."""
-        weighted_LON, white_LON = slopes.score_MON, judged.signal_LON
+        white_LON = judged.signal_LON
         if self.noise == "full":
-            return weighted_LON @ white_LON.swapaxes(1, 2)
+            return (weight_LN[:, None] * white_LON) @ white_LON.swapaxes(1, 2)
         if self.noise == "diagonal":
-            square_LO = np.einsum("lon,lon->lo", weighted_LON, white_LON)
+            square_LO = np.einsum("lon,lon->lo", weight_LN[:, None] * white_LON, white_LON)
         else:
             assert judged.square_LN is not None
             square_LO = np.einsum("ln,ln->l", weight_LN, judged.square_LN)[:, None] / self.outputs

@@ -51,18 +51,21 @@ class Slopes:
     curvature_MCN: Floats  # minus the second ones, for pairs of predictors; C = 1 as in `Moments`
 
 
-def moments(x_PN: Floats, product_QN: Floats, *slopes: Slopes) -> list[Moments]:
-    """Moments of several kinds of models: every weighted sum of x x^T, of all of them, in one matrix product."""
+def moments(x_PN: Floats, product_QN: Floats, score_EN: Floats, *slopes: Slopes) -> list[Moments]:
+    """Moments of several kinds of models: every weighted sum of x x^T, of all of them, in one matrix product.
+
+    `score_EN` holds the scores of all of them, in their order, in one array.
+    """
     num_rows = x_PN.shape[1]
     curvature_EN = np.concatenate([one.curvature_MCN.reshape(-1, num_rows) for one in slopes])
-    information_EQ, start, found = product(curvature_EN, product_QN.T), 0, []
+    information_EQ, gradient_EP, found = product(curvature_EN, product_QN.T), product(score_EN, x_PN.T), []
     for one in slopes:
-        (models, outputs, _), pairs_of_outputs = one.score_MON.shape, one.curvature_MCN.shape[1]
-        gradient = product(one.score_MON.reshape(-1, num_rows), x_PN.T).reshape(models, outputs, len(x_PN))
-        own_EQ = information_EQ[start : start + models * pairs_of_outputs]
-        information_MCQ = own_EQ.reshape(models, pairs_of_outputs, len(product_QN))
-        found.append(Moments(gradient_MPO=gradient.swapaxes(1, 2), information_MCQ=information_MCQ))
-        start += len(own_EQ)
+        (models, outputs, _), crossed = one.score_MON.shape, one.curvature_MCN.shape[1]
+        own_EQ, information_EQ = np.split(information_EQ, [models * crossed])
+        own_EP, gradient_EP = np.split(gradient_EP, [models * outputs])
+        gradient_MOP = own_EP.reshape(models, outputs, len(x_PN))
+        information_MCQ = own_EQ.reshape(models, crossed, len(product_QN))
+        found.append(Moments(gradient_MPO=gradient_MOP.swapaxes(1, 2), information_MCQ=information_MCQ))
     return found
 
 

@@ -101,5 +101,5 @@ def _deviance(mixture: Mixture, rows: Rows) -> Floats:
     total_L = np.zeros(mixture.tree.num_leaves)
     for block in rows.blocks(mixture):
         posterior = mixture.posterior(block.z_ZN)
-        total_L -= (posterior.leaf_LN * posterior.judged.log_density_LN) @ block.weight_N
+        total_L -= (posterior.leaf_LN * posterior.reading.judged.log_density_LN) @ block.weight_N
     return total_L

@@ -68,7 +68,7 @@ def mixture_likelihood(mixture: Mixture, block: Block) -> Pull:
     """E3 = -log sum_l p_l P_l(y): the negative log-likelihood, of any family."""
     posterior = mixture.posterior(block.z_ZN)
     weight_LN = block.weight_N * posterior.leaf_LN
-    signal_LON, log_noise_L = posterior.judged.signal_LON, np.zeros(len(weight_LN))
+    signal_LON, log_noise_L = posterior.reading.judged.signal_LON, np.zeros(len(weight_LN))
     if isinstance(mixture.family, Gaussian):
         root_LOO, _ = mixture.experts.roots
         score_LON = 2 * np.linalg.solve(root_LOO.swapaxes(1, 2), signal_LON)
@@ -79,7 +79,7 @@ def mixture_likelihood(mixture: Mixture, block: Block) -> Pull:
         score_LON = block.y_TN[:-1] - signal_LON
     return Pull(
         value=float(block.weight_N @ posterior.loglik_N),
-        shares=posterior.shares,
+        shares=posterior.reading.shares,
         log_prior_LN=weight_LN,
         predictor_LON=weight_LN[:, None] * score_LON,
         log_noise_L=log_noise_L,

@@ -12,15 +12,12 @@ from turnout.hme.tree import Floats, Nodes, Tree
 
 def log_priors(tree: Tree, shares: Shares) -> Floats:
     """Log probability of each node before y is seen, (E, N) with E = G + L: the sum along its path."""
-    gates, outputs, num_rows = shares.free_MON.shape
-    predictor_GON = shares.log_EN[: gates * outputs].reshape(gates, outputs, num_rows)
-    last_GN = shares.log_EN[gates * outputs :]
-    node_EN = np.empty((gates + tree.num_leaves, num_rows))
+    node_EN = np.empty((tree.num_gates + tree.num_leaves, shares.free_MON.shape[2]))
     node_EN[0] = 0.0
     for last, *others in tree.levels:
-        _put(node_EN, last.children, node_EN[last.gates], last_GN[last.gates])
+        _put(node_EN, last.children, node_EN[last.gates], shares.log_last_MN[last.gates])
         for fork in others:
-            _put(node_EN, fork.children, node_EN[fork.beside], predictor_GON[fork.gates, fork.branch])
+            _put(node_EN, fork.children, node_EN[fork.beside], shares.predictor_MON[fork.gates, fork.branch])
     return node_EN
 
 

@@ -13,72 +13,64 @@ MOST_PREDICTOR = 700.0  # its exponential is just below the largest number
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shares:
-    """Probabilities of B = O + 1 branches of M models.
+    """Probabilities of B = O + 1 branches of M models: a log share is a predictor and the last branch's log share."""
 
-    `log_EN` holds the predictors of all branches but the last, then for each model the log share of its last branch:
-    what a branch's log share is the sum of.
-    """
-
-    free_MON: Floats  # of all branches but the last
-    log_EN: Floats
+    predictor_MON: Floats  # of all branches but the last
+    free_MON: Floats  # their shares
+    log_last_MN: Floats
 
     @property
     def log_MBN(self) -> Floats:
         """Log shares of all branches."""
-        models, outputs, num_rows = self.free_MON.shape
-        last_M1N = self.log_EN[models * outputs :, None]
-        predictor_MON = self.log_EN[: models * outputs].reshape(models, outputs, num_rows)
-        return np.concatenate([predictor_MON + last_M1N, last_M1N], axis=1)
+        last_M1N = self.log_last_MN[:, None]
+        return np.concatenate([self.predictor_MON + last_M1N, last_M1N], axis=1)
 
 
 def predictors(x_PN: Floats, weight_MPO: Floats) -> Floats:
     """Linear predictors of all models in one matrix product, (M, O, N)."""
-    num_models, size, outputs = weight_MPO.shape
-    flat_EP = np.ascontiguousarray(weight_MPO.swapaxes(1, 2)).reshape(-1, size)
-    return product(flat_EP, x_PN).reshape(num_models, outputs, x_PN.shape[1])
+    num_models, _, outputs = weight_MPO.shape
+    return product(by_rows(weight_MPO), x_PN).reshape(num_models, outputs, x_PN.shape[1])
+
+
+def by_rows(weight_MPO: Floats) -> Floats:
+    """The weights of every predictor as a row, (M O, P)."""
+    return np.ascontiguousarray(weight_MPO.swapaxes(1, 2)).reshape(-1, weight_MPO.shape[1])
 
 
 def softmax_with_last_zero(predictor_MON: Floats) -> Shares:
     """Shares of O + 1 branches, the last of which has the predictor zero; -inf closes a branch."""
-    models, outputs, num_rows = predictor_MON.shape
-    log_EN = np.empty((models * (outputs + 1), num_rows))
-    log_EN[: models * outputs] = predictor_MON.reshape(-1, num_rows)
-    last_MN = log_EN[models * outputs :]
-    if outputs == 1:
-        return Shares(free_MON=_logistic(predictor_MON[:, 0], last_MN)[:, None], log_EN=log_EN)
+    if predictor_MON.shape[1] == 1:
+        return _logistic(predictor_MON)
     top_M1N = np.maximum(predictor_MON.max(axis=1, keepdims=True), 0.0)
     free_MON = np.exp(predictor_MON - top_M1N)
     sum_MN = free_MON.sum(axis=1) + np.exp(-top_M1N[:, 0])
     free_MON /= sum_MN[:, None]
-    np.negative(top_M1N[:, 0], out=last_MN)
-    last_MN -= np.log(sum_MN)
-    return Shares(free_MON=free_MON, log_EN=log_EN)
+    log_last_MN = -top_M1N[:, 0] - np.log(sum_MN)
+    return Shares(predictor_MON=predictor_MON, free_MON=free_MON, log_last_MN=log_last_MN)
 
 
-def _logistic(predictor_MN: Floats, last_MN: Floats) -> Floats:
-    """The first of two branches' shares; the second's logarithms go to `last_MN`.
-
-    One exponential and one logarithm; both shares are exact to rounding of the predictor.
-    """
-    is_far = predictor_MN.max(initial=0.0) > MOST_PREDICTOR
-    free_MN = np.exp(np.minimum(predictor_MN, MOST_PREDICTOR) if is_far else predictor_MN)
-    np.add(free_MN, 1.0, out=last_MN)
-    np.reciprocal(last_MN, out=last_MN)
-    free_MN *= last_MN
-    np.log(last_MN, out=last_MN)
+def _logistic(predictor_M1N: Floats) -> Shares:
+    """Two branches need one exponential and one logarithm; both are exact to rounding of the predictor."""
+    is_far = predictor_M1N.max(initial=0.0) > MOST_PREDICTOR
+    free_M1N = np.exp(np.minimum(predictor_M1N, MOST_PREDICTOR) if is_far else predictor_M1N)
+    last_M1N = free_M1N + 1.0
+    np.reciprocal(last_M1N, out=last_M1N)
+    free_M1N *= last_M1N
+    np.log(last_M1N, out=last_M1N)
     if is_far:
-        np.minimum(last_MN, -predictor_MN, out=last_MN)
-    return free_MN
+        np.minimum(last_M1N, -predictor_M1N, out=last_M1N)
+    return Shares(predictor_MON=predictor_M1N, free_MON=free_M1N, log_last_MN=last_M1N[:, 0])
 
 
-def softmax_slopes(share_MON: Floats, mass_MON: Floats, total_M1N: Floats) -> Slopes:
+def softmax_slopes(share_MON: Floats, mass_MON: Floats, total_M1N: Floats, out_MON: Floats | None = None) -> Slopes:
     """Slopes of M softmax models; gates and softmax experts are both such.
 
-    Shapes: mass_MON (M, O, N) of each row on each branch but the last; total_M1N (M, 1, N) on all of them.
+    Shapes: mass_MON (M, O, N) of each row on each branch but the last; total_M1N (M, 1, N) on all of them; out_MON
+    (M, O, N) takes the scores, if given.
     Source: Jordan & Jacobs 1994, appendix A (IRLS); the whole Hessian, not its diagonal blocks.
     """
     weighted_MON = total_M1N * share_MON
-    score_MON = mass_MON - weighted_MON
+    score_MON = np.subtract(mass_MON, weighted_MON, out=out_MON)
     return Slopes(score_MON=score_MON, curvature_MCN=_softmax_curvature(share_MON, weighted_MON))
 
 

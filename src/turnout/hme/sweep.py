@@ -12,7 +12,7 @@ from turnout.hme.families import ExpertSums
 from turnout.hme.glim import Moments, Slopes, moments, spread
 from turnout.hme.mixture import Mixture
 from turnout.hme.paths import branch_mass
-from turnout.hme.shares import predictors, softmax_slopes
+from turnout.hme.shares import Shares, predictors, softmax_slopes
 from turnout.hme.tree import Floats, Ints
 
 # posteriors below this are taken as this when their logarithm is regressed on (algorithm 2)
@@ -132,18 +132,12 @@ def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors:
     weight_LN = posterior.leaf_LN
     if not block.counts_once:
         weight_LN *= block.weight_N
-    if at is believed:
-        shares, judged = posterior.shares, posterior.judged
-    else:
-        shares, judged = at.shares(block.x_PN), at.family.judge(block.z_ZN, at.experts)
+    reading = posterior.reading if at is believed else at.read(block.z_ZN)
     mass_GON, mass_G1N = branch_mass(at.tree, posterior.node_EN)
-    if log_posteriors:
-        gate_slopes = _log_posterior_slopes(shares.log_MBN, mass_GON, mass_G1N)
-    else:
-        gate_slopes = softmax_slopes(shares.free_MON, mass_GON, mass_G1N)
-    expert_slopes = at.family.slopes(block.y_TN, weight_LN, judged)
-    gates, experts = moments(block.x_PN, block.product_QN, gate_slopes, expert_slopes)
-    square_LOO = at.family.squares(weight_LN, expert_slopes, judged)
+    gate_slopes = (_log_posterior_slopes if log_posteriors else _likelihood_slopes)(reading.shares, mass_GON, mass_G1N)
+    square_LOO = at.family.squares(weight_LN, reading.judged)
+    expert_slopes = at.family.slopes(block.y_TN, weight_LN, reading.judged, reading.expert_LON)
+    experts, gates = moments(block.x_PN, block.product_QN, reading.predictor_EN, expert_slopes, gate_slopes)
     return Sums(
         loglik=float(block.weight_N @ posterior.loglik_N),
         gates=gates,
@@ -166,7 +160,11 @@ def loglik(rows: Rows, mixture: Mixture) -> float:
     return sum(float(b.weight_N @ mixture.posterior(b.z_ZN).loglik_N) for b in rows.blocks(mixture))
 
 
-def _log_posterior_slopes(log_share_GBN: Floats, mass_GON: Floats, mass_G1N: Floats) -> Slopes:
+def _likelihood_slopes(shares: Shares, mass_GON: Floats, mass_G1N: Floats) -> Slopes:
+    return softmax_slopes(shares.free_MON, mass_GON, mass_G1N, shares.predictor_MON)
+
+
+def _log_posterior_slopes(shares: Shares, mass_GON: Floats, mass_G1N: Floats) -> Slopes:
     """Least squares of a gate's predictors on log posteriors, weighted by the gate's own posterior.
 
     Both are taken relative to the last branch, whose predictor is zero.
@@ -175,7 +173,9 @@ def _log_posterior_slopes(log_share_GBN: Floats, mass_GON: Floats, mass_G1N: Flo
     mass_GBN = np.concatenate([mass_GON, mass_G1N - mass_GON.sum(axis=1, keepdims=True)], axis=1)
     share_GBN = mass_GBN / np.maximum(mass_G1N, np.finfo(float).tiny)
     target_GBN = np.log(np.maximum(share_GBN, LEAST_POSTERIOR))
-    is_open_GON = np.isfinite(log_share_GBN[:, :-1])
-    log_ratio_GON = np.where(is_open_GON, log_share_GBN[:, :-1] - log_share_GBN[:, -1:], 0.0)
+    predictor_GON = shares.predictor_MON
+    is_open_GON = np.isfinite(predictor_GON)
+    log_ratio_GON = np.where(is_open_GON, predictor_GON, 0.0)
     error_GON = np.where(is_open_GON, target_GBN[:, :-1] - target_GBN[:, -1:] - log_ratio_GON, 0.0)
-    return Slopes(score_MON=mass_G1N * error_GON, curvature_MCN=mass_G1N)
+    np.multiply(mass_G1N, error_GON, out=predictor_GON)
+    return Slopes(score_MON=predictor_GON, curvature_MCN=mass_G1N)
