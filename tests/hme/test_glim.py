@@ -30,7 +30,7 @@ def _softmax(x_PN: Floats, mass_1BN: Floats, weight_1PO: Floats) -> tuple[float,
     shares = softmax_with_last_zero(predictors(x_PN, weight_1PO))
     value = float((mass_1BN[0] * log_share_BN).sum()) - 0.5 * NO_RIDGE * float((weight_1PO**2).sum())
     slopes = softmax_slopes(shares.free_MON, mass_1BN[:, :-1], mass_1BN.sum(axis=1, keepdims=True))
-    return value, moments(x_PN, pair_products(x_PN), slopes.score_MON[0], slopes)[0]
+    return value, moments(x_PN, pair_products(x_PN), slopes)[0]
 
 
 def _move(x_PN: Floats, step_MPO: Floats) -> Floats:
@@ -60,7 +60,7 @@ def test_a_damped_step_never_lowers_a_poisson_likelihood() -> None:
         experts = Experts(weight_LPO=random.normal(size=(1, 3, 1)) * 2, covariance_LOO=np.zeros((1, 0, 0)))
         judged = Poisson().judge(predictors(x_PN, experts.weight_LPO), y_1N, experts)
         slopes = Poisson().slopes(y_1N, weight_LN, judged, np.empty((1, 1, 20)))
-        (found,) = moments(x_PN, pair_products(x_PN), slopes.score_MON[0], slopes)
+        (found,) = moments(x_PN, pair_products(x_PN), slopes)
         after_LPO, _ = climbed(experts.weight_LPO, found, np.zeros(3), partial(_move, x_PN), 0.0)
         after = Poisson().judge(predictors(x_PN, after_LPO), y_1N, experts)
         assert (weight_LN * (after.log_density_LN - judged.log_density_LN)).sum() >= -1e-9, seed

@@ -1,5 +1,6 @@
 """Linear algebra on batches of small symmetric matrices."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -49,6 +50,17 @@ def product(left_EP: Floats, right_PN: Floats, out_EN: Floats | None = None) -> 
     out_EN = np.empty((len(left_EP), right_PN.shape[1])) if out_EN is None else out_EN
     torch.mm(torch.from_numpy(left_EP), torch.from_numpy(right_PN), out=torch.from_numpy(out_EN))
     return out_EN
+
+
+def stacked(part_EN: Sequence[Floats]) -> Floats:
+    """The parts (any axes before their rows) one after another as (E, N): a view where they stand so in one array."""
+    num_rows, whole_EN = part_EN[0].shape[-1], part_EN[0].base
+    if whole_EN is not None and all(part.base is whole_EN and part.flags.c_contiguous for part in part_EN):
+        place = [(part.ctypes.data - whole_EN.ctypes.data) // 8 for part in part_EN]
+        sizes = [part.size for part in part_EN]
+        if place == np.cumsum([place[0], *sizes[:-1]]).tolist() and whole_EN.flags.c_contiguous:
+            return whole_EN.reshape(-1)[place[0] : place[0] + sum(sizes)].reshape(-1, num_rows)
+    return np.concatenate([part.reshape(-1, num_rows) for part in part_EN])
 
 
 def unpack(packed_MQ: Floats, size: int) -> Floats:

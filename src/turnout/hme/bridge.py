@@ -173,7 +173,7 @@ def _softmax_regression(x_PN: Floats, target_LN: Floats) -> Floats:
     for _ in range(ROUTER_STEPS):
         share_1ON = softmax_with_last_zero(predictors(x_PN, weight_1PO)).free_MON
         slopes = softmax_slopes(share_1ON, target_LN[None, :-1], target_LN.sum(axis=0)[None, None])
-        (found,) = moments(x_PN, product_QN, slopes.score_MON[0], slopes)
+        (found,) = moments(x_PN, product_QN, slopes)
         weight_1PO, promise = climbed(
             weight_1PO, found, ridge_P, lambda step_1PO: spread(predictors(x_PN, step_1PO)), 1e-9 * x_PN.shape[1]
         )

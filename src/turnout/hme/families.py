@@ -150,7 +150,7 @@ class Softmax(Family):
 
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement, out_LON: Floats) -> Slopes:
         weight_L1N = weight_LN[:, None]
-        return softmax_slopes(judged.signal_LON, weight_L1N * y_TN[:-1], weight_L1N, out_LON)
+        return softmax_slopes(judged.signal_LON, weight_L1N * y_TN[:-1], weight_L1N, score_MON=out_LON)
 
     def mean(self, x_PN: Floats, experts: Experts) -> Floats:
         return np.exp(softmax_with_last_zero(predictors(x_PN, experts.weight_LPO)).log_MBN)

@@ -46,21 +46,20 @@ class Mixture:
 
     @cached_property
     def _weight_EZ(self) -> Floats:
-        """Weights of all predictors, experts' above gates', by inputs, and by targets where experts read them."""
+        """Weights of all predictors, gates' above experts', by inputs, and by targets where experts read them."""
         expert_EZ, gate_EP = by_rows(self.family.weights(self.experts)), by_rows(self.gate_GPO)
-        weight_EZ = np.zeros((len(expert_EZ) + len(gate_EP), expert_EZ.shape[1]))
-        weight_EZ[: len(expert_EZ)], weight_EZ[len(expert_EZ) :, : gate_EP.shape[1]] = expert_EZ, gate_EP
+        weight_EZ = np.zeros((len(gate_EP) + len(expert_EZ), expert_EZ.shape[1]))
+        weight_EZ[: len(gate_EP), : gate_EP.shape[1]], weight_EZ[len(gate_EP) :] = gate_EP, expert_EZ
         return weight_EZ
 
     def read(self, z_ZN: Floats) -> "Reading":
         """What gates and experts say of rows, inputs above targets: all linear predictors are one matrix product."""
         weight_EZ, num_rows = self._weight_EZ, z_ZN.shape[1]
         predictor_EN = product(weight_EZ, z_ZN[: weight_EZ.shape[1]])
-        split = self.tree.num_leaves * self.family.outputs
-        expert_LON = predictor_EN[:split].reshape(self.tree.num_leaves, self.family.outputs, num_rows)
-        gate_GON = predictor_EN[split:].reshape(self.tree.num_gates, self.tree.branching - 1, num_rows)
+        gates, free = self.tree.num_gates, self.tree.branching - 1
+        gate_GON = predictor_EN[: gates * free].reshape(gates, free, num_rows)
+        expert_LON = predictor_EN[gates * free :].reshape(self.tree.num_leaves, self.family.outputs, num_rows)
         return Reading(
-            predictor_EN=predictor_EN,
             shares=self._shares(gate_GON),
             expert_LON=expert_LON,
             judged=self.family.judge(expert_LON, z_ZN[-self.family.targets :], self.experts),
@@ -101,11 +100,10 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reading:
-    """What a mixture says of a block of rows before and after its targets are seen."""
+    """What gates and experts say of a block of rows; their predictors stand together, and make room for scores."""
 
-    predictor_EN: Floats  # all linear predictors, experts' above gates'; a pass writes its scores over them
     shares: Shares
-    expert_LON: Floats  # those of experts
+    expert_LON: Floats  # predictors of experts
     judged: Judgement
 
 

@@ -62,26 +62,25 @@ def _logistic(predictor_M1N: Floats) -> Shares:
     return Shares(predictor_MON=predictor_M1N, free_MON=free_M1N, log_last_MN=last_M1N[:, 0])
 
 
-def softmax_slopes(share_MON: Floats, mass_MON: Floats, total_M1N: Floats, out_MON: Floats | None = None) -> Slopes:
+def softmax_slopes(
+    share_MON: Floats,
+    mass_MON: Floats,
+    total_M1N: Floats,
+    *,
+    score_MON: Floats | None = None,
+    curvature_M1N: Floats | None = None,
+) -> Slopes:
     """Slopes of M softmax models; gates and softmax experts are both such.
 
-    Shapes: mass_MON (M, O, N) of each row on each branch but the last; total_M1N (M, 1, N) on all of them; out_MON
-    (M, O, N) takes the scores, if given.
+    Shapes: mass_MON (M, O, N) of each row on each branch but the last; total_M1N (M, 1, N) on all of them. score_MON
+    and curvature_M1N (this of two branches alone) are where slopes go, if given; masses may stand there.
     Source: Jordan & Jacobs 1994, appendix A (IRLS); the whole Hessian, not its diagonal blocks.
     """
     weighted_MON = total_M1N * share_MON
-    score_MON = np.subtract(mass_MON, weighted_MON, out=out_MON)
-    return Slopes(score_MON=score_MON, curvature_MCN=_softmax_curvature(share_MON, weighted_MON))
-
-
-def _softmax_curvature(share_MON: Floats, weighted_MON: Floats) -> Floats:
-    """Minus the second derivatives of weight * log softmax, by pairs of predictors of all but the last branch.
-
-    Shapes: share_MON (M, O, N); weighted_MON (M, O, N) weight times share, which may be used up; returns
-    (M, O (O + 1) / 2, N).
-    """
+    score_MON = np.subtract(mass_MON, weighted_MON, out=score_MON)
     if share_MON.shape[1] == 1:
-        weighted_MON *= 1.0 - share_MON
-        return weighted_MON
+        curvature_M1N = np.multiply(weighted_MON, 1.0 - share_MON, out=curvature_M1N)
+        return Slopes(score_MON=score_MON, curvature_MCN=curvature_M1N)
     o_C, r_C = pairs(share_MON.shape[1])
-    return weighted_MON[:, o_C] * ((o_C == r_C)[:, None] - share_MON[:, r_C])
+    curvature_MCN = weighted_MON[:, o_C] * ((o_C == r_C)[:, None] - share_MON[:, r_C])
+    return Slopes(score_MON=score_MON, curvature_MCN=curvature_MCN)

@@ -127,7 +127,11 @@ def gathered(blocks: Iterable[Block], believed: Mixture, at: Mixture, *, log_pos
 
 
 def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors: bool) -> Sums:
-    """Sums over one block, those of Gaussian experts over white residuals."""
+    """Sums over one block, those of Gaussian experts over white residuals.
+
+    Scores are written over predictors and curvatures over masses: arrays that a core's cache still holds, in which
+    gates and experts stand together.
+    """
     posterior = believed.posterior(block.z_ZN)
     weight_LN = posterior.leaf_LN
     if not block.counts_once:
@@ -137,7 +141,7 @@ def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors:
     gate_slopes = (_log_posterior_slopes if log_posteriors else _likelihood_slopes)(reading.shares, mass_GON, mass_G1N)
     square_LOO = at.family.squares(weight_LN, reading.judged)
     expert_slopes = at.family.slopes(block.y_TN, weight_LN, reading.judged, reading.expert_LON)
-    experts, gates = moments(block.x_PN, block.product_QN, reading.predictor_EN, expert_slopes, gate_slopes)
+    gates, experts = moments(block.x_PN, block.product_QN, gate_slopes, expert_slopes)
     return Sums(
         loglik=float(block.weight_N @ posterior.loglik_N),
         gates=gates,
@@ -161,7 +165,7 @@ def loglik(rows: Rows, mixture: Mixture) -> float:
 
 
 def _likelihood_slopes(shares: Shares, mass_GON: Floats, mass_G1N: Floats) -> Slopes:
-    return softmax_slopes(shares.free_MON, mass_GON, mass_G1N, shares.predictor_MON)
+    return softmax_slopes(shares.free_MON, mass_GON, mass_G1N, score_MON=shares.predictor_MON, curvature_M1N=mass_G1N)
 
 
 def _log_posterior_slopes(shares: Shares, mass_GON: Floats, mass_G1N: Floats) -> Slopes:
