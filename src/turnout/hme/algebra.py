@@ -53,13 +53,15 @@ def product(left_EP: Floats, right_PN: Floats, out_EN: Floats | None = None) -> 
 
 
 def stacked(part_EN: Sequence[Floats]) -> Floats:
-    """The parts (any axes before their rows) one after another as (E, N): a view where they stand so in one array."""
+    """The parts (any axes before their rows) one after another, as (E, N): a view where they make up one array."""
     num_rows, whole_EN = part_EN[0].shape[-1], part_EN[0].base
-    if whole_EN is not None and all(part.base is whole_EN and part.flags.c_contiguous for part in part_EN):
-        place = [(part.ctypes.data - whole_EN.ctypes.data) // 8 for part in part_EN]
-        sizes = [part.size for part in part_EN]
-        if place == np.cumsum([place[0], *sizes[:-1]]).tolist() and whole_EN.flags.c_contiguous:
-            return whole_EN.reshape(-1)[place[0] : place[0] + sum(sizes)].reshape(-1, num_rows)
+    if whole_EN is not None and all(part.base is whole_EN for part in part_EN):
+        end = whole_EN.__array_interface__["data"][0]
+        for part in part_EN:
+            is_next = part.flags.c_contiguous and part.__array_interface__["data"][0] == end
+            end = end + part.nbytes if is_next else -1
+        if end == whole_EN.__array_interface__["data"][0] + whole_EN.nbytes:
+            return whole_EN.reshape(-1, num_rows)
     return np.concatenate([part.reshape(-1, num_rows) for part in part_EN])
 
 

@@ -149,13 +149,13 @@ def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors:
     )
 
 
-def longest_move(rows: Rows, step_MPO: Floats) -> Floats:
+def longest_move(rows: Rows, mixture: Mixture, step_MPO: Floats) -> Floats:
     """How far apart a step moves the predictors of each model at any row, (M,): reads the inputs alone."""
     most_M = np.zeros(len(step_MPO))
     if not step_MPO.size:
         return most_M
-    for part in rows.parts(step_MPO.shape[0] * step_MPO.shape[2]):
-        most_M = np.maximum(most_M, spread(predictors(rows.x_NP[part].T, step_MPO)))
+    for block in rows.blocks(mixture):
+        most_M = np.maximum(most_M, spread(predictors(block.x_PN, step_MPO)))
     return most_M
 
 
