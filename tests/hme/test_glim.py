@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from turnout.hme.algebra import pair_products
+from turnout.hme.algebra import pair_products, stacked
 from turnout.hme.families import Experts, Poisson
 from turnout.hme.glim import Moments, climbed, moments, newton_step, safe_share, spread
 from turnout.hme.shares import predictors, softmax_slopes, softmax_with_last_zero
@@ -83,3 +83,14 @@ def test_shares_are_the_softmax_with_a_zero_and_know_closed_branches(outputs: in
     # to the rounding of a predictor of a thousand
     np.testing.assert_allclose(shares.log_MBN, want_MBN, rtol=1e-12, atol=3e-13)
     np.testing.assert_allclose(shares.free_MON, np.exp(want_MBN[:, :-1]), rtol=1e-11, atol=1e-300)
+
+
+def test_parts_of_one_array_are_stacked_without_a_copy_and_others_with_one() -> None:
+    whole = np.arange(28.0).reshape(7, 4)
+    parts = [whole[:3, None], whole[3:].reshape(2, 2, 4)]
+    assert np.shares_memory(stacked(parts), whole)
+    np.testing.assert_array_equal(stacked(parts), whole)
+    for other in ([parts[1], parts[0]], [parts[0], parts[1][:1]], [parts[0], parts[1].copy()], [whole[:2], whole[4:]]):
+        got = stacked(other)
+        assert not np.shares_memory(got, whole)
+        np.testing.assert_array_equal(got, np.concatenate([part.reshape(-1, 4) for part in other]))
