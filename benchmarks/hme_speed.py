@@ -1,6 +1,6 @@
 """How long an EM iteration takes, beside the same mathematics written as a loop over experts and gates.
 
-Usage: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.hme_speed [--large] [--out FILE]. CPU seconds of
+Usage: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.hme_speed [--large] [--iterations N] [--out FILE]. CPU seconds of
 one core; the sides take turns, least and median are shown. `--large`: iterations on 10^6 x 50 with 64 experts read from
 a memory map, and the memory they take. Ends in one line of JSON.
 """
@@ -180,10 +180,11 @@ def main() -> None:
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--only-large", action="store_true")
     parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=2, help="of the large fit")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     found = {} if options.only_large else small(options.turns)
-    found |= large() if options.large or options.only_large else {}
+    found |= large(options.iterations) if options.large or options.only_large else {}
     for name, figure in found.items():
         print(f"{name:32} {figure if isinstance(figure, list) else f'{figure:.4f}'}")
     if options.out:
