@@ -1,8 +1,8 @@
 """How long an EM iteration takes, beside the same mathematics written as a loop over experts and gates.
 
-Usage: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.hme_speed [--large] [--iterations N] [--out FILE]. CPU seconds of
-one core; the sides take turns, least and median are shown. `--large`: iterations on 10^6 x 50 with 64 experts read from
-a memory map, and the memory they take. Ends in one line of JSON.
+Usage: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.hme_speed [--large] [--iterations N] [--out FILE].
+CPU seconds of one core; the sides take turns, least and median are shown. `--large`: iterations on 10^6 x 50 with 64
+experts read from a memory map, and the memory they take. Ends in one line of JSON.
 """
 
 import argparse
@@ -16,6 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
+# fits of this size import it: here, so that its 50 MiB of code are none of the memory of a fit
+import torch  # noqa: F401
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from turnout.hme.em import EMConfig, fit_em, ridge_of
