@@ -102,7 +102,12 @@ class Strategy:
     @property
     def tokens_sharded(self) -> bool:
         """Whether each tp rank dispatches its own 1/tp of the tokens, instead of all of them."""
-        return self.shard_tokens or self.sequence_parallel
+        return self.shard_tokens or self.sequence_parallel or self._slices_data
+
+    @property
+    def _slices_data(self) -> bool:
+        """Without tensor parallel ranks those of a slice are data-parallel: neighbours, each with its own tokens."""
+        return self.tp == 1 and self.etp > 1
 
     @property
     def expert_parts(self) -> int:
@@ -181,10 +186,7 @@ class Strategy:
                 f"strategy.dp={self.dp} times tp * cp * pp = {dense} must be world={world}; "
                 f"nearest legal: {world // dense}"
             )
-        # without tensor parallel ranks those of a slice are data-parallel: neighbours, each with tokens of its own
-        slices_data = self.tp == 1 and self.etp > 1
-        folded, sharded = self.folded or slices_data, self.shard_tokens or slices_data
-        return replace(self, dp=world // dense, folded=folded, shard_tokens=sharded)
+        return replace(self, dp=world // dense, folded=self.folded or self._slices_data)
 
     def _check_experts(self, world: int, num_experts: int, *, uneven: bool) -> None:
         if num_experts == 0:

@@ -101,5 +101,7 @@ def test_a_precision_of_what_is_kept_needs_light_recomputation() -> None:
 
 def test_slices_of_experts_without_tensor_parallelism_are_neighbours_with_tokens_of_their_own() -> None:
     sliced = Strategy(ep=2, etp=2).check(8, num_experts=4)
-    assert sliced == Strategy(ep=2, etp=2, dp=8, folded=True, shard_tokens=True)
+    assert sliced == Strategy(ep=2, etp=2, dp=8, folded=True)
+    assert sliced.tokens_sharded
+    assert not Strategy(ep=2).tokens_sharded
     assert sliced.edp() == 2
