@@ -27,7 +27,7 @@ class Framework:
     dropout: bool = False  # masks are kept
     fused_activation: bool = True  # a gated activation keeps its two inputs, not also the activated gate
     permuted_copies: float = 1.0  # copies of the routed rows kept beside the experts' input
-    stage_balance: Literal["layers", "flops"] = "layers"  # what pipeline stages have equal numbers of
+    stage_balance: Literal["layers", "flops", "flops over"] = "layers"  # what pipeline stages have equal numbers of
     selective: Literal["scores", "products"] = "scores"  # what selective recomputation drops
     key_copies: int = 0  # of keys and values, kept beside those that attention reads
     gathered_inputs: bool = False  # under tp, a block at work holds gathered inputs and outputs not yet summed
@@ -110,3 +110,5 @@ NANOTRON = _add(
         zero_sums=True, bucket_params=25 * 2**20 / 2,
     ),
 )  # fmt: skip
+# before its pipelines were repaired: the block that reaches a stage's share of the products did not yet end the stage
+_add("nanotron-2024", replace(NANOTRON, stage_balance="flops over"))
