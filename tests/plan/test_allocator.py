@@ -80,3 +80,22 @@ def test_a_tensor_that_another_stream_reads_is_free_only_later() -> None:
     memory.wait()
     memory.make(64 * MIB)
     assert memory.reserved == 192 * MIB
+
+
+def test_before_the_device_is_full_late_tensors_are_waited_for() -> None:
+    memory = CachingAllocator(device_bytes=200 * MIB)
+    for _ in range(9):
+        memory.drop_late(memory.make(64 * MIB), 1024)
+    assert memory.reserved == memory.peak_reserved == 192 * MIB
+
+
+def test_before_the_device_is_full_free_pieces_are_given_back() -> None:
+    memory = CachingAllocator(device_bytes=200 * MIB)
+    small, large, cut = memory.make(1 * MIB), memory.make(100 * MIB), memory.make(60 * MIB)
+    memory.drop(small, large, cut)
+    memory.make(20 * MIB)  # of the 60
+    memory.make(120 * MIB)
+    assert memory.reserved == (60 + 120) * MIB
+    assert memory.peak_reserved == 180 * MIB
+    memory.make(90 * MIB)  # what lives is not refused: whether a job fits is another's question
+    assert memory.peak_reserved == 270 * MIB

@@ -54,16 +54,24 @@ class _Pool:
         del self.blocks[block.address]
         block.free = False
 
+    def give_back(self) -> int:
+        """Bytes of free blocks that are all of what one request brought; they are gone."""
+        whole = [block for block in self.blocks.values() if block.before is None and block.after is None]
+        for block in whole:
+            self.take(block)
+        return sum(block.size for block in whole)
+
 
 class CachingAllocator:
-    """Bytes held from the device (`reserved`) and bytes of tensors (`live`, `peak`).
+    """Bytes held from the device (`reserved`, at most `peak_reserved`) and bytes of tensors (`live`, `peak`).
 
     A freed block joins its free neighbours and waits for a tensor that fits; the smallest that is large enough is cut.
-    Nothing is ever given back, as long as the device is not full.
+    Where the device would be full, what was dropped late is waited for, and pieces that are whole again are given back.
     """
 
-    def __init__(self) -> None:
-        self.reserved = self.live = self.peak = 0
+    def __init__(self, device_bytes: float = float("inf")) -> None:
+        self.device_bytes = device_bytes
+        self.reserved = self.peak_reserved = self.live = self.peak = 0
         self._end = 0  # of the addresses given out
         self._small, self._large = _Pool(_UNIT), _Pool(_SMALL + 1)
         self._late: deque[tuple[int, Block]] = deque()  # (the launch by which it is free, it)
@@ -111,11 +119,18 @@ class CachingAllocator:
             self.drop(self._late.popleft()[1])
 
     def _asked(self, size: int, pool: _Pool) -> Block:
-        """A new block of the device."""
+        """A new block of the device; where it would be full, one that is free once the device has caught up."""
         asked = _SMALL_SHARED if size <= _SMALL else _SHARED if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+        if self.reserved + asked > self.device_bytes:
+            self.wait()
+            found = pool.best(size)
+            if found is not None:
+                return found
+            self.reserved -= self._small.give_back() + self._large.give_back()
         block = Block(asked, self._end, pool)
         self._end += asked + _UNIT
         self.reserved += asked
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
         return block
 
     def _cut(self, block: Block, size: int) -> Block:

@@ -21,8 +21,7 @@ Host = Literal["ahead", "filling", "behind"]
 # CUDA's queue of launches, and how far the host runs ahead: until its collective has run, a tensor that another stream
 # reads is not free (Tensor.record_stream)
 QUEUE = 1024
-# launches for a tensor made: a block has 17 in 28 kernels and 8 waits of one stream for another going forward, and 26 in
-# some 50 going back
+# launches for a tensor made: going forward a block has 17 in 28 kernels and 8 waits of a stream, going back 26 in 50
 _LAUNCHES = 2
 # and of a micro-batch beside them: the table's lookup with what is sent to the next stage, the loss; of a block, its
 # gradients added in fp32
@@ -31,8 +30,8 @@ _WORKSPACES = (32 * MIB, 32 * MIB)  # of the matrix library, by stream: PyTorch'
 _STEPS = 2  # moments are made at the end of the first, in what activations left; from the second on nothing changes
 
 
-def reserved_bytes(job: Job, host: Host = "ahead") -> int:
-    """Bytes that rank 0 holds from its device after some steps.
+def reserved_bytes(job: Job, host: Host = "ahead", device_bytes: float = float("inf")) -> int:
+    """Bytes that rank 0 holds from its device after some steps; a host that runs ahead stops where the device is full.
 
     Raises: ConfigError if the job is not one of nanotron's: dense, gated, ZeRO-1 at most, 1F1B, nothing recomputed.
     """
@@ -44,8 +43,8 @@ def reserved_bytes(job: Job, host: Host = "ahead") -> int:
             "with zero<=1, cp=1, virtual_stages=1 and recompute=none, or ask for memory() of any"
         )
     stage = stages(shape, strategy.pp, 1, job.framework.stage_balance)[0]
-    rank = _Rank(job=job, stage=stage, host=host if strategy.tp > 1 else "behind")
-    return rank.run()
+    memory = CachingAllocator(device_bytes)
+    return _Rank(job=job, stage=stage, host=host if strategy.tp > 1 else "behind", memory=memory).run()
 
 
 @dataclass(kw_only=True)
@@ -66,7 +65,7 @@ class _Rank:
     job: Job
     stage: Stage
     host: Host
-    memory: CachingAllocator = field(default_factory=CachingAllocator)
+    memory: CachingAllocator
     flying: deque[tuple[list[_Kept], list[Block]]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -113,7 +112,7 @@ class _Rank:
                 # this rank's part flat, everybody's parts flat, and the collective's own copy of these
                 parts = [memory.make(2 * params / shards) for _ in range(1 + shards)]
                 memory.drop(*parts, memory.make(2 * params))
-        return memory.reserved
+        return memory.peak_reserved
 
     def _passes(self) -> None:
         """Micro-batches of a step, as many as make a difference."""
@@ -137,9 +136,9 @@ class _Rank:
         if self.host == "ahead" or self.filling:
             self.memory.launch(number)
 
-    def _drop_sent(self, block: Block) -> None:
-        """Drops what a collective over tensor-parallel ranks has read or written."""
-        if self.job.strategy.tp > 1 and (self.host == "ahead" or self.filling):
+    def _drop_sent(self, block: Block, *, output: bool = False) -> None:
+        """Drops what a collective over tensor-parallel ranks has read or written; `output`: of a block's product."""
+        if self.job.strategy.tp > 1 and (self.host == "ahead" or (self.filling and output)):
             self.memory.drop_late(block, QUEUE)
         else:
             self.memory.drop(block)
@@ -269,17 +268,17 @@ class _Rank:
         self.memory.drop(inner, around)
         return both
 
-    def _scattered(self, output: Block) -> Block:
+    def _scattered(self, whole: Block, *, output: bool = False) -> Block:
         """This rank's share of a sum over tensor-parallel ranks."""
         if self.job.strategy.tp == 1:
-            return output
+            return whole
         share = self._make(self.share)
-        self._drop_sent(output)
+        self._drop_sent(whole, output=output)
         return share
 
     def _added(self, output: Block) -> Block:
         """The residual stream after a row-parallel product."""
-        share = self._scattered(output)
+        share = self._scattered(output, output=True)
         stream = self._make(self.share)
         self._drop_sent(share)
         return stream

@@ -72,7 +72,7 @@ def _memory_pairs(row: Row, models: dict[str, Row]) -> list[tuple[str, float, fl
         held = ("peak", needed.allocated_bytes) if row.get("peak_alloc_gib") else ("reserved", needed.reserved_bytes)
         return [(held[0], held[1] / GIB, float(peak))]
     # what rank 0 printed, which is of the first stage
-    reserved = reserved_bytes(job, host_of(row, job, fitted()))
+    reserved = reserved_bytes(job, host_of(row, job, fitted()), cluster_of(row).device.memory_bytes)
     resting = memory_by_stage(job)[0].resting_bytes
     return [("reserved", reserved / GIB, float(peak)), ("between steps", resting / GIB, float(row["alloc_gib"]))]
 
