@@ -152,7 +152,7 @@ class Strategy:
         the planner's and the tuner's closed forms take all alike.
         Raises: ConfigError naming the field, its value and the nearest legal one.
         """
-        resolved = self._with_dp(world)
+        resolved = self._with_dp(world, num_heads)
         resolved._check_experts(world, num_experts, uneven=uneven)
         if num_layers:
             resolved._check_layers(num_layers)
@@ -173,13 +173,13 @@ class Strategy:
             _must_divide("zero_size", self.zero_size, "dp * cp", resolved.dp * self.cp)
         return resolved
 
-    def _with_dp(self, world: int) -> "Strategy":
+    def _with_dp(self, world: int, num_heads: int) -> "Strategy":
         dense = self.tp * self.cp * self.pp
         if world < 1 or world % dense:
             legal = max(dense, round(world / dense) * dense)
             raise ConfigError(
                 f"strategy.tp={self.tp} * cp={self.cp} * pp={self.pp} = {dense} must divide world={world}; "
-                f"nearest legal world: {legal}"
+                f"nearest legal: {self._dividing(world, num_heads)}world={legal}"
             )
         if self.dp not in (0, world // dense):
             raise ConfigError(
@@ -187,6 +187,16 @@ class Strategy:
                 f"nearest legal: {world // dense}"
             )
         return replace(self, dp=world // dense, folded=self.folded or self._slices_data)
+
+    def _dividing(self, world: int, num_heads: int) -> str:
+        """The nearest values of tp, cp and pp that divide the world, one changed at a time; empty if none does."""
+        near = []
+        for name in ("tp", "cp", "pp"):
+            value = getattr(self, name)
+            room, rest = divmod(world, self.tp * self.cp * self.pp // value)
+            if value > 1 and room and not rest:
+                near.append(f"{name}={nearest_divisor(value, gcd(room, num_heads) if name == 'tp' else room)}")
+        return ", or ".join([*near, ""])
 
     def _check_experts(self, world: int, num_experts: int, *, uneven: bool) -> None:
         if num_experts == 0:

@@ -41,7 +41,9 @@ def test_fields_out_of_range_are_refused(fields: dict[str, object], text: str) -
 @pytest.mark.parametrize(
     ("fields", "job", "text"),
     [
-        ({"tp": 3}, {}, r"tp=3 .* must divide world=16; nearest legal world: 15"),
+        ({"tp": 3}, {}, r"tp=3 .* must divide world=16; nearest legal: tp=2, or world=15"),
+        ({"tp": 3, "pp": 2}, {"num_heads": 36}, r"tp=3 .* must divide world=16; nearest legal: tp=2, or world=18"),
+        ({"tp": 3, "pp": 5}, {}, r"= 15 must divide world=16; nearest legal: world=15"),
         ({"dp": 4, "tp": 2}, {}, "strategy.dp=4 times tp .* must be world=16; nearest legal: 8"),
         ({"ep": 3}, {"num_experts": 8}, "strategy.ep=3 must divide num_experts=8; nearest legal: 2"),
         ({"ep": 2}, {}, "strategy.ep=2 needs experts; nearest legal: 1"),
