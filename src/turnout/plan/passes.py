@@ -2,27 +2,24 @@
 
 from dataclasses import dataclass
 
+from turnout.plan.block_wire import (
+    Boundary,
+    boundary,
+    context_s,
+    exchange_wire,
+    expert_tensor_s,
+    expert_weights_s,
+    table_s,
+    tensor_s,
+)
 from turnout.plan.compute import BlockTime, block_time, head_time
 from turnout.plan.data_volume import dense_stage_params
 from turnout.plan.memory import stage_params
 from turnout.plan.model import ModelShape
 from turnout.plan.pipeline import Stage, like_blocks
+from turnout.plan.step_wire import SLOTS, Reduced, dense_reduced, routed_reduced
 from turnout.plan.terms import Numbers, Terms, either, larger, reads, smaller
-from turnout.plan.wire import (
-    SLOTS,
-    Boundary,
-    Reduced,
-    Run,
-    boundary,
-    context_s,
-    dense_reduced,
-    exchange_wire,
-    expert_tensor_s,
-    expert_weights_s,
-    routed_reduced,
-    table_s,
-    tensor_s,
-)
+from turnout.plan.wire import Run
 from turnout.topology import Cluster
 
 # multiprocessors a communication kernel takes while it runs: DeepSeek-AI 2024, arXiv:2412.19437, section 3.2.2 (20 of
