@@ -74,8 +74,8 @@ class CachingAllocator:
         self.reserved = self.peak_reserved = self.live = self.peak = 0
         self._end = 0  # of the addresses given out
         self._small, self._large = _Pool(_UNIT), _Pool(_SMALL + 1)
-        self._late: deque[tuple[int, Block]] = deque()  # (the launch by which it is free, it)
-        self._launched = 0
+        self._late: deque[tuple[float, Block]] = deque()  # (the launch by which it is free, it)
+        self._launched = 0.0
 
     def make(self, size: float) -> Block:
         """Memory of a new tensor of `size` bytes."""
@@ -107,7 +107,7 @@ class CachingAllocator:
         """The tensor is gone, but another stream may still read it: free after so many more launches."""
         self._late.append((self._launched + launches, block))
 
-    def launch(self, number: int) -> None:
+    def launch(self, number: float) -> None:
         """So many launches more; of what was dropped late, that is free which the device has reached."""
         self._launched += number
         while self._late and self._late[0][0] <= self._launched:

@@ -22,7 +22,7 @@ Host = Literal["ahead", "filling", "behind"]
 # reads is not free (Tensor.record_stream)
 QUEUE = 1024
 # launches for a tensor made: going forward a block has 17 in 28 kernels and 8 waits of a stream, going back 26 in 50
-_LAUNCHES = 2
+_FORWARD, _BACKWARD = 36 / 17, 50 / 26
 # and of a micro-batch beside them: the table's lookup with what is sent to the next stage, the loss; of a block, its
 # gradients added in fp32
 _MICRO_LAUNCHES, _LOSS_LAUNCHES, _SUM_LAUNCHES = 26, 32, 6
@@ -83,6 +83,7 @@ class _Rank:
         self.table = shape.vocab_size * shape.dim // tp
         self.head = self.stage.head
         self.filling = False  # the host runs ahead in this pass, but will not go on to
+        self.pace = _FORWARD  # launches a tensor
         self.turns: list[Block] = []  # cosines and sines, of each block its own
 
     def run(self) -> int:
@@ -128,10 +129,10 @@ class _Rank:
             self._backward()
 
     def _make(self, size: float) -> Block:
-        self._launch(_LAUNCHES)
+        self._launch(self.pace)
         return self.memory.make(size)
 
-    def _launch(self, number: int) -> None:
+    def _launch(self, number: float) -> None:
         # of what was late when the pipeline was full, the backward passes find nothing
         if self.host == "ahead" or self.filling:
             self.memory.launch(number)
@@ -147,6 +148,7 @@ class _Rank:
 
     def _forward(self) -> None:
         make, drop = self._make, self.memory.drop
+        self.pace = _FORWARD
         self._launch(_MICRO_LAUNCHES)
         stream = self._scattered(make(self.whole))
         kept = []
@@ -186,6 +188,7 @@ class _Rank:
 
     def _backward(self) -> None:
         make, drop = self._make, self.memory.drop
+        self.pace = _BACKWARD
         kept, top = self.flying.popleft()
         gradients: list[Block] = []
         if self.head:
