@@ -130,6 +130,19 @@ def test_dedup_between_nodes_is_not_slower() -> None:
     assert times[1] < 0.6 * times[0]
 
 
+def test_tensor_parallel_communication_in_chunks_hides_behind_products_but_for_one() -> None:
+    times = [
+        step_time(job("llama3-70b", tp=8, sequence_parallel=True, tp_overlap=chunks), CLUSTERS["dgx-h100"])
+        for chunks in (1, 2, 64)
+    ]
+    whole, two, many = (each.tp_s for each in times)
+    # each chunk has a launch and latencies of its own
+    assert (1 - fitted().hidden_tp) * whole < two < whole
+    assert many > two
+    assert times[0].tax_s < times[1].tax_s
+    assert times[1].step_s < times[0].step_s
+
+
 V3 = replace(
     job("deepseek-v3", batch=15_360, dp=128, pp=16, ep=64, folded=True, schedule="dualpipe", precision="fp8", zero=1,
         dispatch_precision="fp8", alltoall="node_dedup", recompute="light", kept_precision="fp8"),
