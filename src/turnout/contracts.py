@@ -3,7 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -378,7 +378,7 @@ class Dispatcher(ABC):
         """
 
 
-def _full_precision(device_type: str) -> AbstractContextManager[None]:
+def _full_precision(device_type: str) -> "torch.autocast | nullcontext[None]":
     # asked first: switching off what is off takes a tenth of a router's time for one token
     is_cast = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if is_cast else nullcontext()
