@@ -102,7 +102,12 @@ class Strategy:
     @property
     def tokens_sharded(self) -> bool:
         """Whether each tp rank dispatches its own 1/tp of the tokens, instead of all of them."""
-        return self.shard_tokens or self.sequence_parallel
+        return self.shard_tokens or self.sequence_parallel or self._slices_data
+
+    @property
+    def _slices_data(self) -> bool:
+        """Without tensor parallel ranks those of a slice are data-parallel: neighbours, each with its own tokens."""
+        return self.tp == 1 and self.etp > 1
 
     @property
     def expert_parts(self) -> int:
@@ -147,7 +152,7 @@ class Strategy:
         the planner's and the tuner's closed forms take all alike.
         Raises: ConfigError naming the field, its value and the nearest legal one.
         """
-        resolved = self._with_dp(world)
+        resolved = self._with_dp(world, num_heads)
         resolved._check_experts(world, num_experts, uneven=uneven)
         if num_layers:
             resolved._check_layers(num_layers)
@@ -168,23 +173,30 @@ class Strategy:
             _must_divide("zero_size", self.zero_size, "dp * cp", resolved.dp * self.cp)
         return resolved
 
-    def _with_dp(self, world: int) -> "Strategy":
+    def _with_dp(self, world: int, num_heads: int) -> "Strategy":
         dense = self.tp * self.cp * self.pp
         if world < 1 or world % dense:
             legal = max(dense, round(world / dense) * dense)
             raise ConfigError(
                 f"strategy.tp={self.tp} * cp={self.cp} * pp={self.pp} = {dense} must divide world={world}; "
-                f"nearest legal world: {legal}"
+                f"nearest legal: {self._dividing(world, num_heads)}world={legal}"
             )
         if self.dp not in (0, world // dense):
             raise ConfigError(
                 f"strategy.dp={self.dp} times tp * cp * pp = {dense} must be world={world}; "
                 f"nearest legal: {world // dense}"
             )
-        # without tensor parallel ranks those of a slice are data-parallel: neighbours, each with tokens of its own
-        slices_data = self.tp == 1 and self.etp > 1
-        folded, sharded = self.folded or slices_data, self.shard_tokens or slices_data
-        return replace(self, dp=world // dense, folded=folded, shard_tokens=sharded)
+        return replace(self, dp=world // dense, folded=self.folded or self._slices_data)
+
+    def _dividing(self, world: int, num_heads: int) -> str:
+        """The nearest values of tp, cp and pp that divide the world, one changed at a time; empty if none does."""
+        near = []
+        for name in ("tp", "cp", "pp"):
+            value = getattr(self, name)
+            room, rest = divmod(world, self.tp * self.cp * self.pp // value)
+            if value > 1 and room and not rest:
+                near.append(f"{name}={nearest_divisor(value, gcd(room, num_heads) if name == 'tp' else room)}")
+        return ", or ".join([*near, ""])
 
     def _check_experts(self, world: int, num_experts: int, *, uneven: bool) -> None:
         if num_experts == 0:

@@ -105,7 +105,7 @@ def piped(*settings: str) -> Recipe:
         ),
         (lambda: check_ranks(piped(), 1), r"strategy\.pp=2 needs at least 2 processes: torchrun --nproc-per-node 2"),
         (lambda: check_ranks(piped("strategy.ep=2"), 1), r"pp=2 \* ep=2 needs at least 4 processes"),
-        (lambda: check_ranks(piped(), 3), r"pp=2 = 2 must divide world=3; nearest legal world: 4"),
+        (lambda: check_ranks(piped(), 3), r"pp=2 = 2 must divide world=3; nearest legal: pp=1, or world=4"),
         (lambda: check_ranks(piped("strategy.ep=2"), 2), r"strategy\.ep=2 must divide dp \* cp=1; nearest legal: 1"),
         (
             lambda: check_ranks(piped("strategy.pp=4", "loop.accumulate=4"), 4),

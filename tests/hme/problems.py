@@ -54,4 +54,4 @@ def stirred(mixture: Mixture, seed: int) -> Mixture:
 
 
 def as_block(rows: Rows) -> Block:
-    return Block(x_PN=rows.x_NP.T, y_TN=rows.y_NT.T, weight_N=rows.weight_N)
+    return Block(z_ZN=np.hstack([rows.x_NP, rows.y_NT]).T, inputs=rows.x_NP.shape[1], weight_N=rows.weight_N)

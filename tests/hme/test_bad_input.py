@@ -71,6 +71,12 @@ def test_separable_classes_give_a_finite_fit(ridge: float, steps: int) -> None:
         ({"family": "poisson"}, X, Y, "needs one column of counts, none below 0"),
         ({"missing": "guess"}, X, Y, "must be one of: refuse, mean"),
         ({"max_experts": 8, "solver": "online"}, X, Y, "growth and pruning need solver='em'"),
+        ({"max_experts": 3}, X, Y, "max_experts=3 must be at least the 4 experts that depth and branching start with"),
+        ({"max_experts": -8}, X, Y, "max_experts=-8 must be at least"),
+        ({"depth": 1.5}, X, Y, "depth=1.5 must be a whole number"),
+        ({"branching": "2"}, X, Y, "branching='2' must be a whole number"),
+        ({}, X * 1e200, Y, "vary by more than 1e.75, and their squares overflow: divide"),
+        ({}, X, Y * 1e200, "their squares overflow"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_by_name(
@@ -81,10 +87,18 @@ def test_what_cannot_be_fitted_is_refused_by_name(
 
 
 def test_one_class_is_refused_and_so_are_weights_of_zero() -> None:
-    with pytest.raises(ValueError, match="1 class"):
+    with pytest.raises(ValueError, match=r"y has 1 class \(\[0.0\]\)"):
         HMEClassifier().fit(X, np.zeros(60))
     with pytest.raises(ValueError, match="at least one non-zero number"):
         HMERegressor().fit(X, Y, np.zeros(60))
+
+
+def test_rows_beyond_squares_leave_what_was_learned() -> None:
+    fitted = HMERegressor(random_state=0).partial_fit(X, Y)
+    before = fitted.predict(X)
+    with pytest.raises(ValueError, match="their squares overflow"):
+        fitted.partial_fit(X * 1e200, Y)
+    np.testing.assert_array_equal(fitted.predict(X), before)
 
 
 def test_missing_inputs_are_taken_as_the_mean_when_asked() -> None:

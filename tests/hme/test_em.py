@@ -45,7 +45,7 @@ def _climb(seeds: range) -> None:
 def test_posteriors_and_priors_sum_to_one(seed: int) -> None:
     mixture, rows = random_problem(seed)
     mixture, block = stirred(mixture, seed), as_block(rows)
-    np.testing.assert_allclose(mixture.posterior(block.x_PN, block.y_TN).leaf_LN.sum(axis=0), 1, rtol=1e-12)
+    np.testing.assert_allclose(mixture.posterior(block.z_ZN).leaf_LN.sum(axis=0), 1, rtol=1e-12)
     np.testing.assert_allclose(mixture.priors(block.x_PN).sum(axis=0), 1, rtol=1e-12)
 
 
@@ -55,7 +55,7 @@ def test_a_posterior_is_prior_times_density_path_by_path(seed: int) -> None:
     mixture, rows = random_problem(seed)
     mixture, block = stirred(mixture, seed), as_block(rows)
     share_GBN = np.exp(mixture.shares(block.x_PN).log_MBN)
-    density_LN = np.exp(mixture.family.judge(block.x_PN, block.y_TN, mixture.experts).log_density_LN)
+    density_LN = np.exp(mixture.read(block.z_ZN).judged.log_density_LN)
 
     def likelihood(node: int) -> np.ndarray:
         if node < 0:
@@ -64,7 +64,7 @@ def test_a_posterior_is_prior_times_density_path_by_path(seed: int) -> None:
         return sum(share_GBN[node, b] * likelihood(c) for b, c in enumerate(children) if mixture.tree.open_GB[node, b])
 
     want_N = np.log(likelihood(0 if mixture.tree.num_gates else ~0))
-    np.testing.assert_allclose(mixture.posterior(block.x_PN, block.y_TN).loglik_N, want_N, rtol=1e-10)
+    np.testing.assert_allclose(mixture.posterior(block.z_ZN).loglik_N, want_N, rtol=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(9))
@@ -135,8 +135,8 @@ def test_no_posterior_is_subnormal_and_the_rest_are_exact() -> None:
     mixture = fit_em(mixture, rows, EMConfig(max_iter=3, tol=0)).mixture
     tiny = replace(mixture, experts=replace(mixture.experts, covariance_LOO=1e-6 * mixture.experts.covariance_LOO))
     block = rows.block(slice(None))
-    posterior = tiny.posterior(block.x_PN, block.y_TN)
-    log_joint_LN = tiny.log_priors(posterior.shares.log_MBN) + posterior.judged.log_density_LN
+    posterior = tiny.posterior(block.z_ZN)
+    log_joint_LN = tiny.log_priors(posterior.reading.shares) + posterior.reading.judged.log_density_LN
     want_LN = np.exp(log_joint_LN - logsumexp(log_joint_LN, axis=0))
     assert ((want_LN > 0) & (want_LN < np.finfo(float).tiny)).any() or (want_LN == 0).any()
     assert (posterior.leaf_LN >= np.finfo(float).tiny).all()

@@ -112,6 +112,23 @@ def test_a_file_that_is_no_table_is_refused_by_line(fit_hme: Turnout, tmp_path: 
     assert message in done.message
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--report", "nowhere/out.html"], "there is no folder nowhere"),
+        (["--seed", "-1"], "Invalid value for '--seed'"),
+        (["--max-experts", "-2"], "Invalid value for '--max-experts'"),
+        (["--max-experts", "3"], "max_experts=3 must be at least the 4 experts"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_refused(
+    fit_hme: Turnout, table: Path, settings: list[str], message: str
+) -> None:
+    done = fit_hme(str(table), "--target", "size", *settings)
+    assert done.code != 0
+    assert message in done.err.replace("\n", " ") or message in done.message
+
+
 def test_neither_turnout_nor_the_estimators_import_what_they_do_not_need() -> None:
     check = "import turnout, turnout.hme, sys; assert 'sklearn' not in sys.modules and 'torch' not in sys.modules; "
     check += "from turnout.hme import HMERegressor; assert 'torch' not in sys.modules"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from turnout.hme.algebra import pair_products
+from turnout.hme.algebra import pair_products, stacked
 from turnout.hme.families import Experts, Poisson
 from turnout.hme.glim import Moments, climbed, moments, newton_step, safe_share, spread
 from turnout.hme.shares import predictors, softmax_slopes, softmax_with_last_zero
@@ -29,7 +29,8 @@ def _softmax(x_PN: Floats, mass_1BN: Floats, weight_1PO: Floats) -> tuple[float,
     log_share_BN = log_softmax(np.vstack([predictor_ON, np.zeros(x_PN.shape[1])]), axis=0)
     shares = softmax_with_last_zero(predictors(x_PN, weight_1PO))
     value = float((mass_1BN[0] * log_share_BN).sum()) - 0.5 * NO_RIDGE * float((weight_1PO**2).sum())
-    return value, moments(x_PN, pair_products(x_PN), softmax_slopes(shares.free_MON, mass_1BN))[0]
+    slopes = softmax_slopes(shares.free_MON, mass_1BN[:, :-1], mass_1BN.sum(axis=1, keepdims=True))
+    return value, moments(x_PN, pair_products(x_PN), slopes)[0]
 
 
 def _move(x_PN: Floats, step_MPO: Floats) -> Floats:
@@ -57,10 +58,11 @@ def test_a_damped_step_never_lowers_a_poisson_likelihood() -> None:
         x_PN = np.vstack([random.normal(size=(2, 20)), np.ones(20)])
         y_1N, weight_LN = random.poisson(3.0, (1, 20)).astype(float), random.uniform(0, 1, (1, 20))
         experts = Experts(weight_LPO=random.normal(size=(1, 3, 1)) * 2, covariance_LOO=np.zeros((1, 0, 0)))
-        judged = Poisson().judge(x_PN, y_1N, experts)
-        (found,) = moments(x_PN, pair_products(x_PN), Poisson().slopes(y_1N, weight_LN, judged))
+        judged = Poisson().judge(predictors(x_PN, experts.weight_LPO), y_1N, experts)
+        slopes = Poisson().slopes(y_1N, weight_LN, judged, np.empty((1, 1, 20)))
+        (found,) = moments(x_PN, pair_products(x_PN), slopes)
         after_LPO, _ = climbed(experts.weight_LPO, found, np.zeros(3), partial(_move, x_PN), 0.0)
-        after = Poisson().judge(x_PN, y_1N, Experts(weight_LPO=after_LPO, covariance_LOO=experts.covariance_LOO))
+        after = Poisson().judge(predictors(x_PN, after_LPO), y_1N, experts)
         assert (weight_LN * (after.log_density_LN - judged.log_density_LN)).sum() >= -1e-9, seed
 
 
@@ -81,3 +83,14 @@ def test_shares_are_the_softmax_with_a_zero_and_know_closed_branches(outputs: in
     # to the rounding of a predictor of a thousand
     np.testing.assert_allclose(shares.log_MBN, want_MBN, rtol=1e-12, atol=3e-13)
     np.testing.assert_allclose(shares.free_MON, np.exp(want_MBN[:, :-1]), rtol=1e-11, atol=1e-300)
+
+
+def test_parts_of_one_array_are_stacked_without_a_copy_and_others_with_one() -> None:
+    whole = np.arange(28.0).reshape(7, 4)
+    parts = [whole[:3, None], whole[3:].reshape(2, 2, 4)]
+    assert np.shares_memory(stacked(parts), whole)
+    np.testing.assert_array_equal(stacked(parts), whole)
+    for other in ([parts[1], parts[0]], [parts[0], parts[1][:1]], [parts[0], parts[1].copy()], [whole[:2], whole[4:]]):
+        got = stacked(other)
+        assert not np.shares_memory(got, whole)
+        np.testing.assert_array_equal(got, np.concatenate([part.reshape(-1, 4) for part in other]))

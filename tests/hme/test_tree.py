@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
-from tests.hme.problems import random_problem, stirred
+from tests.hme.problems import random_problem, random_tree, stirred
 
 pytest.importorskip("sklearn")
 
 from turnout.errors import ConfigError
 from turnout.hme.growth import split, without
+from turnout.hme.paths import branch_mass, leaf_nodes, log_priors
+from turnout.hme.shares import softmax_with_last_zero
 from turnout.hme.tree import Tree
 
 
@@ -30,7 +32,7 @@ def test_a_split_leaf_says_what_it_said(seed: int) -> None:
     leaf = seed % mixture.tree.num_leaves
     larger = split(mixture, leaf, np.random.default_rng(seed))
     assert larger.tree.num_leaves == mixture.tree.num_leaves + mixture.tree.branching - 1
-    got, want = (m.posterior(rows.x_NP.T, rows.y_NT.T).loglik_N for m in (larger, mixture))
+    got, want = (m.posterior(np.hstack([rows.x_NP, rows.y_NT]).T).loglik_N for m in (larger, mixture))
     np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
@@ -58,3 +60,29 @@ def test_trees_too_large_or_too_small_are_refused() -> None:
     for depth, branching in ((-1, 2), (2, 1), (17, 2)):
         with pytest.raises(ConfigError, match="branching \\*\\* depth at most 65536"):
             Tree.complete(depth, branching)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sums_along_paths_are_those_of_the_tree(seed: int) -> None:
+    """Of complete trees, whose levels are slices, and of split and pruned ones, whose levels are lists."""
+    random = np.random.default_rng(seed)
+    tree = random_tree(random)
+    gates, free = tree.num_gates, tree.branching - 1
+    predictor_GON = np.where(tree.open_GB[:, :-1, None], random.normal(size=(gates, free, 7)), -np.inf)
+    shares = softmax_with_last_zero(predictor_GON)
+    leaf_LN = random.uniform(size=(tree.num_leaves, 7))
+    log_share_GBN = np.where(tree.open_GB[:, :, None], shares.log_MBN, 0.0)
+    want_LN = np.einsum("gbl,gbn->ln", tree.under_GBL.astype(float), log_share_GBN)
+    np.testing.assert_allclose(log_priors(tree, shares)[gates:], want_LN, rtol=1e-12, atol=1e-12)
+    mass_GON, mass_G1N = branch_mass(tree, leaf_nodes(tree, leaf_LN))
+    want_GBN = np.einsum("gbl,ln->gbn", tree.under_GBL.astype(float), leaf_LN)
+    np.testing.assert_allclose(mass_GON, want_GBN[:, :-1], rtol=1e-12)
+    np.testing.assert_allclose(mass_G1N[:, 0], want_GBN.sum(axis=1), rtol=1e-12)
+    assert (gates > 0) == bool(tree.levels)
+
+
+@pytest.mark.parametrize("branching", [2, 3])
+def test_levels_of_a_complete_tree_are_slices(branching: int) -> None:
+    forks = [fork for level in Tree.complete(3, branching).levels for fork in level]
+    assert len(forks) == 3 * branching
+    assert all(isinstance(nodes, slice) for fork in forks for nodes in (fork.gates, fork.children, fork.beside))

@@ -24,11 +24,24 @@ def test_what_is_held_covers_what_lives_and_never_shrinks(sizes: list[int], drop
         held = memory.reserved
         if i < len(drops) and drops[i] in blocks:
             memory.drop_late(blocks.pop(drops[i]), late)
+        memory.launch(1)
     memory.wait()
     assert memory.live == sum(block.size for block in blocks.values())
     memory.drop(*blocks.values())
     assert memory.live == 0
     assert memory.reserved == held <= asked + len(sizes) * 20 * MIB
+
+
+@given(sizes=st.lists(st.integers(1, MIB), min_size=1, max_size=60), kept=st.integers(1, 7))
+def test_small_tensors_share_pieces_of_2_mib_of_their_own(sizes: list[int], kept: int) -> None:
+    memory = CachingAllocator()
+    blocks = [memory.make(size) for size in sizes]
+    assert memory.reserved % (2 * MIB) == 0
+    assert all(block.size == -(-size // 512) * 512 for block, size in zip(blocks, sizes, strict=True))
+    held = memory.reserved
+    memory.drop(*blocks[kept:])
+    memory.make(3 * MIB)  # not from them, however much is free
+    assert memory.reserved == held + 20 * MIB
 
 
 @given(sizes=st.lists(st.integers(10 * MIB, 200 * MIB), min_size=1, max_size=20), order=st.randoms())
@@ -57,11 +70,32 @@ def test_sizes_are_asked_for_as_pytorch_does() -> None:
 def test_a_tensor_that_another_stream_reads_is_free_only_later() -> None:
     memory = CachingAllocator()
     memory.drop_late(memory.make(64 * MIB), 2)
+    memory.launch(1)
     memory.make(64 * MIB)
     assert memory.reserved == 128 * MIB
+    memory.launch(1)
     memory.make(64 * MIB)
     assert memory.reserved == 128 * MIB
     memory.drop_late(memory.make(64 * MIB), 9)
     memory.wait()
     memory.make(64 * MIB)
     assert memory.reserved == 192 * MIB
+
+
+def test_before_the_device_is_full_late_tensors_are_waited_for() -> None:
+    memory = CachingAllocator(device_bytes=200 * MIB)
+    for _ in range(9):
+        memory.drop_late(memory.make(64 * MIB), 1024)
+    assert memory.reserved == memory.peak_reserved == 192 * MIB
+
+
+def test_before_the_device_is_full_free_pieces_are_given_back() -> None:
+    memory = CachingAllocator(device_bytes=200 * MIB)
+    small, large, cut = memory.make(1 * MIB), memory.make(100 * MIB), memory.make(60 * MIB)
+    memory.drop(small, large, cut)
+    memory.make(20 * MIB)  # of the 60
+    memory.make(120 * MIB)
+    assert memory.reserved == (60 + 120) * MIB
+    assert memory.peak_reserved == 180 * MIB
+    memory.make(90 * MIB)  # what lives is not refused: whether a job fits is another's question
+    assert memory.peak_reserved == 270 * MIB

@@ -41,7 +41,9 @@ def test_fields_out_of_range_are_refused(fields: dict[str, object], text: str) -
 @pytest.mark.parametrize(
     ("fields", "job", "text"),
     [
-        ({"tp": 3}, {}, r"tp=3 .* must divide world=16; nearest legal world: 15"),
+        ({"tp": 3}, {}, r"tp=3 .* must divide world=16; nearest legal: tp=2, or world=15"),
+        ({"tp": 3, "pp": 2}, {"num_heads": 36}, r"tp=3 .* must divide world=16; nearest legal: tp=2, or world=18"),
+        ({"tp": 3, "pp": 5}, {}, r"= 15 must divide world=16; nearest legal: world=15"),
         ({"dp": 4, "tp": 2}, {}, "strategy.dp=4 times tp .* must be world=16; nearest legal: 8"),
         ({"ep": 3}, {"num_experts": 8}, "strategy.ep=3 must divide num_experts=8; nearest legal: 2"),
         ({"ep": 2}, {}, "strategy.ep=2 needs experts; nearest legal: 1"),
@@ -101,5 +103,7 @@ def test_a_precision_of_what_is_kept_needs_light_recomputation() -> None:
 
 def test_slices_of_experts_without_tensor_parallelism_are_neighbours_with_tokens_of_their_own() -> None:
     sliced = Strategy(ep=2, etp=2).check(8, num_experts=4)
-    assert sliced == Strategy(ep=2, etp=2, dp=8, folded=True, shard_tokens=True)
+    assert sliced == Strategy(ep=2, etp=2, dp=8, folded=True)
+    assert sliced.tokens_sharded
+    assert not Strategy(ep=2).tokens_sharded
     assert sliced.edp() == 2

@@ -33,10 +33,12 @@ def fit_hme(
         typer.Option("--hold-noise", help="First iterations that keep that noise; 25 at 0.3 help many experts.", min=0),
     ] = 0,
     restarts: Annotated[int, typer.Option(help="Random starts; the likeliest is kept.", min=1)] = 1,
-    max_experts: Annotated[int, typer.Option("--max-experts", help="Grow to at most so many; 0: do not grow.")] = 0,
+    max_experts: Annotated[
+        int, typer.Option("--max-experts", help="Grow to at most so many; 0: do not grow.", min=0)
+    ] = 0,
     missing: Annotated[str, typer.Option(help="Missing inputs: refuse, or mean of their column.")] = "refuse",
     test_share: Annotated[float, typer.Option("--test-share", help="Rows kept aside to measure the error.")] = 0.25,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same fit.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same fit.", min=0)] = 0,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page of the fit.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -44,6 +46,8 @@ def fit_hme(
     from turnout.hme import HMEClassifier, HMERegressor
     from turnout.hme.table import read_table
 
+    if report is not None and not report.parent.is_dir():
+        raise ConfigError(f"--report {report}: there is no folder {report.parent}")
     table = read_table(data, target)
     if missing == "refuse" and table.first_missing is not None:
         line, column = table.first_missing

@@ -28,6 +28,8 @@ VERBS = (
     "fit-hme",
 )
 
+GROUPS = ("plan",)  # of these, verbs that have verbs of their own, many
+
 
 def app_of(words: Sequence[str] = ()) -> typer.Typer:
     """The command line with the verb that `words` begin with, or with all: to read all takes longer than most plans."""
@@ -41,7 +43,11 @@ def app_of(words: Sequence[str] = ()) -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(root)
     for verb in [word for word in words[:1] if word in VERBS] or VERBS:
-        import_module(f"turnout.cli.{verb.replace('-', '_')}").add_to(app)
+        module = import_module(f"turnout.cli.{verb.replace('-', '_')}")
+        if verb in GROUPS:
+            module.add_to(app, words[1:])
+        else:
+            module.add_to(app)
     return app
 
 

@@ -1,5 +1,6 @@
 """Linear algebra on batches of small symmetric matrices."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -9,8 +10,8 @@ from turnout.hme.tree import Floats, Ints
 
 # pivots of a Cholesky factor closer than this are rounding: the matrix is taken as singular
 RANK_TOLERANCE = 1e-7
-# products that a sum takes before torch is asked for it
-LEAST_FOR_TORCH = 1_000_000
+# multiplications of a product from which on torch is asked for it
+LEAST_FOR_TORCH = 400_000
 
 
 @lru_cache(maxsize=64)
@@ -33,16 +34,35 @@ def pair_products(x_PN: Floats) -> Floats:
     return product_QN
 
 
-def summed(weight_MN: Floats, value_QN: Floats) -> Floats:
-    """Sums over rows of each value with each weight, (M, Q): one matrix product, by torch where it is not small.
+def product(left_EP: Floats, right_PN: Floats, out_EN: Floats | None = None) -> Floats:
+    """The matrix product, (E, N), by torch where it is not small; written to `out_EN` if given.
 
-    For few models numpy's own, of OpenBLAS, takes half as long again; importing torch, as long as to fit a small table.
+    For few rows or columns numpy's own, of OpenBLAS, takes half as long again; importing torch, as long as to fit a
+    small table.
     """
-    if weight_MN.size * len(value_QN) < LEAST_FOR_TORCH:
-        return weight_MN @ value_QN.T
+    # torch warns of arrays that are read alone, as memory maps may be
+    is_small = left_EP.size * right_PN.shape[1] < LEAST_FOR_TORCH
+    if is_small or not (left_EP.flags.writeable and right_PN.flags.writeable):
+        return np.matmul(left_EP, right_PN, out=out_EN)
     import torch
 
-    return (torch.from_numpy(weight_MN) @ torch.from_numpy(value_QN).T).numpy()
+    # in numpy's memory, whose pages are used again from block to block
+    out_EN = np.empty((len(left_EP), right_PN.shape[1])) if out_EN is None else out_EN
+    torch.mm(torch.from_numpy(left_EP), torch.from_numpy(right_PN), out=torch.from_numpy(out_EN))
+    return out_EN
+
+
+def stacked(part_EN: Sequence[Floats]) -> Floats:
+    """The parts (any axes before their rows) one after another, as (E, N): a view where they make up one array."""
+    num_rows, whole_EN = part_EN[0].shape[-1], part_EN[0].base
+    if whole_EN is not None and all(part.base is whole_EN for part in part_EN):
+        end = whole_EN.__array_interface__["data"][0]
+        for part in part_EN:
+            is_next = part.flags.c_contiguous and part.__array_interface__["data"][0] == end
+            end = end + part.nbytes if is_next else -1
+        if end == whole_EN.__array_interface__["data"][0] + whole_EN.nbytes:
+            return whole_EN.reshape(-1, num_rows)
+    return np.concatenate([part.reshape(-1, num_rows) for part in part_EN])
 
 
 def unpack(packed_MQ: Floats, size: int) -> Floats:

@@ -11,7 +11,8 @@ from turnout.hme.families import Experts
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.local_errors import ERRORS
 from turnout.hme.mixture import Mixture
-from turnout.hme.sweep import Block, Rows, branch_mass, loglik, sweep
+from turnout.hme.paths import branch_mass, leaf_nodes
+from turnout.hme.sweep import Block, Rows, loglik, sweep
 from turnout.hme.tree import Floats
 
 
@@ -52,8 +53,8 @@ def gradient(mixture: Mixture, block: Block, error: str = "mixture") -> Gradient
     Source: Jordan & Jacobs 1994, eq. 12-15; Jacobs et al. 1991, eq. 1.1-1.3.
     """
     pull = ERRORS[error](mixture, block)
-    mass_GBN = branch_mass(mixture.tree, pull.log_prior_LN)
-    score_GON = mass_GBN[:, :-1] - mass_GBN.sum(axis=1, keepdims=True) * pull.shares.free_MON
+    mass_GON, mass_G1N = branch_mass(mixture.tree, leaf_nodes(mixture.tree, pull.log_prior_LN))
+    score_GON = mass_GON - mass_G1N * pull.shares.free_MON
     return Gradient(
         value=pull.value,
         gate_GPO=_by_inputs(score_GON, block.x_PN),

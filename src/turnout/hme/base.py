@@ -10,7 +10,15 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from turnout.errors import ConfigError
 from turnout.hme.ascent import AscentConfig
-from turnout.hme.checks import Scale, check_choice, check_experts, check_positive
+from turnout.hme.checks import (
+    Scale,
+    check_choice,
+    check_experts,
+    check_most_experts,
+    check_positive,
+    check_size,
+    check_whole,
+)
 from turnout.hme.em import EMConfig
 from turnout.hme.families import Family
 from turnout.hme.mixture import Mixture, new_mixture
@@ -86,6 +94,7 @@ class HMEBase(BaseEstimator):
         rows = self._started(x_ND, y_NT, weight_N)
         tree, config = self._tree(), self._config()
         check_experts(len(rows), max(tree.num_leaves, 1))
+        check_most_experts(self.max_experts, tree.num_leaves)
         try:
             fit = solve(tree, self._family(y_NT.shape[1]), rows, config, self._random())
         except ConfigError as error:
@@ -127,6 +136,8 @@ class HMEBase(BaseEstimator):
             self.n_iter_ = 0
         x_ND = self._filled(x_ND)
         rows = Rows(x_NP=self.scale_.with_constant(x_ND), y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N)
+        check_size(rows.x_NP)
+        check_size(rows.y_NT)
         self.recursion_ = learn_rows(self.recursion_, rows, self._config().online)
         self.mixture_ = self.recursion_.mixture
         self.n_iter_ += 1
@@ -164,6 +175,8 @@ class HMEBase(BaseEstimator):
         return np.concatenate([answer(np.ascontiguousarray(self.scale_.with_constant(part).T)) for part in parts])
 
     def _tree(self) -> Tree:
+        check_whole("depth", self.depth)
+        check_whole("branching", self.branching)
         try:
             return Tree.complete(self.depth, self.branching)
         except ConfigError as error:

@@ -162,8 +162,8 @@ def _flat_gate(estimator: HMERegressor, X: Floats | None, y: Floats | None) -> F
     x_PN = np.ascontiguousarray(estimator.scale_.with_constant(np.asarray(X, dtype=np.float64)).T)
     target_LN = mixture.priors(x_PN)
     if y is not None:
-        y_NT = np.asarray(y, dtype=np.float64).reshape(x_PN.shape[1], -1)
-        target_LN = mixture.posterior(x_PN, estimator.target_scale_.standard(y_NT).T).leaf_LN
+        y_NT = estimator.target_scale_.standard(np.asarray(y, dtype=np.float64).reshape(x_PN.shape[1], -1))
+        target_LN = mixture.posterior(np.vstack([x_PN, y_NT.T])).leaf_LN
     return _softmax_regression(x_PN, target_LN)
 
 
@@ -172,7 +172,8 @@ def _softmax_regression(x_PN: Floats, target_LN: Floats) -> Floats:
     weight_1PO = np.zeros((1, len(x_PN), len(target_LN) - 1))
     for _ in range(ROUTER_STEPS):
         share_1ON = softmax_with_last_zero(predictors(x_PN, weight_1PO)).free_MON
-        (found,) = moments(x_PN, product_QN, softmax_slopes(share_1ON, target_LN[None]))
+        slopes = softmax_slopes(share_1ON, target_LN[None, :-1], target_LN.sum(axis=0)[None, None])
+        (found,) = moments(x_PN, product_QN, slopes)
         weight_1PO, promise = climbed(
             weight_1PO, found, ridge_P, lambda step_1PO: spread(predictors(x_PN, step_1PO)), 1e-9 * x_PN.shape[1]
         )

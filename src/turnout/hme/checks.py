@@ -7,6 +7,7 @@ import numpy as np
 from turnout.hme.tree import Floats
 
 PART_ROWS = 65_536  # rows whose squares are held at once
+LARGEST = 1e75  # products of four are finite
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -18,13 +19,18 @@ class Scale:
 
     @classmethod
     def of(cls, x_ND: Floats, weight_N: Floats) -> "Scale":
-        """Weighted moments; columns that vary less than rounding are constant."""
+        """Weighted moments; columns that vary less than rounding are constant.
+
+        Raises: ValueError for numbers whose squares are beyond float64.
+        """
         total = weight_N.sum()
         mean_D = weight_N @ x_ND / total
         square_D = np.zeros_like(mean_D)
         for start in range(0, len(x_ND), PART_ROWS):
             part = slice(start, start + PART_ROWS)
-            square_D += weight_N[part] @ (x_ND[part] - mean_D) ** 2
+            with np.errstate(over="ignore", invalid="ignore"):
+                square_D += weight_N[part] @ (x_ND[part] - mean_D) ** 2
+        check_size(np.sqrt(square_D))
         deviation_D = np.sqrt(square_D / total)
         noise_D = 1e-13 * np.maximum(x_ND.max(axis=0), -x_ND.min(axis=0))
         return cls(mean_D=mean_D, deviation_D=np.where(deviation_D > noise_D, deviation_D, 1.0))
@@ -45,6 +51,26 @@ def check_positive(name: str, value: float, least: float = 0.0) -> None:
     """Raises: ValueError unless `value` is a finite number of at least `least`."""
     if not (isinstance(value, int | float | np.number) and np.isfinite(value) and value >= least):
         raise ValueError(f"{name}={value!r} must be a finite number of at least {least:g}")
+
+
+def check_size(x_ND: Floats) -> None:
+    """Raises: ValueError for numbers beyond LARGEST, whose squares and products would be infinite."""
+    if not (np.abs(x_ND) <= LARGEST).all():
+        raise ValueError(f"numbers vary by more than {LARGEST:g}, and their squares overflow: divide such columns")
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raises: ValueError unless `value` is a whole number."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be a whole number")
+
+
+def check_most_experts(most: object, num_experts: int) -> None:
+    """Raises: ValueError for a tree that is to grow to fewer experts than it starts with."""
+    if most is not None and not (isinstance(most, int | np.integer) and most >= num_experts):
+        raise ValueError(
+            f"max_experts={most!r} must be at least the {num_experts} experts that depth and branching start with"
+        )
 
 
 def check_choice(name: str, value: object, legal: tuple[str, ...]) -> None:

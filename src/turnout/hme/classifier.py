@@ -45,7 +45,7 @@ class HMEClassifier(ClassifierMixin, HMEBase):
         self.classes_ = np.unique(column_or_1d(y, warn=True))
         if len(self.classes_) < 2:
             raise ValueError(
-                f"y has {len(self.classes_)} class ({list(self.classes_)}); a classifier needs at least two"
+                f"y has {len(self.classes_)} class ({self.classes_.tolist()}); a classifier needs at least two"
             )
 
     def _targets(self, y: Any, num_rows: int, *, reset: bool) -> Floats:
@@ -56,7 +56,7 @@ class HMEClassifier(ClassifierMixin, HMEBase):
             raise ValueError(f"X has {num_rows} rows and y shape {y_N.shape}: inconsistent numbers of samples")
         unknown = np.setdiff1d(y_N, self.classes_)
         if len(unknown):
-            raise ValueError(f"y has classes {list(unknown)} that are not among classes {list(self.classes_)}")
+            raise ValueError(f"y has classes {unknown.tolist()} that are not among classes {self.classes_.tolist()}")
         return (y_N[:, None] == self.classes_).astype(np.float64)
 
     def _family(self, targets: int) -> Family:

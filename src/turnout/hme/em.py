@@ -121,7 +121,7 @@ def _stepped(at: Mixture, rows: Rows, sums: Sums, config: EMConfig, *, enough: f
     ridge_P = ridge_of(config.ridge, rows.x_NP.shape[1])
 
     def move(step_MPO: Floats) -> Floats:
-        return longest_move(rows, step_MPO)
+        return longest_move(rows, at, step_MPO)
 
     if config.algorithm == 2:
         gate_GPO = at.gate_GPO + newton_step(sums.gates.with_ridge(at.gate_GPO, ridge_P), ridge_P)

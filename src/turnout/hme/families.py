@@ -25,8 +25,11 @@ class Experts:
 
     @cached_property
     def roots(self) -> tuple[Floats, Floats]:
-        """Cholesky factors C of the covariances, and C^-T, which makes residuals (as rows) white."""
-        root_LOO: Floats = np.asarray(np.linalg.cholesky(self.covariance_LOO), dtype=np.float64)
+        """Cholesky factors C of twice the covariances, and C^-T, which makes residuals (as rows) white.
+
+        Twice: then the squared length of a white residual is what it takes from the log density.
+        """
+        root_LOO: Floats = np.asarray(np.linalg.cholesky(2 * self.covariance_LOO), dtype=np.float64)
         whiten_LOO: Floats = np.asarray(np.linalg.inv(root_LOO), dtype=np.float64).swapaxes(1, 2)
         return root_LOO, whiten_LOO
 
@@ -40,7 +43,8 @@ class Experts:
     def log_root_L(self) -> Floats:
         """Half the log determinants of the covariances."""
         root_LOO, _ = self.roots
-        return np.asarray(np.log(np.diagonal(root_LOO, axis1=1, axis2=2)).sum(axis=1), dtype=np.float64)
+        diagonal_LO = np.diagonal(root_LOO, axis1=1, axis2=2) / np.sqrt(2)
+        return np.asarray(np.log(diagonal_LO).sum(axis=1), dtype=np.float64)
 
     def __getitem__(self, leaves: Any) -> "Experts":
         """The experts at these leaves, by anything that indexes an axis."""
@@ -91,14 +95,21 @@ class Family(ABC):
         """Experts that all say the same, so that the first posteriors are the gates' priors."""
 
     @abstractmethod
-    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
-        """Log densities of the targets under each expert, and what `slopes` needs."""
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+        """Log densities of the targets under each expert by its linear predictors, and what `slopes` needs."""
+
+    def weights(self, experts: Experts) -> Floats:
+        """Weights of the linear predictors, (L, P, O), or (L, Z, O) where they read the targets too."""
+        return experts.weight_LPO
 
     @abstractmethod
-    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
-        """Derivatives by the predictors, rows weighted by `weight_LN` (posterior times sample weight)."""
+    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement, out_LON: Floats) -> Slopes:
+        """Derivatives by the predictors, rows weighted by `weight_LN` (posterior times sample weight).
 
-    def squares(self, weight_LN: Floats, slopes: Slopes, judged: Judgement) -> Floats:
+        Scores go to `out_LON`, which may be where the predictors stood; so `judged` is used up.
+        """
+
+    def squares(self, weight_LN: Floats, judged: Judgement) -> Floats:
         """Weighted products of white residuals, (L, O, O); (L, 0, 0) unless a family has noise of its own."""
         return np.zeros((len(judged.log_density_LN), 0, 0))
 
@@ -133,12 +144,13 @@ class Softmax(Family):
         """All classes equally probable."""
         return _without_noise(np.zeros((num_leaves, size, self.outputs)))
 
-    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
-        shares = softmax_with_last_zero(predictors(x_PN, experts.weight_LPO))
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+        shares = softmax_with_last_zero(predictor_LON)
         return Judgement(log_density_LN=(y_TN * shares.log_MBN).sum(axis=1), signal_LON=shares.free_MON)
 
-    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
-        return softmax_slopes(judged.signal_LON, weight_LN[:, None] * y_TN)
+    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement, out_LON: Floats) -> Slopes:
+        weight_L1N = weight_LN[:, None]
+        return softmax_slopes(judged.signal_LON, weight_L1N * y_TN[:-1], weight_L1N, score_MON=out_LON)
 
     def mean(self, x_PN: Floats, experts: Experts) -> Floats:
         return np.exp(softmax_with_last_zero(predictors(x_PN, experts.weight_LPO)).log_MBN)
@@ -167,14 +179,15 @@ class Poisson(Family):
         weight_LPO[:, -1] = np.log(max(float(np.average(y_TN[0], weights=weight_N)), 1e-3))
         return _without_noise(weight_LPO)
 
-    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
-        log_rate_LN = predictors(x_PN, experts.weight_LPO)[:, 0].clip(-MOST_LOG_RATE, MOST_LOG_RATE)
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+        log_rate_LN = predictor_LON[:, 0].clip(-MOST_LOG_RATE, MOST_LOG_RATE)
         rate_LN = np.exp(log_rate_LN)
         return Judgement(log_density_LN=y_TN * log_rate_LN - rate_LN - gammaln(y_TN + 1), signal_LON=rate_LN[:, None])
 
-    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
-        weight_L1N = weight_LN[:, None]
-        return Slopes(score_MON=weight_L1N * (y_TN - judged.signal_LON), curvature_MCN=weight_L1N * judged.signal_LON)
+    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement, out_LON: Floats) -> Slopes:
+        weight_L1N, rate_L1N = weight_LN[:, None], judged.signal_LON
+        np.multiply(weight_L1N, y_TN - rate_L1N, out=out_LON)
+        return Slopes(score_MON=out_LON, curvature_MCN=weight_L1N * rate_L1N)
 
     def mean(self, x_PN: Floats, experts: Experts) -> Floats:
         return np.exp(predictors(x_PN, experts.weight_LPO).clip(-MOST_LOG_RATE, MOST_LOG_RATE))

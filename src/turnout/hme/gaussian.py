@@ -59,29 +59,31 @@ class Gaussian(Family):
             covariance_LOO=(self.noise_start * covariance_1OO).repeat(num_leaves, axis=0),
         )
 
-    def judge(self, x_PN: Floats, y_TN: Floats, experts: Experts) -> Judgement:
-        """Residuals are whitened inside the product with the inputs: one matrix product for all experts."""
-        white_LON = predictors(np.concatenate([x_PN, y_TN]), experts.white_LZO)
-        square_LN = np.einsum("lon,lon->ln", white_LON, white_LON)
-        log_density_LN = -0.5 * square_LN
-        log_density_LN -= (experts.log_root_L + 0.5 * self.outputs * np.log(2 * np.pi))[:, None]
-        return Judgement(log_density_LN=log_density_LN, signal_LON=white_LON, square_LN=square_LN)
+    def weights(self, experts: Experts) -> Floats:
+        """Residuals, made white, are linear in inputs and targets."""
+        return experts.white_LZO
 
-    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement) -> Slopes:
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+        """The predictors are white residuals already."""
+        square_LN = np.einsum("lon,lon->ln", predictor_LON, predictor_LON)
+        most_L = -experts.log_root_L - 0.5 * self.outputs * np.log(2 * np.pi)
+        return Judgement(log_density_LN=most_L[:, None] - square_LN, signal_LON=predictor_LON, square_LN=square_LN)
+
+    def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement, out_LON: Floats) -> Slopes:
         """Of half the squared white residuals; all outputs of an expert share one matrix of inputs."""
         weight_L1N = weight_LN[:, None]
-        return Slopes(score_MON=weight_L1N * judged.signal_LON, curvature_MCN=weight_L1N)
+        return Slopes(score_MON=np.multiply(weight_L1N, judged.signal_LON, out=out_LON), curvature_MCN=weight_L1N)
 
-    def squares(self, weight_LN: Floats, slopes: Slopes, judged: Judgement) -> Floats:
+    def squares(self, weight_LN: Floats, judged: Judgement) -> Floats:
         """Those of different outputs are summed only where the noise knows of them; else each has the mean of all."""
-        weighted_LON, white_LON = slopes.score_MON, judged.signal_LON
+        white_LON = judged.signal_LON
         if self.noise == "full":
-            return weighted_LON @ white_LON.swapaxes(1, 2)
+            return (weight_LN[:, None] * white_LON) @ white_LON.swapaxes(1, 2)
         if self.noise == "diagonal":
-            square_LO = np.einsum("lon,lon->lo", weighted_LON, white_LON)
+            square_LO = np.einsum("lon,lon->lo", weight_LN[:, None] * white_LON, white_LON)
         else:
             assert judged.square_LN is not None
-            square_LO = (weight_LN[:, None] @ judged.square_LN[:, :, None])[:, 0] / self.outputs
+            square_LO = np.einsum("ln,ln->l", weight_LN, judged.square_LN)[:, None] / self.outputs
         square_LOO = np.zeros((len(weight_LN), self.outputs, self.outputs))
         np.einsum("loo->lo", square_LOO)[:] = square_LO
         return square_LOO
@@ -114,8 +116,8 @@ class Gaussian(Family):
         _, whiten_LOO = experts.roots
         scatter_LOO = experts.weight_LPO.swapaxes(1, 2) @ (ridge_P[:, None] * experts.weight_LPO)
         scatter_LOO = scatter_LOO + self.noise_rows * self.noise_floor * np.eye(self.outputs)
-        precision_LOO = whiten_LOO @ whiten_LOO.swapaxes(1, 2)
-        return float(-0.5 * (precision_LOO * scatter_LOO).sum() - self.noise_rows * experts.log_root_L.sum())
+        half_precision_LOO = whiten_LOO @ whiten_LOO.swapaxes(1, 2)
+        return float(-(half_precision_LOO * scatter_LOO).sum() - self.noise_rows * experts.log_root_L.sum())
 
     def shaped(self, covariance_LOO: Floats) -> Floats:
         """The likeliest covariances of the form that `noise` names."""

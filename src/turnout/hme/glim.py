@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turnout.hme.algebra import pairs, solve_symmetric, summed, unpack
+from turnout.hme.algebra import pairs, product, solve_symmetric, stacked, unpack
 from turnout.hme.tree import Floats
 
 GAINED = 1e-12  # a model whose next step promises less than this, in nats a row, is at its maximum
@@ -52,17 +52,19 @@ class Slopes:
 
 
 def moments(x_PN: Floats, product_QN: Floats, *slopes: Slopes) -> list[Moments]:
-    """Moments of several kinds of models: every weighted sum of x x^T, of all of them, in one matrix product."""
-    num_rows = x_PN.shape[1]
-    curvature_EN = np.concatenate([one.curvature_MCN.reshape(-1, num_rows) for one in slopes])
-    information_EQ, start, found = summed(curvature_EN, product_QN), 0, []
+    """Moments of several kinds of models: every weighted sum of x x^T, of all of them, in one matrix product.
+
+    Nothing is copied where scores and curvatures of all kinds stand one after another in one array each.
+    """
+    information_EQ = product(stacked([one.curvature_MCN for one in slopes]), product_QN.T)
+    gradient_EP = product(stacked([one.score_MON for one in slopes]), x_PN.T)
+    found = []
     for one in slopes:
-        (models, outputs, _), pairs_of_outputs = one.score_MON.shape, one.curvature_MCN.shape[1]
-        gradient = summed(one.score_MON.reshape(-1, num_rows), x_PN).reshape(models, outputs, len(x_PN))
-        own_EQ = information_EQ[start : start + models * pairs_of_outputs]
-        information_MCQ = own_EQ.reshape(models, pairs_of_outputs, len(product_QN))
-        found.append(Moments(gradient_MPO=gradient.swapaxes(1, 2), information_MCQ=information_MCQ))
-        start += len(own_EQ)
+        (models, outputs, _), crossed = one.score_MON.shape, one.curvature_MCN.shape[1]
+        gradient_MOP = gradient_EP[: models * outputs].reshape(models, outputs, len(x_PN))
+        information_MCQ = information_EQ[: models * crossed].reshape(models, crossed, len(product_QN))
+        found.append(Moments(gradient_MPO=gradient_MOP.swapaxes(1, 2), information_MCQ=information_MCQ))
+        gradient_EP, information_EQ = gradient_EP[models * outputs :], information_EQ[models * crossed :]
     return found
 
 

@@ -100,6 +100,6 @@ def joined(first: Fit, second: Fit) -> Fit:
 def _deviance(mixture: Mixture, rows: Rows) -> Floats:
     total_L = np.zeros(mixture.tree.num_leaves)
     for block in rows.blocks(mixture):
-        posterior = mixture.posterior(block.x_PN, block.y_TN)
-        total_L -= (posterior.leaf_LN * posterior.judged.log_density_LN) @ block.weight_N
+        posterior = mixture.posterior(block.z_ZN)
+        total_L -= (posterior.leaf_LN * posterior.reading.judged.log_density_LN) @ block.weight_N
     return total_L

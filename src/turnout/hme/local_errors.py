@@ -66,20 +66,20 @@ def competition(mixture: Mixture, block: Block) -> Pull:
 @ERRORS.register("mixture")
 def mixture_likelihood(mixture: Mixture, block: Block) -> Pull:
     """E3 = -log sum_l p_l P_l(y): the negative log-likelihood, of any family."""
-    posterior = mixture.posterior(block.x_PN, block.y_TN)
+    posterior = mixture.posterior(block.z_ZN)
     weight_LN = block.weight_N * posterior.leaf_LN
-    signal_LON, log_noise_L = posterior.judged.signal_LON, np.zeros(len(weight_LN))
+    signal_LON, log_noise_L = posterior.reading.judged.signal_LON, np.zeros(len(weight_LN))
     if isinstance(mixture.family, Gaussian):
         root_LOO, _ = mixture.experts.roots
-        score_LON = np.linalg.solve(root_LOO.swapaxes(1, 2), signal_LON)
-        log_noise_L = (weight_LN * ((signal_LON**2).sum(axis=1) - mixture.family.outputs)).sum(axis=1)
+        score_LON = 2 * np.linalg.solve(root_LOO.swapaxes(1, 2), signal_LON)
+        log_noise_L = (weight_LN * (2 * (signal_LON**2).sum(axis=1) - mixture.family.outputs)).sum(axis=1)
     elif isinstance(mixture.family, Poisson):
         score_LON = block.y_TN - signal_LON
     else:
         score_LON = block.y_TN[:-1] - signal_LON
     return Pull(
         value=float(block.weight_N @ posterior.loglik_N),
-        shares=posterior.shares,
+        shares=posterior.reading.shares,
         log_prior_LN=weight_LN,
         predictor_LON=weight_LN[:, None] * score_LON,
         log_noise_L=log_noise_L,
@@ -90,5 +90,5 @@ def _outputs(mixture: Mixture, block: Block) -> tuple[Floats, Floats, Shares]:
     if not isinstance(mixture.family, Gaussian):
         raise ConfigError("the errors 'cooperation' and 'competition' compare outputs: they need Gaussian experts")
     shares = mixture.shares(block.x_PN)
-    prior_LN = np.exp(mixture.log_priors(shares.log_MBN))
+    prior_LN = np.exp(mixture.log_priors(shares))
     return mixture.family.mean(block.x_PN, mixture.experts), prior_LN, shares

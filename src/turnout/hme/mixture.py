@@ -1,11 +1,14 @@
 """A hierarchical mixture of experts: its parameters, its densities and posteriors."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from turnout.hme.algebra import product
 from turnout.hme.families import Experts, Family, Judgement, ridge_log_prior
-from turnout.hme.shares import Shares, predictors, softmax_with_last_zero
+from turnout.hme.paths import log_priors
+from turnout.hme.shares import Shares, by_rows, predictors, softmax_with_last_zero
 from turnout.hme.tree import Floats, Tree
 
 # of a leaf relative to the likeliest: where posteriors become subnormal, each product with one takes a hundred cycles
@@ -26,37 +29,58 @@ class Mixture:
 
     def shares(self, x_PN: Floats) -> Shares:
         """Probability of each branch at its gate; zero, and -inf in logarithm, for a closed branch."""
-        predictor_GON = predictors(x_PN, self.gate_GPO)
+        return self._shares(predictors(x_PN, self.gate_GPO))
+
+    def _shares(self, predictor_GON: Floats) -> Shares:
         if not self.tree.open_GB.all():
             predictor_GON[~self.tree.open_GB[:, :-1]] = -np.inf
         return softmax_with_last_zero(predictor_GON)
 
-    def log_priors(self, log_share_GBN: Floats) -> Floats:
-        """Log probability of each leaf before y is seen, (L, N): the sum along its path."""
-        is_open_E = self.tree.open_GB.ravel()
-        flat_EN = log_share_GBN.reshape(len(is_open_E), log_share_GBN.shape[2])
-        return self.tree.path_EL[is_open_E].T @ (flat_EN if is_open_E.all() else flat_EN[is_open_E])
+    def log_priors(self, shares: Shares) -> Floats:
+        """Log probability of each leaf before y is seen, (L, N)."""
+        return log_priors(self.tree, shares)[self.tree.num_gates :]
 
     def priors(self, x_PN: Floats) -> Floats:
         """Probability of each leaf before y is seen, (L, N)."""
-        return np.exp(self.log_priors(self.shares(x_PN).log_MBN))
+        return np.exp(self.log_priors(self.shares(x_PN)))
 
-    def posterior(self, x_PN: Floats, y_TN: Floats) -> "Posterior":
-        """The E-step: how probable each leaf is given the targets.
+    @cached_property
+    def _weight_EZ(self) -> Floats:
+        """Weights of all predictors, gates' above experts', by inputs, and by targets where experts read them."""
+        expert_EZ, gate_EP = by_rows(self.family.weights(self.experts)), by_rows(self.gate_GPO)
+        weight_EZ = np.zeros((len(gate_EP) + len(expert_EZ), expert_EZ.shape[1]))
+        weight_EZ[: len(gate_EP), : gate_EP.shape[1]], weight_EZ[len(gate_EP) :] = gate_EP, expert_EZ
+        return weight_EZ
+
+    def read(self, z_ZN: Floats) -> "Reading":
+        """What gates and experts say of rows, inputs above targets: all linear predictors are one matrix product."""
+        weight_EZ, num_rows = self._weight_EZ, z_ZN.shape[1]
+        predictor_EN = product(weight_EZ, z_ZN[: weight_EZ.shape[1]])
+        gates, free = self.tree.num_gates, self.tree.branching - 1
+        gate_GON = predictor_EN[: gates * free].reshape(gates, free, num_rows)
+        expert_LON = predictor_EN[gates * free :].reshape(self.tree.num_leaves, self.family.outputs, num_rows)
+        return Reading(
+            shares=self._shares(gate_GON),
+            expert_LON=expert_LON,
+            judged=self.family.judge(expert_LON, z_ZN[-self.family.targets :], self.experts),
+        )
+
+    def posterior(self, z_ZN: Floats) -> "Posterior":
+        """The E-step: how probable each leaf is given the targets, which stand below the inputs.
 
         Source: Jordan & Jacobs 1994, eq. 9-11, in logarithms until the likeliest leaf is known.
         """
-        shares = self.shares(x_PN)
-        judged = self.family.judge(x_PN, y_TN, self.experts)
-        leaf_LN = self.log_priors(shares.log_MBN)
-        leaf_LN += judged.log_density_LN
+        reading = self.read(z_ZN)
+        node_EN = log_priors(self.tree, reading.shares)
+        leaf_LN = node_EN[self.tree.num_gates :]
+        leaf_LN += reading.judged.log_density_LN
         top_N = leaf_LN.max(axis=0)
         leaf_LN -= top_N
         np.maximum(leaf_LN, LEAST_LOG_POSTERIOR, out=leaf_LN)
         np.exp(leaf_LN, out=leaf_LN)
         sum_N = leaf_LN.sum(axis=0)
-        leaf_LN /= sum_N
-        return Posterior(leaf_LN=leaf_LN, loglik_N=np.log(sum_N) + top_N, shares=shares, judged=judged)
+        leaf_LN *= 1.0 / sum_N
+        return Posterior(node_EN=node_EN, leaf_LN=leaf_LN, loglik_N=np.log(sum_N) + top_N, reading=reading)
 
     def mean(self, x_PN: Floats) -> Floats:
         """Expected targets, (T, N)."""
@@ -75,13 +99,22 @@ class Mixture:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Reading:
+    """What gates and experts say of a block of rows; their predictors stand together, and make room for scores."""
+
+    shares: Shares
+    expert_LON: Floats  # predictors of experts
+    judged: Judgement
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Posterior:
     """The E-step of a block of rows."""
 
-    leaf_LN: Floats  # columns sum to 1
+    node_EN: Floats  # room for the mass of all nodes, of which only leaves are filled
+    leaf_LN: Floats  # those; columns sum to 1
     loglik_N: Floats
-    shares: Shares
-    judged: Judgement
+    reading: "Reading"
 
 
 def new_mixture(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turnout.hme.algebra import pairs
+from turnout.hme.algebra import pairs, product
 from turnout.hme.glim import Slopes
 from turnout.hme.tree import Floats
 
@@ -13,59 +13,74 @@ MOST_PREDICTOR = 700.0  # its exponential is just below the largest number
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shares:
-    """Probabilities of B = O + 1 branches of M models."""
+    """Probabilities of B = O + 1 branches of M models: a log share is a predictor and the last branch's log share."""
 
-    log_MBN: Floats
-    free_MON: Floats  # of all branches but the last
+    predictor_MON: Floats  # of all branches but the last
+    free_MON: Floats  # their shares
+    log_last_MN: Floats
+
+    @property
+    def log_MBN(self) -> Floats:
+        """Log shares of all branches."""
+        last_M1N = self.log_last_MN[:, None]
+        return np.concatenate([self.predictor_MON + last_M1N, last_M1N], axis=1)
 
 
 def predictors(x_PN: Floats, weight_MPO: Floats) -> Floats:
     """Linear predictors of all models in one matrix product, (M, O, N)."""
-    num_models, size, outputs = weight_MPO.shape
-    return (weight_MPO.swapaxes(1, 2).reshape(-1, size) @ x_PN).reshape(num_models, outputs, x_PN.shape[1])
+    num_models, _, outputs = weight_MPO.shape
+    return product(by_rows(weight_MPO), x_PN).reshape(num_models, outputs, x_PN.shape[1])
+
+
+def by_rows(weight_MPO: Floats) -> Floats:
+    """The weights of every predictor as a row, (M O, P)."""
+    return np.ascontiguousarray(weight_MPO.swapaxes(1, 2)).reshape(-1, weight_MPO.shape[1])
 
 
 def softmax_with_last_zero(predictor_MON: Floats) -> Shares:
     """Shares of O + 1 branches, the last of which has the predictor zero; -inf closes a branch."""
-    num_models, outputs, num_rows = predictor_MON.shape
-    log_MBN = np.empty((num_models, outputs + 1, num_rows))
-    if outputs == 1:
-        return _logistic(predictor_MON, log_MBN)
+    if predictor_MON.shape[1] == 1:
+        return _logistic(predictor_MON)
     top_M1N = np.maximum(predictor_MON.max(axis=1, keepdims=True), 0.0)
-    np.subtract(predictor_MON, top_M1N, out=log_MBN[:, :-1])
-    np.negative(top_M1N, out=log_MBN[:, -1:])
-    share_MBN = np.exp(log_MBN)
-    sum_M1N = share_MBN.sum(axis=1, keepdims=True)
-    log_MBN -= np.log(sum_M1N)
-    return Shares(log_MBN=log_MBN, free_MON=share_MBN[:, :-1] / sum_M1N)
+    free_MON = np.exp(predictor_MON - top_M1N)
+    sum_MN = free_MON.sum(axis=1) + np.exp(-top_M1N[:, 0])
+    free_MON /= sum_MN[:, None]
+    log_last_MN = -top_M1N[:, 0] - np.log(sum_MN)
+    return Shares(predictor_MON=predictor_MON, free_MON=free_MON, log_last_MN=log_last_MN)
 
 
-def _logistic(predictor_M1N: Floats, log_M2N: Floats) -> Shares:
+def _logistic(predictor_M1N: Floats) -> Shares:
     """Two branches need one exponential and one logarithm; both are exact to rounding of the predictor."""
-    free_M1N = np.exp(np.minimum(predictor_M1N, MOST_PREDICTOR))
-    sum_M1N = free_M1N + 1.0
-    free_M1N /= sum_M1N
-    log_sum_M1N = np.maximum(np.log(sum_M1N, out=sum_M1N), predictor_M1N, out=sum_M1N)
-    np.subtract(predictor_M1N, log_sum_M1N, out=log_M2N[:, :1])
-    np.negative(log_sum_M1N, out=log_M2N[:, 1:])
-    return Shares(log_MBN=log_M2N, free_MON=free_M1N)
+    is_far = predictor_M1N.max(initial=0.0) > MOST_PREDICTOR
+    free_M1N = np.exp(np.minimum(predictor_M1N, MOST_PREDICTOR) if is_far else predictor_M1N)
+    last_M1N = free_M1N + 1.0
+    np.reciprocal(last_M1N, out=last_M1N)
+    free_M1N *= last_M1N
+    np.log(last_M1N, out=last_M1N)
+    if is_far:
+        np.minimum(last_M1N, -predictor_M1N, out=last_M1N)
+    return Shares(predictor_MON=predictor_M1N, free_MON=free_M1N, log_last_MN=last_M1N[:, 0])
 
 
-def softmax_slopes(share_MON: Floats, mass_MBN: Floats) -> Slopes:
-    """Slopes of M softmax models with `mass_MBN` of each row on each branch; gates and softmax experts are both such.
+def softmax_slopes(
+    share_MON: Floats,
+    mass_MON: Floats,
+    total_M1N: Floats,
+    *,
+    score_MON: Floats | None = None,
+    curvature_M1N: Floats | None = None,
+) -> Slopes:
+    """Slopes of M softmax models; gates and softmax experts are both such.
 
+    Shapes: mass_MON (M, O, N) of each row on each branch but the last; total_M1N (M, 1, N) on all of them. score_MON
+    and curvature_M1N (this of two branches alone) are where slopes go, if given; masses may stand there.
     Source: Jordan & Jacobs 1994, appendix A (IRLS); the whole Hessian, not its diagonal blocks.
     """
-    weighted_MON = mass_MBN.sum(axis=1, keepdims=True) * share_MON
-    return Slopes(score_MON=mass_MBN[:, :-1] - weighted_MON, curvature_MCN=softmax_curvature(share_MON, weighted_MON))
-
-
-def softmax_curvature(share_MON: Floats, weighted_MON: Floats) -> Floats:
-    """Minus the second derivatives of weight * log softmax, by pairs of predictors of all but the last branch.
-
-    Shapes: share_MON (M, O, N); weighted_MON (M, O, N) weight times share; returns (M, O (O + 1) / 2, N).
-    """
+    weighted_MON = total_M1N * share_MON
+    score_MON = np.subtract(mass_MON, weighted_MON, out=score_MON)
     if share_MON.shape[1] == 1:
-        return weighted_MON * (1.0 - share_MON)
+        curvature_M1N = np.multiply(weighted_MON, 1.0 - share_MON, out=curvature_M1N)
+        return Slopes(score_MON=score_MON, curvature_MCN=curvature_M1N)
     o_C, r_C = pairs(share_MON.shape[1])
-    return weighted_MON[:, o_C] * ((o_C == r_C)[:, None] - share_MON[:, r_C])
+    curvature_MCN = weighted_MON[:, o_C] * ((o_C == r_C)[:, None] - share_MON[:, r_C])
+    return Slopes(score_MON=score_MON, curvature_MCN=curvature_MCN)

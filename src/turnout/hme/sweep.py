@@ -11,14 +11,15 @@ from turnout.hme.algebra import pair_products
 from turnout.hme.families import ExpertSums
 from turnout.hme.glim import Moments, Slopes, moments, spread
 from turnout.hme.mixture import Mixture
-from turnout.hme.shares import predictors, softmax_slopes
-from turnout.hme.tree import Floats, Ints, Tree
+from turnout.hme.paths import branch_mass
+from turnout.hme.shares import Shares, predictors, softmax_slopes
+from turnout.hme.tree import Floats, Ints
 
 # posteriors below this are taken as this when their logarithm is regressed on (algorithm 2)
 LEAST_POSTERIOR = 1e-3
 # of the widest array of a block: smaller blocks cost more calls, larger ones leave a core's cache, and their memory is
 # given back to the system and taken from it page by page
-BLOCK_BYTES = 1600 << 10
+BLOCK_BYTES = 2 << 20
 LEAST_ROWS = 128  # of a block, however wide its arrays
 # of all blocks of a fit with their products of inputs: up to this they are kept from pass to pass, else formed anew
 MOST_HELD_BYTES = 16 << 20
@@ -47,11 +48,10 @@ class Rows:
 
     def block(self, part: slice | Ints) -> "Block":
         """These rows as columns."""
-        return Block(
-            x_PN=np.ascontiguousarray(self.x_NP[part].T),
-            y_TN=np.ascontiguousarray(self.y_NT[part].T),
-            weight_N=self.weight_N[part],
-        )
+        x_NP, y_NT = self.x_NP[part], self.y_NT[part]
+        z_ZN = np.empty((x_NP.shape[1] + y_NT.shape[1], len(x_NP)))
+        z_ZN[: x_NP.shape[1]], z_ZN[x_NP.shape[1] :] = x_NP.T, y_NT.T
+        return Block(z_ZN=z_ZN, inputs=x_NP.shape[1], weight_N=self.weight_N[part])
 
     def held_for(self, mixture: Mixture) -> "Rows":
         """The same rows with their blocks for trees of this size kept, or as they are where that takes much memory."""
@@ -72,11 +72,19 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """Some of the rows, as columns."""
+    """Some of the rows, as columns: inputs with the constant above targets, so that residuals are one product."""
 
-    x_PN: Floats
-    y_TN: Floats
+    z_ZN: Floats
+    inputs: int  # the constant among them
     weight_N: Floats
+
+    @property
+    def x_PN(self) -> Floats:
+        return self.z_ZN[: self.inputs]
+
+    @property
+    def y_TN(self) -> Floats:
+        return self.z_ZN[self.inputs :]
 
     @cached_property
     def product_QN(self) -> Floats:
@@ -119,21 +127,21 @@ def gathered(blocks: Iterable[Block], believed: Mixture, at: Mixture, *, log_pos
 
 
 def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors: bool) -> Sums:
-    """Sums over one block, those of Gaussian experts over white residuals."""
-    posterior = believed.posterior(block.x_PN, block.y_TN)
-    weight_LN = posterior.leaf_LN if block.counts_once else block.weight_N * posterior.leaf_LN
-    if at is believed:
-        shares, judged = posterior.shares, posterior.judged
-    else:
-        shares, judged = at.shares(block.x_PN), at.family.judge(block.x_PN, block.y_TN, at.experts)
-    mass_GBN = branch_mass(at.tree, weight_LN)
-    if log_posteriors:
-        gate_slopes = _log_posterior_slopes(shares.log_MBN, mass_GBN)
-    else:
-        gate_slopes = softmax_slopes(shares.free_MON, mass_GBN)
-    expert_slopes = at.family.slopes(block.y_TN, weight_LN, judged)
+    """Sums over one block, those of Gaussian experts over white residuals.
+
+    Scores are written over predictors and curvatures over masses: arrays that a core's cache still holds, in which
+    gates and experts stand together.
+    """
+    posterior = believed.posterior(block.z_ZN)
+    weight_LN = posterior.leaf_LN
+    if not block.counts_once:
+        weight_LN *= block.weight_N
+    reading = posterior.reading if at is believed else at.read(block.z_ZN)
+    mass_GON, mass_G1N = branch_mass(at.tree, posterior.node_EN)
+    gate_slopes = (_log_posterior_slopes if log_posteriors else _likelihood_slopes)(reading.shares, mass_GON, mass_G1N)
+    square_LOO = at.family.squares(weight_LN, reading.judged)
+    expert_slopes = at.family.slopes(block.y_TN, weight_LN, reading.judged, reading.expert_LON)
     gates, experts = moments(block.x_PN, block.product_QN, gate_slopes, expert_slopes)
-    square_LOO = at.family.squares(weight_LN, expert_slopes, judged)
     return Sums(
         loglik=float(block.weight_N @ posterior.loglik_N),
         gates=gates,
@@ -141,36 +149,37 @@ def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors:
     )
 
 
-def longest_move(rows: Rows, step_MPO: Floats) -> Floats:
+def longest_move(rows: Rows, mixture: Mixture, step_MPO: Floats) -> Floats:
     """How far apart a step moves the predictors of each model at any row, (M,): reads the inputs alone."""
     most_M = np.zeros(len(step_MPO))
     if not step_MPO.size:
         return most_M
-    for part in rows.parts(step_MPO.shape[0] * step_MPO.shape[2]):
-        most_M = np.maximum(most_M, spread(predictors(rows.x_NP[part].T, step_MPO)))
+    for block in rows.blocks(mixture):
+        most_M = np.maximum(most_M, spread(predictors(block.x_PN, step_MPO)))
     return most_M
 
 
 def loglik(rows: Rows, mixture: Mixture) -> float:
     """Weighted log-likelihood of all rows, in nats."""
-    return sum(float(b.weight_N @ mixture.posterior(b.x_PN, b.y_TN).loglik_N) for b in rows.blocks(mixture))
+    return sum(float(b.weight_N @ mixture.posterior(b.z_ZN).loglik_N) for b in rows.blocks(mixture))
 
 
-def branch_mass(tree: Tree, weight_LN: Floats) -> Floats:
-    """Posterior mass below each branch: h_i, h_i h_j|i, ... of all levels in one product; (G, B, N)."""
-    return (tree.path_EL @ weight_LN).reshape(*tree.child_GB.shape, weight_LN.shape[1])
+def _likelihood_slopes(shares: Shares, mass_GON: Floats, mass_G1N: Floats) -> Slopes:
+    return softmax_slopes(shares.free_MON, mass_GON, mass_G1N, score_MON=shares.predictor_MON, curvature_M1N=mass_G1N)
 
 
-def _log_posterior_slopes(log_share_GBN: Floats, mass_GBN: Floats) -> Slopes:
+def _log_posterior_slopes(shares: Shares, mass_GON: Floats, mass_G1N: Floats) -> Slopes:
     """Least squares of a gate's predictors on log posteriors, weighted by the gate's own posterior.
 
     Both are taken relative to the last branch, whose predictor is zero.
     Source: Jordan & Jacobs 1994, algorithm 2; that posteriors are kept from zero is ours.
     """
-    weight_GN = mass_GBN.sum(axis=1)
-    share_GBN = mass_GBN / np.maximum(weight_GN, np.finfo(float).tiny)[:, None]
+    mass_GBN = np.concatenate([mass_GON, mass_G1N - mass_GON.sum(axis=1, keepdims=True)], axis=1)
+    share_GBN = mass_GBN / np.maximum(mass_G1N, np.finfo(float).tiny)
     target_GBN = np.log(np.maximum(share_GBN, LEAST_POSTERIOR))
-    is_open_GON = np.isfinite(log_share_GBN[:, :-1])
-    log_ratio_GON = np.where(is_open_GON, log_share_GBN[:, :-1] - log_share_GBN[:, -1:], 0.0)
+    predictor_GON = shares.predictor_MON
+    is_open_GON = np.isfinite(predictor_GON)
+    log_ratio_GON = np.where(is_open_GON, predictor_GON, 0.0)
     error_GON = np.where(is_open_GON, target_GBN[:, :-1] - target_GBN[:, -1:] - log_ratio_GON, 0.0)
-    return Slopes(score_MON=weight_GN[:, None] * error_GON, curvature_MCN=weight_GN[:, None])
+    np.multiply(mass_G1N, error_GON, out=predictor_GON)
+    return Slopes(score_MON=predictor_GON, curvature_MCN=mass_G1N)

@@ -20,6 +20,17 @@ CLOSED = np.iinfo(np.int64).min  # a branch that leads nowhere
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Nodes = slice | Ints  # rows of an array of nodes; a slice wherever they stand evenly
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fork:
+    """Gates of one level at which a branch is open, and the nodes it leads to (gates by number, then leaves)."""
+
+    branch: int
+    gates: Nodes
+    children: Nodes
+    beside: Nodes  # where the last branches of these gates lead
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,9 +88,32 @@ class Tree:
         return under
 
     @cached_property
-    def path_EL(self) -> Floats:
-        """`under_GBL` as floats with gates and branches in one axis: log priors and posteriors are products with it."""
-        return self.under_GBL.reshape(-1, self.num_leaves).astype(np.float64)
+    def levels(self) -> tuple[tuple[Fork, ...], ...]:
+        """From the root down, the forks of each level; that of the last branches, which are all open, comes first."""
+        level_G = np.zeros(self.num_gates, dtype=np.int64)
+        for gate in range(self.num_gates):
+            inner_B = self.child_GB[gate][self.child_GB[gate] >= 0]
+            level_G[inner_B] = level_G[gate] + 1
+        gates_of = [np.flatnonzero(level_G == level) for level in range(level_G.max(initial=-1) + 1)]
+        branches = (self.branching - 1, *range(self.branching - 1))
+        return tuple(tuple(self._fork(gates, branch) for branch in branches) for gates in gates_of)
+
+    @cached_property
+    def free_nodes(self) -> Nodes:
+        """Where all branches but the last of all gates lead; any node for a closed branch."""
+        return _evenly(self._node_GB[:, :-1].ravel())
+
+    @cached_property
+    def _node_GB(self) -> Ints:
+        leaf_GB = self.num_gates + ~np.where(self.open_GB, self.child_GB, -1)
+        return np.where(self.child_GB >= 0, self.child_GB, leaf_GB)
+
+    def _fork(self, gates: Ints, branch: int) -> Fork:
+        open_G = gates[self.open_GB[gates, branch]]
+        node_GB = self._node_GB[open_G]
+        return Fork(
+            branch=branch, gates=_evenly(open_G), children=_evenly(node_GB[:, branch]), beside=_evenly(node_GB[:, -1])
+        )
 
     def split(self, leaf: int) -> "Tree":
         """The tree with a new gate (the last) in place of `leaf`, over it and branching - 1 new leaves (the last)."""
@@ -122,6 +156,14 @@ class Pruned:
     gate_G: Ints
     leaf_L: Ints
     branch_GB: Ints
+
+
+def _evenly(nodes: Ints) -> Nodes:
+    """A slice where the steps are all alike: then rows are viewed, not copied."""
+    steps = np.diff(nodes)
+    if not len(nodes) or (len(steps) and (steps[0] <= 0 or (steps != steps[0]).any())):
+        return nodes
+    return slice(int(nodes[0]), int(nodes[-1]) + 1, int(steps[0]) if len(steps) else 1)
 
 
 def _renumbered(child_GB: Ints, kept_G: Ints, kept_L: Ints) -> Ints:

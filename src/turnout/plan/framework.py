@@ -27,7 +27,7 @@ class Framework:
     dropout: bool = False  # masks are kept
     fused_activation: bool = True  # a gated activation keeps its two inputs, not also the activated gate
     permuted_copies: float = 1.0  # copies of the routed rows kept beside the experts' input
-    stage_balance: Literal["layers", "flops"] = "layers"  # what pipeline stages have equal numbers of
+    stage_balance: Literal["layers", "flops", "flops over"] = "layers"  # what pipeline stages have equal numbers of
     selective: Literal["scores", "products"] = "scores"  # what selective recomputation drops
     key_copies: int = 0  # of keys and values, kept beside those that attention reads
     gathered_inputs: bool = False  # under tp, a block at work holds gathered inputs and outputs not yet summed
@@ -64,11 +64,15 @@ _add("megatron-core", _CORE)
 _add("nemo", replace(_CORE, overlap_tp=True, wire_precision="bf16", loss_moves=(18.0, 10.0)))
 # DeepSeek-V3's own code, arXiv:2412.19437: DualPipe (section 3.2.1), light recomputation (3.2.3), moments in bf16
 # beside master weights and gradients in fp32 (3.3.3); a row's gate weight is taken to be applied before its expert's
-# last matrix, as Megatron does, so that no copy of the rows is kept for it
+# last matrix, as Megatron does, so that no copy of the rows is kept for it. Table 4 of arXiv:2505.09343 has passes,
+# idle time and "opt" alone, so that gradients and parameters are exchanged in the last of these
 _add(
     "deepseek",
-    replace(_CORE, optimizer_bytes=8.0, permuted_copies=0.0, schedules=("1f1b", "zero_bubble", "dualpipe")),
-)
+    replace(
+        _CORE, optimizer_bytes=8.0, permuted_copies=0.0, overlap_dp=False,
+        schedules=("1f1b", "zero_bubble", "dualpipe"),
+    ),
+)  # fmt: skip
 # the code of arXiv:2104.04473 (2021): scores in memory, dropout, all-reduce after the last backward
 _LEGACY = Framework(
     flash_attention=False, dropout=True, logit_bytes=6.0, overlap_dp=False, overlap_pp=False, scatter_gather=True,
@@ -110,3 +114,5 @@ NANOTRON = _add(
         zero_sums=True, bucket_params=25 * 2**20 / 2,
     ),
 )  # fmt: skip
+# before its pipelines were repaired: the block that reaches a stage's share of the products did not yet end the stage
+_add("nanotron-2024", replace(NANOTRON, stage_balance="flops over"))

@@ -12,8 +12,8 @@ from turnout.plan.parameters import Parameters
 from turnout.plan.row_fields import Row
 from turnout.plan.row_machine import cluster_of
 
-# seconds of a ring's step: 0.04 ms in one state of that network, 0.3 ms in the other
-SLOW_HOP_S = 2e-4
+# seconds of a ring's step: 0.04 ms in one state of that network, 0.3 ms in the other; the middle of the two as ratios
+SLOW_HOP_S = 1.1e-4
 _GATHERS = 10  # collectives of a block under tensor parallelism, inputs gathered again in the backward pass
 
 

@@ -18,15 +18,20 @@ from turnout.plan.pipeline import Stage, stages
 
 # whether launching runs ahead of the device: always, while the pipeline fills alone, or never
 Host = Literal["ahead", "filling", "behind"]
-# tensors made in the time of CUDA's queue of 1,024 launches, of which a block makes about 18 in some 45 going forward;
-# until its collective has run, a tensor that another stream reads is not free: Tensor.record_stream
-QUEUE = 400
+# CUDA's queue of launches, and how far the host runs ahead: until its collective has run, a tensor that another stream
+# reads is not free (Tensor.record_stream)
+QUEUE = 1024
+# launches for a tensor made: going forward a block has 17 in 28 kernels and 8 waits of a stream, going back 26 in 50
+_FORWARD, _BACKWARD = 36 / 17, 50 / 26
+# and of a micro-batch beside them: the table's lookup with what is sent to the next stage, the loss; of a block, its
+# gradients added in fp32
+_MICRO_LAUNCHES, _LOSS_LAUNCHES, _SUM_LAUNCHES = 26, 32, 6
 _WORKSPACES = (32 * MIB, 32 * MIB)  # of the matrix library, by stream: PyTorch's CUBLAS_WORKSPACE_CONFIG on Hopper
 _STEPS = 2  # moments are made at the end of the first, in what activations left; from the second on nothing changes
 
 
-def reserved_bytes(job: Job, host: Host = "ahead") -> int:
-    """Bytes that rank 0 holds from its device after some steps.
+def reserved_bytes(job: Job, host: Host = "ahead", device_bytes: float = float("inf")) -> int:
+    """Bytes that rank 0 holds from its device after some steps; a host that runs ahead stops where the device is full.
 
     Raises: ConfigError if the job is not one of nanotron's: dense, gated, ZeRO-1 at most, 1F1B, nothing recomputed.
     """
@@ -38,8 +43,8 @@ def reserved_bytes(job: Job, host: Host = "ahead") -> int:
             "with zero<=1, cp=1, virtual_stages=1 and recompute=none, or ask for memory() of any"
         )
     stage = stages(shape, strategy.pp, 1, job.framework.stage_balance)[0]
-    rank = _Rank(job=job, stage=stage, host=host if strategy.tp > 1 else "behind")
-    return rank.run()
+    memory = CachingAllocator(device_bytes)
+    return _Rank(job=job, stage=stage, host=host if strategy.tp > 1 else "behind", memory=memory).run()
 
 
 @dataclass(kw_only=True)
@@ -60,7 +65,7 @@ class _Rank:
     job: Job
     stage: Stage
     host: Host
-    memory: CachingAllocator = field(default_factory=CachingAllocator)
+    memory: CachingAllocator
     flying: deque[tuple[list[_Kept], list[Block]]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -77,7 +82,9 @@ class _Rank:
         self.weights = [width * shape.dim // tp for width in products]
         self.table = shape.vocab_size * shape.dim // tp
         self.head = self.stage.head
-        self.filling = False
+        self.filling = False  # the host runs ahead in this pass, but will not go on to
+        self.pace = _FORWARD  # launches a tensor
+        self.turns: list[Block] = []  # cosines and sines, of each block its own
 
     def run(self) -> int:
         strategy, memory = self.job.strategy, self.memory
@@ -106,7 +113,7 @@ class _Rank:
                 # this rank's part flat, everybody's parts flat, and the collective's own copy of these
                 parts = [memory.make(2 * params / shards) for _ in range(1 + shards)]
                 memory.drop(*parts, memory.make(2 * params))
-        return memory.reserved
+        return memory.peak_reserved
 
     def _passes(self) -> None:
         """Micro-batches of a step, as many as make a difference."""
@@ -114,19 +121,25 @@ class _Rank:
         number = min(self.job.micro_batches, pp + 2)
         ahead = min(number, pp - 1)
         for i in range(number):
-            self.filling = i < pp - 2
+            self.filling = self.host == "filling" and i < pp - 2
             self._forward()
             if i >= ahead:
-                if self.host == "filling":
-                    # the gradient to be received makes the host wait: pipeline_parallel/p2p.py reads its sizes
-                    self.memory.wait()
                 self._backward()
         for _ in range(ahead):
             self._backward()
 
-    def _drop_sent(self, block: Block) -> None:
-        """Drops what a collective over tensor-parallel ranks has read or written."""
-        if self.job.strategy.tp > 1 and (self.host == "ahead" or (self.host == "filling" and self.filling)):
+    def _make(self, size: float) -> Block:
+        self._launch(self.pace)
+        return self.memory.make(size)
+
+    def _launch(self, number: float) -> None:
+        # of what was late when the pipeline was full, the backward passes find nothing
+        if self.host == "ahead" or self.filling:
+            self.memory.launch(number)
+
+    def _drop_sent(self, block: Block, *, output: bool = False) -> None:
+        """Drops what a collective over tensor-parallel ranks has read or written; `output`: of a block's product."""
+        if self.job.strategy.tp > 1 and (self.host == "ahead" or (self.filling and output)):
             self.memory.drop_late(block, QUEUE)
         else:
             self.memory.drop(block)
@@ -134,9 +147,12 @@ class _Rank:
     # --- one micro-batch ---
 
     def _forward(self) -> None:
-        make, drop = self.memory.make, self.memory.drop
+        make, drop = self._make, self.memory.drop
+        self.pace = _FORWARD
+        self._launch(_MICRO_LAUNCHES)
         stream = self._scattered(make(self.whole))
         kept = []
+        turns = [] if self.turns else [self.job.seq_len * self.job.shape.head_dim] * 2
         for _ in self.stage.layers:
             first, normed = stream, make(self.share)
             all_three = make(self.queries + 2 * self.keys)
@@ -145,6 +161,7 @@ class _Rank:
             pair = make(2 * self.keys)
             pairs = make(2 * self.keys)
             drop(pair)
+            self.turns.extend(make(size) for size in turns)
             out, sums = make(self.queries), make(2 * self.queries / self.job.shape.head_dim)
             attention = [turned, pairs, out, sums]
             # sequences lie side by side in the stream, one after another in attention
@@ -161,6 +178,7 @@ class _Rank:
             )  # fmt: skip
         top = [stream]
         if self.head:
+            self._launch(_LOSS_LAUNCHES)
             top.append(make(self.share))
             half, full = make(2 * self.logits), make(4 * self.logits)
             drop(half)
@@ -169,7 +187,8 @@ class _Rank:
         self.flying.append((kept, top))
 
     def _backward(self) -> None:
-        make, drop = self.memory.make, self.memory.drop
+        make, drop = self._make, self.memory.drop
+        self.pace = _BACKWARD
         kept, top = self.flying.popleft()
         gradients: list[Block] = []
         if self.head:
@@ -195,10 +214,11 @@ class _Rank:
             drop(table)  # added to that of the output matrix, which is the same
         else:
             gradients.append(table)
+        self._launch(_SUM_LAUNCHES * len(kept))
         drop(*gradients)
 
     def _block_backward(self, block: _Kept, gradient: Block, gradients: list[Block]) -> Block:
-        make, drop = self.memory.make, self.memory.drop
+        make, drop = self._make, self.memory.drop
         down, gate_up, output, heads = (2 * size for size in self.weights)
         inner = make(self.hidden)
         gradients.append(make(down))
@@ -233,7 +253,7 @@ class _Rank:
 
     def _column(self, of_output: Block, weight_bytes: float, gradients: list[Block]) -> Block:
         """Gradient of a column-parallel product's input, this rank's share of it."""
-        make = self.memory.make
+        make = self._make
         gradient = make(self.whole)
         share = make(self.share) if self.job.strategy.tp > 1 else gradient
         gradients.append(make(weight_bytes))
@@ -245,24 +265,24 @@ class _Rank:
     def _norm(self, of_output: Block, normed: list[Block], stream: list[Block], around: Block) -> Block:
         """Gradient of a norm's input, that of the way around it added."""
         self.memory.drop(*normed)
-        inner = self.memory.make(self.share)
+        inner = self._make(self.share)
         self.memory.drop(of_output, *stream)
-        both = self.memory.make(self.share)
+        both = self._make(self.share)
         self.memory.drop(inner, around)
         return both
 
-    def _scattered(self, output: Block) -> Block:
+    def _scattered(self, whole: Block, *, output: bool = False) -> Block:
         """This rank's share of a sum over tensor-parallel ranks."""
         if self.job.strategy.tp == 1:
-            return output
-        share = self.memory.make(self.share)
-        self._drop_sent(output)
+            return whole
+        share = self._make(self.share)
+        self._drop_sent(whole, output=output)
         return share
 
     def _added(self, output: Block) -> Block:
         """The residual stream after a row-parallel product."""
-        share = self._scattered(output)
-        stream = self.memory.make(self.share)
+        share = self._scattered(output, output=True)
+        stream = self._make(self.share)
         self._drop_sent(share)
         return stream
 

@@ -2,27 +2,24 @@
 
 from dataclasses import dataclass
 
+from turnout.plan.block_wire import (
+    Boundary,
+    boundary,
+    context_s,
+    exchange_wire,
+    expert_tensor_s,
+    expert_weights_s,
+    table_s,
+    tensor_s,
+)
 from turnout.plan.compute import BlockTime, block_time, head_time
 from turnout.plan.data_volume import dense_stage_params
 from turnout.plan.memory import stage_params
 from turnout.plan.model import ModelShape
 from turnout.plan.pipeline import Stage, like_blocks
+from turnout.plan.step_wire import SLOTS, Reduced, dense_reduced, routed_reduced
 from turnout.plan.terms import Numbers, Terms, either, larger, reads, smaller
-from turnout.plan.wire import (
-    SLOTS,
-    Boundary,
-    Reduced,
-    Run,
-    boundary,
-    context_s,
-    dense_reduced,
-    exchange_wire,
-    expert_tensor_s,
-    expert_weights_s,
-    routed_reduced,
-    table_s,
-    tensor_s,
-)
+from turnout.plan.wire import Run
 from turnout.topology import Cluster
 
 # multiprocessors a communication kernel takes while it runs: DeepSeek-AI 2024, arXiv:2412.19437, section 3.2.2 (20 of
@@ -200,12 +197,20 @@ def _hidden(of: Terms[Run], work: _Work) -> dict[str, Numbers]:
     both_ways = strategy.schedule == "dualpipe"
     exchange = smaller(wire["ep"], work.compute_s)
     return {
-        "tp": smaller(parameters.hidden_tp * wire["tp"], work.compute_s) if framework.overlap_tp else 0.0,
+        "tp": smaller(_hidden_tp(run) * wire["tp"], work.compute_s),
         "cp": smaller(wire["cp"], behind_scores),
         "ep": exchange if both_ways else either(of(chunks) > 1, parameters.hidden_ep * wire["ep"], 0.0),
         "pp": wire["pp"] if both_ways or (strategy.virtual_stages > 1 and framework.overlap_pp) else 0.0,
         "dp": smaller(wire["dp"], work.compute_s),
     }
+
+
+def _hidden_tp(run: Run) -> float:
+    """Share of tensor-parallel communication behind products, where framework or layout cuts it: not the last chunk."""
+    chunks = run.job.strategy.tp_overlap
+    if run.job.framework.overlap_tp:
+        return run.parameters.hidden_tp
+    return min(run.parameters.hidden_tp, 1 - 1 / chunks)
 
 
 def mean_pass(one: Pass, other: Pass) -> Pass:

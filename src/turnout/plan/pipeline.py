@@ -26,10 +26,12 @@ def stages(shape: ModelShape, pp: int, virtual_stages: int = 1, balance: str = "
     """The stages of a model cut for `pp` ranks of `virtual_stages` chunks.
 
     `balance` "layers" gives chunks equal numbers of blocks, the first and the last being the short ones; "flops" lets
-    the output matrix count as the blocks it costs as much as (nanotron).
+    the output matrix count as the blocks it costs as much as (nanotron); with "flops over" a chunk goes on until it has
+    more than its share (nanotron before its pipelines were repaired).
     """
     chunks = pp * virtual_stages
-    sizes = _by_flops(shape, chunks) if balance == "flops" else cut_evenly(shape.all_layers, chunks)
+    flops = balance.startswith("flops")
+    sizes = _by_flops(shape, chunks, over=balance != "flops") if flops else cut_evenly(shape.all_layers, chunks)
     held: list[list[int]] = [[] for _ in range(pp)]
     start = 0
     for chunk, size in enumerate(sizes):
@@ -102,8 +104,8 @@ def cut_evenly(layers: int, chunks: int) -> list[int]:
     return sizes
 
 
-def _by_flops(shape: ModelShape, chunks: int) -> list[int]:
-    """Blocks go to a chunk until it has its share of all matrix products, the output matrix's included.
+def _by_flops(shape: ModelShape, chunks: int, *, over: bool) -> list[int]:
+    """Blocks go to a chunk until it has its share of all matrix products, the output matrix's included; or more.
 
     Source: https://github.com/huggingface/nanotron, models/base.py, build_model.
     """
@@ -114,7 +116,8 @@ def _by_flops(shape: ModelShape, chunks: int) -> list[int]:
         sizes[chunk] += 1
         spent += cost
         # a block that costs more than a share fills one chunk, not several
-        chunk += spent >= share * (chunk + 1) and chunk < chunks - 1
+        full = spent > share * (chunk + 1) if over else spent >= share * (chunk + 1)
+        chunk += full and chunk < chunks - 1
     return sizes
 
 

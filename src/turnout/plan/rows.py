@@ -27,7 +27,7 @@ def framework_of(row: Row) -> Framework:
     """The code a row ran under, from its suite, system and source."""
     words = " ".join(str(row.get(key) or "") for key in ("suite", "system", "source", "id")).lower()
     if "nanotron" in words:
-        return FRAMEWORKS["nanotron"]
+        return FRAMEWORKS["nanotron" if row.get("primary", True) else "nanotron-2024"]
     if "torchtitan" in words:
         return FRAMEWORKS[_torchtitan(row)]
     published = re.search(r"arxiv[: ](\d{4})\.", words)

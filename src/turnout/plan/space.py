@@ -136,9 +136,8 @@ class Legal:
             return
         tp, ranks = grid["tp"], self.job.world // pp
         shard = self.job.strategy.zero_size or 1
-        sharded = grid["sequence_parallel"] or self.job.strategy.shard_tokens
         for folded, etp in product(self.space.folded, self._expert_tensor_ranks(tp)):
-            if not (folded and sharded) and etp not in (1, tp):
+            if not (folded and self._shards_tokens(grid | {"etp": etp})) and etp not in (1, tp):
                 continue
             # with etp = tp folded axes lie as unfolded ones do
             if folded and etp == tp and False in self.space.folded:
@@ -160,14 +159,18 @@ class Legal:
 
     def exchanges(self, layout: Fields) -> Iterator[Fields]:
         """All-to-all programs, chunks that overlap, precision of rows: what changes the exchange and nothing else."""
-        sharded = layout["sequence_parallel"] or self.job.strategy.shard_tokens
-        sends = layout["ep"] > 1
+        sharded, sends = self._shards_tokens(layout), layout["ep"] > 1
         gathers = layout["etp"] > 1 and sharded
         overlaps = self.space.overlap if sends or gathers else self.space.overlap[:1]
         precisions = self.space.dispatch_precision or (self.job.strategy.dispatch_precision,)
         programs = self._programs(layout, sharded)
         for program, overlap, precision in product(programs, overlaps, precisions if sends else precisions[:1]):
             yield {"alltoall": program, "overlap": overlap, "dispatch_precision": precision}
+
+    def _shards_tokens(self, layout: Fields) -> bool:
+        """Whether each of the ranks that hold a slice dispatches tokens of its own."""
+        own = {name: layout[name] for name in ("tp", "sequence_parallel", "etp")}
+        return replace(self.job.strategy, **own).tokens_sharded
 
     def _programs(self, layout: Fields, sharded: bool) -> tuple[str, ...]:
         coordinates = layout["etp"] == layout["tp"] and not sharded

@@ -8,8 +8,9 @@ from turnout.plan.memory import stage_params
 from turnout.plan.parameters import Parameters, fitted
 from turnout.plan.passes import Pass, mean_pass, micro_batches, stage_pass, tax_of
 from turnout.plan.pipeline import Stage, idle_passes, rank_kinds
+from turnout.plan.step_wire import tied_s
 from turnout.plan.terms import Numbers, One, Terms, either, larger, reads
-from turnout.plan.wire import Run, collective_s, node_limit, tied_s
+from turnout.plan.wire import Run, collective_s, node_limit
 from turnout.topology import Cluster
 
 __all__ = ["StepTime", "collective_s", "node_limit", "slowest_step", "step_time"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 
 from turnout.errors import TurnoutError
-from turnout.plan.memory import GIB, memory, memory_by_stage
+from turnout.plan.memory import CONTEXT_BYTES, GIB, memory, memory_by_stage
 from turnout.plan.nanotron import host_of
 from turnout.plan.nanotron_step import reserved_bytes
 from turnout.plan.parameters import fitted
@@ -72,7 +72,8 @@ def _memory_pairs(row: Row, models: dict[str, Row]) -> list[tuple[str, float, fl
         held = ("peak", needed.allocated_bytes) if row.get("peak_alloc_gib") else ("reserved", needed.reserved_bytes)
         return [(held[0], held[1] / GIB, float(peak))]
     # what rank 0 printed, which is of the first stage
-    reserved = reserved_bytes(job, host_of(row, job, fitted()))
+    room = cluster_of(row).device.memory_bytes - CONTEXT_BYTES
+    reserved = reserved_bytes(job, host_of(row, job, fitted()), room)
     resting = memory_by_stage(job)[0].resting_bytes
     return [("reserved", reserved / GIB, float(peak)), ("between steps", resting / GIB, float(row["alloc_gib"]))]
 

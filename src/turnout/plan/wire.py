@@ -1,24 +1,19 @@
-"""Seconds that the collectives of a step take on the wire, nothing hidden yet: terms of the step's time.
-
-What is sent is `volume`'s, asked for one block and one micro-batch at a time; what it takes is the cluster's.
-"""
+"""Seconds that collectives take on the wire of a cluster, nothing hidden yet."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from turnout.plan.collectives import Collective, collective
-from turnout.plan.data_volume import dense_mesh, expert_data_mesh, reductions
+from turnout.plan.collectives import Collective
 from turnout.plan.engine import Engine
-from turnout.plan.expert_volume import exchange, expert_mesh, expert_tensor_volume, expert_weights_volume
+from turnout.plan.expert_volume import expert_mesh
 from turnout.plan.job import Job
 from turnout.plan.parameters import Parameters
 from turnout.plan.pipeline import Stage
 from turnout.plan.step import Step
-from turnout.plan.terms import Numbers, larger, reads
-from turnout.plan.volume import context_volume, embedding_volume, pipeline_volume, tensor_volume
-from turnout.topology import Cluster, Link, Mesh
+from turnout.plan.terms import Numbers, larger
+from turnout.topology import Cluster, Link
 
 # host and device seconds before a collective's first byte: SimuMax 1.2, measured on 8 B200 (22 to 26 us)
 # https://github.com/MooreThreads/SimuMax
@@ -55,7 +50,7 @@ class Run:
 
     def block(self, block: int) -> Step:
         """One micro-batch through one block."""
-        return self.step(_stage(layers=(block,)), self.job.rank_tokens)
+        return self.step(bare_stage(layers=(block,)), self.job.rank_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,129 +126,12 @@ def node_limit(job: Job, cluster: Cluster) -> int:
     return math.ceil(shape.top_groups * nodes / shape.expert_groups)
 
 
-# --- one block, one micro-batch ---
-
-
-@reads("tp", "sequence_parallel", "tokens", "recompute", "etp", "alltoall")
-def tensor_s(run: Run, block: int) -> float:
-    """Sums and gathers of one block over tensor-parallel ranks."""
-    return _sum_s(tensor_volume(run.block(block)), run.cluster)
-
-
-@reads("tp", "cp", "tokens", "recompute")
-def context_s(run: Run, block: int) -> float:
-    """Keys and values of one block round the context-parallel ranks."""
-    return _sum_s(context_volume(run.block(block)), run.cluster)
-
-
-@reads("tp", "sequence_parallel", "ep", "etp", "folded", "alltoall", "dispatch_precision", "adaptive_r")
-def exchange_wire(run: Run, block: int, again: bool) -> Wire:
-    """The all-to-all of one block for one token a rank; `again`: what full recomputation sends once more."""
-    passed, repeated = exchange(run.step(_stage(layers=(block,)), 1.0), run.job.shape.experts_of(block))
-    return wire_of(repeated if again else passed, run.cluster)
-
-
-@reads("tp", "sequence_parallel", "tokens", "recompute", "etp", "adaptive_r")
-def expert_tensor_s(run: Run, block: int) -> float:
-    """Rows of one block among the ranks that share an expert."""
-    return _sum_s(expert_tensor_volume(run.block(block), run.job.shape.experts_of(block)), run.cluster)
-
-
-@reads("recompute", "ep", "etp", "adaptive_r")
-def expert_weights_s(run: Run, block: int) -> float:
-    """Weights of one block's experts that are gathered, and the sums of their gradients."""
-    return _sum_s(expert_weights_volume(run.block(block), run.job.shape.experts_of(block)), run.cluster)
-
-
-# --- one micro-batch ---
-
-
-@reads("tp", "sequence_parallel", "tokens")
-def table_s(run: Run) -> float:
-    """Sums and gathers at the embedding, or at one output matrix."""
-    return _sum_s(embedding_volume(run.step(_stage(embedding=True), run.job.rank_tokens)), run.cluster)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Boundary:
-    """Between the stages of a pipeline, of one micro-batch."""
-
-    pp_s: Numbers  # sends
-    tp_s: Numbers  # gathers of what was sent in shares
-
-
-@reads("tp", "sequence_parallel", "tokens", "pp", "virtual_stages")
-def boundary(run: Run) -> Boundary:
-    """Sends of an inner stage, and gathers after them."""
-    parts = list(pipeline_volume(run.step(_stage(), run.job.rank_tokens)))
-    pp, tp = (_sum_s([part for part in parts if part.axis == axis], run.cluster) for axis in ("pp", "tp"))
-    return Boundary(pp_s=pp, tp_s=tp)
-
-
-# --- one step ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reduced:
-    """One collective over ranks that share parameters, for one parameter of a stage, and how often it runs."""
-
-    wire: Wire
-    buckets: Numbers = 0.0  # calls for one parameter of a stage, and no fewer than one in all
-    each_pass: Numbers = 0.0  # 1: for every micro-batch
-    spread: Numbers = 0.0  # 1: once a step, behind all its micro-batches
-    once: Numbers = 0.0  # 1: once a step, at its ends
-
-
-SLOTS = ("gradient", "parameter", "shard")  # what is reduced or gathered: at most one collective each
-
-
-@reads("zero", "tp", "pp")
-def dense_reduced(run: Run, slot: str) -> Reduced:
-    """Of what every token meets."""
-    strategy = run.job.strategy
-    mesh = dense_mesh(strategy, run.cluster.devices_per_node)
-    return _reduced(run, mesh, "dp", 1 / strategy.tp, slot)
-
-
-@reads("zero", "pp", "tp", "ep", "etp", "folded")
-def routed_reduced(run: Run, slot: str) -> Reduced:
-    """Of routed experts."""
-    strategy = run.job.strategy
-    mesh = expert_data_mesh(strategy, run.cluster.devices_per_node)
-    return _reduced(run, mesh, "edp", 1 / (strategy.ep * strategy.etp), slot)
-
-
-def _reduced(run: Run, mesh: Mesh, axis: str, params: float, slot: str) -> Reduced:
-    strategy, framework = run.job.strategy, run.job.framework
-    every = reductions(strategy, mesh, params, sums=framework.zero_sums)
-    parts = [each for each in every if each.name.startswith(slot)]
-    if not parts:
-        return Reduced(wire=Wire())
-    (part,) = parts
-    wire = wire_of(collective(part.name, axis, part.mesh, part.traffic, part.calls), run.cluster)
-    late = framework.zero_sums and strategy.zero == 1
-    buckets = 0.0 if late else params / framework.bucket_params
-    if part.each_pass and framework.reshards:
-        return Reduced(wire=wire, buckets=buckets, each_pass=1.0)
-    if strategy.zero == 3 and (framework.reshards or strategy.pp == 1):
-        return Reduced(wire=wire, buckets=buckets, spread=1.0)
-    return Reduced(wire=wire, buckets=buckets, once=1.0)
-
-
-@reads("tp", "pp")
-def tied_s(run: Run) -> float:
-    """First and last stage add up their gradients of the one matrix for tokens in and out."""
-    job, cluster = run.job, run.cluster
-    if job.strategy.pp == 1 or not job.shape.tied_embeddings:
-        return 0.0
-    size = job.shape.vocab_size * job.shape.dim / job.strategy.tp * job.strategy.activation_bytes
-    return (cluster.inter if job.world > cluster.devices_per_node else cluster.intra).time_s(size, 2)
-
-
-def _sum_s(parts: Iterable[Collective], cluster: Cluster) -> float:
+def sum_s(parts: Iterable[Collective], cluster: Cluster) -> float:
+    """Seconds of collectives one after another."""
     return sum(collective_s(part, cluster) for part in parts)
 
 
-def _stage(layers: tuple[int, ...] = (), embedding: bool = False) -> Stage:
+def bare_stage(layers: tuple[int, ...] = (), embedding: bool = False) -> Stage:
+    """A stage of so many blocks, without the output matrix, and without tables unless told."""
     blocks = tuple((layer, 1) for layer in layers)
     return Stage(index=0, layers=layers, embedding=embedding, head=False, blocks=blocks)
