@@ -170,9 +170,14 @@ class MoEOutput:
 
     y: Tensor
     losses: tuple[LossTerm, ...]
-    stats: MoEStats
+    collect: Callable[[], MoEStats]  # what `stats` are computed by
     assignment: Assignment  # who was to go where, for a recording or a picture
     keep_N: Tensor | None  # of the assignment, which were sent; None: every one
+
+    @cached_property
+    def stats(self) -> MoEStats:
+        """What the layer did with its tokens, computed when first asked for: few who generate text ever ask."""
+        return self.collect()
 
 
 def counted(index_N: Tensor, size: int) -> Tensor:

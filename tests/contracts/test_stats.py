@@ -3,6 +3,7 @@
 import math
 from dataclasses import fields, replace
 from functools import reduce
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 from tests.contracts.cases import Case, draw, draw_case, error, own_selection, simple_case
 from turnout import MoE, MoEStats
 from turnout.dispatch import Dropless, FixedCapacity
+from turnout.layers import moe
+from turnout.layers.stats import collect_stats
 from turnout.routers import Forced, GShardTop2, Quantile
 
 COUNTS = ("assigned_E", "dropped_capacity_E", "dropped_policy_E", "num_routed", "num_padding")
@@ -19,6 +22,21 @@ def stats_of(case: Case) -> MoEStats:
     layer, inputs = draw(case)
     generator = torch.Generator().manual_seed(case.seed)
     return layer(inputs.x, mask=inputs.mask, token_ids=inputs.token_ids, generator=generator).stats
+
+
+def test_a_call_computes_no_stats_until_they_are_asked_for_and_then_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected = []
+
+    def counting(*parts: Any) -> MoEStats:
+        collected.append(parts)
+        return collect_stats(*parts)
+
+    monkeypatch.setattr(moe, "collect_stats", counting)
+    layer, inputs = draw(simple_case())
+    out = layer(inputs.x, mask=inputs.mask, token_ids=inputs.token_ids)
+    assert not collected
+    assert out.stats is out.stats
+    assert len(collected) == 1
 
 
 def test_stats_count_every_token_and_every_assignment_once() -> None:

@@ -5,7 +5,9 @@ import json
 import math
 import operator
 import re
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from tests.contracts.cases import takers
 from turnout.bench import layer, routers, train_step
 from turnout.bench.gemms import products
-from turnout.bench.memory import peak_mib
+from turnout.bench.memory import call_memory, peak_mib
 from turnout.bench.mixtral import differences, mixtral, routed_like_mixtral
 from turnout.bench.race import Timing, race, ratio
 from turnout.bench.routers import Shape
@@ -417,6 +419,41 @@ def test_the_peak_is_that_of_a_process_of_its_own() -> None:
     assert more - less == pytest.approx(200, abs=20)
 
 
+def filled(mib: int) -> None:
+    np.ones(mib << 17)
+
+
+def to_fill() -> Callable[[], object]:
+    """Holds 100 MiB, takes 60 for a while in each call, and keeps 30 from the first one on."""
+    held, kept = np.ones(100 << 17), []
+
+    def call() -> None:
+        kept[:] = kept or [np.ones(30 << 17)]
+        filled(60)
+        assert held[0] == 1
+
+    return call
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_memory_of_calls_leaves_out_what_was_there_before_them() -> None:
+    found = call_memory(to_fill)
+    assert found.extra == pytest.approx(90, abs=5)
+    assert found.extra_again == pytest.approx(60, abs=5)
+    assert found.peak > 190
+
+
+def test_the_time_of_a_step_is_split_into_shares() -> None:
+    recipe, dense = load_recipe("smoke"), load_recipe("tiny-dense")
+    result = train_step.run(
+        recipe, dense, peers=("turnout", "gemm-limit"), rounds=1, warmup=0, memory=False, split=True
+    )
+    ours, limit = (row["split"] for row in result["rows"])
+    assert limit is None
+    assert sum(ours.values()) == pytest.approx(1)
+    assert all(ours[part] > 0 for part in ("experts", "attention", "products", "loss", "optimizer"))
+
+
 def test_one_layer_against_its_peers(turnout, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     for name, expert in (("a", "gelu"), ("b", "swiglu"), ("d1", "swiglu")):
@@ -438,7 +475,7 @@ def test_one_layer_against_its_peers(turnout, monkeypatch: pytest.MonkeyPatch) -
         ("a", "train"): everybody,
         ("b", "forward"): inferring,
         ("b", "train"): everybody,
-        ("d1", "forward"): inferring | {"transformers-batched_mm"},
+        ("d1", "forward"): inferring | {"transformers-batched_mm", "read-limit"},
     }
 
 

@@ -3,7 +3,8 @@
 Ratios are to a dense network of the same active FLOPs, and to the products alone. Rows of `turnout-BACKEND` and
 `transformers-IMPLEMENTATION` include each one's router, without auxiliary losses; with a `skew` the experts of every
 token are given instead, one expert at that many times the mean load. `turnout-int8` has weights of 8 bits and
-activations of 16, `turnout-int8-a8` both of 8; neither has a backward pass.
+activations of 16, `turnout-int8-a8` both of 8; neither has a backward pass. `read-limit`, with few tokens, reads as
+many weights as the batch's experts have, in its dtype, and computes nothing with them.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from turnout.bench.layer_peers import DENSE, LIMIT, OURS, THEIRS, forward_of, products
-from turnout.bench.memory import peak_mib
+from turnout.bench.layer_peers import DENSE, LIMIT, OURS, READ, THEIRS, forward_of, products, reading
+from turnout.bench.memory import call_memory
 from turnout.bench.race import race, ratio
 from turnout.bench.routers import SHAPES as ROUTED_SHAPES
 from turnout.bench.routers import Shape
 from turnout.bench.run import check_gate, ratio_keys, result, row
 from turnout.errors import ConfigError
 from turnout.experts import PRECISIONS, FFNExperts, QuantizedFFNExperts, available_backends
+from turnout.routers import TopK
 
 Mode = Literal["forward", "train"]
 MODES: tuple[Mode, ...] = ("forward", "train")
@@ -31,6 +33,7 @@ SHAPES = ROUTED_SHAPES | {
     "c": replace(ROUTED_SHAPES["c"], expert="gelu"),
     **{f"d{n}": Shape(tokens=n, dim=1024, hidden=2048, experts=32, k=4, seq_len=1) for n in (1, 2, 4, 8, 16)},
 }
+FEW = 16  # tokens that take as long as reading weights does
 IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 
 
@@ -66,6 +69,8 @@ def contestant(name: str, *, shape: str, mode: str, dtype: str, skew: float) -> 
     sizes, train = SHAPES[shape], mode == "train"
     if name == LIMIT:
         return products(sizes, train=train, dtype=DTYPES[dtype])
+    if name == READ:
+        return reading(sizes, _experts_met(sizes, skew), DTYPES[dtype])
     generator = torch.Generator().manual_seed(0)
     x_TD, y_grad_TD = (torch.randn(sizes.tokens, sizes.dim, generator=generator).to(DTYPES[dtype]) for _ in range(2))
     forward, parameters = forward_of(name, sizes, skewed(sizes, skew) if skew else None, DTYPES[dtype])
@@ -84,11 +89,20 @@ def contestant(name: str, *, shape: str, mode: str, dtype: str, skew: float) -> 
     return step if train else infer
 
 
-def few_calls(name: str, settings: dict[str, Any]) -> None:
-    """What the memory measurement runs in a process of its own."""
-    call = contestant(name, **settings)
-    for _ in range(3):
-        call()
+def made_alone(name: str, settings: dict[str, Any]) -> Callable[[], object]:
+    """What the memory measurement calls in a process of its own."""
+    # threads and workspaces of torch's own products are no part of a layer
+    torch.mm(torch.ones(512, 512), torch.ones(512, 512))
+    return contestant(name, **settings)
+
+
+def _experts_met(shape: Shape, skew: float) -> int:
+    """Experts that the tokens of the batch go to; transformers' own router may send them to others."""
+    if skew:
+        return len(skewed(shape, skew).unique())
+    torch.manual_seed(0)
+    router = TopK(k=shape.k, renormalize=shape.k > 1).build(shape.dim, shape.experts)
+    return len(router(torch.randn(shape.tokens, shape.dim)).assignment.expert_N.unique())
 
 
 def skewed(shape: Shape, skew: float) -> Tensor:
@@ -113,7 +127,11 @@ def _rows(
     calls.clear()
     found = []
     for name in names:
-        over = {other: ratio(timings[other], timings[name]) if other in timings else None for other in (DENSE, LIMIT)}
+        asked = memory and name not in (LIMIT, READ)
+        held = call_memory(partial(made_alone, name, settings)) if asked else None
+        over = {
+            other: ratio(timings[other], timings[name]) if other in timings else None for other in (DENSE, LIMIT, READ)
+        }
         found.append(
             {
                 **row("layer", name, timings[name]),
@@ -123,7 +141,10 @@ def _rows(
                 "skew": settings["skew"] or None,
                 **ratio_keys("ratio_to_dense", over[DENSE]),
                 **ratio_keys("ratio_to_limit", over[LIMIT]),
-                "peak_mib": peak_mib(partial(few_calls, name, settings)) if memory and name != LIMIT else None,
+                **ratio_keys("ratio_to_reading", over[READ]),
+                "peak_mib": held and held.peak,
+                "extra_mib": held and held.extra,
+                "extra_again_mib": held and held.extra_again,
             }
         )
     return found
@@ -147,8 +168,8 @@ def _peers(shape: Shape, mode: str, dtype: torch.dtype, asked: Sequence[str]) ->
         refused = available_backends(experts, dtype=dtype, device=torch.device("cpu"))
     refused |= dict.fromkeys(PRECISIONS, "it has no backward pass" if mode == "train" else _int8_refusal(dtype))
     ours = [f"{OURS}{name}" for name, reason in refused.items() if not reason]
-    theirs = [f"{THEIRS}{name}" for name in IMPLEMENTATIONS if name != "batched_mm" or shape.tokens <= 16]
-    legal = [*ours, *theirs, DENSE, LIMIT]
+    theirs = [f"{THEIRS}{name}" for name in IMPLEMENTATIONS if name != "batched_mm" or shape.tokens <= FEW]
+    legal = [*ours, *theirs, DENSE, LIMIT, *([READ] if shape.tokens <= FEW else [])]
     for name in asked:
         if name not in legal:
             why = refused.get(name.removeprefix(OURS), "")

@@ -13,12 +13,13 @@ from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.errors import ConfigError
 from turnout.experts import PRECISIONS, FFNExperts, quantize_experts
 from turnout.experts.activations import Activation
+from turnout.kernels.pages import on_large_pages
 from turnout.layers import MoE
 from turnout.layers.expert_pass import pass_experts
 from turnout.routers import TopK
 from turnout.tensors import Admission, Assignment
 
-OURS, THEIRS, DENSE, LIMIT = "turnout-", "transformers-", "dense-ffn", "gemm-limit"
+OURS, THEIRS, DENSE, LIMIT, READ = "turnout-", "transformers-", "dense-ffn", "gemm-limit", "read-limit"
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -55,6 +56,14 @@ def products(shape: Shape, *, train: bool, dtype: torch.dtype) -> Callable[[], N
                 torch.mm(x.t(), y_grad, out=weight_grad)
 
     return run
+
+
+def reading(shape: Shape, num_experts: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The weights of so many experts read once, all threads at it: what few tokens cannot be computed in less than."""
+    parts = 3 if _is_gated(shape) else 2
+    weights = on_large_pages(torch.empty(num_experts * parts * shape.dim * shape.hidden, dtype=dtype)).fill_(1.0)
+    # as whole numbers, whose sum costs less than reading them
+    return weights.view(torch.int64).sum
 
 
 class Dense(nn.Module):

@@ -20,6 +20,7 @@ from turnout.bench.memory import peak_mib
 from turnout.bench.mixtral import check_shape, differences, mixtral, routed_like_mixtral, routing_words
 from turnout.bench.race import Timing, race, ratio
 from turnout.bench.run import check_gate, ratio_keys, result, row
+from turnout.bench.split import time_split
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError
 from turnout.models import Decoder, ModelConfig
@@ -31,14 +32,25 @@ from turnout.train.recipe import Recipe
 OURS, LIKE, DENSE, LIMIT = "turnout", "turnout-mixtral-routing", "dense-twin", "gemm-limit"
 THEIRS = "transformers-"
 PEERS = (OURS, LIKE, f"{THEIRS}grouped_mm", f"{THEIRS}eager", DENSE, LIMIT)
+# by torch.compile, which takes minutes: measured when asked for by name
+COMPILED = THEIRS + "grouped_mm-compiled"
 # of FLOPs a token: a twin within it is one of the same work
 TWIN_TOLERANCE = 0.02
 
 
 def run(
-    recipe: Recipe, dense: Recipe, *, peers: tuple[str, ...] = (), rounds: int, warmup: int, memory: bool
+    recipe: Recipe,
+    dense: Recipe,
+    *,
+    peers: tuple[str, ...] = (),
+    rounds: int,
+    warmup: int,
+    memory: bool,
+    split: bool = False,
 ) -> dict[str, Any]:
     """A row for each of `peers` (none: all of PEERS), and `notes` on what is not measured as the recipe has it.
+
+    With `split`, rows say where the time goes, but of bare products and of what torch.compile has fused.
 
     Raises: ConfigError if a peer is unknown, not installed or cannot be compared with the recipe; TurnoutError, before
     anything is timed, if a backend does not compute what the oracle computes.
@@ -46,16 +58,21 @@ def run(
     names = peers or PEERS
     check_peers(recipe, dense, names)
     check_gate()
-    timings = race({name: contestant(name, recipe, dense) for name in names}, rounds=rounds, warmup=warmup)
+    steps = {name: contestant(name, recipe, dense) for name in names}
+    timings = race(steps, rounds=rounds, warmup=warmup)
+    whole = (LIMIT, COMPILED)
+    splits = {name: time_split(step) for name, step in steps.items() if split and name not in whole}
+    steps.clear()
     rows = []
     for name in names:
         peak = functools.partial(few_steps, name, recipe, dense)
-        rows.append(_row(name, timings, recipe) | {"peak_mib": peak_mib(peak) if memory and name != LIMIT else None})
+        peak_mib_of_it = peak_mib(peak) if memory and name != LIMIT else None
+        rows.append(_row(name, timings, recipe) | {"peak_mib": peak_mib_of_it, "split": splits.get(name)})
     return result(rows, "transformers", notes=notes(recipe, dense, names))
 
 
 def contestant(name: str, recipe: Recipe, dense: Recipe) -> Callable[[], object]:
-    """One of PEERS: a training step on a fixed batch."""
+    """One of PEERS, or COMPILED: a training step on a fixed batch."""
     loop = recipe.loop
     torch.manual_seed(0)
     tokens_BS = torch.randint(recipe.model.vocab_size, (loop.batch_size, loop.seq_len + 1))
@@ -80,8 +97,8 @@ def few_steps(name: str, recipe: Recipe, dense: Recipe) -> None:
 def check_peers(recipe: Recipe, dense: Recipe, peers: tuple[str, ...]) -> None:
     """Raises: ConfigError naming the peer that is unknown, or what keeps it from being compared with the recipe."""
     for name in peers:
-        if name not in PEERS:
-            raise ConfigError(f"unknown peer {name!r}; available: {', '.join(PEERS)}")
+        if name not in (*PEERS, COMPILED):
+            raise ConfigError(f"unknown peer {name!r}; available: {', '.join((*PEERS, COMPILED))}")
     if not recipe.model.moe_layers():
         raise ConfigError(f"the recipe {recipe.name!r} has no experts; train-step measures one that has")
     if any(name.startswith(THEIRS) for name in peers):
@@ -139,7 +156,9 @@ def _our_model(name: str, recipe: Recipe, dense: Recipe) -> ModelConfig:
 
 
 def _mixtral_step(recipe: Recipe, tokens_BS: Tensor, implementation: str) -> Callable[[], object]:
-    model, settings = mixtral(recipe.model, implementation), recipe.optimizer
+    plain = implementation.removesuffix("-compiled")
+    model, settings = mixtral(recipe.model, plain), recipe.optimizer
+    forward = model if implementation == plain else torch.compile(model)
     inputs_BS = tokens_BS[:, :-1].contiguous()
     betas = (settings.beta1, settings.beta2)
     optimizer = torch.optim.AdamW(
@@ -152,7 +171,7 @@ def _mixtral_step(recipe: Recipe, tokens_BS: Tensor, implementation: str) -> Cal
     )
 
     def step() -> None:
-        model(input_ids=inputs_BS, labels=inputs_BS).loss.backward()
+        forward(input_ids=inputs_BS, labels=inputs_BS).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.max_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

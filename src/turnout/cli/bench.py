@@ -36,6 +36,7 @@ def train_step(
     warmup: Warmup = 3,
     peers: Annotated[str, typer.Option(help="Comma-separated peers; empty: all.")] = "",
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, in processes of their own.")] = True,
+    split: Annotated[bool, typer.Option(help="Also say where the time of a step goes.")] = True,
     threads: options.Threads = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -46,11 +47,15 @@ def train_step(
 
     process = own_process(threads)
     chosen = load_recipe(recipe)
-    result = run(chosen, load_recipe(dense), peers=_names(peers), rounds=rounds, warmup=warmup, memory=memory)
+    result = run(
+        chosen, load_recipe(dense), peers=_names(peers), rounds=rounds, warmup=warmup, memory=memory, split=split
+    )
     screen = console(as_json=as_json)
     screen.print(_measured_on(process, result))
     screen.print(_times(f"Training step of {chosen.name}: everybody in turns in one process", result["rows"]))
     screen.print(_ratios(result["rows"]))
+    if split:
+        screen.print(_splits(result["rows"]))
     for line in _remarks(result):
         screen.print(f"  {line}")
     if as_json:
@@ -208,15 +213,32 @@ def _router_times(title: str, rows: list[dict[str, Any]]) -> Any:
     return table(title, columns, cells)
 
 
+def _splits(rows: list[dict[str, Any]]) -> Any:
+    found = [row for row in rows if row["split"] is not None]
+    parts = list(found[0]["split"]) if found else []
+    cells = [[row["peer"], *(f"{100 * row['split'][part]:.0f}" for part in parts)] for row in found]
+    return table("Where a step's time goes: percent", {"peer": "left", **dict.fromkeys(parts, "right")}, cells)
+
+
 def _layer_times(title: str, rows: list[dict[str, Any]]) -> Any:
     columns = {"peer": "left", "median ms": "right", "min": "right", "max": "right"}
-    columns |= {"of dense": "right", "of limit": "right", "peak MiB": "right"}
+    columns |= {
+        "of dense": "right",
+        "of limit": "right",
+        "of reading": "right",
+        "peak MiB": "right",
+        "extra": "right",
+        "again": "right",
+    }
     cells = [
         [
             *_ms(row),
             _spread(row, "ratio_to_dense"),
             _spread(row, "ratio_to_limit"),
+            _spread(row, "ratio_to_reading"),
             _number(row["peak_mib"], ".0f"),
+            _number(row["extra_mib"], ".0f"),
+            _number(row["extra_again_mib"], ".0f"),
         ]
         for row in sorted(rows, key=lambda row: row["ms_median"])
     ]

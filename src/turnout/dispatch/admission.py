@@ -28,7 +28,7 @@ def admission(
     """
     if assignment.declined_N is not None:
         wanted_N = ~assignment.declined_N if wanted_N is None else wanted_N & ~assignment.declined_N
-    over_E = refused_E = torch.zeros_like(assignment.counts_E)
+    over_E = refused_E = assignment.expert_N.new_zeros(assignment.num_experts)
     if within_N is not None:
         over_E = _count(assignment, ~within_N)
     if wanted_N is not None:

@@ -9,6 +9,7 @@ from turnout.errors import ConfigError, NonFiniteError
 from turnout.experts.activations import Activation
 from turnout.experts.weights import FFNExperts
 from turnout.kernels.int8_codes import GROUP, PANEL, QUAD, FFNCodes, decode_ffn, encode_ffn
+from turnout.kernels.pages import on_large_pages
 
 PRECISIONS = {"int8": 16, "int8-a8": 8}  # of weights of 8 bits -> bits of the activations
 
@@ -51,9 +52,10 @@ class QuantizedFFNExperts(nn.Module):
         up = (num_experts, parts, _up(hidden, GROUP) // PANEL, _up(dim, GROUP) // GROUP)
         down = (num_experts, _up(dim, PANEL) // PANEL, _up(hidden, GROUP) // GROUP)
         for name, sizes in (("up", up), ("down", down)):
-            codes = torch.zeros(*sizes, GROUP // QUAD, PANEL, QUAD, dtype=torch.uint8)
-            self.register_buffer(f"{name}_codes", codes)
-            self.register_buffer(f"{name}_scales", torch.zeros(*sizes, 2, PANEL, dtype=torch.uint8))
+            codes = torch.empty(*sizes, GROUP // QUAD, PANEL, QUAD, dtype=torch.uint8)
+            scales = torch.empty(*sizes, 2, PANEL, dtype=torch.uint8)
+            self.register_buffer(f"{name}_codes", on_large_pages(codes).zero_())
+            self.register_buffer(f"{name}_scales", on_large_pages(scales).zero_())
             # the bits of bfloat16: no cast of the model may change or widen them
             self.register_buffer(f"{name}_bases", torch.zeros(*sizes[:-1], PANEL, dtype=torch.int16))
         self.up_codes: Tensor

@@ -9,6 +9,7 @@ from turnout.contracts import ExpertBackend
 from turnout.errors import ConfigError
 from turnout.experts.activations import Activation
 from turnout.experts.cut import Cut
+from turnout.kernels.pages import on_large_pages
 from turnout.placement import Placement
 from turnout.strategy import nearest_divisor
 from turnout.tensors import Padded, Ragged, fill_normal
@@ -40,8 +41,8 @@ class FFNExperts(nn.Module):
             init_std,
         )
         width = 2 * hidden if self.activation.gated else hidden
-        self.up_EDG = nn.Parameter(torch.empty(num_experts, dim, width))
-        self.down_EFD = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.up_EDG = nn.Parameter(on_large_pages(torch.empty(num_experts, dim, width)))
+        self.down_EFD = nn.Parameter(on_large_pages(torch.empty(num_experts, hidden, dim)))
         self.up_bias_EG = nn.Parameter(torch.empty(num_experts, width)) if bias else None
         self.down_bias_ED = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
         self.reset_parameters()

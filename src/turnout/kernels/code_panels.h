@@ -28,14 +28,15 @@ struct CodeMatrix {
     const uint8_t* own = scale + panel * groups * 2 * PANEL;
     const vec bases[] = {load(base + panel * PANEL), load(base + panel * PANEL + LANES)};
     for (long g = 0; g < all; g++, from += PANEL_BYTES, own += 2 * PANEL, first += step, second += step) {
-      for (long line = 0; line < PANEL_BYTES; line += 64) __builtin_prefetch(from + AHEAD + line, 0, 3);
-      __builtin_prefetch(own + AHEAD / 16, 0, 3);
+      for (long line = 0; line < PANEL_BYTES; line += 64) __builtin_prefetch(from + SOON + line, 0, 3);
+      __builtin_prefetch(own + SOON / 16, 0, 3);
       widen_tile(from, own, bases[0], first);
       widen_tile(from + UNIT_BYTES, own + LANES, bases[1], second);
     }
   }
 
  private:
+  static constexpr long SOON = 4096;    // bytes from what is read to what is fetched meanwhile
   static constexpr float EXACT = 32768;  // added to a byte by setting bits: whole numbers follow
 
   // From four inner columns in each word to pairs of them.

@@ -120,7 +120,7 @@ class Decode {
   void plan_slices() {
     int touched = 0;
     for (int e = 0; e < job_.experts; e++) touched += routes_.start[e + 1] > routes_.start[e];
-    for (slice_ = 2048; slice_ > 64 && touched * count() < 2 * job_.threads;) slice_ /= 2;
+    for (slice_ = 2048; slice_ > 64 && touched * count() < 8 * job_.threads;) slice_ /= 2;
     slices_ = int(count());
     for (int e = 0; e < job_.experts; e++)
       if (routes_.start[e + 1] > routes_.start[e])

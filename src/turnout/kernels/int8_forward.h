@@ -108,7 +108,7 @@ class Int8Forward {
 
   // Pieces enough for all threads also where few experts have rows; those of the second product after the first's.
   void plan_few(Schedule& schedule) {
-    const long wanted = units_.empty() ? 1 : (4 * job_.threads + units_.size() - 1) / units_.size();
+    const long wanted = units_.empty() ? 1 : (8 * job_.threads + units_.size() - 1) / units_.size();
     std::vector<int> before;
     for (int u = 0; u < int(units_.size()); u++) {
       before.push_back(schedule.group());

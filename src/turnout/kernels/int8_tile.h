@@ -15,7 +15,7 @@ constexpr int GROUP = 32;         // inner columns that share a scale
 constexpr int PANEL = 32;         // columns of a weight that lie together
 constexpr int QUADS = GROUP / 4;  // four inner columns are multiplied and added at once
 constexpr long PANEL_BYTES = GROUP * PANEL;
-constexpr long AHEAD = 4096;  // bytes from what is read to what is fetched meanwhile
+constexpr long AHEAD = 8192;  // bytes from what is read to what is fetched meanwhile
 constexpr int CODE_ROWS = LANES == 16 ? 12 : 4;  // of 32 registers: 24 sums, two of weights and one of x; or 8, 2 and 1
 
 inline ints load_ints(const void* p) {
@@ -109,6 +109,7 @@ void code_tile(const Codes<DIGITS>& x, long first, const Panel& panel, float* ou
         }
       }
       const uint8_t* scales = panel.scale + g * 2 * PANEL + column;
+      if (FETCH) __builtin_prefetch(scales + AHEAD / 16, 0, 2);
       const float* own = x.scales(g, first);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {

@@ -123,7 +123,7 @@ class RowSums {
   }
 
  private:
-  static constexpr long HALF_FLOATS = 4 << 20;  // of 16 MiB: two of them hold what is computed and what is added
+  static constexpr long HALF_FLOATS = 3 << 20;  // of 12 MiB: two of them hold what is computed and what is added
 
   struct Wave {
     int first_unit, end_unit, first_row;

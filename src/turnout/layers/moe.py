@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -238,7 +239,7 @@ class MoE(nn.Module):
         return MoEOutput(
             y=y_TD.to(x.dtype).view_as(x),
             losses=routing.losses + terms,
-            stats=collect_stats(routing, admission),
+            collect=partial(collect_stats, routing, admission),
             assignment=routing.assignment,
             keep_N=admission.keep_N,
         )

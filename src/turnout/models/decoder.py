@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -83,9 +84,14 @@ class DecoderOutput:
 
     h_BSD: Tensor
     losses: tuple[LossTerm, ...]
-    stats: tuple[MoEStats, ...]
+    collect: tuple[Callable[[], MoEStats], ...]  # what `stats` are computed by
     assignments: tuple[Assignment, ...]  # who was to go where
     keeps: tuple[Tensor | None, ...]  # which of these were sent; None: every one
+
+    @cached_property
+    def stats(self) -> tuple[MoEStats, ...]:
+        """What each MoE layer did with its tokens, computed when first asked for."""
+        return tuple(collect() for collect in self.collect)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +191,7 @@ class Decoder(nn.Module):
         return DecoderOutput(
             h_BSD=self.norm(x_BSD),
             losses=losses,
-            stats=tuple(r.stats for r in reports),
+            collect=tuple(r.collect for r in reports),
             assignments=tuple(r.assignment for r in reports),
             keeps=tuple(r.keep_N for r in reports),
         )

@@ -153,12 +153,14 @@ def from_topk(
     declined_N: Tensor | None = None,
 ) -> Assignment:
     """Token-major assignment of K choices for each of R tokens."""
-    top_k = expert_RK.shape[1]
+    num_rows, top_k = expert_RK.shape
+    # for one token repeat() and repeat_interleave() take longer than the choice of its experts
+    choice_RK = torch.arange(top_k, device=expert_RK.device).expand(num_rows, top_k)
     return Assignment(
-        token_N=tokens.token_R.repeat_interleave(top_k),
+        token_N=tokens.token_R.unsqueeze(1).expand(num_rows, top_k).reshape(-1),
         expert_N=expert_RK.reshape(-1),
         weight_N=weight_RK.reshape(-1),
-        choice_N=torch.arange(top_k, device=expert_RK.device).repeat(len(tokens.token_R)),
+        choice_N=choice_RK.reshape(-1),
         num_tokens=tokens.num_tokens,
         num_experts=num_experts,
         declined_N=declined_N,

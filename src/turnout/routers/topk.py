@@ -115,4 +115,4 @@ class TopKRouter(Router):
         else:
             scores_RE = sigmoid_shares(logits_RE)
             weight_RK = sigmoid_shares(chosen_RK) if self.config.renormalize else chosen_RK.sigmoid()
-        return scores_RE, weight_RK * self.config.scale
+        return scores_RE, weight_RK if self.config.scale == 1 else weight_RK * self.config.scale
