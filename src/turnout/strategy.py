@@ -229,7 +229,12 @@ class Strategy:
                 f"lies at most once on each of ep={self.ep} ranks; nearest legal: {most}"
             )
         if self.folded:
-            _must_divide("ep * etp", self.ep * self.etp, "world / pp", world // self.pp)
+            ranks, held = world // self.pp, self.ep * self.etp
+            if ranks % held:
+                # ep must divide the experts too
+                ep = 0 if uneven or ranks % self.etp else nearest_divisor(self.ep, gcd(num_experts, room))
+                near = ep * self.etp or nearest_divisor(held, ranks)
+                raise ConfigError(f"strategy.ep * etp={held} must divide world / pp={ranks}; nearest legal: {near}")
             # each piece of an expert would need tokens that only some of its ranks have
             if not self.tokens_sharded and self.etp not in (1, self.tp):
                 near = min((1, self.tp), key=lambda legal: (abs(legal - self.etp), -legal))

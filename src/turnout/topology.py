@@ -104,6 +104,8 @@ class Cluster:
         _require(self.oversubscription >= 1, "cluster.oversubscription", self.oversubscription, "at least 1")
         _require(self.nodes_per_leaf >= 0, "cluster.nodes_per_leaf", self.nodes_per_leaf, "at least 0")
         _require(0 < self.alltoall_share <= 1, "cluster.alltoall_share", self.alltoall_share, "above 0 and up to 1")
+        for name in ("usd_per_device_hour", "device_watt", "host_watt", "network_usd_per_device"):
+            _require(getattr(self, name) >= 0, f"cluster.{name}", getattr(self, name), "at least 0")
         size = prod(self.torus)
         if self.torus and size != self.devices_per_node:
             raise ConfigError(

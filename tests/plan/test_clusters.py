@@ -111,3 +111,9 @@ def test_a_missing_field_and_an_unknown_machine_are_named(tmp_path: Path) -> Non
         load_cluster("h100")
     with pytest.raises(ConfigError, match=r"cannot read .*nowhere.toml"):
         load_cluster(str(tmp_path / "nowhere.toml"))
+
+
+@pytest.mark.parametrize("field", ["usd_per_device_hour", "device_watt", "host_watt", "network_usd_per_device"])
+def test_prices_and_powers_below_zero_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"cluster\.{field}=-5.* must be at least 0"):
+        cluster_from({"base": "dgx-h100", field: -5.0})

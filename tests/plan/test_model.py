@@ -43,6 +43,12 @@ GPT_OSS = {
 }  # fmt: skip
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
 
+DBRX = {
+    "model_type": "dbrx", "d_model": 6144, "n_heads": 48, "n_layers": 40, "vocab_size": 100352,
+    "attn_config": {"model_type": "", "kv_n_heads": 8},
+    "ffn_config": {"model_type": "", "ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(("name", "total"), TOTALS.items())
 def test_published_totals_are_met_exactly(name: str, total: int) -> None:
@@ -119,6 +125,24 @@ def test_a_config_json_gives_the_published_total(config: dict[str, object], tota
     assert shape_of_config(config).total_params == total
 
 
+def test_experts_in_a_part_of_a_config_are_found() -> None:
+    shape = shape_of_config(DBRX)
+    assert (shape.num_experts, shape.top_k, shape.num_kv_heads) == (16, 4, 8)
+    assert shape.total_params == pytest.approx(131.6e9, rel=1e-3)  # "132B": databricks/dbrx-base
+
+
+def test_llama_4_has_a_shared_expert_and_every_second_block_sparse() -> None:
+    text = {
+        "model_type": "llama4_text", "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+        "num_local_experts": 128, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "vocab_size": 202048,
+    }  # fmt: skip
+    shape = shape_of_config({"model_type": "llama4", "text_config": text})
+    assert len(shape.sparse_layers) == 24
+    assert shape.total_params == pytest.approx(400e9, rel=0.01)  # Maverick: 400B, 17B active
+    assert shape.active_params == pytest.approx(17e9, rel=0.03)
+
+
 def test_a_config_of_deepseek_is_the_named_shape() -> None:
     assert replace(shape_of_config(DEEPSEEK), name="deepseek-v3") == SHAPES["deepseek-v3"]
 
@@ -138,6 +162,8 @@ def test_a_config_is_read_from_its_folder(tmp_path: Path) -> None:
         (json.dumps(MIXTRAL | {"hidden_size": "big"}), "hidden_size='big' must be a positive integer"),
         (json.dumps(MIXTRAL | {"num_attention_heads": 33}), "must divide"),
         (json.dumps(DEEPSEEK | {"v_head_dim": None}), "no v_head_dim"),
+        (json.dumps(MIXTRAL | {"num_experts_per_tok": None}), "8 experts and no num_experts_per_tok"),
+        (json.dumps(MIXTRAL | {"mamba_d_state": 16}), "mamba_d_state.*without attention"),
     ],
 )
 def test_what_is_not_a_transformer_is_named(tmp_path: Path, text: str, error: str) -> None:

@@ -55,6 +55,11 @@ def test_fields_out_of_range_are_refused(fields: dict[str, object], text: str) -
             r"strategy.ep \* etp=32 must divide world / pp=16; nearest legal: 16",
         ),
         (
+            {"ep": 24, "folded": True},
+            {"num_experts": 24},
+            r"strategy.ep \* etp=24 must divide world / pp=16; nearest legal: 8",
+        ),
+        (
             {"tp": 4, "etp": 2, "folded": True},
             {"num_experts": 8},
             "strategy.etp=2 needs tokens sharded over tp=4; nearest legal: 1",

@@ -157,7 +157,9 @@ def _print_bill(screen: Any, document: dict[str, Any]) -> None:
         [
             "network, to buy",
             show.dollars(cost["network_usd"]),
-            f"{show.dollars(cost['network_usd_per_device'])} a device",
+            f"{show.dollars(cost['network_usd_per_device'])} a device"
+            if cost["network_usd_per_device"]
+            else "the cluster has no price: network_usd_per_device",
         ],
     ]
     if cost["kilowatt"]:

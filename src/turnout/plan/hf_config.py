@@ -13,11 +13,12 @@ _NAMES = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "dim": ("hidden_size", "n_embd", "d_model", "dim"),
     "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads"),
     "vocab": ("vocab_size",),
     "ffn": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "decoder_ffn_dim", "ffn_hidden_size"),
     "experts": ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"),
-    "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "num_selected_experts"),
+    "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "num_selected_experts"),
+    "shared": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
     "expert_ffn": ("moe_intermediate_size", "expert_ffn_hidden_size"),
     "decoder_layers": ("decoder_layers", "num_decoder_layers"),
     "encoder_layers": ("encoder_layers",),
@@ -30,6 +31,9 @@ _LAYER_NORM = (*_PLAIN, "stablelm", "cohere", "olmo")
 # families that tie input and output unless their file says otherwise (the library's default for a field left out)
 _TIED = ("gpt2", "opt", "bloom", "gemma", "gemma2", "gemma3_text", "gpt_bigcode", "nllb-moe", "switch_transformers",
          "t5", "bert", "roberta", "bart", "mbart", "m2m_100", "marian", "cohere", "distilbert")  # fmt: skip
+
+# families whose routers always take so many experts: their files have no field for it
+_TOP_K = {"switch_transformers": 1, "nllb-moe": 2}
 
 
 def read_config(path: str | Path) -> ModelShape:
@@ -58,18 +62,25 @@ def shape_of_config(data: Any, *, name: str = "") -> ModelShape:
     text = data.get("text_config")
     if isinstance(text, Mapping) and _find(data, "layers") is None:
         data = {**text, "tie_word_embeddings": text.get("tie_word_embeddings", data.get("tie_word_embeddings"))}
+    for part in ("attn_config", "ffn_config"):  # of DBRX
+        inner = data.get(part)
+        data = {**inner, **data} if isinstance(inner, Mapping) else data
     family = str(data.get("model_type") or "")
+    other = next((key for key in data if key.startswith(("mamba_", "ssm_", "attn_layer_period"))), None)
+    if other:
+        raise ConfigError(f"config.json has {other} (model_type={family!r}): blocks without attention are not planned")
     layers, dim, heads = (_size(data, key) for key in ("layers", "dim", "heads"))
     encoder = _stacks(data)
     if encoder:
         layers = _find(data, "decoder_layers") or layers
     experts, mla = _find(data, "experts") or 0, _latent(data)
-    sizes: dict[str, Any] = _experts(data, layers) if experts > 1 else {}
+    sizes: dict[str, Any] = _experts(data, layers, family) if experts > 1 else {}
+    ffn = _positive(data, "intermediate_size_mlp") or _find(data, "ffn") or 4 * dim
     head_dim = _positive(data, "head_dim") or _positive(data, "d_kv") or _even(dim, heads)
     return ModelShape(
         name=name or family, num_layers=layers, dim=dim, vocab_size=_size(data, "vocab"), num_heads=heads,
         num_kv_heads=_kv_heads(data, heads), head_dim=mla.nope_dim + mla.rope_dim if mla else head_dim, mla=mla,
-        ffn_hidden=_find(data, "ffn") or 4 * dim, gated=_gated(data, family), encoder_layers=encoder,
+        ffn_hidden=ffn, gated=_gated(data, family), encoder_layers=encoder,
         tied_embeddings=_flag(data, "tie_word_embeddings", family in _TIED),
         layer_norm=family in _LAYER_NORM, qkv_bias=_flag(data, "attention_bias", family in _PLAIN or "qwen2" in family),
         out_bias=_flag(data, "attention_bias", family in _PLAIN) and "qwen2" not in family,
@@ -82,12 +93,15 @@ def shape_of_config(data: Any, *, name: str = "") -> ModelShape:
     )  # fmt: skip
 
 
-def _experts(data: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    experts, top_k = _find(data, "experts") or 0, _find(data, "top_k") or 1
+def _experts(data: Mapping[str, Any], layers: int, family: str) -> dict[str, Any]:
+    experts, top_k = _find(data, "experts") or 0, _find(data, "top_k") or _TOP_K.get(family)
+    if top_k is None:
+        raise ConfigError(f"config.json has {experts} experts and no {' or '.join(_NAMES['top_k'])}")
     hidden = _find(data, "expert_ffn") or _find(data, "ffn") or 0
-    shared = _positive(data, "shared_expert_intermediate_size") or hidden * (_positive(data, "n_shared_experts") or 0)
+    shared_experts = _find(data, "shared") or (1 if family == "llama4_text" else 0)
+    shared = _positive(data, "shared_expert_intermediate_size") or hidden * shared_experts
     step = _positive(data, "decoder_sparse_step") or _positive(data, "moe_layer_freq") or 1
-    step = _positive(data, "encoder_sparse_step") or step
+    step = _positive(data, "encoder_sparse_step") or _positive(data, "interleave_moe_layer_step") or step
     groups, top_groups = _positive(data, "n_group") or 0, _positive(data, "topk_group") or 0
     limited = groups > top_groups > 0
     return {
