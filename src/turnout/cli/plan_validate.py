@@ -78,9 +78,10 @@ def _suites(report: Any) -> Any:
 def _print_rest(screen: Any, report: Any) -> None:
     from turnout.cli.console import table
     from turnout.cli.plan_print import columns, percent
+    from turnout.plan.validate import APART
 
     if report.dense_mape is not None:
-        screen.print(f"  all dense rows no fit saw, nanotron's apart: {percent(report.dense_mape)}")
+        screen.print(f"  all dense rows no fit saw, {' and '.join(APART)} apart: {percent(report.dense_mape)}")
     for line in READING:
         screen.print(f"  {line}", soft_wrap=True)
     if report.memory:

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from turnout.errors import TurnoutError
 from turnout.plan.correlation import spearman
-from turnout.plan.data import published_cases
+from turnout.plan.data import published_cases, vtrain_one_node_rows
 from turnout.plan.job import Job
 from turnout.plan.nanotron import nanotron_cases
 from turnout.plan.parameters import Parameters, fitted
@@ -32,6 +32,8 @@ CALCULON = {"megascale": (0.075, 8), "megatron_sc21_table1": (0.103, 10), "vtrai
 # SimuMax's own prediction of its rows with a profile of each shape; recomputed from its file
 SIMUMAX = {"simumax_b200": (0.056, 43)}
 
+# suites of so many rows that they alone would be the mean over all dense ones
+APART = ("nanotron", "vtrain_one_node")
 OLDER = "older"  # split of rows that a later release of the same software made void: no headline counts them
 
 
@@ -66,7 +68,7 @@ class Validation:
     memory: tuple[MemoryAccuracy, ...]
     oom: tuple[OutOfMemory, ...]
     refusals: tuple[tuple[str, str, str], ...]  # (suite, row, why)
-    dense_mape: float | None = None  # all validation rows of dense models alike, nanotron's apart
+    dense_mape: float | None = None  # all validation rows of dense models alike, those of APART left out
 
 
 def to_json(report: Validation) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def validate(document: dict[str, Any] | None = None, parameters: Parameters | No
     parameters = parameters or fitted()
     visible = document is None
     document = published_cases() if document is None else document
-    rows = list(document["rows"]) + (nanotron_cases() if visible else [])
+    rows = list(document["rows"]) + (vtrain_one_node_rows() + nanotron_cases() if visible else [])
     models = document.get("models") or {}
     mfu = constant_mfu(parameters)
     results: dict[tuple[str, str], list[_Result]] = defaultdict(list)
@@ -112,7 +114,7 @@ def validate(document: dict[str, Any] | None = None, parameters: Parameters | No
             results[key].append(result)
     keys = sorted(set(results) | set(refused))
     judged = [each for (suite, split), part in results.items() for each in part if split == "validation"]
-    dense = [abs(_error(each)) for each in judged if each.dense and each.row["suite"] != "nanotron"]
+    dense = [abs(_error(each)) for each in judged if each.dense and each.row.get("suite") not in APART]
     return Validation(
         suites=tuple(_suite(*key, results[key], refused[key]) for key in keys),
         memory=tuple(memory_errors(filter(_may_be_judged, rows), models)),
