@@ -42,10 +42,6 @@ REFUSED = [
     (Strategy(pp=2, zero=3), "strategy.zero=3 with pp=2 can be planned (turnout plan) but not trained"),
     (Strategy(pp=2, scatter_gather=True), "strategy.scatter_gather=True with pp=2 can be planned"),
     (Strategy(pp=2, schedule="dualpipe"), "strategy.schedule='dualpipe' can be planned (turnout plan) but not trained"),
-    (
-        Strategy(virtual_stages=2, schedule="interleaved"),
-        "strategy.virtual_stages=2 needs strategy.pp; nearest legal: 1",
-    ),
 ]
 
 

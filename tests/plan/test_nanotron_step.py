@@ -59,6 +59,6 @@ def test_blocks_are_cut_as_nanotron_cuts_them() -> None:
 
 def test_a_job_whose_tensors_are_not_known_is_refused() -> None:
     _, job = one_node()[0]
-    for changes in ({"zero": 3}, {"recompute": "full"}, {"virtual_stages": 2, "schedule": "interleaved"}):
+    for changes in ({"zero": 3}, {"recompute": "full"}, {"pp": 2, "virtual_stages": 2, "schedule": "interleaved"}):
         with pytest.raises(ConfigError, match="tensors are known one by one"):
             reserved_bytes(replace(job, strategy=replace(job.strategy, **changes)))

@@ -29,6 +29,7 @@ def test_experts_fold_over_the_ranks_of_attention() -> None:
         ({"dp": -1}, "strategy.dp=-1 must be at least 0; nearest legal: 0"),
         ({"schedule": "interleaved"}, "virtual_stages=1 is not interleaved; nearest legal: 2"),
         ({"virtual_stages": 2}, r"virtual_stages=2 needs schedule='interleaved'; nearest legal with '1f1b': 1"),
+        ({"virtual_stages": 2, "schedule": "interleaved"}, "pp=1 has none; nearest legal: virtual_stages=1"),
         ({"schedule": "dualpipe", "pp": 3}, "strategy.pp=3 must be even under dualpipe; nearest legal: 4"),
         ({"sequence_parallel": True}, "sequence_parallel=True needs tp of at least 2; nearest legal: False"),
     ],
