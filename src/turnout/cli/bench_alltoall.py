@@ -18,17 +18,14 @@ turnout bench alltoall --lab --hosts 4 --ranks 2 --experts 64 --k 8 --tokens 256
 
 
 def alltoall(
-    hosts: Annotated[int, typer.Option(help="Hosts; without --lab only groups of ranks.", min=1)] = 2,
+    hosts: options.Hosts = 2,
     ranks: Annotated[int, typer.Option(help="Ranks of each host.", min=1)] = 4,
-    lab: Annotated[
-        bool,
-        typer.Option("--lab", help="Emulated hosts with links between them: Linux, iproute2, root or user namespaces."),
-    ] = False,
-    rate: Annotated[float, typer.Option(help="Mbit/s of a host's card, each way; 0: unlimited. Needs --lab.")] = 0.0,
+    lab: options.Lab = False,
+    rate: options.Rate = 0.0,
     packet_us: Annotated[
         float, typer.Option(help="Microseconds a packet takes on the card on top. Needs --rate.")
     ] = 0.0,
-    delay: Annotated[float, typer.Option(help="Milliseconds one way between hosts. Needs --lab and iptables.")] = 0.0,
+    delay: options.Delay = 0.0,
     row_bytes: Annotated[str, typer.Option("--bytes", help="Comma-separated bytes of a token's row.")] = (
         "16,1024,4096,16384,65536"
     ),
@@ -48,10 +45,8 @@ def alltoall(
     from turnout.bench.alltoall import run
     from turnout.bench.alltoall_case import ExchangeCase
     from turnout.bench.lab import Links
-    from turnout.errors import ConfigError
 
-    if (rate or delay) and not lab:
-        raise ConfigError(f"--rate {rate:g} and --delay {delay:g} are of a lab's links; add --lab, or leave them out")
+    options.check_links(lab=lab, rate=rate, delay=delay)
     case = ExchangeCase(
         hosts=hosts,
         ranks=ranks,

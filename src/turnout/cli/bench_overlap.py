@@ -16,14 +16,11 @@ turnout bench overlap --hosts 1 --ranks 2 --tune
 
 
 def overlap(
-    hosts: Annotated[int, typer.Option(help="Hosts; without --lab only groups of ranks.", min=1)] = 2,
+    hosts: options.Hosts = 2,
     ranks: Annotated[int, typer.Option(help="Ranks of each host, of one thread each.", min=1)] = 1,
-    lab: Annotated[
-        bool,
-        typer.Option("--lab", help="Emulated hosts with links between them: Linux, iproute2, root or user namespaces."),
-    ] = False,
-    rate: Annotated[float, typer.Option(help="Mbit/s of a host's card, each way; 0: unlimited. Needs --lab.")] = 0.0,
-    delay: Annotated[float, typer.Option(help="Milliseconds one way between hosts. Needs --lab and iptables.")] = 0.0,
+    lab: options.Lab = False,
+    rate: options.Rate = 0.0,
+    delay: options.Delay = 0.0,
     tokens: Annotated[int, typer.Option(help="Tokens of a rank.", min=1)] = 4096,
     dim: Annotated[int, typer.Option(help="Width.", min=1)] = 256,
     hidden: Annotated[int, typer.Option(help="Hidden width of an expert.", min=1)] = 512,
@@ -42,10 +39,8 @@ def overlap(
     from turnout.bench.lab import Links
     from turnout.bench.overlap import run
     from turnout.bench.overlap_case import OverlapCase
-    from turnout.errors import ConfigError
 
-    if (rate or delay) and not lab:
-        raise ConfigError(f"--rate {rate:g} and --delay {delay:g} are of a lab's links; add --lab, or leave them out")
+    options.check_links(lab=lab, rate=rate, delay=delay)
     case = OverlapCase(
         hosts=hosts,
         ranks=ranks,

@@ -27,6 +27,21 @@ Quantize = Annotated[
         help="Experts in 8 bits: int8, or int8-a8 with activations of 8 bits too, less exact and, without AMX, faster."
     ),
 ]
+Hosts = Annotated[int, typer.Option(help="Hosts; without --lab only groups of ranks.", min=1)]
+Lab = Annotated[
+    bool,
+    typer.Option("--lab", help="Emulated hosts with links between them: Linux, iproute2, root or user namespaces."),
+]
+Rate = Annotated[float, typer.Option(help="Mbit/s of a host's card, each way; 0: unlimited. Needs --lab.")]
+Delay = Annotated[float, typer.Option(help="Milliseconds one way between hosts. Needs --lab and iptables.")]
+
+
+def check_links(*, lab: bool, rate: float, delay: float) -> None:
+    """Raises: ConfigError if links are described that only a lab has."""
+    from turnout.errors import ConfigError
+
+    if (rate or delay) and not lab:
+        raise ConfigError(f"--rate {rate:g} and --delay {delay:g} are of a lab's links; add --lab, or leave them out")
 
 
 def recipe_overrides(settings: list[str] | None, data: str | None) -> list[str]:
