@@ -4,11 +4,13 @@
 # is, for one that is called with constexpr only
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turnout.kernels.arguments import KINDS, Gradients, Weights
 from turnout.kernels.gpu.backward import bias_grad_kernel, hidden_grad_kernel, matrix_grad_kernel, weight_grad_kernel
@@ -111,10 +113,12 @@ def forward(
         return torch.zeros_like(x_TD), up_MG, routes
     h_MF, y_MD = x_TD.new_empty(num, hidden), x_TD.new_empty(num, dim)
     start_E, tile_start_E = routes.start_2E.unbind()
-    up_kernel[(_programs(num, num_experts, config.rows, hidden, config.up),)](
-        x_TD, routes.token_M, weights.up_EDG, _or(weights.up_bias_EG, x_TD), up_MG, h_MF, start_E, tile_start_E,
+    boxed = _is_boxed(config, weights.up_EDG, h_MF)  # the second half of a gated kind starts where h ends
+    up_matrix = _boxes(weights.up_EDG, (config.up.depth, config.up.columns)) if boxed else weights.up_EDG
+    up_kernel[(_programs(x_TD, num, num_experts, hidden, config, config.up),)](
+        x_TD, routes.token_M, up_matrix, _or(weights.up_bias_EG, x_TD), up_MG, h_MF, start_E, tile_start_E,
         D=dim, F=hidden, KIND=KINDS[weights.kind], HAS_BIAS=weights.up_bias_EG is not None, KEEP=keep,
-        **_settings(x_TD, num_experts, config, config.up),
+        **_settings(x_TD, num_experts, config, config.up, boxed=boxed),
     )  # fmt: skip
     _rows_by_matrix(h_MF, weights.down_EFD, weights.down_bias_ED, y_MD, routes, config, config.down, transposed=False)
     y_TD = torch.empty_like(x_TD)
@@ -150,12 +154,14 @@ def backward(
     num_cols = triton.cdiv(hidden, config.hidden_grad.columns)
     share_CM = x_TD.new_empty(num_cols, num, dtype=torch.float32)
     start_E, tile_start_E = routes.start_2E.unbind()
-    has_bias = weights.down_bias_ED is not None
-    hidden_grad_kernel[(_programs(num, num_experts, config.rows, hidden, config.hidden_grad),)](
-        y_grad_TD, routes.token_M, routes.assignment_M, weight_N, weights.down_EFD, _or(weights.down_bias_ED, x_TD),
+    has_bias, tile = weights.down_bias_ED is not None, config.hidden_grad
+    boxed = _is_boxed(config, weights.down_EFD)
+    down_matrix = _boxes(weights.down_EFD, (tile.columns, tile.depth)) if boxed else weights.down_EFD
+    hidden_grad_kernel[(_programs(x_TD, num, num_experts, hidden, config, tile),)](
+        y_grad_TD, routes.token_M, routes.assignment_M, weight_N, down_matrix, _or(weights.down_bias_ED, x_TD),
         up_MG, up_grad_MG, weighted_h_MF, share_CM, start_E, tile_start_E, num,
         D=dim, F=hidden, KIND=KINDS[weights.kind], HAS_BIAS=has_bias,
-        **_settings(x_TD, num_experts, config, config.hidden_grad),
+        **_settings(x_TD, num_experts, config, tile, boxed=boxed),
     )  # fmt: skip
     if weight_grad is not None:
         weight_grad_kernel[(triton.cdiv(num, 256),)](share_CM, routes.row_N, weight_grad, num, num_cols, BLOCK=256)
@@ -186,11 +192,15 @@ def _rows_by_matrix(
 ) -> None:
     (num, depth), columns, num_experts = rows_MK.shape, out_MN.shape[1], len(matrix)
     start_E, tile_start_E = routes.start_2E.unbind()
-    stride_k, stride_n = (1, depth) if transposed else (columns, 1)
-    rows_kernel[(_programs(num, num_experts, config.rows, columns, tile),)](
-        rows_MK, matrix, _or(bias, rows_MK), out_MN, start_E, tile_start_E,
-        K=depth, N=columns, STRIDE_K=stride_k, STRIDE_N=stride_n, HAS_BIAS=bias is not None,
-        **_settings(rows_MK, num_experts, config, tile),
+    boxed = _is_boxed(config, rows_MK, matrix)
+    left, right = rows_MK, matrix
+    if boxed:
+        left = _boxes(rows_MK, (config.rows, tile.depth))
+        right = _boxes(matrix, (tile.columns, tile.depth) if transposed else (tile.depth, tile.columns))
+    rows_kernel[(_programs(rows_MK, num, num_experts, columns, config, tile),)](
+        left, right, _or(bias, rows_MK), out_MN, start_E, tile_start_E,
+        K=depth, N=columns, TRANSPOSED=transposed, HAS_BIAS=bias is not None,
+        **_settings(rows_MK, num_experts, config, tile, boxed=boxed),
     )  # fmt: skip
 
 
@@ -232,7 +242,7 @@ def _bias_grad(rows: Tensor, weight_N: Tensor, out_EJ: Tensor, routes: Routes, *
     )  # fmt: skip
 
 
-def _settings(x: Tensor, num_experts: int, config: Config, tile: Tile) -> dict:
+def _settings(x: Tensor, num_experts: int, config: Config, tile: Tile, *, boxed: bool) -> dict:
     return {
         "E": num_experts,
         "PRECISION": "ieee",
@@ -242,6 +252,8 @@ def _settings(x: Tensor, num_experts: int, config: Config, tile: Tile) -> dict:
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,
         "GROUP": config.group,
+        "BOXED": boxed,
+        "PERSISTENT": config.persistent,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
@@ -252,9 +264,31 @@ def _widens(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
-def _programs(num: int, num_experts: int, rows: int, columns: int, tile: Tile) -> int:
+def _programs(x: Tensor, num: int, num_experts: int, columns: int, config: Config, tile: Tile) -> int:
     """Enough for any routing: every expert with rows may have one tile that is not full."""
-    return (min(num_experts, num) + num // rows) * triton.cdiv(columns, tile.columns)
+    most = (min(num_experts, num) + num // config.rows) * triton.cdiv(columns, tile.columns)
+    return min(most, _multiprocessors(x.device)) if config.persistent else most
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    # the interpreter has none: a few programs that have several tiles each
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _is_boxed(config: Config, *tensors: Tensor) -> bool:
+    """Whether the tensor memory accelerator can fetch of all of them: it wants rows that start at 16 bytes."""
+    if not config.boxed:
+        return False
+    device = tensors[0].device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return all(tensor.data_ptr() % 16 == 0 and tensor.shape[-1] * tensor.element_size() % 16 == 0 for tensor in tensors)
+
+
+def _boxes(tensor: Tensor, block: tuple[int, int]) -> "TensorDescriptor":
+    """Blocks of rows and columns; of one expert's, where there are experts."""
+    return TensorDescriptor.from_tensor(tensor, [*[1] * (tensor.dim() - 2), *block])
 
 
 def _by_token(token_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
