@@ -49,6 +49,7 @@ def test_a_fit_ends_in_one_line_of_json_and_a_page_that_needs_nothing(
     text = page.read_text()
     assert text.count('<circle class="dot"') == 75  # a quarter of the rows was kept aside
     assert text.count('<circle class="leaf"') == 4
+    assert 'style="min-width:760px"' in text
     assert _stands_alone(text)
 
 
