@@ -29,7 +29,7 @@ start <- matrix(runif(nrow(x) * experts), nrow(x))
 start <- start / rowSums(start)
 fit <- if (told[1] == "flexmix") fit_flexmix else fit_mixtools
 seconds <- function(iterations) sum(system.time(fit(iterations))[1:2])
-if (short > 1) seconds(1)  # compiles what R runs; of a long fit it is no part
+if (told[1] == "mixtools") seconds(1)  # compiles what R runs; in a fit of minutes it does not show
 for (turn in seq_len(turns)) {
   brief <- seconds(short)
   cat((seconds(long) - brief) / (long - short), "\n")

@@ -98,8 +98,8 @@ def _neural_trees(turns: int) -> Times:
 
 def _flexmix(turns: int) -> Times:
     rows = _rows(12, 4)
-    # an iteration takes about half a minute
-    theirs = _of_r("flexmix", rows, 16, 1, short=1, long=2)
+    # its first iteration takes half a minute: one turn
+    theirs = _of_r("flexmix", rows, 16, 1, short=SHORT, long=LONG)
     if isinstance(theirs, str):
         return theirs
     return _ours(Tree.complete(1, 16), Gaussian(targets=4, noise="diagonal"), rows, turns), theirs
