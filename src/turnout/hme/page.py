@@ -70,7 +70,8 @@ OWN_CSS = """
 .hme .axis { stroke: var(--line); } .hme .curve { fill: none; stroke: var(--blue); stroke-width: 2; }
 .hme .dot { fill: var(--blue); fill-opacity: 0.35; } .hme .branch { fill: none; stroke: var(--faint); }
 .hme .up { fill: var(--orange); } .hme .down { fill: var(--blue); } .hme .leaf { fill: var(--green); }
-.hme .wide { overflow-x: auto; } .hme table { border-collapse: collapse; } .hme th { font-weight: 600; color: var(--soft); }
+.hme .wide { overflow-x: auto; }
+.hme table { border-collapse: collapse; } .hme th { font-weight: 600; color: var(--soft); }
 .hme th, .hme td { padding: 4px 14px; text-align: right; border-bottom: 1px solid var(--grid); }
 .hme td.right { color: var(--green); font-weight: 620; }
 .hme pre { overflow-x: auto; font: 12.5px/1.5 var(--mono); margin: 0; }

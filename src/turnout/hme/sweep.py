@@ -126,11 +126,8 @@ def sweep(rows: Rows, believed: Mixture, at: Mixture | None = None, *, log_poste
     return gathered(rows.blocks(believed), believed, at, log_posteriors=log_posteriors, work=rows.work)
 
 
-def gathered(
-    blocks: Iterable[Block], believed: Mixture, at: Mixture, *, log_posteriors: bool, work: Workspace | None = None
-) -> Sums:
+def gathered(blocks: Iterable[Block], believed: Mixture, at: Mixture, *, log_posteriors: bool, work: Workspace) -> Sums:
     """`sweep` of these blocks, of which there is at least one."""
-    work = Workspace() if work is None else work
     sums = (_block_sums(block, believed, at, log_posteriors=log_posteriors, work=work) for block in blocks)
     total = reduce(add, sums)
     return replace(total, experts=at.family.coloured(total.experts, at.experts))
