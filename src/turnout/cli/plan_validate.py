@@ -18,8 +18,8 @@ Refused = Annotated[bool, typer.Option("--refused", help="Also name every refuse
 # validation rows no fit saw; of calibration rows those of the newest release of a framework are fitted on
 SPLITS = {"validation": "judged", "calibration": "fitted"}
 READING = (
-    "judged: rows no fit saw; fitted: calibration rows; older: of an older release; sanity: too unlike to count; "
-    "simulated: another simulator's answers, no measurements",
+    "judged: rows no fit saw; fitted: calibration rows; older: of an older release; sanity: too unlike to count",
+    "simulated: what another simulator answered, no measurement",
     "skill: 1 - MAPE / that of one constant MFU fitted on calibration rows; bias: of time, above 0 is too slow",
     "rank: Spearman over layouts of one job; regret: time of the predicted best over the measured best, less 1",
 )
