@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import pairwise
 from statistics import mean
 
 import pytest
@@ -96,19 +97,24 @@ def test_idle_time_is_that_of_all_ranks_played_out(ends: float, hop_s: float) ->
     p, micro_batches = 8, 40
     cut = passes([(0.05 * f, 0.1 * f, 0.03 * f, 0.01) for f in (ends, *[1.0] * 5, 1.2, ends)])
     waiting = waits(cut, hop_s)
-    pairs = [(cut[place].total_s + cut[p - 1 - place].total_s) / 2 for place in range(p // 2)]
-    place = pairs.index(max(pairs))
-    ours = micro_batches * pairs[place] + waiting.alone_s[place] + waiting.idle_s
-    played = end_of_all_ranks(cut, FEWEST * p, hop_s) + (micro_batches - FEWEST * p) * pairs[place]
-    assert ours == pytest.approx(played)
+    assert waiting.passes_s(FEWEST * p) == pytest.approx(end_of_all_ranks(cut, FEWEST * p, hop_s))
     # further micro-batches hide their sends, but for what no rank's own work can cover
-    assert ours == pytest.approx(end_of_all_ranks(cut, micro_batches, hop_s), rel=0.02 if hop_s else 1e-9)
+    played = end_of_all_ranks(cut, micro_batches, hop_s)
+    assert waiting.passes_s(micro_batches) == pytest.approx(played, rel=0.02 if hop_s else 1e-9)
+
+
+def idle_s(cut: list[Pass], hop_s: float = 0.0) -> float:
+    """Of the rank whose passes take longest."""
+    pairs = [one.total_s + other.total_s for one, other in zip(cut, cut[::-1], strict=True)]
+    waiting, place = waits(cut, hop_s), pairs.index(max(pairs))
+    number = FEWEST * len(cut)
+    return waiting.passes_s(number) - number * pairs[place] / 2 - waiting.alone_s[place]
 
 
 @pytest.mark.parametrize("p", [4, 8, 16, 32])
 def test_stages_that_are_alike_idle_by_the_published_formula(p: int) -> None:
     forward, backward, weights = 0.05, 0.1, 0.03
-    idle = waits(passes([(forward, backward, weights, 0.0)] * p), 0.0).idle_s
+    idle = idle_s(passes([(forward, backward, weights, 0.0)] * p))
     formula = (p / 2 - 1) * (forward + backward + backward - 3 * weights)
     assert 0.85 * formula <= idle <= formula
 
@@ -116,8 +122,14 @@ def test_stages_that_are_alike_idle_by_the_published_formula(p: int) -> None:
 def test_unlike_stages_idle_longer() -> None:
     alike = [(0.05, 0.1, 0.03, 0.0)] * 16
     unlike = [(0.02, 0.04, 0.01, 0.0), *alike[1:15], (0.09, 0.18, 0.06, 0.0)]
-    assert waits(passes(unlike), 0.0).idle_s > 1.05 * waits(passes(alike), 0.0).idle_s
-    assert waits(passes(alike), 0.01).idle_s > waits(passes(alike), 0.0).idle_s
+    assert idle_s(passes(unlike)) > 1.05 * idle_s(passes(alike))
+    assert idle_s(passes(alike), 0.01) > idle_s(passes(alike))
+
+
+def test_uneven_experts_never_make_a_step_shorter() -> None:
+    steps = [step_time(replace(V3, skew=1 + i / 20), CLUSTERS["h800"]) for i in range(8)]
+    assert all(one.step_s < other.step_s for one, other in pairwise(steps))
+    assert all(step.bubble_s > 0 for step in steps)
 
 
 def test_passes_are_in_an_order_that_can_run() -> None:
@@ -131,12 +143,13 @@ def test_passes_are_in_an_order_that_can_run() -> None:
 
 
 # seconds a step of DeepSeek-V3 on 2,048 H800: arXiv:2505.09343, table 4
-PUBLISHED = {"F": 1.13, "B": 1.99, "W": 0.48, "BF": 13.95}
+PUBLISHED = {"F": 1.13, "B": 1.99, "W": 0.48, "BF": 13.95, "idle": 2.06, "opt": 0.29}
 
 
-def test_deepseek_v3s_passes_take_what_is_published_each() -> None:
-    """Of the rank that holds the pipeline's ends: as many weights apart as are published are on no other."""
-    of = One(Run(job=V3, cluster=CLUSTERS["h800"], parameters=fitted()))
+def parts_s(skew: float) -> dict[str, float]:
+    """Seconds a step of V3's passes on the rank that holds the pipeline's ends: no other has so many weights apart."""
+    job = replace(V3, skew=skew)
+    of = One(Run(job=job, cluster=CLUSTERS["h800"], parameters=fitted()))
     cut = stages(V3.shape, 16)
     held = [stage_pass(of, cut[0]), stage_pass(of, cut[15])]
     parts, owed = dict.fromkeys(PUBLISHED, 0.0), []
@@ -153,16 +166,27 @@ def test_deepseek_v3s_passes_take_what_is_published_each() -> None:
             if letter == "Z":
                 parts["B"] -= stage.weights_s
                 owed.append(stage)
-    assert parts == {kind: pytest.approx(seconds, rel=0.15) for kind, seconds in PUBLISHED.items()}
-    step = step_time(V3, CLUSTERS["h800"])
-    busy = step.step_s - step.bubble_s - step.dp_s - step.optimizer_s
-    assert sum(parts.values()) == pytest.approx(busy)
+    step = step_time(job, CLUSTERS["h800"])
+    assert sum(parts.values()) == pytest.approx(step.step_s - step.bubble_s - step.dp_s - step.optimizer_s)
+    return parts | {"idle": step.bubble_s, "opt": step.dp_s + step.optimizer_s}
 
 
-def test_deepseek_v3s_idle_time_falls_short_of_the_published() -> None:
-    """2.06 s: not within 15 %. The schedule with its own stages explains more of it than stages that are alike do."""
-    idle = step_time(V3, CLUSTERS["h800"]).bubble_s
-    assert 1.2 < idle < 0.85 * 2.06
+@pytest.mark.parametrize("skew", [1.0, 1.2])
+def test_deepseek_v3s_passes_take_what_is_published_each(skew: float) -> None:
+    parts = parts_s(skew)
+    for kind, seconds in PUBLISHED.items():
+        if kind != "idle":
+            assert parts[kind] == pytest.approx(seconds, rel=0.15), kind
+
+
+def test_uneven_routing_is_what_idle_time_lacks() -> None:
+    """With even routing 1.3 of 2.06 s: not within 15 %. Uneven as real routing is, the inner ranks are waited for.
+
+    Runs with forced and with learned routing differ by 1.08 to 1.25; of this run it is not published.
+    """
+    assert parts_s(1.0)["idle"] < 0.7 * PUBLISHED["idle"]
+    assert parts_s(1.2)["idle"] == pytest.approx(PUBLISHED["idle"], rel=0.15)
+    assert sum(parts_s(1.2).values()) == pytest.approx(19.93, rel=0.1)
 
 
 def test_blocks_that_predict_further_tokens_are_cut_as_published() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from turnout.plan.passes import Pass
-from turnout.plan.terms import Numbers, either, larger
+from turnout.plan.terms import Numbers, larger
 
 # micro-batches in the pipeline for each of its ranks: with fewer it does not run, each further one only takes its time
 FEWEST = 2
@@ -98,35 +98,36 @@ def _results(op: Op) -> list[tuple[str, int, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Waits:
-    """What a step takes beside its passes in pairs; each is a float, or an array of layouts."""
+    """What makes a step longer than its passes in pairs; each is a float, or an array of layouts."""
 
-    idle_s: Numbers  # of the rank whose passes take longest
+    fewest_s: Numbers  # from the first pass to the last, with FEWEST micro-batches a rank
+    further_s: Numbers  # and for each further one: those of the rank that takes longest
     alone_s: tuple[Numbers, ...]  # what passes of a rank take longer since they run alone, by place
+
+    def passes_s(self, micro_batches: Numbers) -> Numbers:
+        """Seconds from the first pass to the last."""
+        return self.fewest_s + (micro_batches - 2 * FEWEST * len(self.alone_s)) * self.further_s
 
 
 def waits(stages: Sequence[Pass], hop_s: Numbers) -> Waits:
-    """Idle time of a step, whose micro-batches are at least FEWEST a rank; `hop_s` is a send from stage to stage."""
+    """A step of a pipeline with those stages; `hop_s` is a send from stage to stage, seen by who waits for it."""
     p = len(stages)
     clocks: list[Numbers] = [0.0] * (p // 2)
-    busy, alone = list(clocks), list(clocks)
+    alone = list(clocks)
     done: dict[tuple[str, int, int], Numbers] = {}
     for op in ops(p):
         start, (took, longer) = clocks[op.place], _took(op, stages)
         for need in _needs(op, p):
             start = larger(start, done[need] + hop_s)
         clocks[op.place] = start + took
-        busy[op.place] = busy[op.place] + took
         alone[op.place] = alone[op.place] + longer
         done.update(dict.fromkeys(_results(op), clocks[op.place]))
-    end = clocks[0]
-    for clock in clocks[1:]:
+    end: Numbers = 0.0
+    longest: Numbers = 0.0
+    for place, clock in enumerate(clocks):
         end = larger(end, clock)
-    longest, idle = -1.0, 0.0
-    for place in range(p // 2):
-        pair = stages[place].total_s + stages[p - 1 - place].total_s
-        idle = either(pair > longest, end - busy[place], idle)
-        longest = larger(longest, pair)
-    return Waits(idle_s=idle, alone_s=tuple(alone))
+        longest = larger(longest, stages[place].total_s + stages[p - 1 - place].total_s)
+    return Waits(fewest_s=end, further_s=longest / 2, alone_s=tuple(alone))
 
 
 def _took(op: Op, stages: Sequence[Pass]) -> tuple[Numbers, Numbers]:
