@@ -8,7 +8,7 @@ arXiv:2412.19437, section 3.2.1; order of passes: https://github.com/deepseek-ai
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 from turnout.plan.passes import Pass
 from turnout.plan.terms import Numbers, larger
@@ -101,12 +101,18 @@ class Waits:
     """What makes a step longer than its passes in pairs; each is a float, or an array of layouts."""
 
     fewest_s: Numbers  # from the first pass to the last, with FEWEST micro-batches a rank
-    further_s: Numbers  # and for each further one: those of the rank that takes longest
-    alone_s: tuple[Numbers, ...]  # what passes of a rank take longer since they run alone, by place
+    pairs_s: tuple[Numbers, ...]  # a micro-batch on a rank, the mean of its two stages, by place
+    alone_s: tuple[Numbers, ...]  # what passes of a rank take longer in a step since they run alone, by place
 
     def passes_s(self, micro_batches: Numbers) -> Numbers:
-        """Seconds from the first pass to the last."""
-        return self.fewest_s + (micro_batches - 2 * FEWEST * len(self.alone_s)) * self.further_s
+        """Seconds from the first pass to the last: further micro-batches take what they take the slowest rank."""
+        further = micro_batches - 2 * FEWEST * len(self.pairs_s)
+        return self.fewest_s + further * reduce(larger, self.pairs_s)
+
+    def idle_s(self, micro_batches: Numbers) -> Numbers:
+        """Of that, what the busiest rank is idle."""
+        each = (micro_batches * pair + alone for pair, alone in zip(self.pairs_s, self.alone_s, strict=True))
+        return self.passes_s(micro_batches) - reduce(larger, each)
 
 
 def waits(stages: Sequence[Pass], hop_s: Numbers) -> Waits:
@@ -122,12 +128,8 @@ def waits(stages: Sequence[Pass], hop_s: Numbers) -> Waits:
         clocks[op.place] = start + took
         alone[op.place] = alone[op.place] + longer
         done.update(dict.fromkeys(_results(op), clocks[op.place]))
-    end: Numbers = 0.0
-    longest: Numbers = 0.0
-    for place, clock in enumerate(clocks):
-        end = larger(end, clock)
-        longest = larger(longest, stages[place].total_s + stages[p - 1 - place].total_s)
-    return Waits(fewest_s=end, further_s=longest / 2, alone_s=tuple(alone))
+    pairs = [(one.total_s + other.total_s) / 2 for one, other in zip(stages, stages[::-1], strict=True)]
+    return Waits(fewest_s=reduce(larger, clocks), pairs_s=tuple(pairs[: p // 2]), alone_s=tuple(alone))
 
 
 def _took(op: Op, stages: Sequence[Pass]) -> tuple[Numbers, Numbers]:

@@ -145,8 +145,7 @@ def _step(
     run, strategy = of.subject, of.subject.job.strategy
     m, scale = of(micro_batches), run.parameters.framework_scale(run.job.framework.name)
     alone = waiting.alone_s[stage.index] if waiting else 0.0
-    busy = m * micro.total_s + alone
-    bubble = waiting.passes_s(m) - busy if waiting else _bubble_s(strategy, micro, all_stages_s)
+    bubble = waiting.idle_s(m) if waiting else _bubble_s(strategy, micro, all_stages_s)
     exposed, hidden = _ends_s(of, len(stage.layers), micro)
     held = [stage_params(run.job.shape, each) for each in (stage, mirror) if each is not None]
     # two stages on a rank have twice the copies to share their optimizer
