@@ -155,6 +155,19 @@ def test_recomputation_is_what_the_row_says() -> None:
     assert job_of(ROW, {}).strategy.recompute == "none"
 
 
+def test_megatron_bridge_trains_deepseek_v3_with_a_further_token() -> None:
+    row = {
+        "suite": "megatron_bridge", "model": "deepseek-v3", "gpus": 1024, "gpu": "H100", "precision": "FP8-SC",
+        "layout": {"tp": 2, "pp": 8, "vp": 4, "ep": 64}, "mbs": 1, "gbs": 8192, "seq": 4096, "mtp": None,
+    }  # fmt: skip
+    job = job_of(row, {})
+    assert job.shape.mtp_layers == 1
+    assert job.framework.name == "nemo"
+    assert job_of(row | {"mtp": False}, {}).shape.mtp_layers == 0
+    assert job_of(row | {"suite": "simumax_b200"}, {}).shape.mtp_layers == 0
+    assert job_of(row | {"model": "qwen3-30b-a3b"}, {}).shape.mtp_layers == 0
+
+
 def test_one_node_rows_of_vtrain_are_rows_too() -> None:
     rows = vtrain_one_node_rows()
     assert len(rows) == 1440

@@ -159,8 +159,8 @@ def test_deepseek_v3_takes_its_published_step() -> None:
     after = step.dp_s + step.optimizer_s
     assert step.step_s - step.bubble_s - after == pytest.approx(17.55, rel=0.15)
     assert after == pytest.approx(0.29, rel=0.15)
-    # the exchange runs behind the other direction's chunks: arXiv:2412.19437, section 3.2.1
-    assert step.ep_s == 0
+    # the exchange runs behind the other direction's chunks (arXiv:2412.19437, section 3.2.1), where there are any
+    assert 0 < step.ep_s < 0.03 * step.step_s
     assert step.tax_s > 0
 
 

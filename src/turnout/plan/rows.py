@@ -56,7 +56,8 @@ def precision_of(row: Row) -> Precision:
 
 def job_of(row: Row, models: dict[str, Row]) -> Job:
     """The training job of a row. Raises: Refused or ConfigError naming what is missing or does not fit."""
-    shape, framework = shape_of(row, models), framework_of(row)
+    framework = framework_of(row)
+    shape = _trained(shape_of(row, models), row, framework)
     gpus, batch, length = (count(row, name) for name in ("gpus", "gbs", "seq"))
     layout = row.get("layout") or {}
     if not isinstance(layout, dict) or "tp" not in layout:
@@ -74,6 +75,17 @@ def job_of(row: Row, models: dict[str, Row]) -> Job:
     if _recompute(row) or framework.flash_attention:
         return job
     return _least_recompute(job, cluster_of(row))
+
+
+def _trained(shape: ModelShape, row: Row, framework: Framework) -> ModelShape:
+    """The model with what a recipe trains beside it.
+
+    Megatron-Bridge trains DeepSeek-V3 with a block that predicts a further token, and counts its FLOPs:
+    https://github.com/NVIDIA-NeMo/Megatron-Bridge, recipes/deepseek/deepseek_v3.py (mtp_num_layers).
+    """
+    bridge = framework.name == "nemo" and "bridge" in f"{row.get('suite')} {row.get('source')}".lower()
+    said = row.get("mtp") is not None
+    return replace(shape, mtp_layers=1) if bridge and shape.name.startswith("deepseek-v3") and not said else shape
 
 
 def _strategy(row: Row, layout: Row, shape: ModelShape, framework: Framework) -> Strategy:
