@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,26 @@ def test_volume_gives_what_a_step_sends(plan: Turnout) -> None:
     for tier in ("intra_bytes", "inter_bytes"):
         assert answer[tier] == pytest.approx(sum(row[tier] for row in answer["collectives"]))
     assert {"tp all-reduce", "ep all-to-all"} <= {row["name"] for row in answer["collectives"]}
+
+
+def test_skew_and_capacity_reach_bytes_seconds_and_memory(plan: Turnout) -> None:
+    def answers(verb: str) -> list[dict[str, Any]]:
+        asked = ([], ["--skew", "1.5"], ["--capacity-factor", "1.5"])
+        return [plan(verb, *LAYOUT, *more, "--json").last for more in asked]
+
+    even, skewed, padded = answers("volume")
+    assert padded["intra_bytes"] > even["intra_bytes"] == skewed["intra_bytes"]
+    assert [(row["skew"], row["capacity_factor"]) for row in (even, skewed, padded)] == [(1, 0), (1.5, 0), (1, 1.5)]
+    exchanged = [next(row for row in each["collectives"] if row["axis"] == "ep") for each in (even, skewed, padded)]
+    assert [row["busiest_bytes"] / exchanged[0]["busiest_bytes"] for row in exchanged] == pytest.approx([1, 1.5, 1.5])
+    assert exchanged[1]["seconds"] == pytest.approx(1.5 * exchanged[0]["seconds"])
+    for verb, name in (("time", "step_s"), ("memory", "peak_bytes")):
+        even, skewed, padded = (answer[name] for answer in answers(verb))
+        assert skewed > 1.05 * even
+        assert padded == pytest.approx(skewed, rel=0.01)
+    shown = plan("volume", *LAYOUT, "--skew", "9").out
+    assert "busiest GB" in shown
+    assert "skew 4 (9 asked: no rank gets more than all rows)" in shown
 
 
 def test_the_parts_of_a_step_sum_to_it_and_every_change_is_answered(plan: Turnout) -> None:
@@ -313,6 +334,23 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         r"query\.framework='megatron' must be one of: .*megatron-core",
     ),
     "skew below 1": (("time", "mixtral-8x7b", "--nodes", "4", "--skew", "0.5", "--layout", "tp=2"), r"skew=0\.5 must"),
+    "skew and capacity": (
+        ("volume", *LAYOUT, "--skew", "1.5", "--capacity-factor", "1.25"),
+        r"capacity_factor=1\.25 pads .* nearest legal: skew=1",
+    ),
+    "negative capacity": (
+        ("time", *LAYOUT, "--capacity-factor", "-1"),
+        r"query\.capacity_factor=-1\.0 must be at least 0",
+    ),
+    "capacity of merged rows": (
+        ("time", *LAYOUT[:-1], "ep=4,alltoall=node_dedup", "--capacity-factor", "1.5"),
+        r"capacity_factor=1\.5 pads rows per expert, .* nearest legal: 1\.0",
+    ),
+    "skew of a dense model": (
+        ("time", "llama3-8b", "--nodes", "1", "--layout", "tp=8", "--skew", "1.2"),
+        r"query\.skew=1\.2 is of experts, and the model has none",
+    ),
+    "layer without a trace": (("memory", *LAYOUT, "--layer", "2"), r"--layer 2 is of a trace; give --trace RUN"),
     "negative price": (
         ("time", *LAYOUT, "--usd-per-device-hour", "-2"),
         r"bill\.usd_per_device_hour=-2\.0 must be at least 0",

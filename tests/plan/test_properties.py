@@ -127,6 +127,21 @@ def test_memory_grows_with_the_micro_batch_and_never_falls_with_the_batch(job: J
 
 
 @settings(max_examples=60, deadline=None)
+@given(job=JOBS, more=st.floats(1.0, 4.0), field=st.sampled_from(["skew", "capacity_factor"]))
+def test_neither_skew_nor_padding_saves_time_or_memory(job: Job, more: float, field: str) -> None:
+    if job.strategy.alltoall.endswith("_dedup"):
+        job = replace(job, strategy=replace(job.strategy, alltoall="flat"))
+    asked = replace(job, **{field: more})
+    cluster = CLUSTERS["dgx-h100"]
+    assert step_time(asked, cluster).step_s >= step_time(job, cluster).step_s * (1 - 1e-9)
+    assert memory(asked).allocated_bytes >= memory(job).allocated_bytes * (1 - 1e-9)
+    # as many rows on the busiest rank cost it as much to compute, whether they are routed to it or padding
+    assert asked.expert_rows == pytest.approx(job.expert_rows * (asked.padding * asked.busiest), rel=1e-12) or (
+        job.strategy.expert_parts == 0
+    )
+
+
+@settings(max_examples=60, deadline=None)
 @given(job=JOBS, times=st.integers(2, 4))
 def test_a_larger_batch_takes_longer_and_no_more_than_as_many_times(job: Job, times: int) -> None:
     once = step_time(job, CLUSTERS["dgx-h100"]).step_s

@@ -36,6 +36,7 @@ QUERIES = {
     "long": Query(model="llama3-8b", cluster="dgx-h100", nodes=4, global_batch=32, seq_len=32_768),
     "gpt4-moe": Query(model="gpt4-moe", cluster="dgx-a100", nodes=60, global_batch=960, seq_len=8192),
     "mixtral": Query(model="mixtral-8x7b", cluster="dgx-h100", nodes=8, global_batch=256, skew=1.3),
+    "padded": Query(model="mixtral-8x7b", nodes=8, global_batch=256, capacity_factor=1.25),
     "deepseek-v3": Query(
         model=replace(SHAPES["deepseek-v3"], mtp_layers=1), cluster="h800", nodes=32, global_batch=1024,
         strategy=Strategy(precision="fp8", dispatch_precision="fp8"),

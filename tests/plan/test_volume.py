@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnout.alltoall import PROGRAMS, LoopbackTransport, combine, dispatch, expected_distinct, load
+from turnout.alltoall import (
+    PROGRAMS,
+    LoadedRouting,
+    LoopbackTransport,
+    combine,
+    dispatch,
+    expected_distinct,
+    load,
+    pairs_of,
+    round_trip,
+)
 from turnout.clusters import CLUSTERS
 from turnout.errors import ConfigError
 from turnout.plan.collectives import all_gather, all_reduce, all_to_all, group, pipeline_sends
@@ -145,6 +155,48 @@ def test_linear_expert_traffic_is_four_exchanges_a_layer(shard: bool, tokens: fl
     asked = replace(step(SPARSE, tp=8, dp=8, ep=8, etp=8, shard_tokens=shard), capacity_factor=capacity_factor)
     want = 4 * 2 * capacity_factor * tokens * H * A * 7 / 8 * LAYERS
     assert sent(volume(asked), "ep all-to-all") == (0.0, pytest.approx(want, rel=1e-9))
+
+
+@pytest.mark.parametrize("node", [2, 8])
+@pytest.mark.parametrize("skew", [1.0, 1.5, 8.0])
+def test_the_busiest_rank_gets_skew_times_the_mean_as_loads_of_that_skew_say(skew: float, node: int) -> None:
+    shape = replace(SPARSE, num_experts=16)
+    job = Job(shape=shape, strategy=Strategy(dp=8, ep=8), seq_len=64, global_batch=8, skew=skew)
+    parts = volume(step_of(job, node))
+    (row,) = [
+        row for row in to_json(parts, lambda _: 1.0, job.busiest)["collectives"] if row["name"] == "ep all-to-all"
+    ]
+    # the last rank has so much of all rows, the others share the rest
+    mean = (8 - skew) / 7
+    loads = (*(mean,) * 14, skew, skew)
+    mesh = expert_mesh(job.strategy, node)
+    routing = LoadedRouting(mesh=mesh, num_tokens=job.routed_tokens, top_k=2, loads=loads)
+    size = row_size(job.strategy, H)
+    there = tuple(move for move in round_trip(PROGRAMS["flat"], mesh) if not move.back)
+    received = sum(each[0] for (_, to), each in pairs_of(there, routing, size).items() if to == 7)
+    assert row["busiest_bytes"] == pytest.approx(4 * LAYERS * received, rel=1e-9)
+    assert row["seconds"] == pytest.approx(skew)
+    others = [other for other in to_json(parts, lambda _: 1.0, skew)["collectives"] if other["axis"] != "ep"]
+    assert all(other["busiest_bytes"] == other["intra_bytes"] + other["inter_bytes"] for other in others)
+
+
+def test_no_rank_gets_more_than_all_rows() -> None:
+    skewed = [
+        Job(shape=SPARSE, strategy=Strategy(dp=8, ep=ep), seq_len=64, global_batch=8, skew=3.0) for ep in (1, 2, 4)
+    ]
+    assert [job.expert_rows / 64 / 2 for job in skewed] == [1.0, 2.0, 3.0]
+
+
+def test_a_capacity_pads_what_is_sent_and_computed_and_nothing_else() -> None:
+    plain = Job(shape=SPARSE, strategy=Strategy(dp=8, ep=8), seq_len=64, global_batch=8)
+    padded = replace(plain, capacity_factor=1.25)
+    assert padded.expert_rows == 1.25 * plain.expert_rows
+    for less, more in zip(volume(step_of(plain, 2)), volume(step_of(padded, 2)), strict=True):
+        times = 1.25 if less.name == "ep all-to-all" else 1.0
+        assert (more.intra_bytes, more.inter_bytes) == (
+            pytest.approx(times * less.intra_bytes, rel=1e-12), pytest.approx(times * less.inter_bytes, rel=1e-12)
+        )  # fmt: skip
+        assert more.messages == less.messages
 
 
 def test_experts_in_a_node_share_the_exchange_between_the_tiers() -> None:

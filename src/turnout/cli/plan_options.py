@@ -35,6 +35,12 @@ Framework = Annotated[
     str, typer.Option("--framework", help="The code whose memory and overlap are assumed, such as torchtitan.")
 ]
 Skew = Annotated[float, typer.Option("--skew", help="Rows of the busiest expert rank over the mean; 1: balanced.")]
+Capacity = Annotated[
+    float,
+    typer.Option(
+        "--capacity-factor", help="Pad every expert's buffer to this times its mean of rows; 0: dropless, none padded."
+    ),
+]
 Price = Annotated[
     float, typer.Option("--usd-per-device-hour", help="Rent of a device; 0: what the cluster's description says.")
 ]
@@ -74,7 +80,19 @@ def headline(query: "Query") -> str:
     return (
         f"{name} on {world:,} x {machine.device.name} ({machine.name}, {nodes:,} node{'s' * (nodes > 1)}), "
         f"{query.global_batch:,} sequences of {query.seq_len:,} tokens; layout {layout_text(query.job().strategy)}"
+        f"{_routing(query)}"
     )
+
+
+def _routing(query: "Query") -> str:
+    """How tokens go, where it is not evenly and dropless."""
+    if query.capacity_factor:
+        return f"; capacity factor {query.capacity_factor:g}"
+    if query.skew == 1:
+        return ""
+    busiest = query.job().busiest
+    bound = "" if busiest == query.skew else f" ({query.skew:g} asked: no rank gets more than all rows)"
+    return f"; skew {busiest:g}{bound}"
 
 
 def asked(query: "Query") -> dict[str, Any]:
@@ -89,4 +107,6 @@ def asked(query: "Query") -> dict[str, Any]:
         "global_batch": query.global_batch,
         "framework": query.framework,
         "layout": layout_text(query.job().strategy),
+        "skew": query.job().busiest,
+        "capacity_factor": query.capacity_factor,
     }

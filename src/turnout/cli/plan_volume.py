@@ -26,6 +26,8 @@ def volume(
     batch: plan_options.Batch = 1024,
     layout: plan_options.Layout = "",
     framework: plan_options.Framework = "megatron-core",
+    skew: plan_options.Skew = 1.0,
+    capacity_factor: plan_options.Capacity = 0.0,
     trace: plan_options.Trace = None,
     layer: plan_options.TraceLayer = "all",
     csv: plan_options.Csv = None,
@@ -34,31 +36,32 @@ def volume(
     """What one device sends in a step: every collective, inside the node and between nodes, with its seconds."""
     from turnout.cli import plan_print
     from turnout.cli.console import print_json
-    from turnout.cli.plan_pick import with_layout
-    from turnout.errors import ConfigError
+    from turnout.cli.plan_pick import with_layout, with_skew_of
     from turnout.plan.step import step_of
     from turnout.plan.time import collective_s, node_limit
     from turnout.plan.volume import to_json
     from turnout.plan.volume import volume as collectives
 
     screen = plan_print.wide_console(as_json=as_json)
-    if layer != "all" and not trace:
-        raise ConfigError(f"--layer {layer} is of a trace; give --trace RUN too, or leave it out")
     query = plan_options.query_of(
         model, cluster=cluster, nodes=nodes, devices=devices, seq_len=seq, global_batch=batch, layout=layout,
-        framework=framework,
+        framework=framework, skew=skew, capacity_factor=capacity_factor,
     )  # fmt: skip
     query = with_layout(query, layout, screen)
+    timed, _ = with_skew_of(query, trace, layer)
     job, machine = query.job(), query.machine
     step = step_of(job, machine.devices_per_node, node_limit=node_limit(job, machine))
     parts = collectives(step)
     layers: dict[str, Any] = {}
     if trace:
         parts, layers = _recorded(screen, query, step, parts, trace, layer)
-    document = to_json(parts, lambda part: collective_s(part, machine))
+    busiest = timed.job().busiest
+    document = to_json(parts, lambda part: collective_s(part, machine), busiest)
     screen.print(f"  {plan_options.headline(query)}", soft_wrap=True)
-    screen.print(_table(parts, document))
+    screen.print(_table(parts, document, busiest))
     screen.print("  bytes sent by one device in a step, the mean over stages; seconds before anything is hidden")
+    if busiest > 1:
+        screen.print("  busiest GB: of the device whose experts get most rows; all wait for it, and so do the seconds")
     if layers:
         _print_layers(screen, layers)
     plan_print.write_csv(csv, document["collectives"], screen)
@@ -66,24 +69,27 @@ def volume(
         print_json(document | layers | plan_options.asked(query))
 
 
-def _table(parts: tuple[Any, ...], document: dict[str, Any]) -> Any:
+def _table(parts: tuple[Any, ...], document: dict[str, Any], busiest: float) -> Any:
     from turnout.cli import plan_print as show
     from turnout.cli.console import table
 
+    skewed = ("busiest GB",) if busiest > 1 else ()
     headings = show.columns(
-        ("collective", "of"), ("ranks", "on nodes", "calls", "inside GB", "between GB", "messages", "seconds")
+        ("collective", "of"), ("ranks", "on nodes", "calls", "inside GB", "between GB", *skewed, "messages", "seconds")
     )
     cells = [
         [
             part.name, part.axis, f"{part.mesh.size:,}", f"{part.mesh.nodes:,}", show.short(part.calls),
-            show.gb(part.intra_bytes), show.gb(part.inter_bytes), show.short(part.messages),
+            show.gb(part.intra_bytes), show.gb(part.inter_bytes), *(show.gb(row["busiest_bytes"]) for _ in skewed),
+            show.short(part.messages),
             show.seconds(row["seconds"]),
         ]
         for part, row in zip(parts, document["collectives"], strict=True)
     ]  # fmt: skip
     total = sum(row["seconds"] for row in document["collectives"])
     sums = [show.gb(document["intra_bytes"]), show.gb(document["inter_bytes"])]
-    cells.append(["all", "", "", "", "", *sums, "", show.seconds(total)])
+    most = sum(row["busiest_bytes"] for row in document["collectives"])
+    cells.append(["all", "", "", "", "", *sums, *(show.gb(most) for _ in skewed), "", show.seconds(total)])
     return table("Traffic of one device and step", headings, cells)
 
 

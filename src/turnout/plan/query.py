@@ -29,9 +29,11 @@ class Query:
     strategy: Strategy = field(default_factory=Strategy)  # the layout asked about
     framework: str = "megatron-core"  # the code whose memory and overlap are assumed
     skew: float = 1.0  # rows of the busiest expert rank over the mean
+    capacity_factor: float = 0.0  # experts' buffers are padded to this times their mean of rows; 0: dropless
 
     def __post_init__(self) -> None:
-        for name, least in (("nodes", 0), ("devices", 0), ("seq_len", 1), ("global_batch", 1), ("skew", 1)):
+        least_of = {"nodes": 0, "devices": 0, "seq_len": 1, "global_batch": 1, "skew": 1, "capacity_factor": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if not least <= value < float("inf"):
                 raise ConfigError(f"query.{name}={value} must be at least {least}; nearest legal: {least}")
@@ -75,6 +77,7 @@ class Query:
         Raises: ConfigError naming the field that does not fit and the nearest legal value.
         """
         shape = self.shape
+        self._check_routing(shape)
         strategy = self.strategy.check(
             self.world,
             num_experts=shape.num_experts,
@@ -90,7 +93,15 @@ class Query:
             global_batch=self.global_batch,
             framework=FRAMEWORKS[self.framework],
             skew=self.skew,
+            capacity_factor=self.capacity_factor,
         )
+
+    def _check_routing(self, shape: ModelShape) -> None:
+        """Raises: ConfigError for what is said of the routing of a model that has none."""
+        for name, plain in (("skew", 1.0), ("capacity_factor", 0.0)):
+            value = getattr(self, name)
+            if not shape.num_experts and value != plain:
+                raise ConfigError(f"query.{name}={value} is of experts, and the model has none; nearest legal: {plain}")
 
     def with_strategy(self, strategy: Strategy) -> "Query":
         """The same question about another layout."""

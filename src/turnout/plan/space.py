@@ -181,6 +181,8 @@ class Legal:
             return asked
         mesh = group(layout["ep"], layout["etp"] if layout["folded"] else layout["tp"], self.devices_per_node)
         across, merges = mesh.nodes > 1 and mesh.local > 1, self.job.shape.top_k > 1
+        # padded rows are sent one by one
+        merges = merges and not self.job.capacity_factor
         useful = {
             "flat": True,
             "hierarchical": across,

@@ -42,6 +42,7 @@ class Run:
             devices_per_node=self.cluster.devices_per_node,
             tokens=tokens,
             micro_batches=1,
+            capacity_factor=self.job.padding,
             node_limit=node_limit(self.job, self.cluster),
             reshards=self.job.framework.reshards,
             zero_sums=self.job.framework.zero_sums,
