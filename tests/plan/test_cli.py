@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Turnout
+from tests.plan.test_hf_config import DEEPSEEK
 from turnout.plan.shapes import SHAPES
 from turnout.plan.sources import SOURCES
 from turnout.plan.validate import Validation
@@ -77,6 +78,24 @@ def test_volume_gives_what_a_step_sends(plan: Turnout) -> None:
     for tier in ("intra_bytes", "inter_bytes"):
         assert answer[tier] == pytest.approx(sum(row[tier] for row in answer["collectives"]))
     assert {"tp all-reduce", "ep all-to-all"} <= {row["name"] for row in answer["collectives"]}
+
+
+def test_blocks_for_further_tokens_cost_what_they_compute_hold_and_send(plan: Turnout, tmp_path: Path) -> None:
+    args = ("deepseek-v3", "--cluster", "h800", "--nodes", "16", "--batch", "512", "--layout", "pp=4,ep=32,folded=true")
+
+    def answers(verb: str, key: str, model: str = "deepseek-v3") -> list[Any]:
+        asked = (model, *args[1:])
+        return [plan(verb, *asked, "--mtp-layers", each, "--json").last[key] for each in ("-1", "0", "1")]
+
+    for verb, key in (("time", "step_s"), ("volume", "intra_bytes")):
+        usual, without, one = answers(verb, key)
+        assert usual == without < one
+    usual, without, one = (stages[-1]["weights_bytes"] for stages in answers("memory", "stages"))
+    assert usual == without < one
+    assert "deepseek-v3, 1 block for further tokens, on 128 x" in plan("volume", *args, "--mtp-layers", "1").out
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK | {"num_nextn_predict_layers": 1}))
+    usual, without, one = answers("time", "step_s", str(tmp_path / "config.json"))
+    assert usual == one > without
 
 
 def test_skew_and_capacity_reach_bytes_seconds_and_memory(plan: Turnout) -> None:
@@ -342,6 +361,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("time", *LAYOUT, "--capacity-factor", "-1"),
         r"query\.capacity_factor=-1\.0 must be at least 0",
     ),
+    "fewer than no blocks": (("time", *LAYOUT, "--mtp-layers", "-2"), r"query\.mtp_layers=-2 must be at least -1"),
     "capacity of merged rows": (
         ("time", *LAYOUT[:-1], "ep=4,alltoall=node_dedup", "--capacity-factor", "1.5"),
         r"capacity_factor=1\.5 pads rows per expert, .* nearest legal: 1\.0",

@@ -36,6 +36,7 @@ def memory(
     framework: plan_options.Framework = "megatron-core",
     skew: plan_options.Skew = 1.0,
     capacity_factor: plan_options.Capacity = 0.0,
+    mtp_layers: plan_options.Further = -1,
     trace: plan_options.Trace = None,
     layer: plan_options.TraceLayer = "all",
     csv: plan_options.Csv = None,
@@ -51,7 +52,7 @@ def memory(
     screen = plan_print.wide_console(as_json=as_json)
     query = plan_options.query_of(
         model, cluster=cluster, nodes=nodes, devices=devices, seq_len=seq, global_batch=batch, layout=layout,
-        framework=framework, skew=skew, capacity_factor=capacity_factor,
+        framework=framework, skew=skew, capacity_factor=capacity_factor, mtp_layers=mtp_layers,
     )  # fmt: skip
     _, query = with_skew_of(with_layout(query, layout, screen), trace, layer)
     job, device = query.job(), query.machine.device

@@ -31,6 +31,12 @@ Layout = Annotated[
         metavar="A=V,...",
     ),
 ]
+Further = Annotated[
+    int,
+    typer.Option(
+        "--mtp-layers", help="Blocks that predict further tokens, as DeepSeek-V3 trains 1; -1: as the model has them."
+    ),
+]
 Framework = Annotated[
     str, typer.Option("--framework", help="The code whose memory and overlap are assumed, such as torchtitan.")
 ]
@@ -76,12 +82,16 @@ def headline(query: "Query") -> str:
 
     machine, world = query.machine, query.world
     nodes = -(-world // machine.devices_per_node)
-    name = query.shape.name or str(query.model)
+    name = (query.shape.name or str(query.model)) + _further(query.shape.mtp_layers)
     return (
         f"{name} on {world:,} x {machine.device.name} ({machine.name}, {nodes:,} node{'s' * (nodes > 1)}), "
         f"{query.global_batch:,} sequences of {query.seq_len:,} tokens; layout {layout_text(query.job().strategy)}"
         f"{_routing(query)}"
     )
+
+
+def _further(blocks: int) -> str:
+    return f", {blocks} block{'s' * (blocks > 1)} for further tokens," if blocks else ""
 
 
 def _routing(query: "Query") -> str:
@@ -107,6 +117,7 @@ def asked(query: "Query") -> dict[str, Any]:
         "global_batch": query.global_batch,
         "framework": query.framework,
         "layout": layout_text(query.job().strategy),
+        "mtp_layers": query.shape.mtp_layers,
         "skew": query.job().busiest,
         "capacity_factor": query.capacity_factor,
     }

@@ -37,6 +37,7 @@ def search(
     framework: plan_options.Framework = "megatron-core",
     skew: plan_options.Skew = 1.0,
     capacity_factor: plan_options.Capacity = 0.0,
+    mtp_layers: plan_options.Further = -1,
     rank: RankBy = "time",
     top: Top = 10,
     usd_per_device_hour: plan_options.Price = 0.0,
@@ -57,7 +58,7 @@ def search(
     query = plan_options.query_of(
         model, cluster=cluster, nodes=nodes or (0 if devices else max(sizes, default=0)), devices=devices, seq_len=seq,
         global_batch=batch, framework=framework, skew=skew, layout=layout,
-        capacity_factor=capacity_factor,
+        capacity_factor=capacity_factor, mtp_layers=mtp_layers,
     )  # fmt: skip
     query = replace(query, cluster=priced(query.machine, usd_per_device_hour))
     # what is not one of them is refused there

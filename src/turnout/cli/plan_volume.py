@@ -28,6 +28,7 @@ def volume(
     framework: plan_options.Framework = "megatron-core",
     skew: plan_options.Skew = 1.0,
     capacity_factor: plan_options.Capacity = 0.0,
+    mtp_layers: plan_options.Further = -1,
     trace: plan_options.Trace = None,
     layer: plan_options.TraceLayer = "all",
     csv: plan_options.Csv = None,
@@ -45,7 +46,7 @@ def volume(
     screen = plan_print.wide_console(as_json=as_json)
     query = plan_options.query_of(
         model, cluster=cluster, nodes=nodes, devices=devices, seq_len=seq, global_batch=batch, layout=layout,
-        framework=framework, skew=skew, capacity_factor=capacity_factor,
+        framework=framework, skew=skew, capacity_factor=capacity_factor, mtp_layers=mtp_layers,
     )  # fmt: skip
     query = with_layout(query, layout, screen)
     timed, _ = with_skew_of(query, trace, layer)

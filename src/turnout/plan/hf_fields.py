@@ -29,7 +29,8 @@ NAMES = {
 # read one by one
 _READ = {
     "model_type", "is_encoder_decoder", "head_dim", "d_kv", "tie_word_embeddings", "attention_bias", "qkv_bias",
-    "attn_type_list", "use_qkv_bias", "attention_out_bias", "mlp_bias", "use_bias", "bias", "enable_bias", "is_gated_act",
+    "attn_type_list", "use_qkv_bias", "attention_out_bias", "mlp_bias", "use_bias", "bias", "enable_bias",
+    "is_gated_act",
     "feed_forward_proj", "n_positions", "max_position_embeddings", "sliding_window", "use_sliding_window",
     "max_window_layers", "attention_chunk_size", "layer_types", "sliding_window_pattern", "_sliding_window_pattern",
     "multi_query", "new_decoder_architecture", "parallel_attn", "num_ln_in_parallel_attn",

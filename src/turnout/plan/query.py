@@ -27,12 +27,21 @@ class Query:
     seq_len: int = 4096  # tokens of a sequence
     global_batch: int = 1024  # sequences of an optimizer step
     strategy: Strategy = field(default_factory=Strategy)  # the layout asked about
+    mtp_layers: int = -1  # blocks that predict further tokens (DeepSeek-V3's 1); -1: as the model has them
     framework: str = "megatron-core"  # the code whose memory and overlap are assumed
     skew: float = 1.0  # rows of the busiest expert rank over the mean
     capacity_factor: float = 0.0  # experts' buffers are padded to this times their mean of rows; 0: dropless
 
     def __post_init__(self) -> None:
-        least_of = {"nodes": 0, "devices": 0, "seq_len": 1, "global_batch": 1, "skew": 1, "capacity_factor": 0}
+        least_of = {
+            "nodes": 0,
+            "devices": 0,
+            "seq_len": 1,
+            "global_batch": 1,
+            "skew": 1,
+            "capacity_factor": 0,
+            "mtp_layers": -1,
+        }
         for name, least in least_of.items():
             value = getattr(self, name)
             if not least <= value < float("inf"):
@@ -46,7 +55,8 @@ class Query:
     @property
     def shape(self) -> ModelShape:
         """Raises: ConfigError if the model is unknown, or its file is not one of a transformer."""
-        return self.model if isinstance(self.model, ModelShape) else load_model(self.model)
+        shape = self.model if isinstance(self.model, ModelShape) else load_model(self.model)
+        return shape if self.mtp_layers < 0 else replace(shape, mtp_layers=self.mtp_layers)
 
     @property
     def machine(self) -> Cluster:
