@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from math import ceil, prod
+from typing import Literal
 
 from turnout.errors import ConfigError
 from turnout.registry import nearest
@@ -64,6 +65,12 @@ class Device:
         _require(self.memory_bytes > 0, "device.memory_bytes", self.memory_bytes, "above 0")
         _require(self.memory_bytes_per_s > 0, "device.memory_bytes_per_s", self.memory_bytes_per_s, "above 0")
 
+    @property
+    def usual_precision(self) -> Literal["bf16", "fp16", "fp32"]:
+        """What a job here trains in unless it says otherwise."""
+        peaks = self.peak_flops_per_s
+        return "bf16" if peaks.bf16 else ("fp16" if peaks.fp16 else "fp32")
+
     def flops_per_s(self, precision: str) -> float:
         """Peak FLOP/s at `precision`.
 
@@ -74,7 +81,7 @@ class Device:
         if precision not in legal:
             raise ConfigError(
                 f"precision={precision!r} is not one {self.name} computes in: {', '.join(legal)}"
-                f"{nearest(precision, legal)}"
+                f"{_stands_for(precision, legal)}"
             )
         return peaks[precision]
 
@@ -179,6 +186,19 @@ def mesh_of(world: int, devices_per_node: int) -> Mesh:
             f"world={world} leaves {rest} ranks on the last node of {devices_per_node}; nearest legal: {nearest_world}"
         )
     return Mesh(nodes=nodes, local=devices_per_node)
+
+
+# by the bits of an element, and of two alike in these by their range
+_WIDENING = ("fp4", "fp8", "bf16", "fp16", "fp32")
+
+
+def _stands_for(precision: str, legal: list[str]) -> str:
+    """The legal precision that is nearest in width, the wider of two; of a word that is none the likest in spelling."""
+    if precision not in _WIDENING:
+        return nearest(precision, legal)
+    place = _WIDENING.index(precision)
+    near = min(legal, key=lambda name: (abs(_WIDENING.index(name) - place), -_WIDENING.index(name)))
+    return f"; nearest legal: {near}"
 
 
 def _require(holds: bool, field: str, value: float, words: str) -> None:

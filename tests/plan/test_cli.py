@@ -195,6 +195,14 @@ def test_where_nothing_fits_search_fails_and_says_what_is_needed(plan: Turnout) 
     assert re.search(r"none of \d+ legal layouts fits 74\.5 GiB; the least needs [\d,.]+ GiB", result.out)
 
 
+@pytest.mark.parametrize("layout", ["tp=4", ""])
+@pytest.mark.parametrize("verb", ["volume", "memory", "time"])
+def test_a_device_without_bf16_trains_in_fp16_unless_told_otherwise(verb: str, layout: str, plan: Turnout) -> None:
+    args = (verb, "olmoe-1b-7b", "--cluster", "dgx2-v100", "--nodes", "1", "--batch", "64")
+    answer = plan(*args, "--layout", layout, "--json").last
+    assert "precision=fp16" in answer["layout"]
+
+
 @pytest.mark.parametrize("verb", ["volume", "memory", "time"])
 def test_without_a_layout_the_searchs_pick_is_taken_and_said(verb: str, plan: Turnout) -> None:
     result = plan(verb, "tiny", "--devices", "1", "--batch", "8", "--seq", "256", "--json")
@@ -353,6 +361,26 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         r"query\.framework='megatron' must be one of: .*megatron-core",
     ),
     "skew below 1": (("time", "mixtral-8x7b", "--nodes", "4", "--skew", "0.5", "--layout", "tp=2"), r"skew=0\.5 must"),
+    "precision of another device": (
+        ("memory", "mixtral-8x7b", "--cluster", "dgx-a100", "--nodes", "1", "--layout", "precision=fp8"),
+        r"precision='fp8' is not one A100-SXM-80GB computes in: fp32, fp16, bf16; nearest legal: bf16",
+    ),
+    "precision before bf16": (
+        ("time", "mixtral-8x7b", "--cluster", "dgx2-v100", "--nodes", "1", "--layout", "precision=bf16"),
+        r"precision='bf16' is not one V100-SXM3-32GB computes in: fp32, fp16; nearest legal: fp16",
+    ),
+    "no pipeline to fill": (
+        ("time", "mixtral-8x7b", "--nodes", "4", "--layout", "schedule=zero_bubble"),
+        r"schedule='zero_bubble' fills the idle time .* nearest legal: '1f1b', or pp=2",
+    ),
+    "too few micro-batches": (
+        ("volume", "mixtral-8x7b", "--nodes", "4", "--batch", "8", "--layout", "tp=4,pp=4,schedule=dualpipe"),
+        r"needs at least 8 micro-batches, and global_batch=8 has 4 of .*=2 sequences; nearest legal: global_batch=16",
+    ),
+    "not whole rounds": (
+        ("time", "mixtral-8x7b", "--nodes", "4", "--batch", "12", "--layout", "tp=4,pp=4,vp=2"),
+        r"'interleaved' of pp=4 stages needs a multiple of 4 micro-batches, .* has 6 .* nearest legal: global_batch=16",
+    ),
     "skew and capacity": (
         ("volume", *LAYOUT, "--skew", "1.5", "--capacity-factor", "1.25"),
         r"capacity_factor=1\.25 pads .* nearest legal: skew=1",

@@ -1,6 +1,7 @@
 """Laws of the planner that hold for every layout: bandwidth, merging, conservation, batch, links."""
 
 import random
+import re
 from collections import defaultdict
 from dataclasses import replace
 from functools import lru_cache
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip, traffic_of
 from turnout.clusters import CLUSTERS
+from turnout.errors import ConfigError
 from turnout.plan.columns import Layouts
 from turnout.plan.evaluation import base_job
 from turnout.plan.job import Job
@@ -22,6 +24,7 @@ from turnout.plan.space import Legal, Space
 from turnout.plan.step import step_of
 from turnout.plan.time import step_time
 from turnout.plan.volume import to_json, volume
+from turnout.strategy import Strategy
 from turnout.topology import Mesh
 
 QUERY = Query(model="mixtral-8x7b", nodes=4, global_batch=256)
@@ -147,3 +150,22 @@ def test_a_larger_batch_takes_longer_and_no_more_than_as_many_times(job: Job, ti
     once = step_time(job, CLUSTERS["dgx-h100"]).step_s
     more = step_time(replace(job, global_batch=times * job.global_batch), CLUSTERS["dgx-h100"]).step_s
     assert once < more <= times * once * (1 + 1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(batch=st.integers(1, 80), pp=st.sampled_from([2, 4, 8]), size=st.sampled_from([1, 2]),
+       schedule=st.sampled_from(["1f1b", "interleaved", "zero_bubble", "dualpipe", "gpipe"]))  # fmt: skip
+def test_the_nearest_legal_batch_is_legal(batch: int, pp: int, size: int, schedule: str) -> None:
+    chunks = 2 if schedule == "interleaved" else 1
+    strategy = Strategy(tp=2, pp=pp, schedule=schedule, virtual_stages=chunks, micro_batch=size)
+    query = replace(QUERY, global_batch=batch, strategy=strategy)
+    for _ in range(3):
+        try:
+            job = query.job()
+            break
+        except ConfigError as error:
+            (near,) = re.findall(r"nearest legal: (?:global_batch=)?(\d+)", str(error))
+            query = replace(query, global_batch=int(near))
+    else:
+        raise AssertionError(query.global_batch)
+    assert step_time(job, query.machine).step_s > 0

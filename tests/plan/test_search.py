@@ -125,8 +125,10 @@ def test_the_best_is_the_least_of_all_that_brute_force_finds() -> None:
     query = Query(model="mixtral-8x7b", nodes=2, global_batch=64)
     result, steps = search(query, space=small), []
     for strategy in brute_force(query, small):
-        job = query.with_strategy(strategy).job()
-        if strategy.schedule == "zero_bubble" and (strategy.pp == 1 or job.micro_batches < strategy.pp):
+        try:
+            job = query.with_strategy(strategy).job()
+        except ConfigError:
+            # too few micro-batches
             continue
         if memory(job).fits(query.machine.device.memory_bytes):
             steps.append(step_time(job, query.machine).step_s)

@@ -30,6 +30,8 @@ def test_experts_fold_over_the_ranks_of_attention() -> None:
         ({"schedule": "interleaved"}, "virtual_stages=1 is not interleaved; nearest legal: 2"),
         ({"virtual_stages": 2}, r"virtual_stages=2 needs schedule='interleaved'; nearest legal with '1f1b': 1"),
         ({"virtual_stages": 2, "schedule": "interleaved"}, "pp=1 has none; nearest legal: virtual_stages=1"),
+        ({"schedule": "zero_bubble"}, "'zero_bubble' fills .* pp=1 has none; nearest legal: '1f1b', or pp=2"),
+        ({"schedule": "dualpipe", "pp": 1}, "strategy.pp=1 must be even under dualpipe; nearest legal: 2"),
         ({"schedule": "dualpipe", "pp": 3}, "strategy.pp=3 must be even under dualpipe; nearest legal: 4"),
         ({"sequence_parallel": True}, "sequence_parallel=True needs tp of at least 2; nearest legal: False"),
     ],

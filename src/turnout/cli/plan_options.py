@@ -67,10 +67,10 @@ def query_of(model: str, **fields: Any) -> "Query":
     """
     from turnout.plan.layout import layout_of
     from turnout.plan.query import Query
-    from turnout.strategy import Strategy
 
     layout = fields.pop("layout", "")
-    query = Query(model=model, **fields, strategy=layout_of(layout) if layout else Strategy())
+    query = Query(model=model, **fields)
+    query = query.with_strategy(layout_of(layout, query.machine.device))
     # unknown names are errors here, before anything is computed
     _ = (query.shape, query.machine, query.world)
     return query

@@ -151,6 +151,6 @@ def _why_not(screen: Any, query: Any, text: str) -> dict[str, Any]:
     from turnout.plan.layout import layout_of
     from turnout.plan.why_not import why_not
 
-    answer = why_not(query, layout_of(text))
+    answer = why_not(query, layout_of(text, query.machine.device))
     screen.print(f"  why not {text}: {answer.text}", soft_wrap=True)
     return answer.to_json()

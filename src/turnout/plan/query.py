@@ -10,6 +10,7 @@ from turnout.plan.framework import FRAMEWORKS
 from turnout.plan.hf_config import read_config
 from turnout.plan.job import Job
 from turnout.plan.model import ModelShape
+from turnout.plan.pipeline import nearest_cut
 from turnout.plan.shapes import SHAPES
 from turnout.registry import nearest
 from turnout.strategy import Strategy
@@ -96,7 +97,7 @@ class Query:
             seq_len=self.seq_len,
             global_batch=self.global_batch,
         )
-        return Job(
+        job = Job(
             shape=shape,
             strategy=strategy,
             seq_len=self.seq_len,
@@ -105,6 +106,9 @@ class Query:
             skew=self.skew,
             capacity_factor=self.capacity_factor,
         )
+        _check_micro_batches(job)
+        self.machine.device.flops_per_s(strategy.precision)
+        return job
 
     def _check_routing(self, shape: ModelShape) -> None:
         """Raises: ConfigError for what is said of the routing of a model that has none."""
@@ -116,6 +120,21 @@ class Query:
     def with_strategy(self, strategy: Strategy) -> "Query":
         """The same question about another layout."""
         return replace(self, strategy=strategy)
+
+
+def _check_micro_batches(job: Job) -> None:
+    """Raises: ConfigError if the batch is cut into too few micro-batches for the schedule, or not into whole rounds."""
+    strategy, number = job.strategy, job.micro_batches
+    legal = nearest_cut(number, strategy.schedule, strategy.pp)
+    if number != legal:
+        words = "a multiple of" if strategy.schedule == "interleaved" else "at least"
+        each = strategy.dp * strategy.micro_batch
+        raise ConfigError(
+            f"strategy.schedule={strategy.schedule!r} of pp={strategy.pp} stages needs {words} "
+            f"{strategy.pp if strategy.schedule == 'interleaved' else legal} micro-batches, and "
+            f"global_batch={job.global_batch} has {number} of dp * micro_batch={each} sequences; "
+            f"nearest legal: global_batch={legal * each}, or schedule='1f1b'"
+        )
 
 
 def load_model(name_or_path: str) -> ModelShape:

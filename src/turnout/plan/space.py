@@ -16,6 +16,7 @@ from turnout.errors import ConfigError
 from turnout.plan.collectives import group
 from turnout.plan.framework import Framework
 from turnout.plan.job import Job
+from turnout.plan.pipeline import cuts_as_needed
 from turnout.strategy import Strategy
 
 # a shorter piece of a sequence has too few scores to hide a ring behind
@@ -225,18 +226,6 @@ def as_listed(strategy: Strategy, framework: Framework) -> Strategy:
     if strategy.ep == 1:
         changes["alltoall"] = "flat"
     return replace(strategy, **changes)
-
-
-def cuts_as_needed(micro_batches: int, schedule: str, pp: int) -> bool:
-    """Whether a schedule runs, and its formulas hold, with so many micro-batches.
-
-    Source: Megatron-LM's arguments (interleaved: a multiple of the stages); Qi et al. 2023, arXiv:2401.10241 (as many
-    as stages); https://github.com/deepseek-ai/DualPipe (twice as many).
-    """
-    if schedule == "interleaved":
-        return micro_batches % pp == 0
-    least = {"zero_bubble": pp, "dualpipe": 2 * pp}.get(schedule, 1)
-    return micro_batches >= least
 
 
 def divisors(total: int) -> tuple[int, ...]:
