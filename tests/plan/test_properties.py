@@ -88,6 +88,19 @@ def test_the_sum_over_links_is_the_total(job: Job) -> None:
     assert all(part.intra_bytes == 0 for part in parts if part.mesh.local == 1 and part.axis != "ep")
 
 
+@settings(max_examples=75, deadline=None)
+@given(job=JOBS)
+def test_of_what_leaves_a_node_some_goes_to_its_own_place(job: Job) -> None:
+    for part in volume(step_of(job, 8)):
+        assert 0 <= part.cross_bytes <= part.inter_bytes * (1 + 1e-12)
+        assert 0 <= part.cross_messages <= part.inter_messages * (1 + 1e-12)
+        # two levels and merging go to equal places first, and a ring is as many rings as a node has cards
+        if part.axis != "ep" or job.strategy.alltoall in ("hierarchical", "node_dedup") or part.mesh.local == 1:
+            assert part.cross_bytes == 0
+        else:
+            assert part.cross_bytes == pytest.approx(part.inter_bytes * (1 - 1 / part.mesh.local), rel=1e-9)
+
+
 @settings(max_examples=80, deadline=None)
 @given(mesh=MESHES, tokens=st.integers(0, 9), seed=st.integers(0, 99), program=st.sampled_from(PROGRAMS.names()))
 def test_what_is_sent_comes_back(mesh: Mesh, tokens: int, seed: int, program: str) -> None:

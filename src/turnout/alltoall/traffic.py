@@ -21,6 +21,8 @@ class Traffic:
     inter_bytes: float = 0.0  # to other nodes
     intra_messages: float = 0.0  # point-to-point sends, empty ones too
     inter_messages: float = 0.0
+    cross_bytes: float = 0.0  # of inter_bytes, to another place of another node: off the sender's rail
+    cross_messages: float = 0.0
 
     @property
     def total_bytes(self) -> float:
@@ -53,14 +55,21 @@ Pairs = dict[tuple[int, int], list[float]]  # (sender, receiver) -> [bytes, mess
 
 def traffic_of(moves: tuple[Move, ...], routing: Routing, size: RowSize, *, tensor: int = 1) -> Traffic:
     """Bytes and messages a rank sends in `moves`, averaged over ranks (expected ones under uniform routing)."""
-    totals = [0.0, 0.0, 0.0, 0.0]
+    totals: dict[str, float] = defaultdict(float)
     mesh, ranks = routing.mesh, len(routing.sources) * tensor
     for (sender, receiver), (sent_bytes, messages) in pairs_of(moves, routing, size, tensor=tensor).items():
-        crosses = int(sender // tensor // mesh.local != receiver // tensor // mesh.local)
-        totals[crosses] += sent_bytes
-        totals[2 + crosses] += messages
-    names = ("intra_bytes", "inter_bytes", "intra_messages", "inter_messages")
-    return Traffic(**{name: total / ranks for name, total in zip(names, totals, strict=True)})
+        places = (mesh.place(sender // tensor), mesh.place(receiver // tensor))
+        for tier in _tiers(*places):
+            totals[f"{tier}_bytes"] += sent_bytes
+            totals[f"{tier}_messages"] += messages
+    return Traffic(**{name: total / ranks for name, total in totals.items()})
+
+
+def _tiers(sender: tuple[int, int], receiver: tuple[int, int]) -> tuple[str, ...]:
+    """What a send between two (node, local) counts as."""
+    if sender[0] == receiver[0]:
+        return ("intra",)
+    return ("inter",) if sender[1] == receiver[1] else ("inter", "cross")
 
 
 def pairs_of(moves: tuple[Move, ...], routing: Routing, size: RowSize, *, tensor: int = 1) -> Pairs:

@@ -177,7 +177,7 @@ def _exchanges(step: Step, block: int) -> tuple[Collective, Collective]:
 
 
 def _sum(parts: tuple[Collective, ...]) -> Collective:
-    names = ("calls", "intra_bytes", "inter_bytes", "intra_messages", "inter_messages")
+    names = ("calls", *(f"{tier}_{what}" for tier in ("intra", "inter", "cross") for what in ("bytes", "messages")))
     return replace(parts[0], **{name: sum(getattr(part, name) for part in parts) for name in names})
 
 
