@@ -32,6 +32,16 @@ class Traffic:
     def messages(self) -> float:
         return self.intra_messages + self.inter_messages
 
+    @classmethod
+    def between(cls, sender: int, receiver: int, mesh: Mesh, sent_bytes: float, messages: float = 0.0) -> "Traffic":
+        """What one rank of a mesh sends to another."""
+        (node, local), (other, place) = mesh.place(sender), mesh.place(receiver)
+        if node == other:
+            return cls(intra_bytes=sent_bytes, intra_messages=messages)
+        if local == place:
+            return cls(inter_bytes=sent_bytes, inter_messages=messages)
+        return cls(inter_bytes=sent_bytes, inter_messages=messages, cross_bytes=sent_bytes, cross_messages=messages)
+
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
@@ -55,21 +65,10 @@ Pairs = dict[tuple[int, int], list[float]]  # (sender, receiver) -> [bytes, mess
 
 def traffic_of(moves: tuple[Move, ...], routing: Routing, size: RowSize, *, tensor: int = 1) -> Traffic:
     """Bytes and messages a rank sends in `moves`, averaged over ranks (expected ones under uniform routing)."""
-    totals: dict[str, float] = defaultdict(float)
-    mesh, ranks = routing.mesh, len(routing.sources) * tensor
+    total, mesh = Traffic(), routing.mesh
     for (sender, receiver), (sent_bytes, messages) in pairs_of(moves, routing, size, tensor=tensor).items():
-        places = (mesh.place(sender // tensor), mesh.place(receiver // tensor))
-        for tier in _tiers(*places):
-            totals[f"{tier}_bytes"] += sent_bytes
-            totals[f"{tier}_messages"] += messages
-    return Traffic(**{name: total / ranks for name, total in totals.items()})
-
-
-def _tiers(sender: tuple[int, int], receiver: tuple[int, int]) -> tuple[str, ...]:
-    """What a send between two (node, local) counts as."""
-    if sender[0] == receiver[0]:
-        return ("intra",)
-    return ("inter",) if sender[1] == receiver[1] else ("inter", "cross")
+        total += Traffic.between(sender // tensor, receiver // tensor, mesh, sent_bytes, messages)
+    return total.times(1 / (len(routing.sources) * tensor))
 
 
 def pairs_of(moves: tuple[Move, ...], routing: Routing, size: RowSize, *, tensor: int = 1) -> Pairs:
