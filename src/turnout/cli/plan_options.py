@@ -57,6 +57,10 @@ Trace = Annotated[
 TraceLayer = Annotated[
     str, typer.Option("--layer", help="With --trace: all, or the number of the layer that stands for all of them.")
 ]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the answer into this file.", metavar="FILE.png")]
+Page = Annotated[
+    Path | None, typer.Option("--html", help="Also write the answer as a page: one file, no network.", metavar="FILE")
+]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file.", metavar="FILE")]
 
 

@@ -1,7 +1,7 @@
 """`turnout plan volume`: bytes and messages of every collective of a step."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,11 @@ EXAMPLE = (
     'Example: turnout plan volume deepseek-v3 --cluster h800 --nodes 256 --batch 15360 '
     '--layout "tp=1,pp=16,ep=64,folded=true,alltoall=node_dedup" --json'
 )  # fmt: skip
+
+
+Links = Annotated[
+    bool, typer.Option("--links", help="Also say what goes to each device of its node, of its rail, and beyond.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -31,19 +36,23 @@ def volume(
     mtp_layers: plan_options.Further = -1,
     trace: plan_options.Trace = None,
     layer: plan_options.TraceLayer = "all",
+    links: Links = False,
     csv: plan_options.Csv = None,
+    plot: plan_options.Plot = None,
+    page: plan_options.Page = None,
     as_json: options.Json = False,
 ) -> None:
     """What one device sends in a step: every collective, inside the node and between nodes, with its seconds."""
-    from turnout.cli import plan_print
+    from turnout.cli import plan_page, plan_print
     from turnout.cli.console import print_json
     from turnout.cli.plan_pick import with_layout, with_skew_of
+    from turnout.plan.links import links_of
     from turnout.plan.step import step_of
     from turnout.plan.time import collective_s, node_limit
     from turnout.plan.volume import to_json
     from turnout.plan.volume import volume as collectives
 
-    screen = plan_print.wide_console(as_json=as_json)
+    screen = plan_page.console(as_json=as_json)
     query = plan_options.query_of(
         model, cluster=cluster, nodes=nodes, devices=devices, seq_len=seq, global_batch=batch, layout=layout,
         framework=framework, skew=skew, capacity_factor=capacity_factor, mtp_layers=mtp_layers,
@@ -58,14 +67,25 @@ def volume(
         parts, layers = _recorded(screen, query, step, parts, trace, layer)
     busiest = timed.job().busiest
     document = to_json(parts, lambda part: collective_s(part, machine), busiest)
+    found = links_of(parts, tensor=job.strategy.tp if job.strategy.alltoall == "coordinated" else 1)
+    document["links"] = [each.to_json() for each in found]
     screen.print(f"  {plan_options.headline(query)}", soft_wrap=True)
     screen.print(_table(parts, document, busiest))
     screen.print("  bytes sent by one device in a step, the mean over stages; seconds before anything is hidden")
     if busiest > 1:
         screen.print("  busiest GB: of the device whose experts get most rows; all wait for it, and so do the seconds")
+    if links:
+        screen.print()
+        screen.print(_links_table(found))
     if layers:
         _print_layers(screen, layers)
     plan_print.write_csv(csv, document["collectives"], screen)
+    if plot or page:
+        from turnout.plan.figures import volume_figure
+
+        title, headline = "Bytes of a training step", plan_options.headline(query)
+        figure = volume_figure(parts, [row["seconds"] for row in document["collectives"]])
+        plan_page.write_pictures(screen, figure, title=title, headline=headline, plot=plot, page=page)
     if as_json:
         print_json(document | layers | plan_options.asked(query))
 
@@ -92,6 +112,23 @@ def _table(parts: tuple[Any, ...], document: dict[str, Any], busiest: float) -> 
     most = sum(row["busiest_bytes"] for row in document["collectives"])
     cells.append(["all", "", "", "", "", *sums, *(show.gb(most) for _ in skewed), "", show.seconds(total)])
     return table("Traffic of one device and step", headings, cells)
+
+
+def _links_table(found: tuple[Any, ...]) -> Any:
+    from turnout.cli import plan_print as show
+    from turnout.cli.console import table
+
+    headings = show.columns(("collective", "to devices"), ("of them", "MB to each", "messages to each", "GB in all"))
+    cells = [
+        [
+            each.collective, each.link, show.short(each.peers), show.short(each.link_bytes / 1e6),
+            show.short(each.messages), show.gb(each.peers * each.link_bytes),
+        ]
+        for each in found
+    ]  # fmt: skip
+    total = sum(each.peers * each.link_bytes for each in found)
+    cells.append(["all", "", "", "", "", show.gb(total)])
+    return table("Traffic of one device and step by link; of a ring's hops the mean over devices", headings, cells)
 
 
 # --- a recorded run ---

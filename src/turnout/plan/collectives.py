@@ -34,10 +34,15 @@ class Collective:
     def total_bytes(self) -> float:
         return self.intra_bytes + self.inter_bytes
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether each rank sends to every other, in place of on to the next."""
+        return self.axis == "ep" or self.name in ("cp all-to-all", "expert weights")
+
     def intra_link(self, cluster: Cluster) -> Link:
         """The link inside the node as this collective finds it."""
-        exchanges = self.axis == "ep" or self.name == "cp all-to-all"
-        return cluster.alltoall_intra(self.mesh.local) if exchanges else cluster.intra
+        pieces = self.axis == "ep" or self.name == "cp all-to-all"
+        return cluster.alltoall_intra(self.mesh.local) if pieces else cluster.intra
 
     def inter_link(self, cluster: Cluster) -> Link:
         """The link between nodes as this collective finds it."""
