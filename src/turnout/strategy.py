@@ -168,8 +168,8 @@ class Strategy:
         """This strategy with dp filled in, once it is legal for the job. What is 0 is unknown and not checked;
         num_experts is the exception: 0 is a dense model.
 
-        `global_batch` counts sequences. `uneven`: some ranks may hold one expert more than others, as the layers can;
-        the planner's and the tuner's closed forms take all alike.
+        `global_batch` counts sequences. `uneven`: some ranks may hold one expert more than others, as the layers and
+        the planner can; the tuner takes all alike.
         Raises: ConfigError naming the field, its value and the nearest legal one.
         """
         resolved = self._with_dp(world, num_heads)

@@ -98,6 +98,20 @@ def test_blocks_for_further_tokens_cost_what_they_compute_hold_and_send(plan: Tu
     assert usual == one > without
 
 
+def test_experts_may_lie_unevenly(plan: Turnout) -> None:
+    args = ("qwen3-30b-a3b", "--nodes", "3", "--batch", "240", "--layout")
+    six, eight = (plan("time", *args, layout, "--json").last for layout in ("ep=6,zero=1", "ep=8,zero=1"))
+    assert six["skew"] == pytest.approx(22 * 6 / 128)
+    assert six["peak_bytes"] > eight["peak_bytes"]
+    assert "skew 1.031, for ep=6 does not divide 128 experts" in plan("volume", *args, "ep=6").out
+    # a search tries what divides, unless it is asked for
+    best = plan("search", *args, "ep=6,tp=1,pp=1,zero=3", "--json").last["best"]
+    assert {row["layout"]["ep"] for row in best} == {6}
+    refused = plan("time", "deepseek-v3", "--nodes", "24", "--batch", "960", "--layout", "ep=96,zero=3")
+    assert refused.code == 2
+    assert "ep=96 must divide num_experts=256; nearest legal: 64" in refused.err
+
+
 def test_skew_and_capacity_reach_bytes_seconds_and_memory(plan: Turnout) -> None:
     def answers(verb: str) -> list[dict[str, Any]]:
         asked = ([], ["--skew", "1.5"], ["--capacity-factor", "1.5"])
@@ -310,7 +324,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "experts that do not divide": (
         ("time", "mixtral-8x7b", "--nodes", "4", "--layout", "tp=2,ep=3"),
-        r"strategy\.ep=3 must divide num_experts=8; nearest legal: 2",
+        r"strategy\.ep=3 must divide dp \* cp=16; nearest legal: 2",
     ),
     "unknown field": (
         ("memory", "mixtral-8x7b", "--nodes", "4", "--layout", "tpp=2"),

@@ -102,11 +102,12 @@ def _routing(query: "Query") -> str:
     """How tokens go, where it is not evenly and dropless."""
     if query.capacity_factor:
         return f"; capacity factor {query.capacity_factor:g}"
-    if query.skew == 1:
-        return ""
     busiest = query.job().busiest
-    bound = "" if busiest == query.skew else f" ({query.skew:g} asked: no rank gets more than all rows)"
-    return f"; skew {busiest:g}{bound}"
+    if busiest < query.skew:
+        return f"; skew {busiest:g} ({query.skew:g} asked: no rank gets more than all rows)"
+    if busiest > query.skew:
+        return f"; skew {busiest:.4g}, for ep={query.strategy.ep} does not divide {query.shape.num_experts} experts"
+    return "" if busiest == 1 else f"; skew {busiest:g}"
 
 
 def asked(query: "Query") -> dict[str, Any]:

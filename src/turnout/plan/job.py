@@ -69,7 +69,19 @@ class Job:
     @property
     def busiest(self) -> float:
         """Rows of the busiest expert rank over the mean: no rank can have more than all."""
-        return min(self.skew, float(self.strategy.ep))
+        return min(max(self.skew, self.crowding), float(self.strategy.ep))
+
+    @property
+    def crowding(self) -> float:
+        """Experts of the rank that holds most of a layer over the mean: above 1 where ep does not divide them."""
+        if not self.shape.num_experts:
+            return 1.0
+        return self.strategy.ep * self.held_experts / self.shape.num_experts
+
+    @property
+    def held_experts(self) -> int:
+        """Experts of a layer of `num_experts` on the rank that holds most, each of them or a part of each."""
+        return -(-self.shape.num_experts // self.strategy.ep)
 
     @property
     def world(self) -> int:

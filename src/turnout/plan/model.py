@@ -111,6 +111,11 @@ class ModelShape:
         offset = index - self.dense_first
         return offset >= 0 and offset % self.moe_every == self.moe_every - 1
 
+    @property
+    def may_lie_unevenly(self) -> bool:
+        """Whether ranks may hold one expert more than others: layers are alike, and tokens not limited to groups."""
+        return not self.experts_by_layer and not self.expert_groups
+
     def experts_of(self, layer: int) -> int:
         """Routed experts of block `layer`; 0 if it is dense."""
         return self._experts.get(layer, 0)

@@ -45,7 +45,7 @@ def light_bytes(job: Job, layer: int) -> float:
 def accumulated_bytes(job: Job, layer: int) -> float:
     """Gradients of a block added to their fp32 accumulators: one read and one write a micro-batch."""
     dense = job.shape.block_params(layer) / job.strategy.tp
-    routed = job.shape.routed_params(layer) / (job.strategy.ep * job.strategy.etp)
+    routed = job.shape.routed_params(layer) * job.crowding / (job.strategy.ep * job.strategy.etp)
     return 2 * job.framework.gradient_bytes * (dense + routed)
 
 

@@ -96,6 +96,7 @@ class Query:
             num_heads=shape.num_heads,
             seq_len=self.seq_len,
             global_batch=self.global_batch,
+            uneven=shape.may_lie_unevenly,
         )
         job = Job(
             shape=shape,

@@ -145,8 +145,13 @@ class Legal:
                 continue
             room = ranks // etp if folded else ranks // tp
             for ep in self.space.ep or divisors(self._experts):
-                if self._experts % ep == 0 and room % ep == 0 and ranks % (ep * etp * shard) == 0:
+                if self._divides(ep) and room % ep == 0 and ranks % (ep * etp * shard) == 0:
                     yield {"ep": ep, "etp": etp, "folded": folded}
+
+    def _divides(self, ep: int) -> bool:
+        """Whether experts lie evenly on `ep` ranks, or may lie unevenly because just that is asked for."""
+        may = ep in self.space.ep and self.job.shape.may_lie_unevenly and ep <= self._experts
+        return may or self._experts % ep == 0
 
     @cached_property
     def _experts(self) -> int:
