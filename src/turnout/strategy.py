@@ -100,9 +100,9 @@ class Strategy:
                 f"strategy.virtual_stages={self.virtual_stages} cuts the stages of a pipeline, and pp=1 has none; "
                 "nearest legal: virtual_stages=1, schedule='1f1b', or pp=2"
             )
-        if self.schedule == "zero_bubble" and self.pp == 1:
+        if self.schedule in ("zero_bubble", "gpipe") and self.pp == 1:
             raise ConfigError(
-                "strategy.schedule='zero_bubble' fills the idle time of a pipeline, and pp=1 has none; "
+                f"strategy.schedule={self.schedule!r} is of a pipeline, and pp=1 has none; "
                 "nearest legal: '1f1b', or pp=2"
             )
         if self.schedule == "dualpipe" and self.pp % 2:

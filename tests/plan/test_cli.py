@@ -385,7 +385,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "no pipeline to fill": (
         ("time", "mixtral-8x7b", "--nodes", "4", "--layout", "schedule=zero_bubble"),
-        r"schedule='zero_bubble' fills the idle time .* nearest legal: '1f1b', or pp=2",
+        r"schedule='zero_bubble' is of a pipeline, .* nearest legal: '1f1b', or pp=2",
     ),
     "too few micro-batches": (
         ("volume", "mixtral-8x7b", "--nodes", "4", "--batch", "8", "--layout", "tp=4,pp=4,schedule=dualpipe"),

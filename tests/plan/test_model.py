@@ -184,6 +184,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"num_kv_heads": 7}, r"num_kv_heads=7 must divide num_heads=32; nearest legal: 4"),
         ({"top_k": 9}, r"top_k=9 must be in 1\.\.8"),
         ({"dense_first": 1, "ffn_hidden": 0}, "ffn_hidden=0, yet some blocks are dense"),
+        ({"encoder_layers": 4, "mtp_layers": 1}, r"mtp_layers=1 is of decoders alone.*nearest legal: mtp_layers=0"),
         ({"dense_first": 99}, r"dense_first=99 is above num_layers=32"),
     ],
 )

@@ -57,7 +57,7 @@ class UniformRouting:
         if packing != "assignment" and self.capacity_factor != 1.0:
             raise ConfigError(
                 f"capacity_factor={self.capacity_factor} pads rows per expert, which a program that merges them does "
-                "not send; nearest legal: 1.0"
+                "not send; nearest legal: 1.0, or a program that sends each by itself, such as flat"
             )
         units = self._units(packing)
         per_token = self.top_k * self.capacity_factor if packing == "assignment" else self._distinct(units)

@@ -83,7 +83,7 @@ def inference(
     csv: plan_options.Csv = None,
     as_json: options.Json = False,
 ) -> None:
-    """Time to the first token, time of each further one, throughput, what bounds them; or the best layout. 1: none."""
+    """Time to the first token, time of each further one, throughput; or the best layout (exit code 1: none)."""
     from turnout.cli import plan_inference_print as printed
     from turnout.cli import plan_print
     from turnout.cli.console import print_json

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A model by name (`turnout plan models`), or the path of a Hugging Face config.json.", show_default=False
+        help="A model by name (`turnout plan models`), or the path of a Hugging Face config.json or of a .toml file of "
+        "dimensions.",
+        show_default=False,
     ),
 ]
 Cluster = Annotated[
@@ -38,7 +40,12 @@ Further = Annotated[
     ),
 ]
 Framework = Annotated[
-    str, typer.Option("--framework", help="The code whose memory and overlap are assumed, such as torchtitan.")
+    str,
+    typer.Option(
+        "--framework",
+        help="The code whose memory and overlap are assumed: nemo, deepseek, torchtitan, nanotron, ...; "
+        "an unknown name lists all.",
+    ),
 ]
 Skew = Annotated[float, typer.Option("--skew", help="Rows of the busiest expert rank over the mean; 1: balanced.")]
 Capacity = Annotated[

@@ -48,7 +48,7 @@ def search(
     page: plan_options.Page = None,
     as_json: options.Json = False,
 ) -> None:
-    """The layouts that fit, best first; what trades memory for time; and why yours is not the pick. 1: none fits."""
+    """Layouts that fit, best first; what trades memory for time; why yours is not the pick. Exit code 1: none fits."""
     from dataclasses import replace
 
     from turnout.cli import plan_page, plan_print

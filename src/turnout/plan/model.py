@@ -86,6 +86,11 @@ class ModelShape:
             )
         if len(self.sparse_layers) < self.num_layers + self.encoder_layers and not self.ffn_hidden:
             raise ConfigError("model.ffn_hidden=0, yet some blocks are dense; give their FFN's hidden width")
+        if self.mtp_layers and self.encoder_layers:
+            raise ConfigError(
+                f"model.mtp_layers={self.mtp_layers} is of decoders alone, and encoder_layers={self.encoder_layers}; "
+                "nearest legal: mtp_layers=0"
+            )
         if self.experts_by_layer and len(self.experts_by_layer) != len(self.sparse_layers):
             raise ConfigError(
                 f"model.experts_by_layer has {len(self.experts_by_layer)} entries; "
