@@ -7,7 +7,6 @@ from turnout.clusters import load_cluster
 from turnout.config import from_dict, load_toml
 from turnout.errors import ConfigError
 from turnout.plan.framework import FRAMEWORKS
-from turnout.plan.hf_config import read_config
 from turnout.plan.job import Job
 from turnout.plan.model import ModelShape
 from turnout.plan.pipeline import nearest_cut
@@ -147,6 +146,9 @@ def load_model(name_or_path: str) -> ModelShape:
     if name_or_path in SHAPES:
         return SHAPES[name_or_path]
     if name_or_path.endswith(".json") or Path(name_or_path).is_dir():
+        # the families of config.json files take longer to read than a plan of a named model to make
+        from turnout.plan.hf_config import read_config
+
         return read_config(name_or_path)
     if name_or_path.endswith(".toml"):
         return from_dict(ModelShape, {"name": Path(name_or_path).stem} | load_toml(Path(name_or_path)), "model")
