@@ -90,6 +90,7 @@ def test_records_of_the_file_stand_for_unknown_names() -> None:
         ({"layout": {}}, "tp is not given"),
         ({"layout": None}, "tp is not given"),
         ({"layout": {"tp": 7}}, r"tp=7 .* must divide world=64; nearest legal"),
+        ({"layout": {"tp": 8, "dp": 4}}, r"layout\.dp=4 times tp=8 \* cp=1 \* pp=1 is not gpus=64; .* dp=8"),
         ({"gpus": 128, "layout": {"tp": 1, "pp": 128}}, "must not exceed num_layers=80"),
         ({"model": "mixtral-8x22b"}, "ep is not given for a model with experts"),
         ({"dims": [1]}, "is not an object"),

@@ -187,6 +187,17 @@ def test_deepseek_v3_keeps_its_card_busy_for_5_or_11_seconds(program: str, limit
     assert node_limit(asked, CLUSTERS["h800"]) == 4
 
 
+@pytest.mark.parametrize(("program", "slower"), [("flat", True), ("hierarchical", False), ("node_dedup", False)])
+def test_rails_slow_what_goes_to_other_places_of_other_nodes(program: str, slower: bool) -> None:
+    asked = job("deepseek-v3", dp=64, ep=64, folded=True, alltoall=program)
+    spine = replace(CLUSTERS["h800"], oversubscription=4.0, nodes_per_leaf=32)
+    rails, together = (step_time(asked, replace(spine, rails=each)).ep_s for each in (True, False))
+    assert together == step_time(asked, CLUSTERS["h800"]).ep_s
+    # 7 of 8 rows that leave a node, at a quarter of the bandwidth; the latency of messages is the same
+    assert rails > 3 * together if slower else rails == together
+    assert step_time(asked, replace(spine, oversubscription=8.0)).ep_s >= rails
+
+
 def test_a_rank_fed_from_both_ends_does_the_mean_of_its_two_stages() -> None:
     one_way = replace(V3, strategy=replace(V3.strategy, schedule="1f1b"))
     both = step_time(V3, CLUSTERS["h800"])

@@ -79,6 +79,12 @@ def micro_batches(run: Run) -> int:
     return run.job.micro_batches
 
 
+@reads("ep")
+def waiting(run: Run) -> float:
+    """What the busiest expert rank takes for its rows over what the mean one does: all wait for it."""
+    return run.job.busiest
+
+
 @reads("overlap")
 def chunks(run: Run) -> int:
     """Pieces the experts' exchange is cut into."""
@@ -189,7 +195,7 @@ def _experts_wire_s(of: Terms[Run], block: int) -> Numbers:
     seconds = of(exchange_wire, block, False).seconds(tokens, pieces)
     again = of(exchange_wire, block, True).seconds(tokens, pieces)
     seconds = seconds + either(of(repeated).whole, again, 0.0) + of(expert_tensor_s, block)
-    return of.subject.job.skew * seconds + of(expert_weights_s, block)
+    return of(waiting) * seconds + of(expert_weights_s, block)
 
 
 def _hidden(of: Terms[Run], work: _Work) -> dict[str, Numbers]:

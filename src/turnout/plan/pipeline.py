@@ -166,3 +166,19 @@ def idle_passes(strategy: Strategy, weights: Numbers = 1 / 3) -> Numbers:
     if strategy.schedule == "zero_bubble":
         return (p - 1) * (1 - 2 * weights) / strategy.virtual_stages
     return (p - 1) / strategy.virtual_stages
+
+
+def cuts_as_needed(micro_batches: int, schedule: str, pp: int) -> bool:
+    """Whether a schedule runs, and its formulas hold, with so many micro-batches."""
+    return nearest_cut(micro_batches, schedule, pp) == micro_batches
+
+
+def nearest_cut(micro_batches: int, schedule: str, pp: int) -> int:
+    """The number of micro-batches closest to this one that a schedule runs with.
+
+    Source: Megatron-LM's arguments (interleaved: a multiple of the stages); Qi et al. 2023, arXiv:2401.10241 (as many
+    as stages); https://github.com/deepseek-ai/DualPipe (twice as many).
+    """
+    if schedule == "interleaved":
+        return max(1, round(micro_batches / pp)) * pp
+    return max(micro_batches, {"zero_bubble": pp, "dualpipe": 2 * pp}.get(schedule, 1))

@@ -92,7 +92,8 @@ def dense_update_s(run: Run) -> float:
 def routed_update_s(run: Run) -> float:
     """The optimizer, for one parameter of a stage's routed experts."""
     strategy = run.job.strategy
-    return optimizer_s(1 / (strategy.ep * strategy.etp), run.job, run.engine, ranks=strategy.edp())
+    share = run.job.crowding / (strategy.ep * strategy.etp)
+    return optimizer_s(share, run.job, run.engine, ranks=strategy.edp())
 
 
 # --- the step ---
