@@ -176,7 +176,8 @@ def _fake_rows(rank: int) -> Iterator[Sequence[str]]:
         size = RowSize(row_bytes=row_bytes, back_bytes=row_bytes)
         planned = traffic_of(round_trip(program, group.mesh), routing, size)
         assert sent == planned, (sent, planned)
-        yield (f"{rank:,}", name, *(f"{value:,.0f}" for value in vars(sent).values()))
+        shown = (sent.intra_bytes, sent.inter_bytes, sent.intra_messages, sent.inter_messages)
+        yield (f"{rank:,}", name, *(f"{value:,.0f}" for value in shown))
     dist.destroy_process_group()
 
 

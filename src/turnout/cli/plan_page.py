@@ -54,9 +54,13 @@ def _plain(each: Any) -> Any:
     if isinstance(each, str):
         return each.strip()
     # bars made of characters are a terminal's: a page has its figure
-    columns = [column for column in each.columns if any(cell.strip(BAR) for cell in column.cells)]
+    columns = [
+        (column, [cell if cell.strip(BAR) else "" for cell in column.cells])
+        for column in each.columns
+        if any(cell.strip(BAR) for cell in column.cells)
+    ]
     return Grid(
         title=str(each.title or ""),
-        headings=tuple((str(column.header), str(column.justify)) for column in columns),
-        rows=tuple(zip(*(column.cells for column in columns), strict=True)),
+        headings=tuple((str(column.header), str(column.justify)) for column, _ in columns),
+        rows=tuple(zip(*(cells for _, cells in columns), strict=True)),
     )
