@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from turnout.allocator import keep_memory
 from turnout.bench.deepspeed_step import (
     check_deepspeed,
     check_experts,
@@ -118,6 +119,8 @@ def _rank(
     rank: int, text: str, ranks: int, folder: str, names: Sequence[str], threads: int, rounds: int, warmup: int
 ) -> None:
     torch.set_num_threads(threads)
+    # as `turnout train` does; the peers are in the same process, and have it too
+    keep_memory()
     recipe = from_dict(Recipe, loads(text))
     with as_rank(rank, ranks, folder, timeout_s=TIMEOUT_S) as world:
         batch = _batch(recipe, world)
