@@ -10,6 +10,7 @@ import platform
 import select
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -55,6 +56,9 @@ class SharedLine:
         self._boxes = [memoryview(each).cast("q") for each in maps]
         self._bases = [ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in maps]
         self._known: dict[tuple[int, int], Tensor] = {}  # (rank, descriptor) -> its segment, as bytes
+        self._slabs.descriptors += [box.descriptor, *self._lives.values()]
+        # what was received stays mapped for as long as it is wanted, whatever is closed
+        weakref.finalize(self, _close, self._slabs.descriptors).atexit = False
 
     def wait_at_most(self, timeout_s: float) -> None:
         """From here on so long for a peer."""
@@ -177,7 +181,10 @@ class SharedLine:
             futex.wait(self._bases[owner] + 8 * at, seen, _LOOK_S)
 
     def _has_ended(self, peer: int) -> bool:
-        return bool(select.select([self._lives[peer]], [], [], 0)[0])
+        # select knows no descriptor beyond 1,023
+        asked = select.poll()
+        asked.register(self._lives[peer], select.POLLIN)
+        return bool(asked.poll(0))
 
 
 def mailbox(size: int) -> Slab:
@@ -190,6 +197,11 @@ def host() -> tuple[str, int, int]:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read()
     return boot, os.stat("/proc/self/ns/pid").st_ino, os.stat("/proc/self/ns/net").st_ino
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
