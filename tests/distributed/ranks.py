@@ -42,7 +42,7 @@ from tests.distributed.held import Held
 from tests.distributed.reshard import reshard
 from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
-from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
+from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, lines, make_groups
 from turnout.comm.kernel_count import Connection, received
 from turnout.comm.ledger import Kind, Phase
 from turnout.comm.processes import start_ranks
@@ -214,7 +214,9 @@ def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
 
 @cache
 def _groups(ep: int, etp: int, world: World) -> Groups:
-    return make_groups(Strategy(ep=ep, etp=etp, dp=world.size), world, timeout_s=TIMEOUT_S)
+    # whose bytes the kernel can count, unless a test says otherwise
+    share = None if lines.SETTING in os.environ else False
+    return make_groups(Strategy(ep=ep, etp=etp, dp=world.size), world, timeout_s=TIMEOUT_S, share_memory=share)
 
 
 def run_training(case: TrainCase, world: World) -> Outcome:

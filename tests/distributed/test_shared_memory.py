@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed.cases import EMPTY, PROGRAMS, LayerCase
-from tests.distributed.ranks import _groups, run_layer, spawn
+from tests.distributed.ranks import _groups, run_layer, run_random, spawn
 from turnout.comm import World, lines, shared_memory
 from turnout.comm.lines import SETTING, open_lines, shared_line
 from turnout.comm.shared_memory import SharedLine
@@ -43,6 +43,7 @@ def work(world: World, folder: Path) -> None:
         os.environ[SETTING] = wanted
         _groups.cache_clear()
         outcomes[wanted] = [run_layer(case, replace(world, local_size=case.local)) for case in cases()]
+    outcomes["random"] = run_random(world, 40)
     line = shared_line(dist.group.WORLD, timeout_s=30)
     assert line is not None
     outcomes["differ"] = differing_calls(line, world)
@@ -171,6 +172,12 @@ def test_a_layer_is_the_same_through_memory_bit_for_bit(number: int, outcomes: l
             assert torch.equal(by_memory["grads"][name], grad), name
         for way in ("forward", "backward"):
             assert by_memory[way] == by_gloo[way]
+
+
+@HERE
+def test_passes_with_any_number_of_tokens_equal_one_rank(outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        assert max(outcome["random"].values()) <= 1e-10
 
 
 @HERE

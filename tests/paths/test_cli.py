@@ -387,7 +387,7 @@ def test_doctor_tries_the_memory_that_ranks_of_a_host_share(turnout, monkeypatch
 
     assert row()["proven"] == (not shared_memory.why_not())
     right = SharedLine.all_reduce
-    monkeypatch.setattr(SharedLine, "all_reduce", lambda self, flat: right(self, flat) + 1)
+    monkeypatch.setattr(SharedLine, "all_reduce", lambda self, flat, **how: right(self, flat, **how) + 1)
     wrong = row()
     assert not wrong["proven"]
     assert not wrong["available"] or "a sum is not that of what ranks have" in wrong["reason"]

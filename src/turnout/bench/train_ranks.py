@@ -35,6 +35,7 @@ from turnout.bench.mixtral import check_shape, routing_words
 from turnout.bench.race import Timing, ratio
 from turnout.bench.run import check_gate, ratio_keys, result, row
 from turnout.comm import World
+from turnout.comm.lines import intention
 from turnout.comm.processes import as_rank, start_ranks
 from turnout.config import dump_toml, from_dict
 from turnout.data.sampler import Batch
@@ -71,7 +72,8 @@ def run(
         start_ranks(_rank, ranks, dump_toml(placed), ranks, folder, names, threads, rounds, warmup)
         found = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
     timings = {name: _slowest([each[name] for each in found]) for name in names}
-    return result([_row(name, timings, placed, ranks, threads) for name in names], "deepspeed", ranks=ranks)
+    rows = [_row(name, timings, placed, ranks, threads) for name in names]
+    return result(rows, "deepspeed", ranks=ranks, links_of_turnout=intention())
 
 
 def _check(recipe: Recipe, ranks: int, names: Sequence[str]) -> None:

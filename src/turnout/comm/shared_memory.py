@@ -88,13 +88,15 @@ class SharedLine:
         pieces = [_as_bytes(tensor)] * self.size
         return self._exchange(tensor, pieces, [len(pieces[0])] * self.size, self.size * len(tensor))
 
-    def all_reduce(self, flat: Tensor) -> Tensor:
+    def all_reduce(self, flat: Tensor, *, at_once_bytes: int = _AT_ONCE_BYTES) -> Tensor:
         """The sum over ranks, added in their order: every rank has the same bits.
+
+        Up to `at_once_bytes` everybody gets everything; of more each rank adds up a share, which then goes to all.
 
         Shapes: flat (N,) contiguous, on the CPU, alike on all ranks; returns (N,).
         Raises: as `all_to_all`.
         """
-        if flat.nbytes <= _AT_ONCE_BYTES:
+        if flat.nbytes <= at_once_bytes:
             return self.all_gather(flat).view(self.size, len(flat)).sum(dim=0, dtype=flat.dtype)
         shares = [len(part) for part in flat.tensor_split(self.size)]
         mine = shares[self._rank]
