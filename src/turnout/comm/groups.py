@@ -204,8 +204,10 @@ def _staged(strategy: Strategy, world: World, maker: "_Maker") -> StageGroup | N
 def _sharded(strategy: Strategy, world: World, maker: "_Maker") -> tuple[ProcessGroup, ...]:
     if strategy.zero == 0:
         return ()
-    # along the data axis: tensor-parallel ranks have other parts, or other gradients of the same
-    columns = [range(world.size)[at :: strategy.tp] for at in range(strategy.tp)]
+    # of one stage alone, along the data axis: tensor-parallel ranks have other parts, or other gradients of the same
+    each, tp = world.size // strategy.pp, strategy.tp
+    stages = [range(world.size)[start : start + each] for start in range(0, world.size, each)]
+    columns = [stage[at::tp] for stage in stages for at in range(tp)]
     size = strategy.zero_size or len(columns[0])
     copies = maker.group([list(column[first::size]) for column in columns for first in range(size)])
     shards = maker.group([list(column[at : at + size]) for column in columns for at in range(0, len(column), size)])

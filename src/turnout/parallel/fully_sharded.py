@@ -60,7 +60,8 @@ def shard_fully(
 ) -> None:
     """Shard a model whose experts are cut; `cut` names those parameters, of which other ranks have the rest.
 
-    Dense weights, or the parts that tensor-parallel ranks have of them, lie in shards over the data axis.
+    Dense weights, or the parts that tensor-parallel ranks have of them, lie in shards over the data axis. Of pipeline
+    stages that is of the blocks alone: no pass goes through the model, which would gather what stands beside them.
     """
     # hooks on a view would be lost if it were changed in place, and nothing here is
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -75,9 +76,12 @@ def shard_fully(
             fully_shard(experts, mesh=mesh)
     # experts that are sharded already are passed over by themselves
     alone = set() if apart else {model.get_parameter(name) for name in cut}
-    mesh = _dense_mesh(groups, device)
-    for block in [*(module for module in model.modules() if isinstance(module, Block)), model]:
-        fully_shard(block, mesh=mesh, ignored_params=alone)
+    mesh = _dense_mesh(groups, strategy, device)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    staged = groups.stages is not None
+    # each block of a stage is for FSDP a model of its own, whose weights it would keep from forward to backward
+    for module in blocks if staged else [*blocks, model]:
+        fully_shard(module, mesh=mesh, ignored_params=alone, reshard_after_forward=True if staged else None)
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             # gloo has no average
@@ -131,10 +135,11 @@ def here(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _dense_mesh(groups: Groups, device: str) -> DeviceMesh:
+def _dense_mesh(groups: Groups, strategy: Strategy, device: str) -> DeviceMesh:
     *copies, shards = groups.sharded
     if not copies:
         return DeviceMesh.from_group(shards, device)
-    tp = 1 if groups.tensor is None else groups.tensor.size
-    ranks = torch.arange(groups.world.size)[groups.world.rank % tp :: tp].view(-1, shards.size())
+    tp, each = strategy.tp, groups.world.size // strategy.pp
+    first = groups.world.rank // each * each
+    ranks = torch.arange(first, first + each)[groups.world.rank % tp :: tp].view(-1, shards.size())
     return DeviceMesh.from_group([*copies, shards], device, mesh=ranks, mesh_dim_names=("copies", "shards"))
