@@ -1,7 +1,7 @@
 """Groups of ranks that a strategy needs, made at the start and all warmed, with one timeout."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import cast
 
@@ -52,6 +52,7 @@ class TensorGroup:
     place: int  # this process's
     wire: ProcessGroup  # all of them
     replicas: ProcessGroup | None  # ranks of other groups that hold the same parts; None: there are none
+    lines: Lines = Lines()  # memory that those on one host share
 
     @property
     def size(self) -> int:
@@ -141,8 +142,11 @@ def make_groups(
     everybody = dist.group.WORLD if world.size > 1 else None
     like = everybody if staged is None else staged.peers
     want = wanted() if share_memory is None else "always" if share_memory else "never"
-    sharing_memory = [*wires.values(), whole, replicas, like, everybody]
+    of_slices = [peers.wire for each in sharing.values() for peers in (each.rows, each.weights) if peers is not None]
+    of_parts = [] if tensor is None else [tensor.wire, tensor.replicas]
+    sharing_memory = [*wires.values(), whole, *of_slices, replicas, *of_parts, like, everybody]
     shared = open_lines(sharing_memory, world, timeout_s=timeout_s, want=want, cuda=cuda)
+    tensor = None if tensor is None else replace(tensor, lines=shared)
     experts = None
     if whole is not None:
         experts = ExpertGroup(

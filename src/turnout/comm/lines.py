@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from turnout.comm.scattered import all_gather_single, reduce_scatter
 from turnout.comm.shared_memory import SharedLine, host, mailbox, why_not
 from turnout.comm.world import World
 from turnout.errors import ConfigError
@@ -42,6 +43,25 @@ class Lines:
             dist.all_reduce(flat, group=group)
         else:
             flat.copy_(line.all_reduce(flat))
+
+    def all_gather(self, block: Tensor, group: ProcessGroup) -> Tensor:
+        """What every rank of the group has, rank by rank. Shapes: block (N, ...) contiguous, alike on all ranks."""
+        line = self.of(group)
+        if line is not None and block.device.type == "cpu":
+            return line.all_gather(block)
+        out = block.new_empty(group.size() * len(block), *block.shape[1:])
+        all_gather_single(out, block, group=group)
+        return out
+
+    def reduce_scatter(self, sent: Tensor, group: ProcessGroup) -> Tensor:
+        """This rank's run of the sum over ranks. Shapes: sent (size * N, ...) contiguous; returns (N, ...)."""
+        line, rows = self.of(group), len(sent) // group.size()
+        if line is not None and sent.device.type == "cpu":
+            each = [rows] * line.size
+            return line.all_to_all(sent, each, each).view(line.size, rows, *sent.shape[1:]).sum(dim=0)
+        out = sent.new_empty(rows, *sent.shape[1:])
+        reduce_scatter(out, sent, group)
+        return out
 
 
 def wanted() -> Wanted:

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from turnout.comm.ledger import Kind, Ledger, Phase
-from turnout.comm.scattered import reduce_scatter
-from turnout.comm.tensor_wire import all_gather_single
+from turnout.comm.scattered import all_gather_single, reduce_scatter
 from turnout.comm.wire import named
 
 
