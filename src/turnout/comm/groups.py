@@ -144,7 +144,7 @@ def make_groups(
     want = wanted() if share_memory is None else "always" if share_memory else "never"
     of_slices = [peers.wire for each in sharing.values() for peers in (each.rows, each.weights) if peers is not None]
     of_parts = [] if tensor is None else [tensor.wire, tensor.replicas]
-    sharing_memory = [*wires.values(), whole, *of_slices, replicas, *of_parts, like, everybody]
+    sharing_memory = [*wires.values(), whole, *of_slices, replicas, *of_parts, *sharded, like, everybody]
     shared = open_lines(sharing_memory, world, timeout_s=timeout_s, want=want, cuda=cuda)
     tensor = None if tensor is None else replace(tensor, lines=shared)
     experts = None

@@ -36,29 +36,31 @@ class Lines:
         """The group's; None: it has none."""
         return None if group is None else self.of_group.get(group)
 
+    def carries(self, tensor: Tensor, group: ProcessGroup) -> bool:
+        """Whether memory is how a tensor gets to the group's ranks."""
+        return tensor.device.type == "cpu" and group in self.of_group
+
     def all_reduce(self, flat: Tensor, group: ProcessGroup) -> None:
         """The sum over the group's ranks, in place. Shapes: flat (N,) contiguous."""
-        line = self.of(group)
-        if line is None or flat.device.type != "cpu":
-            dist.all_reduce(flat, group=group)
+        if self.carries(flat, group):
+            flat.copy_(self.of_group[group].all_reduce(flat))
         else:
-            flat.copy_(line.all_reduce(flat))
+            dist.all_reduce(flat, group=group)
 
     def all_gather(self, block: Tensor, group: ProcessGroup) -> Tensor:
         """What every rank of the group has, rank by rank. Shapes: block (N, ...) contiguous, alike on all ranks."""
-        line = self.of(group)
-        if line is not None and block.device.type == "cpu":
-            return line.all_gather(block)
+        if self.carries(block, group):
+            return self.of_group[group].all_gather(block)
         out = block.new_empty(group.size() * len(block), *block.shape[1:])
         all_gather_single(out, block, group=group)
         return out
 
     def reduce_scatter(self, sent: Tensor, group: ProcessGroup) -> Tensor:
         """This rank's run of the sum over ranks. Shapes: sent (size * N, ...) contiguous; returns (N, ...)."""
-        line, rows = self.of(group), len(sent) // group.size()
-        if line is not None and sent.device.type == "cpu":
-            each = [rows] * line.size
-            return line.all_to_all(sent, each, each).view(line.size, rows, *sent.shape[1:]).sum(dim=0)
+        size, rows = group.size(), len(sent) // group.size()
+        if self.carries(sent, group):
+            arrived = self.of_group[group].all_to_all(sent, [rows] * size, [rows] * size)
+            return arrived.view(size, rows, *sent.shape[1:]).sum(dim=0)
         out = sent.new_empty(rows, *sent.shape[1:])
         reduce_scatter(out, sent, group)
         return out

@@ -86,16 +86,16 @@ def shard_fully(
         if isinstance(module, FSDPModule):
             # gloo has no average
             module.set_force_sum_reduction_for_comms(device == "cpu")
-            _count(module, name or "the model", None if module in apart else groups, ledger)
+            _carry(module, name or "the model", groups, ledger, is_dense=module not in apart)
 
 
-def _count(module: FSDPModule, name: str, dense: Groups | None, ledger: Ledger) -> None:
-    """What FSDP hands to the collectives of a module goes through the ledger; `dense`: groups that may have copies."""
+def _carry(module: FSDPModule, name: str, groups: Groups, ledger: Ledger, *, is_dense: bool) -> None:
+    """What FSDP hands to the collectives of a module goes through the ledger, and through memory that ranks share."""
     # what torch asks for is a callable that allocates: its own classes are private
-    module.set_custom_all_gather(cast(Any, GatherOfShards(ledger, name)))
-    module.set_custom_reduce_scatter(cast(Any, SumOfShards(ledger, name)))
-    if dense is not None and len(dense.sharded) > 1:
-        module.set_all_reduce_hook(note_of_copies(ledger, name, dense.sharded[0]))
+    module.set_custom_all_gather(cast(Any, GatherOfShards(ledger, name, groups.lines)))
+    module.set_custom_reduce_scatter(cast(Any, SumOfShards(ledger, name, groups.lines)))
+    if is_dense and len(groups.sharded) > 1:
+        module.set_all_reduce_hook(note_of_copies(ledger, name, groups.sharded[0]))
 
 
 def sum_at_end(model: nn.Module, *, is_last: bool, whole: bool) -> None:
