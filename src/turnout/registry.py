@@ -11,8 +11,12 @@ Part = TypeVar("Part")
 
 
 def nearest(name: str, legal: list[str]) -> str:
-    """`; did you mean 'x'?` for the legal name closest to `name`, or nothing when none is close."""
-    close = difflib.get_close_matches(name, legal, n=1, cutoff=0.5)
+    """`; did you mean 'x'?` for the legal name closest to `name`, or nothing when none is close.
+
+    One that has it as a word, as `dgx-h100` has `h100`, is closer than one spelled like it.
+    """
+    having = [each for each in legal if name in each.replace("_", "-").split("-")]
+    close = having or difflib.get_close_matches(name, legal, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

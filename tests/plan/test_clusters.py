@@ -106,7 +106,7 @@ def test_a_wrong_unit_or_field_is_named(change: dict[str, object], text: str) ->
 def test_a_missing_field_and_an_unknown_machine_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="missing field 'device'"):
         cluster_from({"name": "empty"})
-    with pytest.raises(ConfigError, match=r"unknown cluster 'h100'; available: .*path of a .toml file"):
+    with pytest.raises(ConfigError, match=r"unknown cluster 'h100'; available: .*path of a .toml file.*did you mean 'dgx-h100'"):
         load_cluster("h100")
     with pytest.raises(ConfigError, match=r"cannot read .*nowhere.toml"):
         load_cluster(str(tmp_path / "nowhere.toml"))

@@ -152,6 +152,8 @@ def test_every_verb_draws_and_writes_what_it_answers(verb: str, plan: Turnout, t
     assert re.findall(r"https?://\S*?(?=[\"' <])", text) == ["http://www.w3.org/2000/svg"]
     assert "<script" not in text
     assert "src=" not in text
+    # what the figure draws is not drawn again from characters
+    assert "█" not in text
     (drawn,) = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     ElementTree.fromstring(drawn)
     # every line the terminal shows is in the page, but for what was written where

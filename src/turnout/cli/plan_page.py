@@ -48,13 +48,15 @@ def write_pictures(
 
 def _plain(each: Any) -> Any:
     """A table of rich's, or a line, as a page has it."""
+    from turnout.cli.plan_print import BAR
     from turnout.plan.answer_page import Grid
 
     if isinstance(each, str):
         return each.strip()
-    columns = [list(column.cells) for column in each.columns]
+    # bars made of characters are a terminal's: a page has its figure
+    columns = [column for column in each.columns if any(cell.strip(BAR) for cell in column.cells)]
     return Grid(
         title=str(each.title or ""),
-        headings=tuple((str(column.header), str(column.justify)) for column in each.columns),
-        rows=tuple(zip(*columns, strict=True)),
+        headings=tuple((str(column.header), str(column.justify)) for column in columns),
+        rows=tuple(zip(*(column.cells for column in columns), strict=True)),
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 GIB = 2**30
 WIDE = 150  # characters of a line where no terminal says how many there are
+BAR = " ▏▎▍▌▋▊▉█"  # eighths of a character
 
 
 def wide_console(*, as_json: bool) -> Any:
@@ -79,7 +80,7 @@ def bar(share: float, width: int = 28) -> str:
     """A share as a bar of eighths of a character."""
     eighths = round(max(0.0, min(1.0, share)) * width * 8)
     full, rest = divmod(eighths, 8)
-    return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
+    return BAR[-1] * full + (BAR[rest] if rest else "")
 
 
 def write_csv(path: Path | None, rows: Sequence[dict[str, Any]], screen: Any) -> None:
