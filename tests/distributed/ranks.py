@@ -42,7 +42,7 @@ from tests.distributed.held import Held
 from tests.distributed.reshard import reshard
 from tests.distributed.runs import run_part
 from turnout import MoE, Strategy
-from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, make_groups
+from turnout.comm import ExpertGroup, Groups, Ledger, Watch, World, lines, make_groups
 from turnout.comm.kernel_count import Connection, received
 from turnout.comm.ledger import Kind, Phase
 from turnout.comm.processes import start_ranks
@@ -214,7 +214,9 @@ def distributed(layer: MoE, case: LayerCase, world: World) -> Parallel:
 
 @cache
 def _groups(ep: int, etp: int, world: World) -> Groups:
-    return make_groups(Strategy(ep=ep, etp=etp, dp=world.size), world, timeout_s=TIMEOUT_S)
+    # whose bytes the kernel can count, unless a test says otherwise
+    share = None if lines.SETTING in os.environ else False
+    return make_groups(Strategy(ep=ep, etp=etp, dp=world.size), world, timeout_s=TIMEOUT_S, share_memory=share)
 
 
 def run_training(case: TrainCase, world: World) -> Outcome:
@@ -256,7 +258,9 @@ def run_training(case: TrainCase, world: World) -> Outcome:
 def laid_out(case: TrainCase, world: World) -> tuple[Decoder, Parallel]:
     if case.in_parts:
         torch.manual_seed(0)
-        return build_in_parts(config_of(case), case.strategy, world=world, timeout_s=TIMEOUT_S, dtype=case.dtype)
+        # mapped memory of peers would count as tensors of this rank, touched or not
+        with patch.dict(os.environ, {lines.SETTING: "0"}):
+            return build_in_parts(config_of(case), case.strategy, world=world, timeout_s=TIMEOUT_S, dtype=case.dtype)
     model = decoder(case)
     with operators_on_cpu() if case.symmetric else nullcontext():
         return model, apply(model, case.strategy, world=world, timeout_s=TIMEOUT_S)

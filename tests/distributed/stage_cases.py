@@ -31,6 +31,8 @@ class StageCase:
     etp: int = 1
     folded: bool = False
     shard_tokens: bool = False
+    zero: int = 0
+    zero_size: int = 0
     program: str = "flat"
     overlap: int = 1
     local: int = 4
@@ -51,6 +53,7 @@ class StageCase:
     @property
     def strategy(self) -> Strategy:
         names = ("pp", "virtual_stages", "schedule", "tp", "ep", "etp", "folded", "shard_tokens", "overlap")
+        names += ("zero", "zero_size")
         return Strategy(**{name: getattr(self, name) for name in names}, alltoall=self.program)
 
     @property
@@ -92,6 +95,19 @@ def stage_cases() -> Iterator[StageCase]:
     yield replace(four, tp=2)
     yield replace(four, tp=2, ep=2, folded=True, adam=True, schedule="interleaved", virtual_stages=2, layers=5)
     yield replace(four, tp=2, ep=2, folded=True, shard_tokens=True, losses=(LoadBalance(scope="global"),))
+    yield replace(four, zero=3, adam=True, accumulate=4)
+    yield replace(four, zero=3, ep=2, idle_rank=True, tied=False)
+    yield replace(four, zero=3, etp=2, schedule="gpipe", accumulate=3)
+    yield replace(four, zero=3, schedule="interleaved", virtual_stages=2, layers=5, dtype=torch.float32)
+
+
+def eight_cases() -> Iterator[StageCase]:
+    """What only so many ranks have: stages, tensor parallel and shards at once; several copies of the shards."""
+    eight = StageCase(ranks=8, local=8, zero=3)
+    yield replace(eight, tp=2, adam=True)
+    yield replace(eight, tp=2, ep=2, folded=True)
+    yield replace(eight, ep=2)
+    yield replace(eight, zero_size=2)
 
 
 def staged_decoder(case: StageCase) -> Decoder:

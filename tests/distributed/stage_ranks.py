@@ -10,12 +10,21 @@ import torch.distributed as dist
 
 from tests.distributed.ranks import MAX_NORM, TIMEOUT_S, join, numbers, summary
 from tests.distributed.runs import trained
-from tests.distributed.stage_cases import StageCase, batches_of, by_ranks, optimizer_of, stage_cases, staged_decoder
+from tests.distributed.stage_cases import (
+    StageCase,
+    batches_of,
+    by_ranks,
+    eight_cases,
+    optimizer_of,
+    stage_cases,
+    staged_decoder,
+)
 from turnout.comm import Watch, World
 from turnout.data.sampler import Batch
 from turnout.errors import TurnoutError
 from turnout.models import Decoder
 from turnout.parallel import MicroBatch, Parallel, apply
+from turnout.parallel.fully_sharded import here
 from turnout.strategy import Strategy
 from turnout.train.device import autocast_for
 from turnout.train.step import train_step
@@ -25,6 +34,7 @@ RUN = "staged-run"
 PARTS: dict[int, list[tuple[Strategy, dict[str, Any], float]]] = {
     4: [
         (Strategy(pp=2), {}, 0.25),
+        (Strategy(pp=2, zero=3), {"checkpoint": "sharded"}, 0.375),
         (Strategy(pp=2, ep=2), {"checkpoint": "sharded", "async_save": True, "save_every": 1}, 0.5),
     ],
     2: [(Strategy(pp=2, schedule="zero_bubble"), {}, 0.625), (Strategy(ep=2), {"checkpoint": "sharded"}, 0.75)],
@@ -56,6 +66,11 @@ def run_stages(world: World, folder: Path) -> None:
     torch.save(outcomes, folder / f"rank-{world.rank}.pt")
 
 
+def run_eight(world: World, folder: Path) -> None:
+    """The cases of eight ranks."""
+    torch.save({case.name: run_case(case, world) for case in eight_cases()}, folder / f"rank-{world.rank}.pt")
+
+
 def run_case(case: StageCase, world: World) -> dict[str, Any]:
     """Some optimizer steps on this rank's micro-batches; weights are written down whole."""
     model, parallel = laid_out(case, world)
@@ -75,7 +90,7 @@ def run_case(case: StageCase, world: World) -> dict[str, Any]:
         "sent": sent_by_stages(parallel),
         "hidden": hidden(case, parallel),
         "state": state if world.is_first else {},
-        "kept": sum(weight.numel() for weight in model.parameters()),
+        "kept": {name: here(weight).numel() for name, weight in model.named_parameters()},
     }
 
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed.cases import EMPTY, PROGRAMS, LayerCase
-from tests.distributed.ranks import _groups, run_layer, spawn
-from turnout.comm import World, shared_memory
-from turnout.comm.shared_memory import SETTING, SharedLine, shared_line
+from tests.distributed.ranks import _groups, run_layer, run_random, spawn
+from turnout.comm import World, lines, shared_memory
+from turnout.comm.lines import SETTING, open_lines, shared_line
+from turnout.comm.shared_memory import SharedLine
 from turnout.dispatch import FixedCapacity
 from turnout.errors import ConfigError
 
@@ -41,9 +43,12 @@ def work(world: World, folder: Path) -> None:
         os.environ[SETTING] = wanted
         _groups.cache_clear()
         outcomes[wanted] = [run_layer(case, replace(world, local_size=case.local)) for case in cases()]
+    outcomes["random"] = run_random(world, 40)
     line = shared_line(dist.group.WORLD, timeout_s=30)
     assert line is not None
     outcomes["differ"] = differing_calls(line, world)
+    outcomes["sums"] = differing_sums(line, world)
+    outcomes["refused"] = {flaw: refused(world, flaw) for flaw in FLAWS}
     outcomes["kept"] = kept(line, world)
     outcomes["segments"] = len(os.listdir("/proc/self/fd"))
     for _ in range(CALLS):
@@ -77,6 +82,54 @@ def differing_calls(line: SharedLine, world: World) -> list[int]:
         if got.dtype != dtype or not torch.equal(got, want):
             wrong.append(call)
     return wrong
+
+
+def differing_sums(line: SharedLine, world: World) -> list[str]:
+    """Sums and gathers in which memory brought something else than gloo, or other bits than on the first rank."""
+    wrong = []
+    for number in (0, 1, 3, 4, 5, 1000, 8192, 8193, 50_001):
+        for dtype in (torch.float32, torch.float64, torch.int64, torch.int32):
+            tensor = (torch.arange(number) % 17 - 5).to(dtype) * (world.rank + 1) / 3
+            tensor = tensor.to(dtype)
+            got, want, every = line.all_reduce(tensor), tensor.clone(), list(tensor.new_empty(world.size, number))
+            dist.all_reduce(want)
+            dist.all_gather(every, tensor)
+            first = got.clone()
+            dist.broadcast(first, src=0)
+            same = torch.allclose(got, want, rtol=1e-6, atol=0) and torch.equal(got, first)
+            if not (same and got.dtype == dtype and torch.equal(line.all_gather(tensor), torch.cat(every))):
+                wrong.append(f"{number} of {dtype}")
+    return wrong
+
+
+def refused(world: World, flaw: str) -> tuple[str, str, int]:
+    """What is said where one rank has that flaw: if memory is wanted always, else; and how many groups share then."""
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            FLAWS[flaw](patch)
+        said = ""
+        try:
+            open_lines([dist.group.WORLD], world, timeout_s=30, want="always", cuda=False)
+        except ConfigError as error:
+            said = str(error)
+        found = open_lines([dist.group.WORLD], world, timeout_s=30, want="if proven", cuda=False)
+    return said, found.reason, len(found.of_group)
+
+
+def _no_memory(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lines, "why_not", lambda: "no memory on this one")
+
+
+def _no_file(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(shared_memory, "mapped", lambda *_: Path("/nowhere/at/all").read_bytes())
+
+
+def _wrong_rows(patch: pytest.MonkeyPatch) -> None:
+    right = SharedLine.all_to_all
+    patch.setattr(SharedLine, "all_to_all", lambda self, tensor, *splits: right(self, tensor + 1, *splits))
+
+
+FLAWS = {"no memory on this one": _no_memory, "FileNotFoundError": _no_file, "something else": _wrong_rows}
 
 
 def kept(line: SharedLine, world: World) -> bool:
@@ -122,6 +175,12 @@ def test_a_layer_is_the_same_through_memory_bit_for_bit(number: int, outcomes: l
 
 
 @HERE
+def test_passes_with_any_number_of_tokens_equal_one_rank(outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        assert max(outcome["random"].values()) <= 1e-10
+
+
+@HERE
 def test_any_exchange_brings_what_gloo_brings(outcomes: list[dict[str, Any]]) -> None:
     assert [outcome["differ"] for outcome in outcomes] == [[]] * 4
 
@@ -140,17 +199,33 @@ def test_who_waits_for_a_rank_that_ended_says_which(outcomes: list[dict[str, Any
         assert "of the group has ended after" in outcomes[rank]["said"]
 
 
+@HERE
+def test_sums_and_gathers_are_those_of_gloo_and_alike_on_all_ranks(outcomes: list[dict[str, Any]]) -> None:
+    assert [outcome["sums"] for outcome in outcomes] == [[]] * 4
+
+
+@HERE
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_what_one_rank_cannot_no_rank_does(flaw: str, outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        said, reason, num_lines = outcome["refused"][flaw]
+        assert re.match(rf"ranks of one host cannot share memory here: rank \d of 4: .*{flaw}", said)
+        assert f"nearest legal: {SETTING}=0" in said
+        assert (reason, num_lines) == (said, 0)
+
+
 @pytest.mark.parametrize(("system", "processor"), [("darwin", "arm64"), ("linux", "aarch64")])
-def test_where_memory_cannot_be_shared_it_is_refused(
+def test_where_memory_cannot_be_shared_the_reason_is_said(
     system: str, processor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_memory.sys, "platform", system)
     monkeypatch.setattr(shared_memory.platform, "machine", lambda: processor)
-    with pytest.raises(ConfigError, match=f"cannot share memory here: .*nearest legal: {SETTING}=0"):
-        shared_line(dist.group.WORLD, timeout_s=1)  # pyright: ignore[reportArgumentType]
+    assert {"darwin": "darwin", "linux": "aarch64"}[system] in shared_memory.why_not()
 
 
-def test_the_environment_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, wanted in (("1", True), ("0", False), ("", False)):
+@pytest.mark.parametrize(("value", "want"), [("1", "always"), ("0", "never"), ("", "if proven"), (None, "if proven")])
+def test_the_environment_decides(value: str | None, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SETTING, raising=False)
+    if value is not None:
         monkeypatch.setenv(SETTING, value)
-        assert shared_memory.is_wanted() == wanted
+    assert lines.wanted() == want

@@ -39,7 +39,14 @@ REFUSED = [
         Strategy(pp=2, tp=2, schedule="zero_bubble"),
         "strategy.schedule='zero_bubble' with tp=2: torch splits no back",
     ),
-    (Strategy(pp=2, zero=3), "strategy.zero=3 with pp=2 can be planned (turnout plan) but not trained"),
+    (
+        Strategy(pp=2, zero=3, zero_sum="step"),
+        "strategy.zero_sum='step' with pp=2 can be planned (turnout plan) but not trained with in this version",
+    ),
+    (
+        Strategy(pp=2, zero=3, schedule="zero_bubble"),
+        "strategy.schedule='zero_bubble' with zero=3: torch splits the backward pass",
+    ),
     (Strategy(pp=2, scatter_gather=True), "strategy.scatter_gather=True with pp=2 can be planned"),
     (Strategy(pp=2, schedule="dualpipe"), "strategy.schedule='dualpipe' can be planned (turnout plan) but not trained"),
 ]

@@ -19,12 +19,13 @@ from tests.distributed.stage_cases import (
     SEQUENCES,
     StageCase,
     batches_of,
+    eight_cases,
     in_one_process,
     optimizer_of,
     stage_cases,
     staged_decoder,
 )
-from tests.distributed.stage_ranks import ACCUMULATE, RUN, run_stages
+from tests.distributed.stage_ranks import ACCUMULATE, RUN, run_eight, run_stages
 from turnout import Strategy
 from turnout.comm import World
 from turnout.infer.generate import GenerateConfig, generate
@@ -102,6 +103,17 @@ def test_steps_of_stages_equal_one_process(case: StageCase, staged: Path) -> Non
     assert worst(ends, hidden) <= limit
 
 
+@pytest.mark.slow
+def test_stages_with_tensor_parallel_and_shards_equal_one_process(tmp_path: Path) -> None:
+    spawn(run_eight, 8, tmp_path)
+    of_ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(8)]
+    for case in eight_cases():
+        want, state, _ = alone(case)
+        for got in (outcome[case.name] for outcome in of_ranks):
+            assert max(worst(got["results"][step], result) for step, (result, _) in enumerate(want)) <= 1e-10
+        assert max(worst(of_ranks[0][case.name]["state"][name], value) for name, value in state.items()) <= 1e-10
+
+
 def counts_ahead(case: StageCase) -> bool:
     """Whether a loss sends every micro-batch through the stages once more, of which the planner knows nothing."""
     return case.accumulate > 1 and any(loss.spans_step for loss in case.losses)
@@ -126,7 +138,20 @@ def test_the_busiest_rank_sends_what_the_planner_says(case: StageCase, staged: P
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_rank_keeps_its_own_blocks_alone(case: StageCase, staged: Path) -> None:
     whole = sum(weight.numel() for weight in staged_decoder(case).parameters())
-    assert all(outcomes_of(staged)[rank][case.name]["kept"] < whole for rank in range(case.ranks))
+    assert all(sum(outcomes_of(staged)[rank][case.name]["kept"].values()) < whole for rank in range(case.ranks))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.zero], ids=lambda case: case.name)
+def test_ranks_of_a_stage_have_its_blocks_between_them(case: StageCase, staged: Path) -> None:
+    """No number of a block lies on two of them; what stands beside the blocks is whole."""
+    each = case.ranks // case.pp
+    of_ranks = [outcomes_of(staged)[rank][case.name]["kept"] for rank in range(case.ranks)]
+    whole = {name: weight.numel() for name, weight in staged_decoder(case).named_parameters()}
+    for first in range(0, case.ranks, each):
+        stage = of_ranks[first : first + each]
+        for name in stage[0]:
+            found = sum(kept[name] for kept in stage)
+            assert found == (whole[name] if name.startswith("blocks.") else each * whole[name]), name
 
 
 def test_the_steps_are_clipped(staged: Path) -> None:

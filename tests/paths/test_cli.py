@@ -19,6 +19,8 @@ from rich.console import Console
 
 from tests.contracts.cases import takers
 from turnout.cli.compare_print import print_comparison
+from turnout.comm import shared_memory
+from turnout.comm.shared_memory import SharedLine
 from turnout.config import describe, dump_toml, from_dict, to_dict
 from turnout.data.prepare import Dataset
 from turnout.kernels import trusted_kernel
@@ -376,6 +378,19 @@ def test_doctor_proves_the_backends(turnout) -> None:
     assert result.code == 0
     rows = {row["name"]: row for row in json.loads(result.out.splitlines()[-1])["backends"]}
     assert all(rows[name]["proven"] for name in ("loop", "padded_bmm", "grouped_mm"))
+
+
+def test_doctor_tries_the_memory_that_ranks_of_a_host_share(turnout, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row() -> dict[str, Any]:
+        found = json.loads(turnout("doctor", "--json").out.splitlines()[-1])["transports"]
+        return next(each for each in found if each["name"] == "shared memory")
+
+    assert row()["proven"] == (not shared_memory.why_not())
+    right = SharedLine.all_reduce
+    monkeypatch.setattr(SharedLine, "all_reduce", lambda self, flat, **how: right(self, flat, **how) + 1)
+    wrong = row()
+    assert not wrong["proven"]
+    assert not wrong["available"] or "a sum is not that of what ranks have" in wrong["reason"]
 
 
 def test_doctor_and_bench_refuse_a_backend_whose_last_gradient_is_nan(turnout, monkeypatch: pytest.MonkeyPatch) -> None:

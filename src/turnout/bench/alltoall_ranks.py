@@ -17,7 +17,7 @@ from turnout.bench.alltoall_exchange import Exchange, gathering
 from turnout.bench.lab import Lab
 from turnout.bench.ranks import fork_ranks
 from turnout.bench.turns import Work, in_turns, of_slowest
-from turnout.comm import World, kernel_count, make_groups
+from turnout.comm import Lines, World, kernel_count, make_groups
 from turnout.strategy import Strategy
 
 TIMEOUT_S = 120.0
@@ -51,12 +51,12 @@ def _measured(case: ExchangeCase, world: World) -> dict[str, Any]:
             if name == ALL_GATHER:
                 contestants[f"{row_bytes} wire {name}"] = gathering(case, world, row_bytes)
                 continue
-            exchange = Exchange(case, name, replace(group, shared={}), row_bytes)
+            exchange = Exchange(case, name, replace(group, lines=Lines()), row_bytes)
             exchange.check()
             counts[f"{row_bytes} {name}"] = _counted(exchange, quiet, ignored)
             contestants[f"{row_bytes} rows {name}"] = exchange.there
             contestants[f"{row_bytes} wire {name}"] = exchange.bare()
-            if group.shared:
+            if group.lines.of_group:
                 exchange = Exchange(case, name, group, row_bytes)
                 exchange.check()
                 contestants[f"{row_bytes} shared_rows {name}"] = exchange.there

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from turnout.allocator import keep_memory
 from turnout.bench.deepspeed_step import (
     check_deepspeed,
     check_experts,
@@ -34,6 +35,7 @@ from turnout.bench.mixtral import check_shape, routing_words
 from turnout.bench.race import Timing, ratio
 from turnout.bench.run import check_gate, ratio_keys, result, row
 from turnout.comm import World
+from turnout.comm.lines import intention
 from turnout.comm.processes import as_rank, start_ranks
 from turnout.config import dump_toml, from_dict
 from turnout.data.sampler import Batch
@@ -70,7 +72,8 @@ def run(
         start_ranks(_rank, ranks, dump_toml(placed), ranks, folder, names, threads, rounds, warmup)
         found = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
     timings = {name: _slowest([each[name] for each in found]) for name in names}
-    return result([_row(name, timings, placed, ranks, threads) for name in names], "deepspeed", ranks=ranks)
+    rows = [_row(name, timings, placed, ranks, threads) for name in names]
+    return result(rows, "deepspeed", ranks=ranks, links_of_turnout=intention())
 
 
 def _check(recipe: Recipe, ranks: int, names: Sequence[str]) -> None:
@@ -118,6 +121,8 @@ def _rank(
     rank: int, text: str, ranks: int, folder: str, names: Sequence[str], threads: int, rounds: int, warmup: int
 ) -> None:
     torch.set_num_threads(threads)
+    # as `turnout train` does; the peers are in the same process, and have it too
+    keep_memory()
     recipe = from_dict(Recipe, loads(text))
     with as_rank(rank, ranks, folder, timeout_s=TIMEOUT_S) as world:
         batch = _batch(recipe, world)

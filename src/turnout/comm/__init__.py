@@ -5,6 +5,7 @@ from turnout.comm.fused_chunks import ChunkedProducts
 from turnout.comm.fused_symmetric import SymmetricProducts, is_shared
 from turnout.comm.groups import ExpertGroup, Groups, StageGroup, TensorGroup, expert_mesh, make_groups
 from turnout.comm.ledger import Ledger
+from turnout.comm.lines import Lines
 from turnout.comm.shard_wire import GatherOfShards, SumOfShards, note_of_copies
 from turnout.comm.sharing import Peers, Sharing
 from turnout.comm.sizes import Sizes
@@ -21,6 +22,7 @@ __all__ = [
     "GatherOfShards",
     "Groups",
     "Ledger",
+    "Lines",
     "Peers",
     "Sharing",
     "Sizes",

@@ -17,7 +17,8 @@ from turnout.comm.cuts import lengths_of
 from turnout.comm.fused import FusedProducts
 from turnout.comm.ledger import Phase
 from turnout.comm.picks import starts
-from turnout.comm.tensor_wire import TensorWire, all_gather_single, widened
+from turnout.comm.scattered import all_gather_single
+from turnout.comm.tensor_wire import TensorWire, widened
 from turnout.comm.wire import named
 
 Works = list[tuple[int, Tensor, Any]]  # first row of a chunk in every rank's; what arrives; what to wait for

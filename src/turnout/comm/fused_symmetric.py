@@ -15,7 +15,8 @@ from torch import Tensor
 from turnout.comm.fused import FusedProducts
 from turnout.comm.groups import TensorGroup
 from turnout.comm.ledger import Phase
-from turnout.comm.tensor_wire import TensorWire, all_gather_single
+from turnout.comm.scattered import all_gather_single
+from turnout.comm.tensor_wire import TensorWire
 from turnout.comm.wire import named
 from turnout.comm.world import naming
 

@@ -1,7 +1,7 @@
 """Groups of ranks that a strategy needs, made at the start and all warmed, with one timeout."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import cast
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from turnout.alltoall import Axis
-from turnout.comm.shared_memory import SharedLine, is_wanted, shared_line
+from turnout.comm.lines import Lines, open_lines, wanted
 from turnout.comm.sharing import Sharing, sharings
 from turnout.comm.world import World
 from turnout.errors import ConfigError
@@ -32,7 +32,7 @@ class ExpertGroup:
     place: int  # this process's, in `whole`
     num_slices: int  # ranks that an expert is cut over
     sharings: Mapping[int, Sharing]  # Tutel's r -> whom rows and weights are shared with
-    shared: Mapping[frozenset[Axis], SharedLine] = field(default_factory=dict)  # of those that are on one host
+    lines: Lines = Lines()  # memory that those on one host share
 
     @property
     def size(self) -> int:
@@ -52,6 +52,7 @@ class TensorGroup:
     place: int  # this process's
     wire: ProcessGroup  # all of them
     replicas: ProcessGroup | None  # ranks of other groups that hold the same parts; None: there are none
+    lines: Lines = Lines()  # memory that those on one host share
 
     @property
     def size(self) -> int:
@@ -80,6 +81,7 @@ class Groups:
     # of ZeRO: ranks that have all shards between them, and before these, where there are such, those with equal shards
     sharded: tuple[ProcessGroup, ...] = ()
     stages: StageGroup | None = None  # None: every rank has all blocks
+    lines: Lines = Lines()  # memory that groups on one host share
 
     @property
     def like(self) -> ProcessGroup | None:
@@ -108,8 +110,9 @@ def make_groups(
 ) -> Groups:
     """All groups of a strategy whose dp is known; every rank of the job calls it with the same arguments.
 
-    `share_memory`: rows between ranks of one host travel through memory; None: as the environment says.
-    Raises: ConfigError if expert groups cut through nodes, or memory cannot be shared here.
+    `share_memory`: between ranks of one host rows, counts and sums travel through memory; None: as the environment
+    says, or, where that says nothing, if it is proven to work.
+    Raises: ConfigError if expert groups cut through nodes, or memory that must be shared cannot be.
     """
     ep, etp, apart = strategy.ep, strategy.etp, _apart(strategy)
     expert_mesh(etp, world.local_size, "etp")
@@ -136,6 +139,14 @@ def make_groups(
     staged = _staged(strategy, world, maker)
     shared_parts += [] if staged is None else [staged.wire, staged.peers, staged.ends]
     _warm([*maker.made(), *wires.values(), whole, replicas, *shared_parts, *sharded], cuda=cuda)
+    everybody = dist.group.WORLD if world.size > 1 else None
+    like = everybody if staged is None else staged.peers
+    want = wanted() if share_memory is None else "always" if share_memory else "never"
+    of_slices = [peers.wire for each in sharing.values() for peers in (each.rows, each.weights) if peers is not None]
+    of_parts = [] if tensor is None else [tensor.wire, tensor.replicas]
+    sharing_memory = [*wires.values(), whole, *of_slices, replicas, *of_parts, *sharded, like, everybody]
+    shared = open_lines(sharing_memory, world, timeout_s=timeout_s, want=want, cuda=cuda)
+    tensor = None if tensor is None else replace(tensor, lines=shared)
     experts = None
     if whole is not None:
         experts = ExpertGroup(
@@ -147,9 +158,17 @@ def make_groups(
             place=place,
             num_slices=etp,
             sharings=sharing,
-            shared=_shared(wires, timeout_s) if (is_wanted() if share_memory is None else share_memory) else {},
+            lines=shared,
         )
-    return Groups(world=world, experts=experts, replicas=replicas, tensor=tensor, sharded=sharded, stages=staged)
+    return Groups(
+        world=world,
+        experts=experts,
+        replicas=replicas,
+        tensor=tensor,
+        sharded=sharded,
+        stages=staged,
+        lines=shared,
+    )
 
 
 def _apart(strategy: Strategy) -> int:
@@ -189,21 +208,14 @@ def _staged(strategy: Strategy, world: World, maker: "_Maker") -> StageGroup | N
 def _sharded(strategy: Strategy, world: World, maker: "_Maker") -> tuple[ProcessGroup, ...]:
     if strategy.zero == 0:
         return ()
-    # along the data axis: tensor-parallel ranks have other parts, or other gradients of the same
-    columns = [range(world.size)[at :: strategy.tp] for at in range(strategy.tp)]
+    # of one stage alone, along the data axis: tensor-parallel ranks have other parts, or other gradients of the same
+    each, tp = world.size // strategy.pp, strategy.tp
+    stages = [range(world.size)[start : start + each] for start in range(0, world.size, each)]
+    columns = [stage[at::tp] for stage in stages for at in range(tp)]
     size = strategy.zero_size or len(columns[0])
     copies = maker.group([list(column[first::size]) for column in columns for first in range(size)])
     shards = maker.group([list(column[at : at + size]) for column in columns for at in range(0, len(column), size)])
     return tuple(group for group in (copies, shards) if group is not None)
-
-
-def _shared(
-    wires: Mapping[frozenset[Axis], ProcessGroup | None], timeout_s: float
-) -> dict[frozenset[Axis], SharedLine]:
-    """The groups whose ranks are on one host; those that are the same share one line."""
-    lines = {group: shared_line(group, timeout_s=timeout_s) for group in dict.fromkeys(wires.values()) if group}
-    found = {axes: lines[group] for axes, group in wires.items() if group is not None}
-    return {axes: line for axes, line in found.items() if line is not None}
 
 
 def _lines(group: Sequence[int], mesh: Mesh, keep: int) -> list[list[int]]:

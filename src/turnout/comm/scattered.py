@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 # torch 2.13 renamed it
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def reduce_scatter(out: Tensor, sent: Tensor, group: ProcessGroup, op: Any = dist.ReduceOp.SUM) -> None:

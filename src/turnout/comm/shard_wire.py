@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from turnout.comm.ledger import Kind, Ledger, Phase
-from turnout.comm.scattered import reduce_scatter
-from turnout.comm.tensor_wire import all_gather_single
+from turnout.comm.lines import Lines
+from turnout.comm.scattered import all_gather_single, reduce_scatter
 from turnout.comm.wire import named
 
 
 class _Shards:
-    def __init__(self, ledger: Ledger, module: str) -> None:
-        self._ledger, self._module = ledger, module
+    def __init__(self, ledger: Ledger, module: str, lines: Lines) -> None:
+        self._ledger, self._module, self._lines = ledger, module, lines
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer for FSDP."""
@@ -31,9 +31,12 @@ class GatherOfShards(_Shards):
     """Weights of a module, before it is used."""
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, async_op: bool = False) -> Any:
-        """What torch.distributed.all_gather_single gives."""
+        """What torch.distributed.all_gather_single gives; nothing where it is done."""
         _note(self._ledger, self._module, "forward", "shards", group, input_tensor.nbytes)
         with named("all-gather of shards", self._module, group, self._ledger):
+            if self._lines.carries(input_tensor, group):
+                output_tensor.copy_(self._lines.all_gather(input_tensor, group))
+                return None
             return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
@@ -46,7 +49,10 @@ class SumOfShards(_Shards):
         """Done when it returns; the operation is a sum on CPUs, where no other is asked for."""
         _note(self._ledger, self._module, "backward", "shards", group, output_tensor.nbytes)
         with named("reduce-scatter of shards", self._module, group, self._ledger):
-            reduce_scatter(output_tensor, input_tensor, group, op)
+            if self._lines.carries(input_tensor, group):
+                output_tensor.copy_(self._lines.reduce_scatter(input_tensor, group))
+            else:
+                reduce_scatter(output_tensor, input_tensor, group, op)
 
 
 def note_of_copies(ledger: Ledger, module: str, group: ProcessGroup) -> Callable[[Tensor], None]:

@@ -1,36 +1,31 @@
-"""All-to-alls of the ranks of one host through memory they share: senders write into the tensor that is received.
+"""Collectives of the ranks of one host through memory they share: senders write into the tensor that is received.
 
 A socket copies twice and calls the kernel for every piece; this copies once. Tensors that are received lie in memory
 without a name, which the kernel frees with the last process that has it, however it ends.
 """
 
+import ctypes
 import os
 import platform
 import select
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from turnout.comm import futex
 from turnout.comm.picks import starts
 from turnout.comm.slabs import Slab, Slabs, mapped, segment
-from turnout.errors import ConfigError
 
 # of a mailbox, in numbers of 8 bytes, a cache line each: what the owner gives a sender, and what the sender answers
 _LINE = 8
 _CALL, _SLAB, _START, _BYTES = range(4)
-_SPINS, _YIELDS_S, _PAUSE_S = 100, 2e-3, 5e-5
-SETTING = "TURNOUT_SHARED_MEMORY"
-
-
-def is_wanted() -> bool:
-    """Whether the environment asks for it."""
-    return os.environ.get(SETTING, "0") not in ("", "0")
+_SPINS, _YIELDS_S = 100, 2e-3
+_LOOK_S = 0.1  # how often one that waits looks whether its peer is alive
+_AT_ONCE_BYTES = 1 << 15  # a sum of so many bytes is worth one exchange, of more two
 
 
 def why_not() -> str:
@@ -41,38 +36,38 @@ def why_not() -> str:
     return "" if platform.machine() == "x86_64" else f"{platform.machine()} may reorder writes; x86_64 does not"
 
 
-def shared_line(group: ProcessGroup, *, timeout_s: float) -> "SharedLine | None":
-    """The shared memory of a group's ranks; None if they are not all on one host. Every rank of the group calls it.
-
-    Raises: ConfigError if this machine cannot share.
-    """
-    reason = why_not()
-    if reason:
-        raise ConfigError(f"ranks of one host cannot share memory here: {reason}; nearest legal: {SETTING}=0")
-    box = segment(_mailbox_bytes(dist.get_world_size(group)))
-    card = (_host(), os.getpid(), box.descriptor)
-    cards: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(cards, card, group=group)
-    if len({host for host, _, _ in cards}) > 1:
-        return None
-    line = SharedLine(box, [each[1:] for each in cards], dist.get_rank(group), timeout_s)
-    # nobody's box may go before all have it
-    dist.barrier(group=group)
-    return line
-
-
 class SharedLine:
     """One rank's end of it. Calls are the same in number and order on all ranks of the group, as of any collective."""
 
-    def __init__(self, box: Slab, peers: Sequence[tuple[int, int]], rank: int, timeout_s: float) -> None:
-        """`peers`: process and descriptor of every rank's mailbox, this one's among them."""
+    def __init__(
+        self, box: Slab, peers: Sequence[tuple[int, int]], rank: int, timeout_s: float, *, is_crowded: bool = False
+    ) -> None:
+        """`peers`: process and descriptor of every rank's mailbox, this one's among them.
+
+        `is_crowded`: ranks are more than cores, so that one that waits for another may be in its way.
+        Raises: OSError if a peer's memory cannot be reached.
+        """
         self._rank, self._timeout_s, self._call = rank, timeout_s, 0
+        self._busy_s = 0.0 if is_crowded else _YIELDS_S
         self._slabs = Slabs()
         self._pids = [pid for pid, _ in peers]
         self._lives = {peer: os.pidfd_open(pid) for peer, pid in enumerate(self._pids) if peer != rank}
         maps = [box.memory if peer == rank else mapped(*where) for peer, where in enumerate(peers)]
         self._boxes = [memoryview(each).cast("q") for each in maps]
+        self._bases = [ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in maps]
         self._known: dict[tuple[int, int], Tensor] = {}  # (rank, descriptor) -> its segment, as bytes
+        self._slabs.descriptors += [box.descriptor, *self._lives.values()]
+        # what was received stays mapped for as long as it is wanted, whatever is closed
+        weakref.finalize(self, _close, self._slabs.descriptors).atexit = False
+
+    def wait_at_most(self, timeout_s: float) -> None:
+        """From here on so long for a peer."""
+        self._timeout_s = timeout_s
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return len(self._boxes)
 
     def all_to_all(self, tensor: Tensor, received: Sequence[int], sent: Sequence[int]) -> Tensor:
         """What the peers send here, peer by peer.
@@ -80,20 +75,47 @@ class SharedLine:
         Shapes: tensor (sum(sent), ...) contiguous, on the CPU; returns (sum(received), ...).
         Raises: RuntimeError if a peer has ended, is not here in time, or expects another number of bytes.
         """
-        self._call += 1
         entry_bytes = tensor.element_size() * tensor.shape[1:].numel()
-        from_peer, to_peer = ([entry_bytes * number for number in numbers] for numbers in (received, sent))
-        slab, out = self._slabs.tensor(sum(from_peer), tensor, sum(received))
-        mine, starts_in, starts_out = _as_bytes(tensor), starts(from_peer), starts(to_peer)
+        pieces = _as_bytes(tensor).split([entry_bytes * number for number in sent])
+        return self._exchange(tensor, pieces, [entry_bytes * number for number in received], sum(received))
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """What every rank has, rank by rank.
+
+        Shapes: tensor (N, ...) contiguous, on the CPU, alike on all ranks; returns (size * N, ...).
+        Raises: as `all_to_all`.
+        """
+        pieces = [_as_bytes(tensor)] * self.size
+        return self._exchange(tensor, pieces, [len(pieces[0])] * self.size, self.size * len(tensor))
+
+    def all_reduce(self, flat: Tensor, *, at_once_bytes: int = _AT_ONCE_BYTES) -> Tensor:
+        """The sum over ranks, added in their order: every rank has the same bits.
+
+        Up to `at_once_bytes` everybody gets everything; of more each rank adds up a share, which then goes to all.
+
+        Shapes: flat (N,) contiguous, on the CPU, alike on all ranks; returns (N,).
+        Raises: as `all_to_all`.
+        """
+        if flat.nbytes <= at_once_bytes:
+            return self.all_gather(flat).view(self.size, len(flat)).sum(dim=0, dtype=flat.dtype)
+        shares = [len(part) for part in flat.tensor_split(self.size)]
+        mine = shares[self._rank]
+        total = self.all_to_all(flat, [mine] * self.size, shares).view(self.size, mine).sum(dim=0, dtype=flat.dtype)
+        pieces = [_as_bytes(total)] * self.size
+        return self._exchange(total, pieces, [flat.element_size() * share for share in shares], len(flat))
+
+    def _exchange(self, like: Tensor, pieces: Sequence[Tensor], from_peer: Sequence[int], rows: int) -> Tensor:
+        """So many bytes from every peer, and for each a piece: as a tensor of so many rows like those of `like`."""
+        self._call += 1
+        slab, out = self._slabs.tensor(sum(from_peer), like, rows)
+        starts_in = starts(from_peer)
         for peer in self._others():
             self._give(peer, slab, starts_in[peer], from_peer[peer])
-        start = starts_out[self._rank]
-        self._write(_as_bytes(out), starts_in[self._rank], mine[start : start + to_peer[self._rank]])
+        self._write(_as_bytes(out), starts_in[self._rank], pieces[self._rank])
         for peer in self._others():
-            start = starts_out[peer]
-            self._send(peer, mine[start : start + to_peer[peer]])
+            self._send(peer, pieces[peer])
         for peer in self._others():
-            self._wait(self._boxes[self._rank], self._answer(peer), peer)
+            self._wait(self._rank, self._answer(peer), peer)
         return out
 
     def _others(self) -> Iterator[int]:
@@ -107,11 +129,11 @@ class SharedLine:
         box[at + _BYTES] = num_bytes
         if slab is not None:
             box[at + _SLAB], box[at + _START] = slab.descriptor, slab.start + start
-        box[at + _CALL] = self._call
+        self._say(self._rank, at + _CALL)
 
     def _send(self, peer: int, piece: Tensor) -> None:
         box, at = self._boxes[peer], self._rank * _LINE
-        self._wait(box, at + _CALL, peer)
+        self._wait(peer, at + _CALL, peer)
         if box[at + _BYTES] != len(piece):
             raise RuntimeError(
                 f"rank {self._rank} of the group has {len(piece)} bytes for rank {peer}, "
@@ -119,7 +141,7 @@ class SharedLine:
             )
         if len(piece):
             self._write(self._segment_of(peer, box[at + _SLAB]), box[at + _START], piece)
-        box[self._answer(self._rank)] = self._call
+        self._say(peer, self._answer(self._rank))
 
     def _answer(self, sender: int) -> int:
         return (len(self._boxes) + sender) * _LINE
@@ -136,36 +158,52 @@ class SharedLine:
         if len(piece):
             to[start : start + len(piece)].copy_(piece)
 
-    def _wait(self, box: memoryview, at: int, peer: int) -> None:
+    def _say(self, owner: int, at: int) -> None:
+        """The number of this call, in the box of that rank, and to who waits for it there."""
+        self._boxes[owner][at] = self._call
+        futex.wake(self._bases[owner] + 8 * at)
+
+    def _wait(self, owner: int, at: int, peer: int) -> None:
         """Until the number of this call is there: first busily, for a peer is often only a copy behind."""
+        box = self._boxes[owner]
         for _ in range(_SPINS):
             if box[at] >= self._call:
                 return
         started = time.monotonic()
-        while box[at] < self._call:
+        while (seen := box[at]) < self._call:
             waited_s = time.monotonic() - started
-            if waited_s < _YIELDS_S:
+            if waited_s < self._busy_s:
                 os.sched_yield()
                 continue
             if self._has_ended(peer) and box[at] < self._call:
                 raise RuntimeError(f"rank {peer} of the group has ended")
             if waited_s > self._timeout_s:
                 raise RuntimeError(f"rank {peer} of the group was not there within {self._timeout_s:.0f} s")
-            time.sleep(_PAUSE_S)
+            # the lower half of the number, which is the first in memory; it changes with every call
+            futex.wait(self._bases[owner] + 8 * at, seen, _LOOK_S)
 
     def _has_ended(self, peer: int) -> bool:
-        return bool(select.select([self._lives[peer]], [], [], 0)[0])
+        # select knows no descriptor beyond 1,023
+        asked = select.poll()
+        asked.register(self._lives[peer], select.POLLIN)
+        return bool(asked.poll(0))
 
 
-def _host() -> tuple[str, int, int]:
+def mailbox(size: int) -> Slab:
+    """One rank's, of a group of so many."""
+    return segment(2 * size * _LINE * 8)
+
+
+def host() -> tuple[str, int, int]:
     """Alike for processes that reach each other's memory and are on one host, be it one of a lab."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read()
     return boot, os.stat("/proc/self/ns/pid").st_ino, os.stat("/proc/self/ns/net").st_ino
 
 
-def _mailbox_bytes(size: int) -> int:
-    return 2 * size * _LINE * 8
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class Slabs:
     def __init__(self) -> None:
         self._free: dict[int, list[Slab]] = defaultdict(list)
         self._segment: Slab | None = None  # its start: what is not yet given away
+        self.descriptors: list[int] = []  # of all segments; who owns this closes them when no peer will ask any more
 
     def tensor(self, num_bytes: int, like: Tensor, rows: int) -> tuple[Slab | None, Tensor]:
         """A tensor of so many rows like those of `like`, and the slab it lies in; None if it is empty."""
@@ -47,6 +48,7 @@ class Slabs:
         last = self._segment
         if last is None or last.start + size > len(last.memory):
             last = segment(max(size, _SEGMENT_BYTES))
+            self.descriptors.append(last.descriptor)
         descriptor, memory = last.descriptor, last.memory
         self._segment = Slab(descriptor=descriptor, memory=memory, start=last.start + size)
         return Slab(descriptor=descriptor, memory=memory, start=last.start)

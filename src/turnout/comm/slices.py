@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from turnout.comm.ledger import Ledger
+from turnout.comm.lines import Lines
 from turnout.comm.picks import runs, starts
 from turnout.comm.sharing import Peers
 from turnout.comm.wire import Route, SentRows, Splits, send_rows
@@ -27,6 +28,7 @@ class SliceRows:
     device: torch.device
     ledger: Ledger
     layer: str
+    lines: Lines = Lines()  # memory that the peers may share
 
     @property
     def totals(self) -> list[int]:
@@ -69,6 +71,7 @@ class SliceRows:
             ledger=self.ledger,
             layer=self.layer,
             kind="slices",
+            shared=self.lines.of(self.peers.wire),
         )
 
     @cached_property

@@ -14,17 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from turnout.comm.groups import TensorGroup
 from turnout.comm.ledger import Ledger, Phase
-from turnout.comm.scattered import reduce_scatter
 from turnout.comm.wire import named
 from turnout.tensors import first_order
-
-# torch 2.13 renamed it
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +47,16 @@ class TensorWire:
         size = total.numel() * total.element_size() // self.group.size
         self.note(phase, 2 * size)
         with named("all-reduce", self.layer, self.group.wire, self.ledger):
-            dist.all_reduce(total, group=self.group.wire)
+            self.group.lines.all_reduce(total.view(-1), self.group.wire)
         return total
 
     def all_gather(self, x: Tensor, lengths: Sequence[int], dim: int, phase: Phase) -> Tensor:
         # blocks of one size, the longest: gloo and NCCL are at their best with those
         width, first = max(lengths), x.movedim(dim, 0)
         block = first.contiguous() if len(first) == width else widened(first, width)
-        out = block.new_empty(self.group.size * width, *block.shape[1:])
         self.note(phase, block.numel() * block.element_size())
         with named("all-gather", self.layer, self.group.wire, self.ledger):
-            all_gather_single(out, block, group=self.group.wire)
+            out = self.group.lines.all_gather(block, self.group.wire)
         if min(lengths) < width:
             out = torch.cat([each[:length] for each, length in zip(out.split(width), lengths, strict=True)])
         return out.movedim(0, dim)
@@ -72,10 +66,9 @@ class TensorWire:
         if min(lengths) < width:
             first = torch.cat([widened(part, width) for part in first.split(list(lengths))])
         sent = first.contiguous()
-        out = sent.new_empty(width, *sent.shape[1:])
-        self.note(phase, out.numel() * out.element_size())
+        self.note(phase, sent.nbytes // self.group.size)
         with named("reduce-scatter", self.layer, self.group.wire, self.ledger):
-            reduce_scatter(out, sent, self.group.wire)
+            out = self.group.lines.reduce_scatter(sent, self.group.wire)
         return out[: lengths[self.group.place]].movedim(0, dim)
 
     def note(self, phase: Phase, size: int) -> None:

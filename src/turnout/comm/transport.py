@@ -87,7 +87,7 @@ class TorchTransport(Transport[Parcels]):
             labels=self._splits(parcels.label_sizes, leg) if parcels.labels is not None else ((), ()),
             ledger=self._ledger,
             layer=self.layer,
-            shared=self._group.shared.get(frozenset(axes)),
+            shared=self._group.lines.of(group),
             far=self.mesh.nodes > 1 and "node" in axes,
         )
         sent = Sent(picks=parcels.picks, weight_M=parcels.weight_M, route=route)

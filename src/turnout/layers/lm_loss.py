@@ -8,7 +8,8 @@ from torch import Tensor
 from turnout.tensors import first_order
 
 IGNORE = -100
-CHUNK_BYTES = 32 << 20  # logits held at a time: large enough for the matrix products to be at full speed
+CHUNK_BYTES = 32 << 20  # logits held at a time, at most: enough for the matrix products to be at full speed
+_CORE_BYTES = 2 << 20  # of a core's own cache, which logits need not leave between softmax and products
 
 
 def lm_loss(h_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_h = torch.empty_like(h_TD) if wants_grad else None
         grad_w_DV = weight_VD.new_zeros(dim, vocab_size) if wants_grad else None
         chosen_T1 = torch.empty(target_T1.shape, dtype=wide, device=h_TD.device)
-        chunk = max(1, CHUNK_BYTES // (4 * vocab_size))
+        chunk = _rows_at_a_time(vocab_size, dim, h_TD.device)
         for start in range(0, len(h_TD), chunk):
             rows = slice(start, start + chunk)
             h_CD, target_C1 = h_TD[rows], target_T1[rows]
@@ -61,3 +62,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         torch.mul(grad_w_DV.t(), scale.to(grad_w.dtype), out=grad_w)
         scale_T1 = torch.where(counted_T, scale, 0.0).unsqueeze(1).to(grad_h.dtype)
         return grad_h * scale_T1, grad_w, None
+
+
+def _rows_at_a_time(vocab_size: int, dim: int, device: torch.device) -> int:
+    most = max(1, CHUNK_BYTES // (4 * vocab_size))
+    if device.type != "cpu":
+        return most
+    # with fewer rows than some widths of the model it is W that is read again and again
+    return min(most, max(torch.get_num_threads() * _CORE_BYTES // (4 * vocab_size), 2 * dim))

@@ -107,7 +107,9 @@ class ExpertParallel(Dispatcher):
         peers = self._sharing.weights
         if peers is None:
             return experts
-        gather = WeightGather(cuts=self._cuts, peers=peers, ledger=self._ledger, layer=self._layer)
+        gather = WeightGather(
+            cuts=self._cuts, peers=peers, ledger=self._ledger, layer=self._layer, lines=self._group.lines
+        )
         coming = gather.begin(experts.weights)
         gathered = cache(lambda: gather.land(coming))
         return replace(experts, compute=lambda rows, _: experts.compute(rows, gathered()))
@@ -181,7 +183,9 @@ class ExpertParallel(Dispatcher):
         if peers is None:
             return None
         counts = [sizes.slices[place % self._group.num_slices] for place in peers.places]
-        return SliceRows(peers=peers, counts=counts, device=device, ledger=self._ledger, layer=self._layer)
+        return SliceRows(
+            peers=peers, counts=counts, device=device, ledger=self._ledger, layer=self._layer, lines=self._group.lines
+        )
 
     def _merged_counts(self, num_tokens: int, plan: DispatchPlan, tokens: Sequence[int]) -> Mapping[Packing, Tensor]:
         """Tokens of each chunk that go to each rank, and to each node, where the program sends them once."""

@@ -60,7 +60,8 @@ def shard_fully(
 ) -> None:
     """Shard a model whose experts are cut; `cut` names those parameters, of which other ranks have the rest.
 
-    Dense weights, or the parts that tensor-parallel ranks have of them, lie in shards over the data axis.
+    Dense weights, or the parts that tensor-parallel ranks have of them, lie in shards over the data axis. Of pipeline
+    stages that is of the blocks alone: no pass goes through the model, which would gather what stands beside them.
     """
     # hooks on a view would be lost if it were changed in place, and nothing here is
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -75,23 +76,26 @@ def shard_fully(
             fully_shard(experts, mesh=mesh)
     # experts that are sharded already are passed over by themselves
     alone = set() if apart else {model.get_parameter(name) for name in cut}
-    mesh = _dense_mesh(groups, device)
-    for block in [*(module for module in model.modules() if isinstance(module, Block)), model]:
-        fully_shard(block, mesh=mesh, ignored_params=alone)
+    mesh = _dense_mesh(groups, strategy, device)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    staged = groups.stages is not None
+    # each block of a stage is for FSDP a model of its own, whose weights it would keep from forward to backward
+    for module in blocks if staged else [*blocks, model]:
+        fully_shard(module, mesh=mesh, ignored_params=alone, reshard_after_forward=True if staged else None)
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             # gloo has no average
             module.set_force_sum_reduction_for_comms(device == "cpu")
-            _count(module, name or "the model", None if module in apart else groups, ledger)
+            _carry(module, name or "the model", groups, ledger, is_dense=module not in apart)
 
 
-def _count(module: FSDPModule, name: str, dense: Groups | None, ledger: Ledger) -> None:
-    """What FSDP hands to the collectives of a module goes through the ledger; `dense`: groups that may have copies."""
+def _carry(module: FSDPModule, name: str, groups: Groups, ledger: Ledger, *, is_dense: bool) -> None:
+    """What FSDP hands to the collectives of a module goes through the ledger, and through memory that ranks share."""
     # what torch asks for is a callable that allocates: its own classes are private
-    module.set_custom_all_gather(cast(Any, GatherOfShards(ledger, name)))
-    module.set_custom_reduce_scatter(cast(Any, SumOfShards(ledger, name)))
-    if dense is not None and len(dense.sharded) > 1:
-        module.set_all_reduce_hook(note_of_copies(ledger, name, dense.sharded[0]))
+    module.set_custom_all_gather(cast(Any, GatherOfShards(ledger, name, groups.lines)))
+    module.set_custom_reduce_scatter(cast(Any, SumOfShards(ledger, name, groups.lines)))
+    if is_dense and len(groups.sharded) > 1:
+        module.set_all_reduce_hook(note_of_copies(ledger, name, groups.sharded[0]))
 
 
 def sum_at_end(model: nn.Module, *, is_last: bool, whole: bool) -> None:
@@ -131,10 +135,11 @@ def here(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _dense_mesh(groups: Groups, device: str) -> DeviceMesh:
+def _dense_mesh(groups: Groups, strategy: Strategy, device: str) -> DeviceMesh:
     *copies, shards = groups.sharded
     if not copies:
         return DeviceMesh.from_group(shards, device)
-    tp = 1 if groups.tensor is None else groups.tensor.size
-    ranks = torch.arange(groups.world.size)[groups.world.rank % tp :: tp].view(-1, shards.size())
+    tp, each = strategy.tp, groups.world.size // strategy.pp
+    first = groups.world.rank // each * each
+    ranks = torch.arange(first, first + each)[groups.world.rank % tp :: tp].view(-1, shards.size())
     return DeviceMesh.from_group([*copies, shards], device, mesh=ranks, mesh_dim_names=("copies", "shards"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.comm.ledger import Ledger
+from turnout.comm.lines import Lines
 from turnout.comm.sharing import Peers
 from turnout.comm.wire import Route, SentRows, send_rows
 from turnout.experts.cut import Cut
@@ -26,6 +27,7 @@ class WeightGather:
     peers: Peers
     ledger: Ledger
     layer: str
+    lines: Lines = Lines()  # memory that the peers may share
 
     def begin(self, weights: Mapping[str, Tensor]) -> SentRows:
         """Begin to send this rank's slices; `weights`: those."""
@@ -59,4 +61,5 @@ class WeightGather:
             ledger=self.ledger,
             layer=self.layer,
             kind="weights",
+            shared=self.lines.of(self.peers.wire),
         )

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from turnout.comm import Groups, Lines
 from turnout.comm.world import naming
 from turnout.parallel.copies import sum_copies
 from turnout.parallel.dense_cuts import DenseCut
@@ -39,7 +39,7 @@ def reduce_gradients(model: nn.Module, parallel: Parallel) -> None:
 
 
 def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> None:
-    has_grad = _largest([parameter.grad is not None for _, parameter in named], parallel.groups.like)
+    has_grad = _anywhere([parameter.grad is not None for _, parameter in named], parallel.groups)
     dense, parts, experts, tied, shards = [], [], [], [], []
     for (name, parameter), wanted in zip(named, has_grad, strict=True):
         if not wanted:
@@ -58,11 +58,11 @@ def _reduce(named: Sequence[tuple[str, nn.Parameter]], parallel: Parallel) -> No
             own.div_(parallel.alike // averaged)
     groups, divisor = parallel.groups, parallel.alike
     if groups.tensor is not None:
-        _average(shards, groups.tensor.wire, groups.tensor.size)
-    _average(dense, groups.like, divisor)
-    _average(experts, groups.replicas, divisor)
-    _average(parts, None if groups.tensor is None else groups.tensor.replicas, divisor)
-    _average(tied, None if groups.stages is None else groups.stages.ends, divisor)
+        _average(shards, groups.tensor.wire, groups.tensor.size, groups.lines)
+    _average(dense, groups.like, divisor, groups.lines)
+    _average(experts, groups.replicas, divisor, groups.lines)
+    _average(parts, None if groups.tensor is None else groups.tensor.replicas, divisor, groups.lines)
+    _average(tied, None if groups.stages is None else groups.stages.ends, divisor, groups.lines)
     # after the replicas' sum, whose order of summands may differ from one rank of a group to the next
     _sum_copies({name: parameter.grad for (name, parameter), has in zip(named, has_grad, strict=True) if has}, parallel)
 
@@ -79,20 +79,24 @@ def _sum_copies(grads: Mapping[str, Tensor | None], parallel: Parallel) -> None:
         sum_copies(layer or "the layer", own, placement, parallel.groups.experts, parallel.ledger)
 
 
-def _largest(found: Sequence[bool], group: ProcessGroup | None) -> list[bool]:
-    marks = torch.tensor(found, dtype=torch.uint8)
-    if group is not None:
+def _anywhere(found: Sequence[bool], groups: Groups) -> list[bool]:
+    """Which of these is so on any of the ranks that have the same blocks."""
+    marks = torch.tensor(found, dtype=torch.int32)
+    if groups.like is not None:
         with naming("an agreement"):
-            dist.all_reduce(marks, op=dist.ReduceOp.MAX, group=group)
+            groups.lines.all_reduce(marks, groups.like)
     return marks.bool().tolist()
 
 
-def _average(grads: Sequence[Tensor], group: ProcessGroup | None, divisor: int) -> None:
+def _average(grads: Sequence[Tensor], group: ProcessGroup | None, divisor: int, lines: Lines) -> None:
+    if group is None:
+        for grad in grads:
+            grad.div_(divisor)
+        return
     for bucket in _buckets(grads):
         flat = torch.cat([grad.reshape(-1) for grad in bucket])
-        if group is not None:
-            with naming("the reduction of gradients"):
-                dist.all_reduce(flat, group=group)
+        with naming("the reduction of gradients"):
+            lines.all_reduce(flat, group)
         for grad, part in zip(bucket, flat.div_(divisor).split([g.numel() for g in bucket]), strict=True):
             grad.copy_(part.view_as(grad))
 

@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from turnout.comm import Groups, Ledger, World
 from turnout.comm.ledger import Kind
+from turnout.comm.world import naming
 from turnout.parallel.fully_sharded import reshard, sum_at_end
 from turnout.parallel.reach import dispatcher_of, moe_layers, prefix_of, sending_own
 from turnout.parallel.shards import Shards
@@ -141,4 +145,16 @@ class Parallel:
 
     def over_ranks(self, value: float) -> float:
         """A number added up over all ranks."""
-        return self.world.total([value])[0]
+        return self.sum(torch.tensor([value], dtype=torch.float64)).item()
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Numbers added up over all ranks, in place. Shapes: numbers (N,), on the CPU."""
+        if self.world.size > 1:
+            with naming("a sum of statistics"):
+                self.groups.lines.all_reduce(numbers, _everybody())
+        return numbers
+
+
+def _everybody() -> ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from turnout.comm import ExpertGroup, World
+from turnout.comm import ExpertGroup, Lines, World
 from turnout.topology import Link
 from turnout.tune import Hardware
 
@@ -38,8 +38,8 @@ def hardware_name(world: World, device: torch.device) -> str:
 def probe(world: World, group: ExpertGroup, device: torch.device) -> Hardware:
     """Every rank of the job calls it, and gets the same: the slowest rank's times."""
     (product_s,) = world.largest([_product_s(device)])
-    tiers = {axis: _tier(group.along((axis,)), world, device) for axis in ("local", "node")}
-    whole = _tier(group.whole, world, device)
+    tiers = {axis: _tier(group.along((axis,)), group.lines, world, device) for axis in ("local", "node")}
+    whole = _tier(group.whole, group.lines, world, device)
     assert whole is not None
     # where no group lies along a tier, what lies along both stands for it
     intra, inter = tiers["local"] or whole, tiers["node"] or whole
@@ -63,13 +63,13 @@ def _product_s(device: torch.device) -> float:
     return _best_s(multiply, device)
 
 
-def _tier(wire: ProcessGroup | None, world: World, device: torch.device) -> _Tier | None:
+def _tier(wire: ProcessGroup | None, lines: Lines, world: World, device: torch.device) -> _Tier | None:
     if wire is None:
         return None
     peers = wire.size() - 1
-    small_s = _best_s(lambda: _exchange(wire, SMALL, device), device)
+    small_s = _best_s(lambda: _exchange(wire, lines, SMALL, device), device)
     worked_s, began_s = time.process_time(), time.perf_counter()
-    large_s = _best_s(lambda: _exchange(wire, LARGE, device), device)
+    large_s = _best_s(lambda: _exchange(wire, lines, LARGE, device), device)
     worked_s, took_s = time.process_time() - worked_s, time.perf_counter() - began_s
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     small_s, large_s, took_s, most_cores = world.largest([small_s, large_s, took_s, cores])
@@ -81,8 +81,12 @@ def _tier(wire: ProcessGroup | None, world: World, device: torch.device) -> _Tie
     return _Tier(link=Link(bytes_per_s=rate, latency_s=small_s / peers), busy=busy)
 
 
-def _exchange(wire: ProcessGroup, size: int, device: torch.device) -> None:
+def _exchange(wire: ProcessGroup, lines: Lines, size: int, device: torch.device) -> None:
     sent_X: Tensor = torch.zeros(wire.size() * size, dtype=torch.uint8, device=device)
+    line, each = lines.of(wire), [size] * wire.size()
+    if line is not None and device.type == "cpu":
+        line.all_to_all(sent_X, each, each)
+        return
     dist.all_to_all_single(torch.empty_like(sent_X), sent_X, group=wire)
 
 

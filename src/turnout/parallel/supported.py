@@ -57,12 +57,17 @@ def _check_stages(strategy: Strategy) -> None:
     if strategy.pp == 1:
         return
     check_schedule(strategy)
-    for name, legal in (("sequence_parallel", False), ("zero", 0), ("scatter_gather", False)):
+    for name, legal in (("sequence_parallel", False), ("zero_sum", "micro_batch"), ("scatter_gather", False)):
         if getattr(strategy, name) != legal:
             raise ConfigError(
-                f"strategy.{name}={getattr(strategy, name)} with pp={strategy.pp} can be planned (turnout plan) but "
-                f"not trained with in this version; nearest legal: {name}={legal}, or pp=1"
+                f"strategy.{name}={getattr(strategy, name)!r} with pp={strategy.pp} can be planned (turnout plan) but "
+                f"not trained with in this version; nearest legal: {name}={legal!r}, or pp=1"
             )
+    if strategy.schedule == "zero_bubble" and strategy.zero:
+        raise ConfigError(
+            f"strategy.schedule='zero_bubble' with zero={strategy.zero}: torch splits the backward pass, and FSDP lets "
+            "go of weights that the second half needs; nearest legal: '1f1b', or zero=0"
+        )
     if strategy.schedule == "zero_bubble" and strategy.tp > 1:
         # torch's split backward pass goes from each use of a weight to the next, and over the sums between them twice
         raise ConfigError(

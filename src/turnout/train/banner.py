@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from turnout.comm import World
+from turnout.comm.lines import intention
 from turnout.contracts import ExpertBackend
 from turnout.experts import available_backends, choose_backend, passed_by
 from turnout.layers import MoE
@@ -68,6 +69,7 @@ def banner(recipe: Recipe, world: World | None = None) -> list[Fact]:
         _kernel(recipe, device, dtype),
         Fact(name="device", value=str(device), text=f"{device}, {str(dtype).removeprefix('torch.')}"),
         _parallel(recipe, world),
+        *_links(device, world),
         *_copies(recipe, world),
     ]
 
@@ -103,6 +105,16 @@ def _parallel(recipe: Recipe, world: World) -> Fact:
     )
     value = {"ranks": world.size} | {name: getattr(strategy, name) for name in names}
     return Fact(name="parallel", value=value, text=words)
+
+
+def _links(device: torch.device, world: World) -> list[Fact]:
+    """What carries rows and sums inside a node and between nodes."""
+    if world.size == 1:
+        return []
+    words = "NCCL" if device.type == "cuda" else intention()
+    inside = f"{words} inside a node" if world.local_size > 1 else ""
+    between = ("NCCL" if device.type == "cuda" else "gloo") + " between nodes" if world.size > world.local_size else ""
+    return [Fact(name="links", value=words, text="; ".join(filter(None, (inside, between))))]
 
 
 def _copies(recipe: Recipe, world: World) -> list[Fact]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from turnout import reference
+from turnout.comm.lines import intention, try_here
+from turnout.comm.shared_memory import why_not
 from turnout.contracts import ExpertBackend
 from turnout.errors import TurnoutError
 from turnout.experts import FFNExperts, QuantizedFFNExperts, quantize_experts
@@ -46,7 +48,7 @@ def examine() -> dict[str, list[Finding]]:
     """Backends (tried forward and backward against the dense oracle in float64), transports, optional dependencies."""
     return {
         "backends": [_try_backend(name) for name in ExpertBackend.TABLE.names()],
-        "transports": [_gloo()],
+        "transports": [_gloo(), _shared_memory()],
         "optional": [_optional(name, extra) for name, extra in OPTIONAL.items()],
     }
 
@@ -161,6 +163,17 @@ def _gloo() -> Finding:
         proven=False,
         reason="carries tensors of the CPU between ranks of torchrun; to try it: turnout verify smoke --parallel 2 "
         "--set strategy.ep=2",
+    )
+
+
+def _shared_memory() -> Finding:
+    reason = try_here()
+    words = f"carries rows, counts and sums between ranks of one host: {intention()}"
+    return Finding(
+        name="shared memory",
+        available=not why_not(),
+        proven=not reason,
+        reason=reason or f"{words}; exchanges and sums of two threads tried",
     )
 
 

@@ -99,6 +99,8 @@ class Trainer:
             raise
         for change in changes:
             self._tell(f"resumed with {change}")
+        if reason := self.parallel.groups.lines.reason:
+            self._tell(f"gloo carries what memory would: {reason}")
 
     @property
     def done(self) -> float:

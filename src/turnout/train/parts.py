@@ -35,7 +35,7 @@ def shares(batches: Sequence[Batch], parallel: Parallel | None = None) -> list[S
     masks = [torch.ones_like(batch.tokens_BS) if batch.mask_BS is None else batch.mask_BS for batch in batches]
     tokens = [int((mask if parallel is None else parallel.own_tokens(mask)).sum()) for mask in masks]
     counts = [int((each != IGNORE).sum()) for each in targets]
-    all_targets, all_tokens = _over_ranks(torch.tensor([sum(counts), sum(tokens)])).clamp(min=1).tolist()
+    all_targets, all_tokens = _over_ranks(torch.tensor([sum(counts), sum(tokens)]), parallel).clamp(min=1).tolist()
     ranks = dist.get_world_size() if is_joined() else 1
     return [
         Share(main=ranks * main / all_targets, aux=ranks * aux / all_tokens)
@@ -66,7 +66,7 @@ def count_ahead(
             stats = parallel.stages.stats(parallel.stages.forward(batches, autocast))
         else:
             stats = [model(batch.tokens_BS, mask_BS=batch.mask_BS).stats for batch in batches]
-        return sum_stats(stats, repeats=repeats)
+        return sum_stats(stats, repeats=repeats, parallel=parallel)
 
 
 def own_stats(per_batch: Sequence[tuple[MoEStats, ...]]) -> tuple[MoEStats, ...]:
@@ -77,27 +77,37 @@ def own_stats(per_batch: Sequence[tuple[MoEStats, ...]]) -> tuple[MoEStats, ...]
     return totals
 
 
-def sum_stats(per_batch: Sequence[tuple[MoEStats, ...]], *, repeats: int = 1) -> tuple[MoEStats, ...]:
+def sum_stats(
+    per_batch: Sequence[tuple[MoEStats, ...]], *, repeats: int = 1, parallel: Parallel | None = None
+) -> tuple[MoEStats, ...]:
     """Each layer's stats over this rank's micro-batches and all ranks, of which `repeats` report the same tokens."""
+    return sum_up(per_batch, (), repeats=repeats, parallel=parallel)[0]
+
+
+def sum_up(
+    per_batch: Sequence[tuple[MoEStats, ...]],
+    numbers: Sequence[float],
+    *,
+    repeats: int = 1,
+    parallel: Parallel | None = None,
+) -> tuple[tuple[MoEStats, ...], list[float]]:
+    """The same, and numbers averaged over all ranks: not a number anywhere is not a number everywhere."""
     totals = own_stats(per_batch)
-    if not totals or not is_joined():
-        return totals
+    if not is_joined() or not (totals or numbers):
+        return totals, list(numbers)
     # one message for all layers; float64 holds every count below 2^53
     values = [getattr(stats, field.name) for stats in totals for field in fields(MoEStats)]
-    together = _over_ranks(torch.cat([value.double().flatten() for value in values])) / repeats
-    parts = together.split([value.numel() for value in values])
-    summed = iter(part.view_as(value).to(value.dtype) for part, value in zip(parts, values, strict=True))
-    return tuple(MoEStats(**{field.name: next(summed) for field in fields(MoEStats)}) for _ in totals)
+    own = torch.tensor(numbers, dtype=torch.float64, device=values[0].device if values else None)
+    together = _over_ranks(torch.cat([*(value.double().flatten() for value in values), own]), parallel)
+    *parts, mean = together.split([*(value.numel() for value in values), len(numbers)])
+    summed = iter((part / repeats).view_as(v).to(v.dtype) for part, v in zip(parts, values, strict=True))
+    stats = tuple(MoEStats(**{field.name: next(summed) for field in fields(MoEStats)}) for _ in totals)
+    return stats, (mean / dist.get_world_size()).tolist()
 
 
-def mean_over_ranks(values: Sequence[float]) -> list[float]:
-    """Each number averaged over all ranks: not a number anywhere is not a number everywhere."""
-    if not is_joined():
-        return list(values)
-    return (_over_ranks(torch.tensor(values, dtype=torch.float64)) / dist.get_world_size()).tolist()
-
-
-def _over_ranks(value: Tensor) -> Tensor:
+def _over_ranks(value: Tensor, parallel: Parallel | None) -> Tensor:
+    if parallel is not None:
+        return parallel.sum(value)
     if is_joined():
         with naming("a sum of statistics"):
             dist.all_reduce(value)

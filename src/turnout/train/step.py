@@ -16,7 +16,7 @@ from turnout.models.decoder import DecoderLoss
 from turnout.parallel import MicroBatch, Parallel, reduce_gradients
 from turnout.tensors import LossTerm, MoEStats, total_loss
 from turnout.train.guards import ExpertAt, GradReport, clip_and_check, nonfinite_report
-from turnout.train.parts import Share, count_ahead, mean_over_ranks, own_stats, shares, sum_stats
+from turnout.train.parts import Share, count_ahead, own_stats, shares, sum_up
 
 LossFunction = Callable[..., DecoderLoss]  # Decoder.loss, compiled or not
 
@@ -65,8 +65,13 @@ def train_step(
             results.append(_forward_backward(loss_function, batch, share, step_stats, autocast))
     with _inside(parallel, "sum of statistics and losses"):
         own = [result.stats for result in results]
-        stats = sum_stats(own, repeats=repeats) if step_stats is None else step_stats
-        loss, aux_total, aux = _losses(results, weights, 1 if parallel is None else parallel.strategy.pp)
+        names, values = _losses(results, weights)
+        counted = own if step_stats is None else [()]
+        stats, values = sum_up(counted, values, repeats=repeats, parallel=parallel)
+        stats = stats if step_stats is None else step_stats
+        # stages have one loss between them
+        stages = 1 if parallel is None else parallel.strategy.pp
+        loss, aux_total, *terms = [stages * value for value in values]
     if parallel is not None:
         reduce_gradients(model, parallel)
     report = _clip(model, max_norm, parallel)
@@ -84,7 +89,7 @@ def train_step(
     return StepResult(
         loss=loss,
         total_loss=loss + aux_total,
-        aux=aux,
+        aux=dict(zip(names, terms, strict=True)),
         grad_norm=float(report.norm),
         stats=stats,
         own=own_stats(own),
@@ -117,18 +122,14 @@ def _inside(parallel: Parallel | None, collective: str) -> AbstractContextManage
     return nullcontext() if parallel is None else parallel.ledger.inside(collective)
 
 
-def _losses(
-    results: Sequence[DecoderLoss], weights: Sequence[Share], stages: int
-) -> tuple[float, float, dict[str, float]]:
-    """Main loss, sum of the auxiliary losses with their coefficients, and each of these alone; of all ranks.
-
-    `stages`: ranks that have one loss between them.
+def _losses(results: Sequence[DecoderLoss], weights: Sequence[Share]) -> tuple[list[str], list[float]]:
+    """The names of this rank's auxiliary losses; and the main loss, the sum of the auxiliary ones with their
+    coefficients, and each of these alone.
     """
     main = sum(share.main * r.main.item() for share, r in zip(weights, results, strict=True))
     total = sum(share.aux * float(total_loss(r.losses)) for share, r in zip(weights, results, strict=True))
     terms = _mean_terms([r.losses for r in results], weights)
-    main, total, *values = [stages * value for value in mean_over_ranks([main, total, *terms.values()])]
-    return main, total, dict(zip(terms, values, strict=True))
+    return list(terms), [main, total, *terms.values()]
 
 
 def _clip(model: nn.Module, max_norm: float, parallel: Parallel | None) -> GradReport:
