@@ -11,10 +11,12 @@ from turnout.experts.fused_op import fused_experts, in_dtypes_of, kernel_weights
 from turnout.experts.weights import FFNExperts
 from turnout.kernels import KINDS, Kernel, Routing, trusted_kernel
 from turnout.kernels.build import Library, compiled, cpu_flags
+from turnout.kernels.consumed import is_last_pass, is_read_once, mapped_bytes
 from turnout.kernels.half_proof import prove_half
 from turnout.kernels.matrix_unit import by_matrix_unit
 from turnout.tensors import Admission, Assignment, Ragged, Rows, first_order
 
+LEAST_BYTES = 1 << 20  # of values saved, whose memory is given back: of less the call would be most of it
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -36,9 +38,11 @@ class _Fused(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
-        saved_rows = routing.num_rows if keep else None
+        saved_rows, mapped = (routing.num_rows, mapped_bytes()) if keep else (None, 0)
         y_TD, saved = kernel.forward(x_TD, weight_N, weights, routing, saved_rows=saved_rows)
-        if keep:
+        if saved is not None:
+            own = saved.nbytes >= LEAST_BYTES and mapped_bytes() - mapped >= saved.nbytes
+            ctx.may_give_back = own and is_read_once()
             ctx.save_for_backward(x_TD, weight_N, weights.up_EDG, weights.down_EFD, up_bias_EG, down_bias_ED, saved)
             ctx.kind, ctx.routing, ctx.kernel = kind, routing, kernel
         return y_TD
@@ -49,7 +53,14 @@ class _Fused(torch.autograd.Function):
         x_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED, saved = ctx.saved_tensors
         weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, ctx.kind)
         found = ctx.kernel.backward(
-            grads[0].contiguous(), x_TD, weight_N, weights, ctx.routing, saved, wanted=ctx.needs_input_grad[:6]
+            grads[0].contiguous(),
+            x_TD,
+            weight_N,
+            weights,
+            ctx.routing,
+            saved,
+            wanted=ctx.needs_input_grad[:6],
+            give_back=ctx.may_give_back and is_last_pass(),
         )
         return (*in_dtypes_of(weights, found), None, None, None, None)
 

@@ -199,6 +199,7 @@ class Backward {
           x_panel(rows, s, up + d * before_ + f, width, d, f ? ADD : SET);
     }
     finish(index, first, rows, g, s);
+    if (job_.give_back) give_back(const_cast<float*>(saved), rows * panels * parts * TILE_COLUMNS * sizeof(float));
   }
 
   // TILE_COLUMNS columns of h and of the gradients before the activation: d_y down^T, and what the activation makes.

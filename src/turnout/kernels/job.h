@@ -26,6 +26,7 @@ struct Job {
   float* d_down;
   float* d_up_bias;
   float* d_down_bias;
+  int64_t give_back;  // whether memory of `saved` that is read goes back to the system; nobody reads it again then
 };
 
 }  // namespace turnout

@@ -78,8 +78,12 @@ class Kernel:
         saved: Tensor,
         *,
         wanted: tuple[bool, ...],
+        give_back: bool = False,
     ) -> Gradients:
-        """Gradients of those inputs that are `wanted`, in the order of Gradients; those of matrices in float32."""
+        """Gradients of those inputs that are `wanted`, in the order of Gradients; those of matrices in float32.
+
+        `give_back`: nobody reads `saved` again, and its memory goes back to the system piece by piece.
+        """
         like = (x_TD, weight_N, weights.up_EDG, weights.down_EFD, weights.up_bias_EG, weights.down_bias_ED)
         fresh = [
             torch.empty_like(tensor, dtype=torch.float32) if tensor is not None and is_wanted else None
@@ -88,7 +92,9 @@ class Kernel:
         if fresh[1] is not None:
             # what was dropped has no row to write it
             fresh[1].zero_()
-        self._run(self._backward, x_TD, weight_N, weights, routing, (saved, None, y_grad_TD, *fresh))
+        self._run(
+            self._backward, x_TD, weight_N, weights, routing, (saved, None, y_grad_TD, *fresh), give_back=give_back
+        )
         return Gradients(*fresh)
 
     def infer_int8(
@@ -130,12 +136,15 @@ class Kernel:
         weights: Weights,
         routing: Routing,
         rest: tuple[Tensor | None, ...],
+        *,
+        give_back: bool = False,
     ) -> None:
         num_experts, hidden, dim = weights.down_EFD.shape
         sizes = (routing.num_tokens, dim, hidden, num_experts, routing.num_assignments, KINDS[weights.kind])
         own = (weights.up_EDG, weights.down_EFD, weights.up_bias_EG, weights.down_bias_ED)
         half_rows = x_TD.dtype == torch.bfloat16
         job = self._job((*sizes, weights.is_half, half_rows), (routing.routes, x_TD, weight_N, *own, *rest))
+        job[-1] = give_back
         _check(function(job.buffer_info()[0]))
 
     def _job(self, numbers: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> "array[int]":
@@ -146,7 +155,7 @@ class Kernel:
         return job
 
 
-NUM_FIELDS = 27  # of `Job` in job.h
+NUM_FIELDS = 28  # of `Job` in job.h
 # by what matrix_unit.h says
 NO_MATRIX_UNIT = ("the compiler or the processor knows no AMX", "", "Linux does not let this process use AMX")
 
