@@ -5,6 +5,7 @@
 #include "code_panels.h"
 #include "decode.h"
 #include "forward.h"
+#include "half_backward.h"
 #include "half_forward.h"
 #include "int8_forward.h"
 #include "routes.h"
@@ -43,6 +44,12 @@ void half_forward(const Job& job) {
   wide.y = y.data();
   turnout::Decode<bfloat>(wide).run();
   turnout::to_half(reinterpret_cast<bfloat*>(job.y), y.data(), size);
+#endif
+}
+
+void half_backward(const Job& job) {
+#if defined(TURNOUT_MATRIX_UNIT)
+  turnout::HalfBackward(job).run();
 #endif
 }
 
@@ -88,7 +95,9 @@ int turnout_forward(const Job* job) {
 
 int turnout_backward(const Job* job) {
   return guarded([&] {
-    if (job->half_weights)
+    if (job->half_rows)
+      half_backward(*job);
+    else if (job->half_weights)
       turnout::Backward<bfloat>(*job).run();
     else
       turnout::Backward<float>(*job).run();

@@ -17,9 +17,10 @@ struct Job {
   const void* down;       // (E, F, D), likewise
   const float* up_bias;   // (E, G) or null
   const float* down_bias; // (E, D) or null
-  float* saved;           // values before the activation: written forward, read backward; null in inference
+  float* saved;           // of bfloat where half_rows: values before the activation: written forward, read backward; null in inference
   float* y;               // (T, D), of the forward pass
-  const float* d_y;       // (T, D); from here on of the backward pass, null for what is not wanted
+  // from here on of the backward pass, null for what is not wanted; where half_rows d_y, d_x, d_up, d_down of bfloat
+  const float* d_y;       // (T, D)
   float* d_x;
   float* d_weight;  // (N), zero where nothing was sent
   float* d_up;

@@ -61,9 +61,10 @@ class Kernel:
     ) -> tuple[Tensor, Tensor | None]:
         """y_TD, and what the backward pass wants to have back, with room for `saved_rows`; None: nothing is.
 
-        Everything is float32 and contiguous; or tokens and matrices are bfloat16, for the matrix unit.
+        Everything is float32 and contiguous; or tokens and matrices are bfloat16, for the matrix unit, and then what is
+        saved and the gradients of both are.
         """
-        saved = None if saved_rows is None else x_TD.new_empty(self.saved_size(weights, saved_rows))
+        saved = None if saved_rows is None else x_TD.new_empty(self.saved_size(weights, saved_rows, x_TD.dtype))
         y_TD = torch.empty_like(x_TD)
         self._run(self._forward, x_TD, weight_N, weights, routing, (saved, y_TD))
         return y_TD, saved
@@ -80,14 +81,16 @@ class Kernel:
         wanted: tuple[bool, ...],
         give_back: bool = False,
     ) -> Gradients:
-        """Gradients of those inputs that are `wanted`, in the order of Gradients; those of matrices in float32.
+        """Gradients of those inputs that are `wanted`, in the order of Gradients; those of matrices in the dtype of x.
 
         `give_back`: nobody reads `saved` again, and its memory goes back to the system piece by piece.
         """
         like = (x_TD, weight_N, weights.up_EDG, weights.down_EFD, weights.up_bias_EG, weights.down_bias_ED)
+        rows, sums = x_TD.dtype, torch.float32
+        dtypes = (rows, sums, rows, rows, sums, sums)
         fresh = [
-            torch.empty_like(tensor, dtype=torch.float32) if tensor is not None and is_wanted else None
-            for tensor, is_wanted in zip(like, wanted, strict=True)
+            torch.empty_like(tensor, dtype=dtype) if tensor is not None and is_wanted else None
+            for tensor, is_wanted, dtype in zip(like, wanted, dtypes, strict=True)
         ]
         if fresh[1] is not None:
             # what was dropped has no row to write it
@@ -121,10 +124,12 @@ class Kernel:
         _check(self._best(scores_RE.data_ptr(), num_rows, num_experts, k, expert_RK.data_ptr(), threads, pool))
         return expert_RK
 
-    def saved_size(self, weights: Weights, num_rows: int) -> int:
-        """Numbers that are kept for the backward pass of so many rows."""
+    def saved_size(self, weights: Weights, num_rows: int, dtype: torch.dtype) -> int:
+        """Numbers that are kept for the backward pass of so many rows of this dtype."""
         hidden = weights.down_EFD.shape[1]
         parts = weights.up_EDG.shape[2] // hidden
+        if dtype == torch.bfloat16:
+            return num_rows * -(-hidden * parts // HALF_PANEL) * HALF_PANEL
         panels = -(-hidden // self._tile_columns)
         return num_rows * panels * self._tile_columns * parts
 
@@ -155,6 +160,7 @@ class Kernel:
         return job
 
 
+HALF_PANEL = 32  # of half_block.h
 NUM_FIELDS = 28  # of `Job` in job.h
 # by what matrix_unit.h says
 NO_MATRIX_UNIT = ("the compiler or the processor knows no AMX", "", "Linux does not let this process use AMX")

@@ -50,7 +50,7 @@ def worst_error(kernel: Kernel) -> float:
 
 def _error(kernel: Kernel, kind: str, sizes: tuple[int, ...], *, bias: bool) -> Tensor:
     leaves, expert_TK, y_grad_TD = drawn(kind, sizes, bias=bias)
-    got = _by_kernel(kernel, kind, leaves, expert_TK, y_grad_TD)
+    got = by_kernel(kernel, kind, leaves, expert_TK, y_grad_TD)
     y_TD, *grads = by_oracle(kind, leaves, expert_TK, y_grad_TD)
     return largest_error(got, [y_TD, y_TD, *grads])
 
@@ -78,7 +78,7 @@ def largest_error(got: list[Tensor], want: list[Tensor]) -> Tensor:
     return torch.stack([(a.double() - b).abs().max() / b.abs().max().clamp(min=1) for a, b in pairs]).max()
 
 
-def _by_kernel(kernel: Kernel, kind: str, leaves: list[Tensor], expert_TK: Tensor, y_grad_TD: Tensor) -> list[Tensor]:
+def by_kernel(kernel: Kernel, kind: str, leaves: list[Tensor], expert_TK: Tensor, y_grad_TD: Tensor) -> list[Tensor]:
     """Output as in inference and as in training, and the gradients of all leaves."""
     x_TD, weight_N, up_EDG, down_EFD, *biases = leaves
     up_bias, down_bias = biases or (None, None)
