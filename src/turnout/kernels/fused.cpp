@@ -110,7 +110,7 @@ int turnout_int8(const turnout::Int8Job* job, int64_t digits) {
 
 int turnout_best(const float* scores, int64_t rows, int64_t experts, int64_t k, int64_t* picks, int64_t threads,
                  turnout::Parallel parallel) {
-  return guarded([&] { turnout::Scores(scores, rows, experts, int(threads), parallel).best(int(k), picks); });
+  return guarded([&] { turnout::best_of_rows(scores, rows, experts, int(k), picks, threads, parallel); });
 }
 
 int turnout_ask_matrix_unit() { return turnout::ask_matrix_unit(); }
