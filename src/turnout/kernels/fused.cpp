@@ -5,11 +5,11 @@
 #include "code_panels.h"
 #include "decode.h"
 #include "forward.h"
+#include "gates.h"
 #include "half_backward.h"
 #include "half_forward.h"
 #include "int8_forward.h"
 #include "routes.h"
-#include "scores.h"
 
 using turnout::Job;
 using turnout::bfloat;
@@ -111,6 +111,14 @@ int turnout_int8(const turnout::Int8Job* job, int64_t digits) {
 int turnout_best(const float* scores, int64_t rows, int64_t experts, int64_t k, int64_t* picks, int64_t threads,
                  turnout::Parallel parallel) {
   return guarded([&] { turnout::best_of_rows(scores, rows, experts, int(k), picks, threads, parallel); });
+}
+
+int turnout_choose(const turnout::Gates* gates) {
+  return guarded([&] { turnout::choose_rows(*gates); });
+}
+
+int turnout_choose_backward(const turnout::Gates* gates) {
+  return guarded([&] { turnout::logits_gradient(*gates); });
 }
 
 int turnout_ask_matrix_unit() { return turnout::ask_matrix_unit(); }

@@ -3,13 +3,14 @@
 import ctypes
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, TurnoutError
-from turnout.kernels.arguments import KINDS, Gradients, Int8Weights, Routing, Weights
+from turnout.kernels.arguments import KINDS, Chosen, Gradients, Int8Weights, Routing, Weights
 from turnout.tensors import Assignment
 
 
@@ -27,6 +28,9 @@ class Kernel:
         self._int8.argtypes, self._int8.restype = [pointer, number], ctypes.c_int
         self._best = library.turnout_best
         self._best.argtypes = [pointer, number, number, number, pointer, number, pointer]
+        self._choose, self._choose_backward = library.turnout_choose, library.turnout_choose_backward
+        for function in (self._choose, self._choose_backward):
+            function.argtypes, function.restype = [pointer], ctypes.c_int
         self.poison = library.turnout_poison
         self._library, self.matrix_unit = library, matrix_unit
         self._tile_columns = library.turnout_tile_columns()
@@ -124,6 +128,44 @@ class Kernel:
         _check(self._best(scores_RE.data_ptr(), num_rows, num_experts, k, expert_RK.data_ptr(), threads, pool))
         return expert_RK
 
+    def choose(self, logits_RE: Tensor, token_R: Tensor, k: int, *, renormalize: bool) -> Chosen:
+        """The k best experts of each row, as `best` has them, with softmax scores; their weights are those scores, or
+        where they are to be renormalised the softmax of their own logits.
+        """
+        num_rows, num = len(logits_RE), len(logits_RE) * k
+        number = partial(torch.empty, num, dtype=torch.int64)
+        chosen = Chosen(torch.empty_like(logits_RE), logits_RE.new_empty(num), number(), number(), number())
+        self._gates(self._choose, chosen, num_rows, renormalize, logits_RE.contiguous(), token_R.contiguous())
+        return chosen
+
+    def choose_backward(
+        self, chosen: Chosen, d_scores_RE: Tensor | None, d_weight_N: Tensor | None, *, renormalize: bool
+    ) -> Tensor:
+        """The gradient of the logits; None: nothing depends on it."""
+        d_logits_RE = torch.empty_like(chosen.scores_RE)
+        given = [None if grad is None else grad.contiguous() for grad in (d_scores_RE, d_weight_N)]
+        rest = (None, None, *given, d_logits_RE)
+        self._gates(self._choose_backward, chosen, len(d_logits_RE), renormalize, *rest)
+        return d_logits_RE
+
+    def _gates(
+        self,
+        function: Callable[[int], int],
+        chosen: Chosen,
+        num_rows: int,
+        renormalize: bool,
+        logits_RE: Tensor | None,
+        token_R: Tensor | None,
+        *gradients: Tensor | None,
+    ) -> None:
+        """`Gates` of gates.h, of which a forward pass reads no gradients."""
+        num_experts, k = chosen.scores_RE.shape[1], len(chosen.expert_N) // max(num_rows, 1)
+        numbers = (num_rows, num_experts, k, renormalize, torch.get_num_threads(), self._pool)
+        tensors = (logits_RE, token_R, *chosen, *gradients)
+        gates = array("q", (*numbers, *map(_at, tensors)))
+        gates.extend([0] * (NUM_GATES - len(gates)))
+        _check(function(gates.buffer_info()[0]))
+
     def saved_size(self, weights: Weights, num_rows: int, dtype: torch.dtype) -> int:
         """Numbers that are kept for the backward pass of so many rows of this dtype."""
         hidden = weights.down_EFD.shape[1]
@@ -161,6 +203,7 @@ class Kernel:
 
 
 HALF_PANEL = 32  # of half_block.h
+NUM_GATES = 16  # fields of `Gates` in gates.h
 NUM_FIELDS = 28  # of `Job` in job.h
 # by what matrix_unit.h says
 NO_MATRIX_UNIT = ("the compiler or the processor knows no AMX", "", "Linux does not let this process use AMX")
