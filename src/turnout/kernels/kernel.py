@@ -134,7 +134,9 @@ class Kernel:
         """
         num_rows, num = len(logits_RE), len(logits_RE) * k
         number = partial(torch.empty, num, dtype=torch.int64)
-        chosen = Chosen(torch.empty_like(logits_RE), logits_RE.new_empty(num), number(), number(), number())
+        # small ones first: what lies above large ones keeps the allocator from giving those back
+        expert_N, token_N, choice_N, weight_N = number(), number(), number(), logits_RE.new_empty(num)
+        chosen = Chosen(torch.empty_like(logits_RE), weight_N, expert_N, token_N, choice_N)
         self._gates(self._choose, chosen, num_rows, renormalize, logits_RE.contiguous(), token_R.contiguous())
         return chosen
 
