@@ -2,7 +2,8 @@
 
 Usage: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.hme_speed [--large] [--iterations N] [--out FILE].
 CPU seconds of one core; the sides take turns, least and median are shown. `--large`: iterations on 10^6 x 50 with 64
-experts read from a memory map, and the memory they take. Ends in one line of JSON.
+experts read from a memory map, and the memory they take. `--packages [NAME ...]`: beside packages of R and PyPI, those
+of `benchmarks.hme_packages` that are installed, instead. Ends in one line of JSON.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import resource
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +21,14 @@ import numpy as np
 import torch  # noqa: F401
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
+from benchmarks.hme_packages import PACKAGES, beside
+from benchmarks.hme_problem import cpu_s, on_disk, problem
 from turnout.hme.em import EMConfig, fit_em, ridge_of
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import WHOLE
-from turnout.hme.mixture import Mixture, new_mixture
+from turnout.hme.mixture import Mixture
 from turnout.hme.sweep import Rows
-from turnout.hme.tree import Floats, Tree
+from turnout.hme.tree import Floats
 
 RIDGE = 1e-3
 MORE = 5  # iterations whose time is taken together
@@ -98,44 +100,6 @@ def _loop_gate(x_NP: Floats, first_N: Floats, both_N: Floats, share_N: Floats, g
     return gate_P + step_P * (1.0 if move <= WHOLE else np.log1p(move) / move)
 
 
-def problem(num_rows: int, inputs: int, depth: int, outputs: int, seed: int = 0) -> tuple[Mixture, Rows]:
-    """A smooth function with a fold at random planes, and a mixture to fit to it."""
-    random = np.random.default_rng(seed)
-    x_NP, y_NO = np.empty((num_rows, inputs + 1)), np.empty((num_rows, outputs))
-    _draw(x_NP, y_NO, random)
-    return _mixture(Rows(x_NP=x_NP, y_NT=y_NO, weight_N=np.ones(num_rows)), depth, random)
-
-
-def on_disk(folder: Path, num_rows: int, inputs: int, depth: int) -> tuple[Mixture, Rows]:
-    """`problem` with one output, as memory maps of two files; no more than 10,000 rows are ever held."""
-    random = np.random.default_rng(0)
-    make = np.lib.format.open_memmap
-    x_NP = make(folder / "x.npy", mode="w+", dtype=np.float64, shape=(num_rows, inputs + 1))
-    y_NO = make(folder / "y.npy", mode="w+", dtype=np.float64, shape=(num_rows, 1))
-    _draw(x_NP, y_NO, random)
-    return _mixture(Rows(x_NP=x_NP, y_NT=y_NO, weight_N=np.ones(num_rows)), depth, random)
-
-
-def _draw(x_NP: Floats, y_NO: Floats, random: np.random.Generator) -> None:
-    fold_PO, slope_PO = random.normal(size=(2, x_NP.shape[1], y_NO.shape[1]))
-    for start in range(0, len(x_NP), 10_000):
-        x, y = x_NP[start : start + 10_000], y_NO[start : start + 10_000]
-        x[:, :-1], x[:, -1] = random.normal(size=(len(x), x.shape[1] - 1)), 1
-        y[:] = np.abs(x @ fold_PO) + x @ slope_PO + 0.1 * random.normal(size=y.shape)
-
-
-def _mixture(rows: Rows, depth: int, random: np.random.Generator) -> tuple[Mixture, Rows]:
-    family = Gaussian(targets=rows.y_NT.shape[1])
-    tree, size = Tree.complete(depth, 2), rows.x_NP.shape[1]
-    return new_mixture(tree, family, rows.y_NT.T, rows.weight_N, size, random), rows
-
-
-def cpu_s(work: Callable[[], object]) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
-
-
 def small(turns: int = 20) -> dict[str, float]:
     """15,000 x 12, 16 experts, 4 outputs."""
     mixture, rows = problem(15_000, 12, 4, 4)
@@ -184,12 +148,16 @@ def main() -> None:
     parser.add_argument("--only-large", action="store_true")
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--iterations", type=int, default=2, help="of the large fit")
+    parser.add_argument("--packages", nargs="*", choices=list(PACKAGES), help="beside these; none named: all")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found = {} if options.only_large else small(options.turns)
-    found |= large(options.iterations) if options.large or options.only_large else {}
+    if options.packages is not None:
+        found = beside(options.packages or list(PACKAGES), options.turns)
+    else:
+        found = {} if options.only_large else small(options.turns)
+        found |= large(options.iterations) if options.large or options.only_large else {}
     for name, figure in found.items():
-        print(f"{name:32} {figure if isinstance(figure, list) else f'{figure:.4f}'}")
+        print(f"{name:32} {f'{figure:.4f}' if isinstance(figure, float) else figure}")
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))

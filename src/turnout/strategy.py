@@ -100,6 +100,11 @@ class Strategy:
                 f"strategy.virtual_stages={self.virtual_stages} cuts the stages of a pipeline, and pp=1 has none; "
                 "nearest legal: virtual_stages=1, schedule='1f1b', or pp=2"
             )
+        if self.schedule in ("zero_bubble", "gpipe") and self.pp == 1:
+            raise ConfigError(
+                f"strategy.schedule={self.schedule!r} is of a pipeline, and pp=1 has none; "
+                "nearest legal: '1f1b', or pp=2"
+            )
         if self.schedule == "dualpipe" and self.pp % 2:
             raise ConfigError(f"strategy.pp={self.pp} must be even under dualpipe; nearest legal: {self.pp + 1}")
         if self.sequence_parallel and self.tp == 1:
@@ -163,8 +168,8 @@ class Strategy:
         """This strategy with dp filled in, once it is legal for the job. What is 0 is unknown and not checked;
         num_experts is the exception: 0 is a dense model.
 
-        `global_batch` counts sequences. `uneven`: some ranks may hold one expert more than others, as the layers can;
-        the planner's and the tuner's closed forms take all alike.
+        `global_batch` counts sequences. `uneven`: some ranks may hold one expert more than others, as the layers and
+        the planner can; the tuner takes all alike.
         Raises: ConfigError naming the field, its value and the nearest legal one.
         """
         resolved = self._with_dp(world, num_heads)

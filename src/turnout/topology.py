@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from math import ceil, prod
+from typing import Literal
 
 from turnout.errors import ConfigError
 from turnout.registry import nearest
@@ -9,24 +10,27 @@ from turnout.registry import nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What one device can send over one tier of the network.
+    """What one device can send over one tier of the network: m bytes in latency_s + m / bytes_per_s.
 
-    Source of the law: alpha-beta model with a half-bandwidth size, eta(m) = m / (m + half_bytes); specs of LogGP and of
-    nccl-tests' bus bandwidth.
+    So a message of m bytes reaches m / (m + half_bytes) of the bandwidth. Source: Hockney 1994, Parallel Computing 20,
+    The communication challenge for MPP (r_inf and n_1/2); nccl-tests' bus bandwidth.
     """
 
     bytes_per_s: float  # one way, per device, as a large transfer sees it
     latency_s: float = 0.0  # of one message, from call to arrival
-    half_bytes: float = 0.0  # message size that reaches half of bytes_per_s
 
     def __post_init__(self) -> None:
         _require(self.bytes_per_s > 0, "link.bytes_per_s", self.bytes_per_s, "above 0")
         _require(self.latency_s >= 0, "link.latency_s", self.latency_s, "at least 0")
-        _require(self.half_bytes >= 0, "link.half_bytes", self.half_bytes, "at least 0")
+
+    @property
+    def half_bytes(self) -> float:
+        """Size of the message that reaches half of the bandwidth."""
+        return self.latency_s * self.bytes_per_s
 
     def time_s(self, sent_bytes: float, messages: float) -> float:
         """Seconds to send `sent_bytes` cut into `messages` one after the other."""
-        return self.latency_s * messages + (sent_bytes + messages * self.half_bytes) / self.bytes_per_s
+        return self.latency_s * messages + sent_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,12 @@ class Device:
         _require(self.memory_bytes > 0, "device.memory_bytes", self.memory_bytes, "above 0")
         _require(self.memory_bytes_per_s > 0, "device.memory_bytes_per_s", self.memory_bytes_per_s, "above 0")
 
+    @property
+    def usual_precision(self) -> Literal["bf16", "fp16", "fp32"]:
+        """What a job here trains in unless it says otherwise."""
+        peaks = self.peak_flops_per_s
+        return "bf16" if peaks.bf16 else ("fp16" if peaks.fp16 else "fp32")
+
     def flops_per_s(self, precision: str) -> float:
         """Peak FLOP/s at `precision`.
 
@@ -74,7 +84,7 @@ class Device:
         if precision not in legal:
             raise ConfigError(
                 f"precision={precision!r} is not one {self.name} computes in: {', '.join(legal)}"
-                f"{nearest(precision, legal)}"
+                f"{_stands_for(precision, legal)}"
             )
         return peaks[precision]
 
@@ -90,7 +100,7 @@ class Cluster:
     inter: Link  # a device's share of the node's network cards
     oversubscription: float = 1.0  # how many times less bandwidth there is above the leaf than below it
     nodes_per_leaf: int = 0  # nodes that reach each other below the oversubscribed tier; 0: all
-    rails: bool = True  # device i of every node hangs on leaf i, so equal local ranks are one switch apart
+    rails: bool = True  # device i of every node hangs on leaf i, so only equal places meet below the spine
     torus: tuple[int, ...] = ()  # devices along each dimension of the scale-up domain; empty for switches
     usd_per_device_hour: float = 0.0  # rent; 0 where unknown
     device_watt: float = 0.0  # of the device alone; 0 where unknown
@@ -113,11 +123,17 @@ class Cluster:
                 f"cluster.devices_per_node={self.devices_per_node} must be {size}"
             )
 
-    def inter_over(self, nodes: int) -> Link:
-        """The link between nodes for a group that spans `nodes` of them: slower above the leaf."""
-        if self.nodes_per_leaf == 0 or nodes <= self.nodes_per_leaf:
+    def inter_over(self, nodes: int, crossing: float = 0.0) -> Link:
+        """The link between nodes for a group that spans `nodes` of them: slower above the leaf.
+
+        `crossing` is the share of bytes for another place of another node: on rails these go over the spine however
+        close the nodes are. Source: Wang et al. 2023, Rail-only, arXiv:2307.12169, section 2.
+        """
+        if self.nodes_per_leaf == 0:
             return self.inter
-        return replace(self.inter, bytes_per_s=self.inter.bytes_per_s / self.oversubscription)
+        above = 1.0 if nodes > self.nodes_per_leaf else crossing * self.rails
+        slower = max(1.0, above * self.oversubscription)
+        return replace(self.inter, bytes_per_s=self.inter.bytes_per_s / slower)
 
     def alltoall_intra(self, ranks: int = 0) -> Link:
         """The link inside a node for an all-to-all of `ranks` neighbours, 0 for the whole node.
@@ -179,6 +195,19 @@ def mesh_of(world: int, devices_per_node: int) -> Mesh:
             f"world={world} leaves {rest} ranks on the last node of {devices_per_node}; nearest legal: {nearest_world}"
         )
     return Mesh(nodes=nodes, local=devices_per_node)
+
+
+# by the bits of an element, and of two alike in these by their range
+_WIDENING = ("fp4", "fp8", "bf16", "fp16", "fp32")
+
+
+def _stands_for(precision: str, legal: list[str]) -> str:
+    """The legal precision that is nearest in width, the wider of two; of a word that is none the likest in spelling."""
+    if precision not in _WIDENING:
+        return nearest(precision, legal)
+    place = _WIDENING.index(precision)
+    near = min(legal, key=lambda name: (abs(_WIDENING.index(name) - place), -_WIDENING.index(name)))
+    return f"; nearest legal: {near}"
 
 
 def _require(holds: bool, field: str, value: float, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,13 @@ def assert_equals_the_loop(
     return got
 
 
+def with_config(config: Config, monkeypatch: pytest.MonkeyPatch, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What `compute` gives when the kernels are launched with that config."""
+    with monkeypatch.context() as patched:
+        patched.setattr(fused_triton_op, "config_for", lambda shape, size: config)
+        return compute()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_equals_the_oracle_with_and_without_bias(kind: str, device: torch.device) -> None:
     for bias in (False, True):
@@ -131,12 +139,48 @@ def test_any_number_of_tokens_works(num_tokens: int, k: int, device: torch.devic
 
 @pytest.mark.parametrize("name", ["MANY_ROWS", "SOME_ROWS", "FEW_ROWS", "WIDE_MANY"])
 def test_tiles_as_on_a_gpu_compute_the_same(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_triton_op, "config_for", lambda shape, size: getattr(configs, name)[0])
-    experts, assignment = drawn_experts(70, 36, 2, bias=True), side_by_side(19, 2, 2)
-    if name == "WIDE_MANY":
-        assert_equals_the_loop(device, experts, 19, assignment)
-    else:
-        assert_equals_the_loop(device, experts, 19, assignment, dtype=torch.bfloat16, tolerance=2e-2)
+    experts, assignment = drawn_experts(72, 40, 2, bias=True), side_by_side(19, 2, 2)
+    rest = {} if name == "WIDE_MANY" else {"dtype": torch.bfloat16, "tolerance": 2e-2}
+    for config in {taken.boxed: taken for taken in reversed(getattr(configs, name))}.values():
+        with_config(config, monkeypatch, lambda: assert_equals_the_loop(device, experts, 19, assignment, **rest))
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+@pytest.mark.parametrize(("dim", "hidden"), [(40, 72), (32, 64), (20, 12)])
+def test_fetched_blocks_and_persistent_programs_compute_the_same(
+    kind: str, dim: int, hidden: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widths that blocks divide and that they do not; 12 are no 16 bytes' multiple in bfloat16, so nothing is boxed."""
+    experts, assignment = drawn_experts(dim, hidden, 4, kind=kind, bias=True), all_to_one(150, 4)
+    for assigned in (assignment, side_by_side(150, 4, 2)):
+        compute = partial(assert_equals_the_loop, device, experts, 150, assigned)
+        want = with_config(proof.CONFIG, monkeypatch, compute)
+        assert all(map(torch.equal, with_config(proof.FETCHED, monkeypatch, compute), want))
+    with_config(
+        proof.FETCHED,
+        monkeypatch,
+        lambda: assert_equals_the_loop(device, experts, 150, assignment, dtype=torch.bfloat16, tolerance=2e-2),
+    )
+
+
+def test_a_nan_of_one_expert_reaches_no_other_through_fetched_blocks(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, assignment = drawn_experts(40, 72, 3), to(side_by_side(60, 3, 1), device)
+    with torch.no_grad():
+        for weight in experts.parameters():
+            weight[1] = float("nan")
+    x_TD = torch.randn(60, 40, generator=torch.Generator().manual_seed(1))
+    got = with_config(
+        proof.FETCHED, monkeypatch, lambda: run("fused_triton", experts.to(device), x_TD.to(device), assignment)
+    )
+    is_second = assignment.expert_N == 1
+    assert is_second.any()
+    for rows in got[:3]:
+        assert rows[is_second].isnan().all()
+        assert not rows[~is_second].isnan().any()
+    for grad_E in got[3:]:
+        assert not grad_E[[0, 2]].isnan().any()
 
 
 def test_eight_choices_and_a_width_of_one_work(device: torch.device) -> None:

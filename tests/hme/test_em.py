@@ -12,7 +12,7 @@ from tests.hme.problems import as_block, random_problem, stirred
 
 pytest.importorskip("sklearn")
 
-from benchmarks.hme_speed import on_disk, problem
+from benchmarks.hme_problem import on_disk, problem
 from turnout.hme import sweep as sweeping
 from turnout.hme.em import EMConfig, fit_em, ridge_of
 from turnout.hme.glim import GAINED, newton_step

@@ -49,6 +49,7 @@ def test_a_fit_ends_in_one_line_of_json_and_a_page_that_needs_nothing(
     text = page.read_text()
     assert text.count('<circle class="dot"') == 75  # a quarter of the rows was kept aside
     assert text.count('<circle class="leaf"') == 4
+    assert 'style="min-width:760px"' in text
     assert _stands_alone(text)
 
 
@@ -84,6 +85,7 @@ def test_words_as_a_target_are_classes_and_are_counted_right_and_wrong(
         (["--target", "size", "--test-share", "1.5"], 2, "--test-share 1.5 must be at least 0 and below 1"),
         (["--target", "kind", "--task", "counts"], 1, "needs numbers in column 'kind'"),
         (["--target", "kind", "--hold-noise", "9"], 2, "classes have no noise"),
+        (["--target", "size", "--depth", "8"], 1, r"225 rows .* cannot fit 256 experts.*75 of 300 rows are kept aside"),
     ],
 )
 def test_bad_use_is_one_line(fit_hme: Turnout, table: Path, arguments: list[str], code: int, message: str) -> None:
@@ -101,6 +103,9 @@ def test_bad_use_is_one_line(fit_hme: Turnout, table: Path, arguments: list[str]
         ("a,a,y\n1,2,3\n", "names a column twice"),
         ("a,y\n1,\n2,3\n", "line 2: the target 'y' is missing"),
         ("y\n1\n2\n", "no column beside the target"),
+        ("a;y\n1;2\n3;4\n", "has its cells between ';'"),
+        ("a,y\n1,2\n-inf,3\n", "line 3: column 'a' is infinite"),
+        ("a,y\n1,Infinity\n2,3\n", "line 2: column 'y' is infinite"),
         ("a,y\n1,2\n,3\n4,5\n6,7\n8,9\n1,3\n", "line 3: column 'a' is missing; use --missing mean"),
     ],
 )
@@ -133,3 +138,17 @@ def test_neither_turnout_nor_the_estimators_import_what_they_do_not_need() -> No
     check = "import turnout, turnout.hme, sys; assert 'sklearn' not in sys.modules and 'torch' not in sys.modules; "
     check += "from turnout.hme import HMERegressor; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_the_tree_in_words_names_the_target_and_what_is_linear(fit_hme: Turnout, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    path, a_N = tmp_path / "calls.csv", random.normal(size=200)
+    path.write_text("\n".join(["a,calls,half", *(f"{a:.3f},{random.poisson(np.exp(a))},{int(a > 0)}" for a in a_N)]))
+    counts = fit_hme(str(path), "--target", "calls", "--task", "counts", "--depth", "0")
+    assert "expert 0: log of calls = " in counts.out
+    amounts = fit_hme(str(path), "--target", "half", "--depth", "0")
+    assert "expert 0: half = " in amounts.out
+    assert "half: few different numbers, fitted as amounts" in amounts.out
+    classes = fit_hme(str(path), "--target", "half", "--depth", "0", "--task", "classification")
+    assert "log odds of 0 to 1 = " in classes.out
+    assert "few different" not in classes.out

@@ -90,7 +90,10 @@ def test_parts_of_one_array_are_stacked_without_a_copy_and_others_with_one() -> 
     parts = [whole[:3, None], whole[3:].reshape(2, 2, 4)]
     assert np.shares_memory(stacked(parts), whole)
     np.testing.assert_array_equal(stacked(parts), whole)
-    for other in ([parts[1], parts[0]], [parts[0], parts[1][:1]], [parts[0], parts[1].copy()], [whole[:2], whole[4:]]):
+    neighbours = [parts[0], parts[1][:1]]
+    assert np.shares_memory(stacked(neighbours), whole)
+    np.testing.assert_array_equal(stacked(neighbours), whole[:5])
+    for other in ([parts[1], parts[0]], [parts[0], parts[1].copy()], [whole[:2], whole[4:]]):
         got = stacked(other)
         assert not np.shares_memory(got, whole)
         np.testing.assert_array_equal(got, np.concatenate([part.reshape(-1, 4) for part in other]))

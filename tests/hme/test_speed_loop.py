@@ -1,11 +1,13 @@
-"""The loop that the speed benchmark compares with is the same mathematics, to rounding."""
+"""The loop that the speed benchmark compares with is the same mathematics, to rounding; absent packages are named."""
 
 import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
 
-from benchmarks.hme_speed import RIDGE, loop_iteration, problem
+from benchmarks.hme_packages import PACKAGES, beside
+from benchmarks.hme_problem import problem
+from benchmarks.hme_speed import RIDGE, loop_iteration
 from turnout.hme.em import EMConfig, fit_em
 
 
@@ -22,3 +24,12 @@ def test_the_loop_takes_the_same_step(iterations: int) -> None:
     ):
         np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-9)
     assert np.abs(ours.gate_GPO - mixture.gate_GPO).max() > 1e-3
+
+
+def test_packages_that_are_not_installed_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    found = beside(list(PACKAGES), 1)
+    assert found["flexmix"] == "skipped: Rscript is not on the path (apt install r-base-core)"
+    assert found["cgmm"] == "skipped: cgmm is not installed (pip install cgmm)"
+    assert set(found) == set(PACKAGES)

@@ -56,6 +56,31 @@ def test_without_a_leaf_the_others_keep_their_proportions(seed: int) -> None:
     np.testing.assert_allclose(after_LN[beside_L], want_LN, rtol=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_a_tree_numbered_anew_is_the_same_mixture(seed: int) -> None:
+    mixture, rows = random_problem(seed)
+    mixture, z_ZN = stirred(mixture, seed), np.hstack([rows.x_NP, rows.y_NT]).T
+    tree, gate_G, leaf_L = mixture.tree.abreast()
+    other = mixture.renumbered(tree, gate_G, leaf_L)
+    got, want = other.posterior(z_ZN), mixture.posterior(z_ZN)
+    np.testing.assert_allclose(got.leaf_LN, want.leaf_LN[leaf_L], rtol=1e-12)
+    np.testing.assert_allclose(got.loglik_N, want.loglik_N, rtol=1e-12)
+    parent = {int(child): gate for gate, child_B in enumerate(tree.child_GB) for child in child_B if child >= 0}
+    assert all(gate < child for child, gate in parent.items())
+    back = other.renumbered(mixture.tree, np.argsort(gate_G), np.argsort(leaf_L))
+    np.testing.assert_array_equal(back.gate_GPO, mixture.gate_GPO)
+    np.testing.assert_array_equal(back.experts.weight_LPO, mixture.experts.weight_LPO)
+
+
+@pytest.mark.parametrize(("depth", "branching"), [(1, 4), (3, 2), (2, 3), (4, 2)])
+def test_levels_of_a_complete_tree_numbered_abreast_are_unbroken(depth: int, branching: int) -> None:
+    tree, _, _ = Tree.complete(depth, branching).abreast()
+    for fork in (fork for level in tree.levels for fork in level):
+        for nodes in (fork.gates, fork.children, fork.beside):
+            assert isinstance(nodes, slice)
+            assert nodes.step == 1
+
+
 def test_trees_too_large_or_too_small_are_refused() -> None:
     for depth, branching in ((-1, 2), (2, 1), (17, 2)):
         with pytest.raises(ConfigError, match="branching \\*\\* depth at most 65536"):

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +27,7 @@ from turnout.alltoall import (
     traffic_of,
 )
 from turnout.errors import ConfigError
+from turnout.placement import Placement
 from turnout.topology import Mesh
 
 SIZE = RowSize(row_bytes=7.0, back_bytes=16.0, label_bytes=8.0)
@@ -207,15 +208,17 @@ def test_expected_distinct_nodes_are_what_simulation_finds(experts: int, top_k: 
 
 @pytest.mark.parametrize("name", PROGRAMS.names())
 @pytest.mark.parametrize(
-    ("nodes", "local", "per_rank", "top_k"), [(3, 2, 2, 3), (2, 2, 1, 2), (4, 1, 2, 4), (1, 3, 3, 2)]
+    ("nodes", "local", "experts", "top_k"),
+    [(3, 2, 12, 3), (2, 2, 4, 2), (4, 1, 8, 4), (1, 3, 9, 2), (2, 2, 6, 3), (3, 2, 8, 2), (4, 1, 7, 3), (1, 4, 9, 2)],
 )
 def test_uniform_routing_expects_what_every_choice_of_experts_moves(
-    name: str, nodes: int, local: int, per_rank: int, top_k: int
+    name: str, nodes: int, local: int, experts: int, top_k: int
 ) -> None:
-    """One token for every set of k experts at every rank is uniform routing to the last byte."""
+    """One token for every set of k experts at every rank is uniform routing to the last byte, uneven ranks too."""
     mesh = Mesh(nodes=nodes, local=local)
-    experts = mesh.size * per_rank
-    tokens = [[e // per_rank for e in chosen] for chosen in combinations(range(experts), top_k)]
+    bounds = Placement.even(experts, mesh.size).bounds
+    ranks = [rank for rank, (start, end) in enumerate(pairwise(bounds)) for _ in range(start, end)]
+    tokens = [[ranks[e] for e in chosen] for chosen in combinations(range(experts), top_k)]
     moves = round_trip(PROGRAMS[name], mesh)
     want = traffic_of(moves, RoutedTokens(mesh, [tokens] * mesh.size), SIZE)
     uniform = UniformRouting(mesh=mesh, num_tokens=len(tokens), top_k=top_k, num_experts=experts)
@@ -229,6 +232,15 @@ def test_equal_loads_are_uniform_routing(name: str) -> None:
     uniform = UniformRouting(mesh=mesh, num_tokens=90.0, top_k=3, num_experts=12)
     assert vars(traffic_of(moves, loaded, SIZE)) == pytest.approx(vars(traffic_of(moves, uniform, SIZE)), rel=1e-9)
     assert loaded.skew() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["flat", "hierarchical"])
+def test_equal_loads_on_uneven_ranks_are_uniform_routing_too(name: str) -> None:
+    mesh, moves = Mesh(nodes=3, local=2), round_trip(PROGRAMS[name], Mesh(nodes=3, local=2))
+    loaded = LoadedRouting(mesh=mesh, num_tokens=90.0, top_k=3, loads=(5.0,) * 15)
+    uniform = UniformRouting(mesh=mesh, num_tokens=90.0, top_k=3, num_experts=15)
+    assert vars(traffic_of(moves, loaded, SIZE)) == pytest.approx(vars(traffic_of(moves, uniform, SIZE)), rel=1e-9)
+    assert loaded.skew() == pytest.approx(3 / 2.5)
 
 
 @pytest.mark.parametrize("name", PROGRAMS.names())
@@ -254,7 +266,7 @@ def test_loads_of_a_skewed_routing_give_its_traffic(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("loads", "text"),
-    [((1.0,) * 5, "loads has 5 experts"), ((0.0,) * 4, "not all 0"), ((-1.0, 1.0, 1.0, 1.0), "smallest is -1.0")],
+    [((1.0,) * 3, "loads has 3 experts"), ((0.0,) * 4, "not all 0"), ((-1.0, 1.0, 1.0, 1.0), "smallest is -1.0")],
 )
 def test_loads_that_mean_nothing_are_refused(loads: tuple[float, ...], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
@@ -318,5 +330,9 @@ def test_padding_and_merging_exclude_each_other() -> None:
 
 
 def test_experts_that_do_not_fit_their_ranks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="num_experts=6 must be a multiple of the 4 expert ranks"):
-        UniformRouting(mesh=Mesh(nodes=2, local=2), num_tokens=1, top_k=1, num_experts=6)
+    with pytest.raises(ConfigError, match="num_experts=3 must be at least the 4 expert ranks"):
+        UniformRouting(mesh=Mesh(nodes=2, local=2), num_tokens=1, top_k=1, num_experts=3)
+    with pytest.raises(
+        ConfigError, match="node_limit=1 is of nodes with as many experts each, and 6 on 4 ranks are not"
+    ):
+        UniformRouting(mesh=Mesh(nodes=2, local=2), num_tokens=1, top_k=1, num_experts=6, node_limit=1)

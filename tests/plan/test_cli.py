@@ -7,10 +7,12 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import Turnout
+from tests.plan.test_hf_config import DEEPSEEK
 from turnout.plan.shapes import SHAPES
 from turnout.plan.sources import SOURCES
 from turnout.plan.validate import Validation
@@ -76,6 +78,58 @@ def test_volume_gives_what_a_step_sends(plan: Turnout) -> None:
     for tier in ("intra_bytes", "inter_bytes"):
         assert answer[tier] == pytest.approx(sum(row[tier] for row in answer["collectives"]))
     assert {"tp all-reduce", "ep all-to-all"} <= {row["name"] for row in answer["collectives"]}
+
+
+def test_blocks_for_further_tokens_cost_what_they_compute_hold_and_send(plan: Turnout, tmp_path: Path) -> None:
+    args = ("deepseek-v3", "--cluster", "h800", "--nodes", "16", "--batch", "512", "--layout", "pp=4,ep=32,folded=true")
+
+    def answers(verb: str, key: str, model: str = "deepseek-v3") -> list[Any]:
+        asked = (model, *args[1:])
+        return [plan(verb, *asked, "--mtp-layers", each, "--json").last[key] for each in ("-1", "0", "1")]
+
+    for verb, key in (("time", "step_s"), ("volume", "intra_bytes")):
+        usual, without, one = answers(verb, key)
+        assert usual == without < one
+    usual, without, one = (stages[-1]["weights_bytes"] for stages in answers("memory", "stages"))
+    assert usual == without < one
+    assert "deepseek-v3, 1 block for further tokens, on 128 x" in plan("volume", *args, "--mtp-layers", "1").out
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK | {"num_nextn_predict_layers": 1}))
+    usual, without, one = answers("time", "step_s", str(tmp_path / "config.json"))
+    assert usual == one > without
+
+
+def test_experts_may_lie_unevenly(plan: Turnout) -> None:
+    args = ("qwen3-30b-a3b", "--nodes", "3", "--batch", "240", "--layout")
+    six, eight = (plan("time", *args, layout, "--json").last for layout in ("ep=6,zero=1", "ep=8,zero=1"))
+    assert six["skew"] == pytest.approx(22 * 6 / 128)
+    assert six["peak_bytes"] > eight["peak_bytes"]
+    assert "skew 1.031, for ep=6 does not divide 128 experts" in plan("volume", *args, "ep=6").out
+    # a search tries what divides, unless it is asked for
+    best = plan("search", *args, "ep=6,tp=1,pp=1,zero=3", "--json").last["best"]
+    assert {row["layout"]["ep"] for row in best} == {6}
+    refused = plan("time", "deepseek-v3", "--nodes", "24", "--batch", "960", "--layout", "ep=96,zero=3")
+    assert refused.code == 2
+    assert "ep=96 must divide num_experts=256; nearest legal: 64" in refused.err
+
+
+def test_skew_and_capacity_reach_bytes_seconds_and_memory(plan: Turnout) -> None:
+    def answers(verb: str) -> list[dict[str, Any]]:
+        asked = ([], ["--skew", "1.5"], ["--capacity-factor", "1.5"])
+        return [plan(verb, *LAYOUT, *more, "--json").last for more in asked]
+
+    even, skewed, padded = answers("volume")
+    assert padded["intra_bytes"] > even["intra_bytes"] == skewed["intra_bytes"]
+    assert [(row["skew"], row["capacity_factor"]) for row in (even, skewed, padded)] == [(1, 0), (1.5, 0), (1, 1.5)]
+    exchanged = [next(row for row in each["collectives"] if row["axis"] == "ep") for each in (even, skewed, padded)]
+    assert [row["busiest_bytes"] / exchanged[0]["busiest_bytes"] for row in exchanged] == pytest.approx([1, 1.5, 1.5])
+    assert exchanged[1]["seconds"] == pytest.approx(1.5 * exchanged[0]["seconds"])
+    for verb, name in (("time", "step_s"), ("memory", "peak_bytes")):
+        even, skewed, padded = (answer[name] for answer in answers(verb))
+        assert skewed > 1.05 * even
+        assert padded == pytest.approx(skewed, rel=0.01)
+    shown = plan("volume", *LAYOUT, "--skew", "9").out
+    assert "busiest GB" in shown
+    assert "skew 4 (9 asked: no rank gets more than all rows)" in shown
 
 
 def test_the_parts_of_a_step_sum_to_it_and_every_change_is_answered(plan: Turnout) -> None:
@@ -153,6 +207,14 @@ def test_where_nothing_fits_search_fails_and_says_what_is_needed(plan: Turnout) 
     result = plan("search", "llama3.1-405b", "--nodes", "1", "--batch", "8")
     assert result.code == 1
     assert re.search(r"none of \d+ legal layouts fits 74\.5 GiB; the least needs [\d,.]+ GiB", result.out)
+
+
+@pytest.mark.parametrize("layout", ["tp=4", ""])
+@pytest.mark.parametrize("verb", ["volume", "memory", "time"])
+def test_a_device_without_bf16_trains_in_fp16_unless_told_otherwise(verb: str, layout: str, plan: Turnout) -> None:
+    args = (verb, "olmoe-1b-7b", "--cluster", "dgx2-v100", "--nodes", "1", "--batch", "64")
+    answer = plan(*args, "--layout", layout, "--json").last
+    assert "precision=fp16" in answer["layout"]
 
 
 @pytest.mark.parametrize("verb", ["volume", "memory", "time"])
@@ -262,7 +324,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "experts that do not divide": (
         ("time", "mixtral-8x7b", "--nodes", "4", "--layout", "tp=2,ep=3"),
-        r"strategy\.ep=3 must divide num_experts=8; nearest legal: 2",
+        r"strategy\.ep=3 must divide dp \* cp=16; nearest legal: 2",
     ),
     "unknown field": (
         ("memory", "mixtral-8x7b", "--nodes", "4", "--layout", "tpp=2"),
@@ -313,6 +375,44 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         r"query\.framework='megatron' must be one of: .*megatron-core",
     ),
     "skew below 1": (("time", "mixtral-8x7b", "--nodes", "4", "--skew", "0.5", "--layout", "tp=2"), r"skew=0\.5 must"),
+    "precision of another device": (
+        ("memory", "mixtral-8x7b", "--cluster", "dgx-a100", "--nodes", "1", "--layout", "precision=fp8"),
+        r"precision='fp8' is not one A100-SXM-80GB computes in: fp32, fp16, bf16; nearest legal: bf16",
+    ),
+    "precision before bf16": (
+        ("time", "mixtral-8x7b", "--cluster", "dgx2-v100", "--nodes", "1", "--layout", "precision=bf16"),
+        r"precision='bf16' is not one V100-SXM3-32GB computes in: fp32, fp16; nearest legal: fp16",
+    ),
+    "no pipeline to fill": (
+        ("time", "mixtral-8x7b", "--nodes", "4", "--layout", "schedule=zero_bubble"),
+        r"schedule='zero_bubble' is of a pipeline, .* nearest legal: '1f1b', or pp=2",
+    ),
+    "too few micro-batches": (
+        ("volume", "mixtral-8x7b", "--nodes", "4", "--batch", "8", "--layout", "tp=4,pp=4,schedule=dualpipe"),
+        r"needs at least 8 micro-batches, and global_batch=8 has 4 of .*=2 sequences; nearest legal: global_batch=16",
+    ),
+    "not whole rounds": (
+        ("time", "mixtral-8x7b", "--nodes", "4", "--batch", "12", "--layout", "tp=4,pp=4,vp=2"),
+        r"'interleaved' of pp=4 stages needs a multiple of 4 micro-batches, .* has 6 .* nearest legal: global_batch=16",
+    ),
+    "skew and capacity": (
+        ("volume", *LAYOUT, "--skew", "1.5", "--capacity-factor", "1.25"),
+        r"capacity_factor=1\.25 pads .* nearest legal: skew=1",
+    ),
+    "negative capacity": (
+        ("time", *LAYOUT, "--capacity-factor", "-1"),
+        r"query\.capacity_factor=-1\.0 must be at least 0",
+    ),
+    "fewer than no blocks": (("time", *LAYOUT, "--mtp-layers", "-2"), r"query\.mtp_layers=-2 must be at least -1"),
+    "capacity of merged rows": (
+        ("time", *LAYOUT[:-1], "ep=4,alltoall=node_dedup", "--capacity-factor", "1.5"),
+        r"capacity_factor=1\.5 pads rows per expert, .* nearest legal: 1\.0",
+    ),
+    "skew of a dense model": (
+        ("time", "llama3-8b", "--nodes", "1", "--layout", "tp=8", "--skew", "1.2"),
+        r"query\.skew=1\.2 is of experts, and the model has none",
+    ),
+    "layer without a trace": (("memory", *LAYOUT, "--layer", "2"), r"--layer 2 is of a trace; give --trace RUN"),
     "negative price": (
         ("time", *LAYOUT, "--usd-per-device-hour", "-2"),
         r"bill\.usd_per_device_hour=-2\.0 must be at least 0",

@@ -30,7 +30,6 @@ latency_s = "3 us"
 [inter]
 bytes_per_s = "400 Gb/s"
 latency_s = 3.7e-6
-half_bytes = "64 KiB"
 """
 
 
@@ -71,7 +70,7 @@ def test_a_users_file_is_read_in_its_units(tmp_path: Path) -> None:
     assert cluster.device.memory_bytes == 96 * 2**30
     assert cluster.device.flops_per_s("bf16") == 989e12
     assert (cluster.intra.bytes_per_s, cluster.intra.latency_s) == (450e9, 3e-6)
-    assert (cluster.inter.bytes_per_s, cluster.inter.half_bytes) == (50e9, 65536)
+    assert (cluster.inter.bytes_per_s, cluster.inter.latency_s) == (50e9, 3.7e-6)
     assert cluster.inter_over(17).bytes_per_s == 25e9
 
 

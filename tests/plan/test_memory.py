@@ -122,7 +122,6 @@ def test_idle_time_is_that_of_the_schedules() -> None:
     assert idle_passes(one) == 7
     assert idle_passes(replace(one, schedule="interleaved", virtual_stages=4)) == 7 / 4
     assert idle_passes(replace(one, schedule="zero_bubble")) < idle_passes(one)
-    assert idle_passes(replace(one, schedule="dualpipe")) < idle_passes(replace(one, schedule="zero_bubble"))
 
 
 def test_parts_add_up_and_decide_whether_it_fits() -> None:

@@ -163,7 +163,7 @@ def test_a_config_is_read_from_its_folder(tmp_path: Path) -> None:
         (json.dumps(MIXTRAL | {"num_attention_heads": 33}), "must divide"),
         (json.dumps(DEEPSEEK | {"v_head_dim": None}), "no v_head_dim"),
         (json.dumps(MIXTRAL | {"num_experts_per_tok": None}), "8 experts and no num_experts_per_tok"),
-        (json.dumps(MIXTRAL | {"mamba_d_state": 16}), "mamba_d_state.*without attention"),
+        (json.dumps(MIXTRAL | {"mamba_d_state": 16}), "mamba_d_state=16 is not known here"),
     ],
 )
 def test_what_is_not_a_transformer_is_named(tmp_path: Path, text: str, error: str) -> None:
@@ -184,6 +184,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"num_kv_heads": 7}, r"num_kv_heads=7 must divide num_heads=32; nearest legal: 4"),
         ({"top_k": 9}, r"top_k=9 must be in 1\.\.8"),
         ({"dense_first": 1, "ffn_hidden": 0}, "ffn_hidden=0, yet some blocks are dense"),
+        ({"encoder_layers": 4, "mtp_layers": 1}, r"mtp_layers=1 is of decoders alone.*nearest legal: mtp_layers=0"),
         ({"dense_first": 99}, r"dense_first=99 is above num_layers=32"),
     ],
 )

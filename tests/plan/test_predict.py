@@ -90,6 +90,7 @@ def test_records_of_the_file_stand_for_unknown_names() -> None:
         ({"layout": {}}, "tp is not given"),
         ({"layout": None}, "tp is not given"),
         ({"layout": {"tp": 7}}, r"tp=7 .* must divide world=64; nearest legal"),
+        ({"layout": {"tp": 8, "dp": 4}}, r"layout\.dp=4 times tp=8 \* cp=1 \* pp=1 is not gpus=64; .* dp=8"),
         ({"gpus": 128, "layout": {"tp": 1, "pp": 128}}, "must not exceed num_layers=80"),
         ({"model": "mixtral-8x22b"}, "ep is not given for a model with experts"),
         ({"dims": [1]}, "is not an object"),
@@ -153,6 +154,19 @@ def test_recomputation_is_what_the_row_says() -> None:
     assert job_of(ROW | {"recompute": "selective+sequence parallel"}, {}).strategy.recompute == "selective"
     assert job_of(ROW | {"notes": "full recompute assumed"}, {}).strategy.recompute == "full"
     assert job_of(ROW, {}).strategy.recompute == "none"
+
+
+def test_megatron_bridge_trains_deepseek_v3_with_a_further_token() -> None:
+    row = {
+        "suite": "megatron_bridge", "model": "deepseek-v3", "gpus": 1024, "gpu": "H100", "precision": "FP8-SC",
+        "layout": {"tp": 2, "pp": 8, "vp": 4, "ep": 64}, "mbs": 1, "gbs": 8192, "seq": 4096, "mtp": None,
+    }  # fmt: skip
+    job = job_of(row, {})
+    assert job.shape.mtp_layers == 1
+    assert job.framework.name == "nemo"
+    assert job_of(row | {"mtp": False}, {}).shape.mtp_layers == 0
+    assert job_of(row | {"suite": "simumax_b200"}, {}).shape.mtp_layers == 0
+    assert job_of(row | {"model": "qwen3-30b-a3b"}, {}).shape.mtp_layers == 0
 
 
 def test_one_node_rows_of_vtrain_are_rows_too() -> None:

@@ -1,6 +1,7 @@
 """Laws of the planner that hold for every layout: bandwidth, merging, conservation, batch, links."""
 
 import random
+import re
 from collections import defaultdict
 from dataclasses import replace
 from functools import lru_cache
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip, traffic_of
 from turnout.clusters import CLUSTERS
+from turnout.errors import ConfigError
 from turnout.plan.columns import Layouts
 from turnout.plan.evaluation import base_job
 from turnout.plan.job import Job
@@ -22,6 +24,7 @@ from turnout.plan.space import Legal, Space
 from turnout.plan.step import step_of
 from turnout.plan.time import step_time
 from turnout.plan.volume import to_json, volume
+from turnout.strategy import Strategy
 from turnout.topology import Mesh
 
 QUERY = Query(model="mixtral-8x7b", nodes=4, global_batch=256)
@@ -85,6 +88,19 @@ def test_the_sum_over_links_is_the_total(job: Job) -> None:
     assert all(part.intra_bytes == 0 for part in parts if part.mesh.local == 1 and part.axis != "ep")
 
 
+@settings(max_examples=75, deadline=None)
+@given(job=JOBS)
+def test_of_what_leaves_a_node_some_goes_to_its_own_place(job: Job) -> None:
+    for part in volume(step_of(job, 8)):
+        assert 0 <= part.cross_bytes <= part.inter_bytes * (1 + 1e-12)
+        assert 0 <= part.cross_messages <= part.inter_messages * (1 + 1e-12)
+        # two levels and merging go to equal places first, and a ring is as many rings as a node has cards
+        if part.axis != "ep" or job.strategy.alltoall in ("hierarchical", "node_dedup") or part.mesh.local == 1:
+            assert part.cross_bytes == 0
+        else:
+            assert part.cross_bytes == pytest.approx(part.inter_bytes * (1 - 1 / part.mesh.local), rel=1e-9)
+
+
 @settings(max_examples=80, deadline=None)
 @given(mesh=MESHES, tokens=st.integers(0, 9), seed=st.integers(0, 99), program=st.sampled_from(PROGRAMS.names()))
 def test_what_is_sent_comes_back(mesh: Mesh, tokens: int, seed: int, program: str) -> None:
@@ -127,8 +143,42 @@ def test_memory_grows_with_the_micro_batch_and_never_falls_with_the_batch(job: J
 
 
 @settings(max_examples=60, deadline=None)
+@given(job=JOBS, more=st.floats(1.0, 4.0), field=st.sampled_from(["skew", "capacity_factor"]))
+def test_neither_skew_nor_padding_saves_time_or_memory(job: Job, more: float, field: str) -> None:
+    if job.strategy.alltoall.endswith("_dedup"):
+        job = replace(job, strategy=replace(job.strategy, alltoall="flat"))
+    asked = replace(job, **{field: more})
+    cluster = CLUSTERS["dgx-h100"]
+    assert step_time(asked, cluster).step_s >= step_time(job, cluster).step_s * (1 - 1e-9)
+    assert memory(asked).allocated_bytes >= memory(job).allocated_bytes * (1 - 1e-9)
+    # as many rows on the busiest rank cost it as much to compute, whether they are routed to it or padding
+    assert asked.expert_rows == pytest.approx(job.expert_rows * (asked.padding * asked.busiest), rel=1e-12) or (
+        job.strategy.expert_parts == 0
+    )
+
+
+@settings(max_examples=60, deadline=None)
 @given(job=JOBS, times=st.integers(2, 4))
 def test_a_larger_batch_takes_longer_and_no_more_than_as_many_times(job: Job, times: int) -> None:
     once = step_time(job, CLUSTERS["dgx-h100"]).step_s
     more = step_time(replace(job, global_batch=times * job.global_batch), CLUSTERS["dgx-h100"]).step_s
     assert once < more <= times * once * (1 + 1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(batch=st.integers(1, 80), pp=st.sampled_from([2, 4, 8]), size=st.sampled_from([1, 2]),
+       schedule=st.sampled_from(["1f1b", "interleaved", "zero_bubble", "dualpipe", "gpipe"]))  # fmt: skip
+def test_the_nearest_legal_batch_is_legal(batch: int, pp: int, size: int, schedule: str) -> None:
+    chunks = 2 if schedule == "interleaved" else 1
+    strategy = Strategy(tp=2, pp=pp, schedule=schedule, virtual_stages=chunks, micro_batch=size)
+    query = replace(QUERY, global_batch=batch, strategy=strategy)
+    for _ in range(3):
+        try:
+            job = query.job()
+            break
+        except ConfigError as error:
+            (near,) = re.findall(r"nearest legal: (?:global_batch=)?(\d+)", str(error))
+            query = replace(query, global_batch=int(near))
+    else:
+        raise AssertionError(query.global_batch)
+    assert step_time(job, query.machine).step_s > 0

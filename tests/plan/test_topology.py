@@ -23,15 +23,16 @@ CLUSTER = Cluster(
 
 
 def test_a_link_takes_latency_per_message_and_half_bandwidth_at_half_bytes() -> None:
-    link = Link(bytes_per_s=100.0, latency_s=2.0, half_bytes=50.0)
-    assert link.time_s(300.0, 4) == 2.0 * 4 + (300.0 + 4 * 50.0) / 100.0
-    silent = replace(link, latency_s=0.0)
-    assert 50.0 / silent.time_s(50.0, 1) == pytest.approx(100.0 / 2)
+    link = Link(bytes_per_s=100.0, latency_s=2.0)
+    assert link.time_s(300.0, 4) == 2.0 * 4 + 300.0 / 100.0
+    assert link.half_bytes == 200.0
+    for size in (1.0, 200.0, 1e6):
+        assert size / link.time_s(size, 1) == pytest.approx(100.0 * size / (size + 200.0))
 
 
 @given(sent=st.floats(0, 1e12), messages=st.integers(0, 10_000), slow=st.floats(1e6, 1e12), faster=st.floats(1, 1e3))
 def test_more_bandwidth_never_takes_longer(sent: float, messages: int, slow: float, faster: float) -> None:
-    link = Link(bytes_per_s=slow, latency_s=1e-6, half_bytes=1e4)
+    link = Link(bytes_per_s=slow, latency_s=1e-6)
     assert replace(link, bytes_per_s=slow * faster).time_s(sent, messages) <= link.time_s(sent, messages)
 
 
@@ -72,6 +73,16 @@ def test_links_above_the_leaf_are_slower_by_the_oversubscription() -> None:
     assert CLUSTER.inter_over(1000) == CLUSTER.inter
 
 
+def test_on_rails_what_leaves_its_rail_crosses_the_spine_however_near() -> None:
+    rails = replace(CLUSTER, oversubscription=4.0, nodes_per_leaf=16)
+    assert rails.inter_over(2, 7 / 8).bytes_per_s == CLUSTER.inter.bytes_per_s / 3.5
+    # the card is the limit where little crosses
+    assert rails.inter_over(2, 1 / 8) == CLUSTER.inter
+    assert rails.inter_over(17, 0.0).bytes_per_s == rails.inter_over(17, 1.0).bytes_per_s
+    assert replace(rails, rails=False).inter_over(2, 7 / 8) == CLUSTER.inter
+    assert replace(rails, oversubscription=1.0).inter_over(2, 7 / 8) == CLUSTER.inter
+
+
 def test_an_all_to_all_on_a_torus_is_limited_by_its_bisection() -> None:
     torus = replace(CLUSTER, devices_per_node=4096, torus=(16, 16, 16), intra=Link(bytes_per_s=6 * 50e9))
     # a quarter of what all devices send crosses the middle each way, over 2 x 256 links, wrap-around included
@@ -99,7 +110,6 @@ def test_impossible_clusters_are_refused(change: dict[str, object], text: str) -
     [
         ({"bytes_per_s": 0.0}, "link.bytes_per_s=0.0 must be above 0"),
         ({"bytes_per_s": 1.0, "latency_s": -1.0}, "link.latency_s=-1.0 must be at least 0"),
-        ({"bytes_per_s": 1.0, "half_bytes": -1.0}, "link.half_bytes=-1.0 must be at least 0"),
     ],
 )
 def test_impossible_links_are_refused(fields: dict[str, float], text: str) -> None:

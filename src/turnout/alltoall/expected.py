@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 
 from turnout.alltoall.transport import Packing
 from turnout.errors import ConfigError
+from turnout.placement import Placement
 from turnout.topology import Mesh
 
 
@@ -22,8 +24,14 @@ class UniformRouting:
     node_limit: int = 0  # nodes a token may reach (DeepSeek's M); 0: all
 
     def __post_init__(self) -> None:
-        if self.num_experts % self.mesh.size:
-            raise ConfigError(f"num_experts={self.num_experts} must be a multiple of the {self.mesh.size} expert ranks")
+        even = self.num_experts % self.mesh.size == 0
+        if self.num_experts < self.mesh.size:
+            raise ConfigError(f"num_experts={self.num_experts} must be at least the {self.mesh.size} expert ranks")
+        if self.node_limit and not even:
+            raise ConfigError(
+                f"node_limit={self.node_limit} is of nodes with as many experts each, and {self.num_experts} on "
+                f"{self.mesh.size} ranks are not; nearest legal: node_limit=0"
+            )
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(f"top_k={self.top_k} must be in 1..{self.num_experts} (num_experts)")
         if self.capacity_factor <= 0:
@@ -49,7 +57,7 @@ class UniformRouting:
         if packing != "assignment" and self.capacity_factor != 1.0:
             raise ConfigError(
                 f"capacity_factor={self.capacity_factor} pads rows per expert, which a program that merges them does "
-                "not send; nearest legal: 1.0"
+                "not send; nearest legal: 1.0, or a program that sends each by itself, such as flat"
             )
         units = self._units(packing)
         per_token = self.top_k * self.capacity_factor if packing == "assignment" else self._distinct(units)
@@ -64,6 +72,8 @@ class UniformRouting:
 
     def _distinct(self, units: int) -> float:
         """Nodes or ranks a token reaches."""
+        if self.num_experts % self.mesh.size:
+            return _distinct_of(_sizes(self.num_experts, self.mesh.size, units), self.num_experts, self.top_k)
         nodes = self.node_limit or self.mesh.nodes
         if nodes >= self.mesh.nodes:
             return expected_distinct(self.num_experts, units, self.top_k)
@@ -92,9 +102,9 @@ class LoadedRouting:
     loads: tuple[float, ...]  # assignments of each expert, in any unit
 
     def __post_init__(self) -> None:
-        if not self.loads or len(self.loads) % self.mesh.size:
+        if len(self.loads) < self.mesh.size:
             raise ConfigError(
-                f"loads has {len(self.loads)} experts; there must be a multiple of the {self.mesh.size} expert ranks"
+                f"loads has {len(self.loads)} experts; there must be at least the {self.mesh.size} expert ranks"
             )
         if min(self.loads) < 0 or sum(self.loads) <= 0:
             raise ConfigError(f"loads must be at least 0 and not all 0; the smallest is {min(self.loads)}")
@@ -139,11 +149,23 @@ class LoadedRouting:
 
     @cached_property
     def _shares(self) -> dict[str, list[float]]:
-        total, ranks = sum(self.loads), self.mesh.size
-        per_rank, local = len(self.loads) // ranks, self.mesh.local
-        by_rank = [sum(self.loads[rank * per_rank : (rank + 1) * per_rank]) / total for rank in range(ranks)]
+        total, local = sum(self.loads), self.mesh.local
+        bounds = Placement.even(len(self.loads), self.mesh.size).bounds
+        by_rank = [sum(self.loads[start:end]) / total for start, end in pairwise(bounds)]
         by_node = [sum(by_rank[node * local : (node + 1) * local]) for node in range(self.mesh.nodes)]
         return {"assignment": by_rank, "node": by_node}
+
+
+def _sizes(num_experts: int, ranks: int, units: int) -> list[int]:
+    """Experts on each of `units` of neighbouring ranks, which hold one more or less than each other."""
+    bounds = Placement.even(num_experts, ranks).bounds[:: ranks // units]
+    return [end - start for start, end in pairwise(bounds)]
+
+
+def _distinct_of(sizes: list[int], num_experts: int, top_k: int) -> float:
+    """Expected number of units a token reaches, so many experts on each."""
+    missed = (prod(max(0, num_experts - size - i) / (num_experts - i) for i in range(top_k)) for size in sizes)
+    return len(sizes) - sum(missed)
 
 
 def expected_distinct(num_experts: int, units: int, top_k: int) -> float:

@@ -21,6 +21,8 @@ class Traffic:
     inter_bytes: float = 0.0  # to other nodes
     intra_messages: float = 0.0  # point-to-point sends, empty ones too
     inter_messages: float = 0.0
+    cross_bytes: float = 0.0  # of inter_bytes, to another place of another node: off the sender's rail
+    cross_messages: float = 0.0
 
     @property
     def total_bytes(self) -> float:
@@ -29,6 +31,16 @@ class Traffic:
     @property
     def messages(self) -> float:
         return self.intra_messages + self.inter_messages
+
+    @classmethod
+    def between(cls, sender: int, receiver: int, mesh: Mesh, sent_bytes: float, messages: float = 0.0) -> "Traffic":
+        """What one rank of a mesh sends to another."""
+        (node, local), (other, place) = mesh.place(sender), mesh.place(receiver)
+        if node == other:
+            return cls(intra_bytes=sent_bytes, intra_messages=messages)
+        if local == place:
+            return cls(inter_bytes=sent_bytes, inter_messages=messages)
+        return cls(inter_bytes=sent_bytes, inter_messages=messages, cross_bytes=sent_bytes, cross_messages=messages)
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(**{name: value + getattr(other, name) for name, value in vars(self).items()})
@@ -53,14 +65,10 @@ Pairs = dict[tuple[int, int], list[float]]  # (sender, receiver) -> [bytes, mess
 
 def traffic_of(moves: tuple[Move, ...], routing: Routing, size: RowSize, *, tensor: int = 1) -> Traffic:
     """Bytes and messages a rank sends in `moves`, averaged over ranks (expected ones under uniform routing)."""
-    totals = [0.0, 0.0, 0.0, 0.0]
-    mesh, ranks = routing.mesh, len(routing.sources) * tensor
+    total, mesh = Traffic(), routing.mesh
     for (sender, receiver), (sent_bytes, messages) in pairs_of(moves, routing, size, tensor=tensor).items():
-        crosses = int(sender // tensor // mesh.local != receiver // tensor // mesh.local)
-        totals[crosses] += sent_bytes
-        totals[2 + crosses] += messages
-    names = ("intra_bytes", "inter_bytes", "intra_messages", "inter_messages")
-    return Traffic(**{name: total / ranks for name, total in zip(names, totals, strict=True)})
+        total += Traffic.between(sender // tensor, receiver // tensor, mesh, sent_bytes, messages)
+    return total.times(1 / (len(routing.sources) * tensor))
 
 
 def pairs_of(moves: tuple[Move, ...], routing: Routing, size: RowSize, *, tensor: int = 1) -> Pairs:

@@ -26,7 +26,9 @@ class Machine:
         """
         fit, device = fitted(), cluster.device
         rate = device.flops_per_s(precision) * fit.gemm(device.generation) * fit.grouped
-        return cls(flops_per_s=rate, intra=cluster.alltoall_intra(), inter=cluster.inter_over(nodes))
+        # rows go straight to any place of another node
+        crossing = 1 - 1 / cluster.devices_per_node
+        return cls(flops_per_s=rate, intra=cluster.alltoall_intra(), inter=cluster.inter_over(nodes, crossing))
 
 
 @dataclass(frozen=True, kw_only=True)

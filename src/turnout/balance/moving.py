@@ -28,8 +28,7 @@ def by_rank(pairs: Mapping[tuple[int, int], int], mesh: Mesh) -> list[Traffic]:
     """What each rank sends, inside its node and to others; without messages."""
     found = [Traffic()] * mesh.size
     for (sender, receiver), size in pairs.items():
-        is_near = mesh.place(sender)[0] == mesh.place(receiver)[0]
-        found[sender] += Traffic(intra_bytes=size) if is_near else Traffic(inter_bytes=size)
+        found[sender] += Traffic.between(sender, receiver, mesh, size)
     return found
 
 

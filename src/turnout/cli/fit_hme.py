@@ -10,6 +10,8 @@ from turnout.cli import options
 from turnout.cli.console import console, print_json
 from turnout.errors import ConfigError, DataError
 
+FEW_VALUES = 5  # of a target of numbers, up to which it may be meant as classes
+
 
 def add_to(app: typer.Typer) -> None:
     app.command("fit-hme", epilog="Example: turnout fit-hme data.csv --target y --depth 4 --report out.html")(fit_hme)
@@ -43,6 +45,8 @@ def fit_hme(
     as_json: options.Json = False,
 ) -> None:
     """Fit a tree of gates and experts to a table, by EM."""
+    import numpy as np
+
     from turnout.hme import HMEClassifier, HMERegressor
     from turnout.hme.table import read_table
 
@@ -69,7 +73,11 @@ def fit_hme(
     screen = console(as_json=as_json)
     for note in table.notes:
         screen.print(note)
-    screen.print(estimator.export_text(list(table.names)), soft_wrap=True)
+    if kind == "regression" and task == "auto" and len(np.unique(table.y_N)) <= FEW_VALUES:
+        screen.print(
+            f"{target}: few different numbers, fitted as amounts; if they are kinds, use --task classification"
+        )
+    screen.print(_text(estimator, table, kind), soft_wrap=True)
     screen.print(_sentence(fitted, kind), soft_wrap=True)
     if report is not None:
         _write_report(report, data, table, estimator, fitted, kind)
@@ -102,7 +110,8 @@ def _fit(estimator: Any, table: Any, kind: str, test_share: float, seed: int) ->
     try:
         estimator.fit(table.x_ND[train_N], y[train_N])
     except ValueError as problem:
-        raise DataError(str(problem)) from problem
+        aside = f" ({num_test} of {len(y)} rows are kept aside; --test-share)" if "rows" in str(problem) else ""
+        raise DataError(f"{problem}{aside if num_test else ''}") from problem
     seconds = time.perf_counter() - started
     test_N = test_N if num_test else train_N
     guess = estimator.predict(table.x_ND[test_N])
@@ -145,7 +154,7 @@ def _write_report(path: Path, data: Path, table: Any, estimator: Any, fitted: di
         ),
         loglik_path=estimator.loglik_path_ / fitted["train_rows"],
         names=table.names,
-        text=estimator.export_text(list(table.names)),
+        text=_text(estimator, table, kind),
         truth_N=fitted["_truth"],
         guess_N=fitted["_guess"],
         is_class=is_class,
@@ -153,6 +162,10 @@ def _write_report(path: Path, data: Path, table: Any, estimator: Any, fitted: di
         where=f"{len(fitted['_truth'])} rows {'kept aside' if fitted['test_rows'] else 'of the fit itself'}.",
     )  # fmt: skip
     path.write_text(render(page, estimator), encoding="utf-8")
+
+
+def _text(estimator: Any, table: Any, kind: str) -> str:
+    return estimator.export_text(list(table.names), None if kind == "classification" else [table.target])
 
 
 def _share(error: float | None) -> str:

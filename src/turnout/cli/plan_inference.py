@@ -83,7 +83,7 @@ def inference(
     csv: plan_options.Csv = None,
     as_json: options.Json = False,
 ) -> None:
-    """Time to the first token, time of each further one, throughput, what bounds them; or the best layout. 1: none."""
+    """Time to the first token, time of each further one, throughput; or the best layout (exit code 1: none)."""
     from turnout.cli import plan_inference_print as printed
     from turnout.cli import plan_print
     from turnout.cli.console import print_json
@@ -94,7 +94,6 @@ def inference(
     from turnout.plan.inference_experts import Offload
     from turnout.plan.layout import layout_of
     from turnout.plan.serving import Serving
-    from turnout.strategy import Strategy
 
     screen = plan_print.wide_console(as_json=as_json)
     if published:
@@ -102,10 +101,11 @@ def inference(
     elif not model:
         raise ConfigError("give a MODEL (`turnout plan models` lists them), or --published")
     else:
+        machine = priced(load_cluster(cluster), usd_per_device_hour)
         serving = Serving(
-            model=model, cluster=priced(load_cluster(cluster), usd_per_device_hour), nodes=nodes, devices=devices,
+            model=model, cluster=machine, nodes=nodes, devices=devices,
             batch=batch or 1, context=context, new_tokens=new_tokens, prefill_batch=prefill_batch,
-            strategy=layout_of(layout) if layout else Strategy(), kv_precision=cast(Any, kv_precision), skew=skew,
+            strategy=layout_of(layout, machine.device), kv_precision=cast(Any, kv_precision), skew=skew,
             redundant_experts=redundant_experts, one_sided=one_sided,
             offload=Offload(cached=cached_experts, hit_rate=hit_rate, host_bytes_per_s=host_gb_per_s * 1e9),
         )  # fmt: skip

@@ -35,22 +35,26 @@ def memory(
     layout: plan_options.Layout = "",
     framework: plan_options.Framework = "megatron-core",
     skew: plan_options.Skew = 1.0,
+    capacity_factor: plan_options.Capacity = 0.0,
+    mtp_layers: plan_options.Further = -1,
     trace: plan_options.Trace = None,
     layer: plan_options.TraceLayer = "all",
     csv: plan_options.Csv = None,
+    plot: plan_options.Plot = None,
+    page: plan_options.Page = None,
     as_json: options.Json = False,
 ) -> None:
     """Peak memory of each pipeline stage by what needs it; whether it fits, by how much, and what would make it fit."""
-    from turnout.cli import plan_print
+    from turnout.cli import plan_page, plan_print
     from turnout.cli.console import print_json
     from turnout.cli.plan_pick import with_layout, with_skew_of
     from turnout.plan.memory import beside_bytes, memory_by_stage
     from turnout.plan.remedies import over_bytes, remedies
 
-    screen = plan_print.wide_console(as_json=as_json)
+    screen = plan_page.console(as_json=as_json)
     query = plan_options.query_of(
         model, cluster=cluster, nodes=nodes, devices=devices, seq_len=seq, global_batch=batch, layout=layout,
-        framework=framework, skew=skew,
+        framework=framework, skew=skew, capacity_factor=capacity_factor, mtp_layers=mtp_layers,
     )  # fmt: skip
     _, query = with_skew_of(with_layout(query, layout, screen), trace, layer)
     job, device = query.job(), query.machine.device
@@ -73,6 +77,12 @@ def memory(
     if ways:
         screen.print(_remedies(ways))
     plan_print.write_csv(csv, document["stages"], screen)
+    if plot or page:
+        from turnout.plan.figures import memory_figure
+
+        title, headline = "Memory of a training step", plan_options.headline(query)
+        figure = memory_figure(_runs(stages), device.memory_bytes - beside_bytes(peak))
+        plan_page.write_pictures(screen, figure, title=title, headline=headline, plot=plot, page=page)
     if as_json:
         print_json(document | plan_options.asked(query))
 

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A model by name (`turnout plan models`), or the path of a Hugging Face config.json.", show_default=False
+        help="A model by name (`turnout plan models`), or the path of a Hugging Face config.json or of a .toml file of "
+        "dimensions.",
+        show_default=False,
     ),
 ]
 Cluster = Annotated[
@@ -31,10 +33,27 @@ Layout = Annotated[
         metavar="A=V,...",
     ),
 ]
+Further = Annotated[
+    int,
+    typer.Option(
+        "--mtp-layers", help="Blocks that predict further tokens, as DeepSeek-V3 trains 1; -1: as the model has them."
+    ),
+]
 Framework = Annotated[
-    str, typer.Option("--framework", help="The code whose memory and overlap are assumed, such as torchtitan.")
+    str,
+    typer.Option(
+        "--framework",
+        help="The code whose memory and overlap are assumed: nemo, deepseek, torchtitan, nanotron, ...; "
+        "an unknown name lists all.",
+    ),
 ]
 Skew = Annotated[float, typer.Option("--skew", help="Rows of the busiest expert rank over the mean; 1: balanced.")]
+Capacity = Annotated[
+    float,
+    typer.Option(
+        "--capacity-factor", help="Pad every expert's buffer to this times its mean of rows; 0: dropless, none padded."
+    ),
+]
 Price = Annotated[
     float, typer.Option("--usd-per-device-hour", help="Rent of a device; 0: what the cluster's description says.")
 ]
@@ -44,6 +63,10 @@ Trace = Annotated[
 ]
 TraceLayer = Annotated[
     str, typer.Option("--layer", help="With --trace: all, or the number of the layer that stands for all of them.")
+]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the answer into this file.", metavar="FILE.png")]
+Page = Annotated[
+    Path | None, typer.Option("--html", help="Also write the answer as a page: one file, no network.", metavar="FILE")
 ]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file.", metavar="FILE")]
 
@@ -55,10 +78,10 @@ def query_of(model: str, **fields: Any) -> "Query":
     """
     from turnout.plan.layout import layout_of
     from turnout.plan.query import Query
-    from turnout.strategy import Strategy
 
     layout = fields.pop("layout", "")
-    query = Query(model=model, **fields, strategy=layout_of(layout) if layout else Strategy())
+    query = Query(model=model, **fields)
+    query = query.with_strategy(layout_of(layout, query.machine.device))
     # unknown names are errors here, before anything is computed
     _ = (query.shape, query.machine, query.world)
     return query
@@ -70,11 +93,28 @@ def headline(query: "Query") -> str:
 
     machine, world = query.machine, query.world
     nodes = -(-world // machine.devices_per_node)
-    name = query.shape.name or str(query.model)
+    name = (query.shape.name or str(query.model)) + _further(query.shape.mtp_layers)
     return (
         f"{name} on {world:,} x {machine.device.name} ({machine.name}, {nodes:,} node{'s' * (nodes > 1)}), "
         f"{query.global_batch:,} sequences of {query.seq_len:,} tokens; layout {layout_text(query.job().strategy)}"
+        f"{_routing(query)}"
     )
+
+
+def _further(blocks: int) -> str:
+    return f", {blocks} block{'s' * (blocks > 1)} for further tokens," if blocks else ""
+
+
+def _routing(query: "Query") -> str:
+    """How tokens go, where it is not evenly and dropless."""
+    if query.capacity_factor:
+        return f"; capacity factor {query.capacity_factor:g}"
+    busiest = query.job().busiest
+    if busiest < query.skew:
+        return f"; skew {busiest:g} ({query.skew:g} asked: no rank gets more than all rows)"
+    if busiest > query.skew:
+        return f"; skew {busiest:.4g}, for ep={query.strategy.ep} does not divide {query.shape.num_experts} experts"
+    return "" if busiest == 1 else f"; skew {busiest:g}"
 
 
 def asked(query: "Query") -> dict[str, Any]:
@@ -89,4 +129,7 @@ def asked(query: "Query") -> dict[str, Any]:
         "global_batch": query.global_batch,
         "framework": query.framework,
         "layout": layout_text(query.job().strategy),
+        "mtp_layers": query.shape.mtp_layers,
+        "skew": query.job().busiest,
+        "capacity_factor": query.capacity_factor,
     }

@@ -31,11 +31,20 @@ def with_layout(query: "Query", layout: str, screen: Any) -> "Query":
 def with_skew_of(query: "Query", trace: Path | None, layer: str) -> tuple["Query", "Query"]:
     """The query as a recorded run skews it, for time (mean) and for memory (worst); as it is, twice, without a run.
 
-    Raises: ConfigError if the run has no trace, or its layers or experts are not the model's.
+    Raises: ConfigError if the run has no trace, its layers or experts are not the model's, or the routing is said too.
     """
+    from turnout.errors import ConfigError
+
     if trace is None:
+        if layer != "all":
+            raise ConfigError(f"--layer {layer} is of a trace; give --trace RUN too, or leave it out")
         return query, query
     from dataclasses import replace
+
+    for name, plain in (("skew", 1.0), ("capacity_factor", 0.0)):
+        if getattr(query, name) != plain:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} {getattr(query, name):g} and --trace {trace} both say how tokens go; drop one")
 
     from turnout.plan.recorded import recorded_loads, skewed_jobs
 

@@ -36,18 +36,22 @@ def search(
     layout: Decided = "",
     framework: plan_options.Framework = "megatron-core",
     skew: plan_options.Skew = 1.0,
+    capacity_factor: plan_options.Capacity = 0.0,
+    mtp_layers: plan_options.Further = -1,
     rank: RankBy = "time",
     top: Top = 10,
     usd_per_device_hour: plan_options.Price = 0.0,
     try_nodes: TryNodes = "",
     why_not: WhyNot = "",
     csv: plan_options.Csv = None,
+    plot: plan_options.Plot = None,
+    page: plan_options.Page = None,
     as_json: options.Json = False,
 ) -> None:
-    """The layouts that fit, best first; what trades memory for time; and why yours is not the pick. 1: none fits."""
+    """Layouts that fit, best first; what trades memory for time; why yours is not the pick. Exit code 1: none fits."""
     from dataclasses import replace
 
-    from turnout.cli import plan_print
+    from turnout.cli import plan_page, plan_print
     from turnout.cli.console import print_json
     from turnout.plan.bill import priced
     from turnout.plan.search import search as find
@@ -56,17 +60,24 @@ def search(
     query = plan_options.query_of(
         model, cluster=cluster, nodes=nodes or (0 if devices else max(sizes, default=0)), devices=devices, seq_len=seq,
         global_batch=batch, framework=framework, skew=skew, layout=layout,
+        capacity_factor=capacity_factor, mtp_layers=mtp_layers,
     )  # fmt: skip
     query = replace(query, cluster=priced(query.machine, usd_per_device_hour))
     # what is not one of them is refused there
     result = find(query, rank=cast(Any, rank), top=top, nodes=sizes, space=_space(layout))
-    screen = plan_print.wide_console(as_json=as_json)
+    screen = plan_page.console(as_json=as_json)
     document = result.to_json()
     _print_result(screen, query, result, by_nodes=bool(sizes))
     if why_not:
         document["why_not"] = _why_not(screen, query, why_not)
     best = [row | {"layout": text} for row, text in zip(document["best"], _texts(result), strict=True)]
     plan_print.write_csv(csv, best, screen)
+    if result.best and (plot or page):
+        from turnout.plan.figures import search_figure
+
+        title, headline = "Layouts of a training job", _headline(query, by_nodes=bool(sizes))
+        figure = search_figure(result.pareto)
+        plan_page.write_pictures(screen, figure, title=title, headline=headline, plot=plot, page=page)
     if as_json:
         print_json(document | {"model": query.shape.name, "cluster": query.machine.name})
     if not result.best:
@@ -102,12 +113,18 @@ def _texts(result: Any) -> list[str]:
     return [layout_text(each.strategy) for each in result.best]
 
 
+def _headline(query: Any, *, by_nodes: bool) -> str:
+    """What is asked, in one line."""
+    machine = query.machine
+    where = machine.name if by_nodes else f"{query.world:,} x {machine.device.name} ({machine.name})"
+    return f"{query.shape.name} on {where}, {query.global_batch:,} sequences of {query.seq_len:,} tokens"
+
+
 def _print_result(screen: Any, query: Any, result: Any, *, by_nodes: bool) -> None:
     from turnout.cli.plan_print import gib
 
     machine = query.machine
-    where = machine.name if by_nodes else f"{query.world:,} x {machine.device.name} ({machine.name})"
-    screen.print(f"  {query.shape.name} on {where}, {query.global_batch:,} sequences of {query.seq_len:,} tokens")
+    screen.print(f"  {_headline(query, by_nodes=by_nodes)}")
     memory = gib(machine.device.memory_bytes)
     if not result.best:
         least = f"{result.least_memory_gib:,.1f} GiB"
@@ -148,6 +165,6 @@ def _why_not(screen: Any, query: Any, text: str) -> dict[str, Any]:
     from turnout.plan.layout import layout_of
     from turnout.plan.why_not import why_not
 
-    answer = why_not(query, layout_of(text))
+    answer = why_not(query, layout_of(text, query.machine.device))
     screen.print(f"  why not {text}: {answer.text}", soft_wrap=True)
     return answer.to_json()

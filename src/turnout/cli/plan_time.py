@@ -1,6 +1,5 @@
 """`turnout plan time`: a step's seconds by cause, the bill, and whether experts pay at all."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,9 +12,6 @@ EXAMPLE = (
 )  # fmt: skip
 RunTokens = Annotated[float, typer.Option("--run-tokens", help="Tokens of a whole run, for its bill; 0: none.")]
 WhatIfs = Annotated[bool, typer.Option("--what-if", help="Also change one thing at a time and say what it saves.")]
-Plot = Annotated[
-    Path | None, typer.Option("--plot", help="Also draw the parts of the step into this file.", metavar="FILE.png")
-]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,28 +28,31 @@ def time(
     layout: plan_options.Layout = "",
     framework: plan_options.Framework = "megatron-core",
     skew: plan_options.Skew = 1.0,
+    capacity_factor: plan_options.Capacity = 0.0,
+    mtp_layers: plan_options.Further = -1,
     trace: plan_options.Trace = None,
     layer: plan_options.TraceLayer = "all",
     run_tokens: RunTokens = 0.0,
     usd_per_device_hour: plan_options.Price = 0.0,
     what_if: WhatIfs = False,
     csv: plan_options.Csv = None,
-    plot: Plot = None,
+    plot: plan_options.Plot = None,
+    page: plan_options.Page = None,
     as_json: options.Json = False,
 ) -> None:
     """Seconds of a step by cause, tokens a second, MFU, dollars and energy; and dense models of as many parameters."""
     from dataclasses import replace
 
-    from turnout.cli import plan_print
+    from turnout.cli import plan_page, plan_print
     from turnout.cli.console import print_json
     from turnout.cli.plan_pick import with_layout, with_skew_of
     from turnout.plan.bill import priced
     from turnout.plan.whatif import what_ifs
 
-    screen = plan_print.wide_console(as_json=as_json)
+    screen = plan_page.console(as_json=as_json)
     query = plan_options.query_of(
         model, cluster=cluster, nodes=nodes, devices=devices, seq_len=seq, global_batch=batch, layout=layout,
-        framework=framework, skew=skew,
+        framework=framework, skew=skew, capacity_factor=capacity_factor, mtp_layers=mtp_layers,
     )  # fmt: skip
     query = replace(query, cluster=priced(query.machine, usd_per_device_hour))
     query, _ = with_skew_of(with_layout(query, layout, screen), trace, layer)
@@ -68,11 +67,11 @@ def time(
         screen.print()
         screen.print(_what_if_table(rows, document["step_s"]))
     plan_print.write_csv(csv, _parts(step), screen)
-    if plot:
-        from turnout.plan.charts import draw_waterfall
+    if plot or page:
+        from turnout.plan.figures import time_figure
 
-        draw_waterfall(plot, step, title=plan_options.headline(query))
-        screen.print(f"  wrote {plot}")
+        title, headline = "Seconds of a training step", plan_options.headline(query)
+        plan_page.write_pictures(screen, time_figure(step), title=title, headline=headline, plot=plot, page=page)
     if as_json:
         print_json(document | plan_options.asked(query))
 

@@ -19,6 +19,7 @@ Refused = Annotated[bool, typer.Option("--refused", help="Also name every refuse
 SPLITS = {"validation": "judged", "calibration": "fitted"}
 READING = (
     "judged: rows no fit saw; fitted: calibration rows; older: of an older release; sanity: too unlike to count",
+    "simulated: what another simulator answered, no measurement",
     "skill: 1 - MAPE / that of one constant MFU fitted on calibration rows; bias: of time, above 0 is too slow",
     "rank: Spearman over layouts of one job; regret: time of the predicted best over the measured best, less 1",
 )

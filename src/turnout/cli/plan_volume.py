@@ -1,7 +1,7 @@
 """`turnout plan volume`: bytes and messages of every collective of a step."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,11 @@ EXAMPLE = (
     'Example: turnout plan volume deepseek-v3 --cluster h800 --nodes 256 --batch 15360 '
     '--layout "tp=1,pp=16,ep=64,folded=true,alltoall=node_dedup" --json'
 )  # fmt: skip
+
+
+Links = Annotated[
+    bool, typer.Option("--links", help="Also say what goes to each device of its node, of its rail, and beyond.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -26,65 +31,104 @@ def volume(
     batch: plan_options.Batch = 1024,
     layout: plan_options.Layout = "",
     framework: plan_options.Framework = "megatron-core",
+    skew: plan_options.Skew = 1.0,
+    capacity_factor: plan_options.Capacity = 0.0,
+    mtp_layers: plan_options.Further = -1,
     trace: plan_options.Trace = None,
     layer: plan_options.TraceLayer = "all",
+    links: Links = False,
     csv: plan_options.Csv = None,
+    plot: plan_options.Plot = None,
+    page: plan_options.Page = None,
     as_json: options.Json = False,
 ) -> None:
     """What one device sends in a step: every collective, inside the node and between nodes, with its seconds."""
-    from turnout.cli import plan_print
+    from turnout.cli import plan_page, plan_print
     from turnout.cli.console import print_json
-    from turnout.cli.plan_pick import with_layout
-    from turnout.errors import ConfigError
+    from turnout.cli.plan_pick import with_layout, with_skew_of
+    from turnout.plan.links import links_of
     from turnout.plan.step import step_of
     from turnout.plan.time import collective_s, node_limit
     from turnout.plan.volume import to_json
     from turnout.plan.volume import volume as collectives
 
-    screen = plan_print.wide_console(as_json=as_json)
-    if layer != "all" and not trace:
-        raise ConfigError(f"--layer {layer} is of a trace; give --trace RUN too, or leave it out")
+    screen = plan_page.console(as_json=as_json)
     query = plan_options.query_of(
         model, cluster=cluster, nodes=nodes, devices=devices, seq_len=seq, global_batch=batch, layout=layout,
-        framework=framework,
+        framework=framework, skew=skew, capacity_factor=capacity_factor, mtp_layers=mtp_layers,
     )  # fmt: skip
     query = with_layout(query, layout, screen)
+    timed, _ = with_skew_of(query, trace, layer)
     job, machine = query.job(), query.machine
     step = step_of(job, machine.devices_per_node, node_limit=node_limit(job, machine))
     parts = collectives(step)
     layers: dict[str, Any] = {}
     if trace:
         parts, layers = _recorded(screen, query, step, parts, trace, layer)
-    document = to_json(parts, lambda part: collective_s(part, machine))
+    busiest = timed.job().busiest
+    document = to_json(parts, lambda part: collective_s(part, machine), busiest)
+    found = links_of(parts, tensor=job.strategy.tp if job.strategy.alltoall == "coordinated" else 1)
+    document["links"] = [each.to_json() for each in found]
     screen.print(f"  {plan_options.headline(query)}", soft_wrap=True)
-    screen.print(_table(parts, document))
+    screen.print(_table(parts, document, busiest))
     screen.print("  bytes sent by one device in a step, the mean over stages; seconds before anything is hidden")
+    if busiest > 1:
+        screen.print("  busiest GB: of the device whose experts get most rows; all wait for it, and so do the seconds")
+    if links:
+        screen.print()
+        screen.print(_links_table(found))
     if layers:
         _print_layers(screen, layers)
     plan_print.write_csv(csv, document["collectives"], screen)
+    if plot or page:
+        from turnout.plan.figures import volume_figure
+
+        title, headline = "Bytes of a training step", plan_options.headline(query)
+        figure = volume_figure(parts, [row["seconds"] for row in document["collectives"]])
+        plan_page.write_pictures(screen, figure, title=title, headline=headline, plot=plot, page=page)
     if as_json:
         print_json(document | layers | plan_options.asked(query))
 
 
-def _table(parts: tuple[Any, ...], document: dict[str, Any]) -> Any:
+def _table(parts: tuple[Any, ...], document: dict[str, Any], busiest: float) -> Any:
     from turnout.cli import plan_print as show
     from turnout.cli.console import table
 
+    skewed = ("busiest GB",) if busiest > 1 else ()
     headings = show.columns(
-        ("collective", "of"), ("ranks", "on nodes", "calls", "inside GB", "between GB", "messages", "seconds")
+        ("collective", "of"), ("ranks", "on nodes", "calls", "inside GB", "between GB", *skewed, "messages", "seconds")
     )
     cells = [
         [
             part.name, part.axis, f"{part.mesh.size:,}", f"{part.mesh.nodes:,}", show.short(part.calls),
-            show.gb(part.intra_bytes), show.gb(part.inter_bytes), show.short(part.messages),
+            show.gb(part.intra_bytes), show.gb(part.inter_bytes), *(show.gb(row["busiest_bytes"]) for _ in skewed),
+            show.short(part.messages),
             show.seconds(row["seconds"]),
         ]
         for part, row in zip(parts, document["collectives"], strict=True)
     ]  # fmt: skip
     total = sum(row["seconds"] for row in document["collectives"])
     sums = [show.gb(document["intra_bytes"]), show.gb(document["inter_bytes"])]
-    cells.append(["all", "", "", "", "", *sums, "", show.seconds(total)])
+    most = sum(row["busiest_bytes"] for row in document["collectives"])
+    cells.append(["all", "", "", "", "", *sums, *(show.gb(most) for _ in skewed), "", show.seconds(total)])
     return table("Traffic of one device and step", headings, cells)
+
+
+def _links_table(found: tuple[Any, ...]) -> Any:
+    from turnout.cli import plan_print as show
+    from turnout.cli.console import table
+
+    headings = show.columns(("collective", "to devices"), ("of them", "MB to each", "messages to each", "GB in all"))
+    cells = [
+        [
+            each.collective, each.link, show.short(each.peers), show.short(each.link_bytes / 1e6),
+            show.short(each.messages), show.gb(each.peers * each.link_bytes),
+        ]
+        for each in found
+    ]  # fmt: skip
+    total = sum(each.peers * each.link_bytes for each in found)
+    cells.append(["all", "", "", "", "", show.gb(total)])
+    return table("Traffic of one device and step by link; of a ring's hops the mean over devices", headings, cells)
 
 
 # --- a recorded run ---

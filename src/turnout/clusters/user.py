@@ -22,7 +22,6 @@ KINDS: dict[str, tuple[dict[str, float], str, float, float]] = {
     ),
     "flops_per_s": ({f"{p}FLOP/s": f for p, f in PREFIX.items()}, "'989 TFLOP/s' or 9.89e14", 1e9, 1e18),
     "memory_bytes": ({f"{p}B": f for p, f in (PREFIX | BINARY).items()}, "'80 GB', '80 GiB' or 8e10", 1e6, 1e14),
-    "half_bytes": ({f"{p}B": f for p, f in (PREFIX | BINARY).items()}, "'64 KiB' or 65536", 0.0, 1e9),
     "latency_s": ({"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}, "'3.7 us' or 3.7e-6", 0.0, 1.0),
 }
 

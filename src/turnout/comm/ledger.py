@@ -95,7 +95,7 @@ class Ledger:
         total = Traffic()
         for (_, _, of_kind), entries in self._sent.items():
             for to, (sent_bytes, messages) in entries.items() if of_kind == kind else ():
-                total += _by_link(mesh.place(rank)[0] == mesh.place(to)[0], sent_bytes, messages)
+                total += Traffic.between(rank, to, mesh, sent_bytes, messages)
         return total
 
     def host_copies(self, layer: str) -> int:
@@ -106,9 +106,3 @@ class Ledger:
         """Begin anew, as at each step."""
         self._sent.clear()
         self._host_copies.clear()
-
-
-def _by_link(is_near: bool, sent_bytes: float, messages: float) -> Traffic:
-    if is_near:
-        return Traffic(intra_bytes=sent_bytes, intra_messages=messages)
-    return Traffic(inter_bytes=sent_bytes, inter_messages=messages)

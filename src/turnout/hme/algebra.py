@@ -1,6 +1,7 @@
 """Linear algebra on batches of small symmetric matrices."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +11,9 @@ from turnout.hme.tree import Floats, Ints
 
 # pivots of a Cholesky factor closer than this are rounding: the matrix is taken as singular
 RANK_TOLERANCE = 1e-7
+# where an array of a shape is to stand: `room`, or that of a workspace
+MakeRoom = Callable[..., Floats]
+CACHE_LINE = 8  # numbers of eight bytes in a line of a core's cache
 # multiplications of a product from which on torch is asked for it
 LEAST_FOR_TORCH = 400_000
 
@@ -20,13 +24,47 @@ def pairs(size: int) -> tuple[Ints, Ints]:
     return np.triu_indices(size)
 
 
+def room(*shape: int) -> Floats:
+    """An array without values that begins where a cache line does, a view of a flat array.
+
+    numpy's own begin a quarter of a line later, so that vectors of eight numbers lie across two lines each: passes over
+    such arrays take up to twice as long. Rows of a multiple of CACHE_LINE numbers begin with a line too.
+    """
+    size = math.prod(shape)
+    whole = np.empty(size + CACHE_LINE - 1)
+    start = -(whole.__array_interface__["data"][0] // 8) % CACHE_LINE
+    return whole[start : start + size].reshape(shape)
+
+
+class Workspace:
+    """Memory in which block after block of rows is worked on, so that its pages and cache lines stay warm.
+
+    Arrays of one block never overlap; `clear` takes them all back, so no result may stand in one.
+    """
+
+    def __init__(self) -> None:
+        self._whole, self._used = room(0), 0
+
+    def clear(self) -> None:
+        """Begins anew, with as much memory as was asked for since the last time."""
+        if self._used > len(self._whole):
+            self._whole = room(self._used)
+        self._used = 0
+
+    def room(self, *shape: int) -> Floats:
+        """As `room` gives; from other memory what does not fit here yet."""
+        start, size = self._used, math.prod(shape)
+        self._used += -(-size // CACHE_LINE) * CACHE_LINE
+        return self._whole[start : start + size].reshape(shape) if self._used <= len(self._whole) else room(*shape)
+
+
 def pair_products(x_PN: Floats) -> Floats:
     """x_p x_q for all p <= q: with it a weighted sum of x x^T for any number of weights is one matrix product.
 
     Shapes: x_PN (P, N); returns (P (P + 1) / 2, N).
     """
     size, num_rows = x_PN.shape
-    product_QN = np.empty((size * (size + 1) // 2, num_rows))
+    product_QN = room(size * (size + 1) // 2, num_rows)
     start = 0
     for p in range(size):
         np.multiply(x_PN[p], x_PN[p:], out=product_QN[start : start + size - p])
@@ -47,22 +85,27 @@ def product(left_EP: Floats, right_PN: Floats, out_EN: Floats | None = None) -> 
     import torch
 
     # in numpy's memory, whose pages are used again from block to block
-    out_EN = np.empty((len(left_EP), right_PN.shape[1])) if out_EN is None else out_EN
+    out_EN = room(len(left_EP), right_PN.shape[1]) if out_EN is None else out_EN
     torch.mm(torch.from_numpy(left_EP), torch.from_numpy(right_PN), out=torch.from_numpy(out_EN))
     return out_EN
 
 
 def stacked(part_EN: Sequence[Floats]) -> Floats:
     """The parts (any axes before their rows) one after another, as (E, N): a view where they make up one array."""
-    num_rows, whole_EN = part_EN[0].shape[-1], part_EN[0].base
-    if whole_EN is not None and all(part.base is whole_EN for part in part_EN):
-        end = whole_EN.__array_interface__["data"][0]
+    num_rows, whole = part_EN[0].shape[-1], part_EN[0].base
+    if whole is not None and whole.ndim == 1 and all(part.base is whole for part in part_EN):
+        begin = end = _address(part_EN[0])
         for part in part_EN:
-            is_next = part.flags.c_contiguous and part.__array_interface__["data"][0] == end
+            is_next = part.flags.c_contiguous and _address(part) == end
             end = end + part.nbytes if is_next else -1
-        if end == whole_EN.__array_interface__["data"][0] + whole_EN.nbytes:
-            return whole_EN.reshape(-1, num_rows)
+        if end >= begin:
+            start = (begin - _address(whole)) // 8
+            return whole[start : start + (end - begin) // 8].reshape(-1, num_rows)
     return np.concatenate([part.reshape(-1, num_rows) for part in part_EN])
+
+
+def _address(array: Floats) -> int:
+    return array.__array_interface__["data"][0]
 
 
 def unpack(packed_MQ: Floats, size: int) -> Floats:

@@ -112,14 +112,20 @@ class HMEBase(BaseEstimator):
         """How responsible each expert is for each row before its target is seen: (N, L), rows sum to 1."""
         return self._by_block(X, lambda x_PN: self.mixture_.priors(x_PN).T)
 
-    def export_text(self, feature_names: list[str] | None = None) -> str:
-        """The tree as text: what each gate asks and what each expert says, in the inputs' own units."""
+    def export_text(self, feature_names: list[str] | None = None, target_names: list[str] | None = None) -> str:
+        """The tree as text: what each gate asks and what each expert says, in the inputs' own units.
+
+        `target_names`: of the outputs, or of all classes in the order of `classes_`.
+        """
         check_is_fitted(self)
         names = feature_names or [str(n) for n in getattr(self, "feature_names_in_", [])]
         names = names or [f"x{i}" for i in range(self.n_features_in_)]
         if len(names) != self.n_features_in_:
             raise ValueError(f"{len(names)} feature_names for {self.n_features_in_} features")
-        return tree_text(self.mixture_, self.scale_, self.target_scale_, names, self._target_names())
+        targets = target_names or self._target_names()
+        if len(targets) != self.mixture_.family.targets:
+            raise ValueError(f"{len(targets)} target_names for {self.mixture_.family.targets} targets")
+        return tree_text(self.mixture_, self.scale_, self.target_scale_, names, targets)
 
     def _partial_fit(self, X: Any, y: Any, sample_weight: Any, *, first: bool) -> Self:
         x_ND, weight_N = self._checked(X, sample_weight, reset=first)

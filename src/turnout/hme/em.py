@@ -74,8 +74,10 @@ def fit_em(
     ridge_P = ridge_of(config.ridge, rows.x_NP.shape[1])
     total_weight = float(rows.weight_N.sum())
     logliks, objectives, passes = [], [], 0
-    best, converged, held = mixture, False, config.hold_noise
-    rows = rows.held_for(mixture)
+    converged, held = False, config.hold_noise
+    rows, asked = rows.held_for(mixture), mixture.tree
+    tree, gate_G, leaf_L = asked.abreast()
+    best = mixture = mixture.renumbered(tree, gate_G, leaf_L)
     for iteration in range(config.max_iter + 1):
         sums = sweep(rows, mixture, log_posteriors=config.algorithm == 2)
         passes += 1
@@ -96,6 +98,7 @@ def fit_em(
         if iteration < held:
             mixture = replace(mixture, experts=replace(mixture.experts, covariance_LOO=noise_LOO))
         passes += taken
+    best = best.renumbered(asked, np.argsort(gate_G), np.argsort(leaf_L))
     return Fit(
         mixture=best, loglik_path=tuple(logliks), objective_path=tuple(objectives), passes=passes, converged=converged
     )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.special import gammaln
 
+from turnout.hme.algebra import MakeRoom, room
 from turnout.hme.glim import Moments, Slopes
 from turnout.hme.shares import predictors, softmax_slopes, softmax_with_last_zero
 from turnout.hme.tree import Floats
@@ -95,8 +96,11 @@ class Family(ABC):
         """Experts that all say the same, so that the first posteriors are the gates' priors."""
 
     @abstractmethod
-    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts) -> Judgement:
-        """Log densities of the targets under each expert by its linear predictors, and what `slopes` needs."""
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom = room) -> Judgement:
+        """Log densities of the targets under each expert by its linear predictors, and what `slopes` needs.
+
+        `make`: where the arrays of the result may stand.
+        """
 
     def weights(self, experts: Experts) -> Floats:
         """Weights of the linear predictors, (L, P, O), or (L, Z, O) where they read the targets too."""
@@ -144,7 +148,7 @@ class Softmax(Family):
         """All classes equally probable."""
         return _without_noise(np.zeros((num_leaves, size, self.outputs)))
 
-    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom = room) -> Judgement:
         shares = softmax_with_last_zero(predictor_LON)
         return Judgement(log_density_LN=(y_TN * shares.log_MBN).sum(axis=1), signal_LON=shares.free_MON)
 
@@ -179,7 +183,7 @@ class Poisson(Family):
         weight_LPO[:, -1] = np.log(max(float(np.average(y_TN[0], weights=weight_N)), 1e-3))
         return _without_noise(weight_LPO)
 
-    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom = room) -> Judgement:
         log_rate_LN = predictor_LON[:, 0].clip(-MOST_LOG_RATE, MOST_LOG_RATE)
         rate_LN = np.exp(log_rate_LN)
         return Judgement(log_density_LN=y_TN * log_rate_LN - rate_LN - gammaln(y_TN + 1), signal_LON=rate_LN[:, None])

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from turnout.errors import ConfigError
-from turnout.hme.algebra import unpack
+from turnout.hme.algebra import MakeRoom, room, unpack
 from turnout.hme.families import Experts, ExpertSums, Family, Judgement
 from turnout.hme.glim import Slopes
 from turnout.hme.shares import predictors
@@ -63,11 +63,13 @@ class Gaussian(Family):
         """Residuals, made white, are linear in inputs and targets."""
         return experts.white_LZO
 
-    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts) -> Judgement:
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom = room) -> Judgement:
         """The predictors are white residuals already."""
-        square_LN = np.einsum("lon,lon->ln", predictor_LON, predictor_LON)
+        square_LN = make(len(predictor_LON), predictor_LON.shape[2])
+        np.einsum("lon,lon->ln", predictor_LON, predictor_LON, out=square_LN)
         most_L = -experts.log_root_L - 0.5 * self.outputs * np.log(2 * np.pi)
-        return Judgement(log_density_LN=most_L[:, None] - square_LN, signal_LON=predictor_LON, square_LN=square_LN)
+        log_density_LN = np.subtract(most_L[:, None], square_LN, out=make(*square_LN.shape))
+        return Judgement(log_density_LN=log_density_LN, signal_LON=predictor_LON, square_LN=square_LN)
 
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement, out_LON: Floats) -> Slopes:
         """Of half the squared white residuals; all outputs of an expert share one matrix of inputs."""
@@ -80,10 +82,10 @@ class Gaussian(Family):
         if self.noise == "full":
             return (weight_LN[:, None] * white_LON) @ white_LON.swapaxes(1, 2)
         if self.noise == "diagonal":
-            square_LO = np.einsum("lon,lon->lo", weight_LN[:, None] * white_LON, white_LON)
+            square_LO = _row_products(weight_LN[:, None] * white_LON, white_LON)
         else:
             assert judged.square_LN is not None
-            square_LO = np.einsum("ln,ln->l", weight_LN, judged.square_LN)[:, None] / self.outputs
+            square_LO = _row_products(weight_LN, judged.square_LN)[:, None] / self.outputs
         square_LOO = np.zeros((len(weight_LN), self.outputs, self.outputs))
         np.einsum("loo->lo", square_LOO)[:] = square_LO
         return square_LOO
@@ -134,3 +136,8 @@ class Gaussian(Family):
             return np.broadcast_to(eye_OO, square_LOO.shape).copy()
         scatter_LOO = square_LOO + self.noise_rows * self.noise_floor * eye_OO
         return self.shaped(scatter_LOO / (weight_L + self.noise_rows)[:, None, None])
+
+
+def _row_products(left: Floats, right: Floats) -> Floats:
+    """Inner products along the last axis."""
+    return (left[..., None, :] @ right[..., :, None])[..., 0, 0]

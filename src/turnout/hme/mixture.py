@@ -1,15 +1,15 @@
 """A hierarchical mixture of experts: its parameters, its densities and posteriors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from turnout.hme.algebra import product
+from turnout.hme.algebra import MakeRoom, product, room
 from turnout.hme.families import Experts, Family, Judgement, ridge_log_prior
 from turnout.hme.paths import log_priors
 from turnout.hme.shares import Shares, by_rows, predictors, softmax_with_last_zero
-from turnout.hme.tree import Floats, Tree
+from turnout.hme.tree import Floats, Ints, Tree
 
 # of a leaf relative to the likeliest: where posteriors become subnormal, each product with one takes a hundred cycles
 LEAST_LOG_POSTERIOR = -300.0
@@ -27,14 +27,18 @@ class Mixture:
     gate_GPO: Floats  # O: all branches but the last
     experts: Experts
 
+    def renumbered(self, tree: Tree, gate_G: Ints, leaf_L: Ints) -> "Mixture":
+        """The same mixture on `tree`, whose gates and leaves are these of its own, in this order."""
+        return replace(self, tree=tree, gate_GPO=self.gate_GPO[gate_G], experts=self.experts[leaf_L])
+
     def shares(self, x_PN: Floats) -> Shares:
         """Probability of each branch at its gate; zero, and -inf in logarithm, for a closed branch."""
         return self._shares(predictors(x_PN, self.gate_GPO))
 
-    def _shares(self, predictor_GON: Floats) -> Shares:
+    def _shares(self, predictor_GON: Floats, make: MakeRoom = room) -> Shares:
         if not self.tree.open_GB.all():
             predictor_GON[~self.tree.open_GB[:, :-1]] = -np.inf
-        return softmax_with_last_zero(predictor_GON)
+        return softmax_with_last_zero(predictor_GON, make)
 
     def log_priors(self, shares: Shares) -> Floats:
         """Log probability of each leaf before y is seen, (L, N)."""
@@ -52,26 +56,28 @@ class Mixture:
         weight_EZ[: len(gate_EP), : gate_EP.shape[1]], weight_EZ[len(gate_EP) :] = gate_EP, expert_EZ
         return weight_EZ
 
-    def read(self, z_ZN: Floats) -> "Reading":
+    def read(self, z_ZN: Floats, make: MakeRoom = room) -> "Reading":
         """What gates and experts say of rows, inputs above targets: all linear predictors are one matrix product."""
         weight_EZ, num_rows = self._weight_EZ, z_ZN.shape[1]
-        predictor_EN = product(weight_EZ, z_ZN[: weight_EZ.shape[1]])
+        predictor_EN = product(weight_EZ, z_ZN[: weight_EZ.shape[1]], make(len(weight_EZ), num_rows))
         gates, free = self.tree.num_gates, self.tree.branching - 1
         gate_GON = predictor_EN[: gates * free].reshape(gates, free, num_rows)
         expert_LON = predictor_EN[gates * free :].reshape(self.tree.num_leaves, self.family.outputs, num_rows)
         return Reading(
-            shares=self._shares(gate_GON),
+            shares=self._shares(gate_GON, make),
             expert_LON=expert_LON,
-            judged=self.family.judge(expert_LON, z_ZN[-self.family.targets :], self.experts),
+            judged=self.family.judge(expert_LON, z_ZN[-self.family.targets :], self.experts, make),
         )
 
-    def posterior(self, z_ZN: Floats) -> "Posterior":
+    def posterior(self, z_ZN: Floats, make: MakeRoom = room) -> "Posterior":
         """The E-step: how probable each leaf is given the targets, which stand below the inputs.
+
+        `make`: where its arrays stand, all but `loglik_N`.
 
         Source: Jordan & Jacobs 1994, eq. 9-11, in logarithms until the likeliest leaf is known.
         """
-        reading = self.read(z_ZN)
-        node_EN = log_priors(self.tree, reading.shares)
+        reading = self.read(z_ZN, make)
+        node_EN = log_priors(self.tree, reading.shares, make)
         leaf_LN = node_EN[self.tree.num_gates :]
         leaf_LN += reading.judged.log_density_LN
         top_N = leaf_LN.max(axis=0)

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from turnout.errors import ConfigError
-from turnout.hme.algebra import pairs
+from turnout.hme.algebra import Workspace, pairs
 from turnout.hme.families import Experts, ExpertSums
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import Moments, newton_step, safe_share, spread
@@ -101,7 +101,7 @@ def learn_rows(state: Recursion, rows: Rows, config: OnlineConfig) -> Recursion:
     Source: Jordan & Jacobs 1994, on-line algorithm, with 1 / h in the denominator as weighted least squares requires.
     """
     for start in range(0, len(rows), config.block_rows):
-        state = _learned(state, rows.block(slice(start, start + config.block_rows)), config)
+        state = _learned(state, rows.block(slice(start, start + config.block_rows)), config, rows.work)
     return state
 
 
@@ -110,9 +110,9 @@ def forgetting_at(rows_seen: int, config: OnlineConfig) -> float:
     return 1 - (1 - config.forgetting) * (1 - config.settle_share) ** (rows_seen // config.settle_rows)
 
 
-def _learned(state: Recursion, block: Block, config: OnlineConfig) -> Recursion:
+def _learned(state: Recursion, block: Block, config: OnlineConfig, work: Workspace) -> Recursion:
     mixture, num_rows = state.mixture, len(block.weight_N)
-    sums = gathered([block], mixture, mixture, log_posteriors=config.gates == "log_posteriors")
+    sums = gathered([block], mixture, mixture, log_posteriors=config.gates == "log_posteriors", work=work)
     mass_L = sums.experts.weight_L
     # a gate ages as an expert below it does: by the mean of their rows
     under_GL = mixture.tree.under_GBL.any(axis=1)

@@ -70,6 +70,7 @@ OWN_CSS = """
 .hme .axis { stroke: var(--line); } .hme .curve { fill: none; stroke: var(--blue); stroke-width: 2; }
 .hme .dot { fill: var(--blue); fill-opacity: 0.35; } .hme .branch { fill: none; stroke: var(--faint); }
 .hme .up { fill: var(--orange); } .hme .down { fill: var(--blue); } .hme .leaf { fill: var(--green); }
+.hme .wide { overflow-x: auto; }
 .hme table { border-collapse: collapse; } .hme th { font-weight: 600; color: var(--soft); }
 .hme th, .hme td { padding: 4px 14px; text-align: right; border-bottom: 1px solid var(--grid); }
 .hme td.right { color: var(--green); font-weight: 620; }
@@ -145,7 +146,11 @@ def tree_svg(data: PageData, estimator: HMEBase) -> str:
         radius = 4 + 40 * float(np.sqrt(data.share_L[leaf] / np.pi))
         marks.append(f'<circle class="leaf" cx="{x:.0f}" cy="{y + 20:.0f}" r="{radius:.1f}"/>')
         marks.append(f'<text x="{x:.0f}" y="{y + 66:.0f}" text-anchor="middle">{leaf}: {data.share_L[leaf]:.0%}</text>')
-    return f'<svg viewBox="0 0 {wide} {high}" role="img" aria-label="The tree">{"".join(marks)}</svg>'
+    # a wide tree is scrolled, not shrunk until its words are a few pixels high
+    return (
+        f'<div class="wide"><svg viewBox="0 0 {wide} {high}" style="min-width:{wide}px" role="img" '
+        f'aria-label="The tree">{"".join(marks)}</svg></div>'
+    )
 
 
 def _gate_bars(weight_P: Floats, names: Sequence[str], x: float, y: float) -> str:

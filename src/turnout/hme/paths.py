@@ -6,13 +6,14 @@ and where the tree is complete a level is a slice.
 
 import numpy as np
 
+from turnout.hme.algebra import MakeRoom, room
 from turnout.hme.shares import Shares
 from turnout.hme.tree import Floats, Nodes, Tree
 
 
-def log_priors(tree: Tree, shares: Shares) -> Floats:
+def log_priors(tree: Tree, shares: Shares, make: MakeRoom = room) -> Floats:
     """Log probability of each node before y is seen, (E, N) with E = G + L: the sum along its path."""
-    node_EN = np.empty((tree.num_gates + tree.num_leaves, shares.free_MON.shape[2]))
+    node_EN = make(tree.num_gates + tree.num_leaves, shares.free_MON.shape[2])
     node_EN[0] = 0.0
     for last, *others in tree.levels:
         _put(node_EN, last.children, node_EN[last.gates], shares.log_last_MN[last.gates])
@@ -40,7 +41,7 @@ def branch_mass(tree: Tree, node_EN: Floats) -> tuple[Floats, Floats]:
 
 def leaf_nodes(tree: Tree, leaf_LN: Floats) -> Floats:
     """Room for all nodes, with the leaves' rows filled; (G + L, N)."""
-    node_EN = np.empty((tree.num_gates + tree.num_leaves, leaf_LN.shape[1]))
+    node_EN = room(tree.num_gates + tree.num_leaves, leaf_LN.shape[1])
     node_EN[tree.num_gates :] = leaf_LN
     return node_EN
 

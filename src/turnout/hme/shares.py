@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turnout.hme.algebra import pairs, product
+from turnout.hme.algebra import MakeRoom, pairs, product, room
 from turnout.hme.glim import Slopes
 from turnout.hme.tree import Floats
 
@@ -37,10 +37,10 @@ def by_rows(weight_MPO: Floats) -> Floats:
     return np.ascontiguousarray(weight_MPO.swapaxes(1, 2)).reshape(-1, weight_MPO.shape[1])
 
 
-def softmax_with_last_zero(predictor_MON: Floats) -> Shares:
+def softmax_with_last_zero(predictor_MON: Floats, make: MakeRoom = room) -> Shares:
     """Shares of O + 1 branches, the last of which has the predictor zero; -inf closes a branch."""
     if predictor_MON.shape[1] == 1:
-        return _logistic(predictor_MON)
+        return _logistic(predictor_MON, make)
     top_M1N = np.maximum(predictor_MON.max(axis=1, keepdims=True), 0.0)
     free_MON = np.exp(predictor_MON - top_M1N)
     sum_MN = free_MON.sum(axis=1) + np.exp(-top_M1N[:, 0])
@@ -49,11 +49,12 @@ def softmax_with_last_zero(predictor_MON: Floats) -> Shares:
     return Shares(predictor_MON=predictor_MON, free_MON=free_MON, log_last_MN=log_last_MN)
 
 
-def _logistic(predictor_M1N: Floats) -> Shares:
+def _logistic(predictor_M1N: Floats, make: MakeRoom) -> Shares:
     """Two branches need one exponential and one logarithm; both are exact to rounding of the predictor."""
     is_far = predictor_M1N.max(initial=0.0) > MOST_PREDICTOR
-    free_M1N = np.exp(np.minimum(predictor_M1N, MOST_PREDICTOR) if is_far else predictor_M1N)
-    last_M1N = free_M1N + 1.0
+    free_M1N, last_M1N = make(*predictor_M1N.shape), make(*predictor_M1N.shape)
+    np.exp(np.minimum(predictor_M1N, MOST_PREDICTOR) if is_far else predictor_M1N, out=free_M1N)
+    np.add(free_M1N, 1.0, out=last_M1N)
     np.reciprocal(last_M1N, out=last_M1N)
     free_M1N *= last_M1N
     np.log(last_M1N, out=last_M1N)
@@ -69,6 +70,7 @@ def softmax_slopes(
     *,
     score_MON: Floats | None = None,
     curvature_M1N: Floats | None = None,
+    make: MakeRoom = room,
 ) -> Slopes:
     """Slopes of M softmax models; gates and softmax experts are both such.
 
@@ -76,10 +78,11 @@ def softmax_slopes(
     and curvature_M1N (this of two branches alone) are where slopes go, if given; masses may stand there.
     Source: Jordan & Jacobs 1994, appendix A (IRLS); the whole Hessian, not its diagonal blocks.
     """
-    weighted_MON = total_M1N * share_MON
+    weighted_MON = np.multiply(total_M1N, share_MON, out=make(*share_MON.shape))
     score_MON = np.subtract(mass_MON, weighted_MON, out=score_MON)
     if share_MON.shape[1] == 1:
-        curvature_M1N = np.multiply(weighted_MON, 1.0 - share_MON, out=curvature_M1N)
+        curvature_M1N = np.subtract(1.0, share_MON, out=curvature_M1N)
+        curvature_M1N *= weighted_MON
         return Slopes(score_MON=score_MON, curvature_MCN=curvature_M1N)
     o_C, r_C = pairs(share_MON.shape[1])
     curvature_MCN = weighted_MON[:, o_C] * ((o_C == r_C)[:, None] - share_MON[:, r_C])

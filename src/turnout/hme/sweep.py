@@ -1,13 +1,13 @@
 """One pass over the rows: the E-step and the sums of all M-steps, block by block, so that memory stays bounded."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import add
 
 import numpy as np
 
-from turnout.hme.algebra import pair_products
+from turnout.hme.algebra import CACHE_LINE, MakeRoom, Workspace, pair_products, room
 from turnout.hme.families import ExpertSums
 from turnout.hme.glim import Moments, Slopes, moments, spread
 from turnout.hme.mixture import Mixture
@@ -19,7 +19,7 @@ from turnout.hme.tree import Floats, Ints
 LEAST_POSTERIOR = 1e-3
 # of the widest array of a block: smaller blocks cost more calls, larger ones leave a core's cache, and their memory is
 # given back to the system and taken from it page by page
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 3 << 20
 LEAST_ROWS = 128  # of a block, however wide its arrays
 # of all blocks of a fit with their products of inputs: up to this they are kept from pass to pass, else formed anew
 MOST_HELD_BYTES = 16 << 20
@@ -33,6 +33,7 @@ class Rows:
     y_NT: Floats
     weight_N: Floats
     held: "tuple[Block, ...]" = ()  # all rows, for passes to come; empty: each pass forms its blocks anew
+    work: Workspace = field(default_factory=Workspace)
 
     def __len__(self) -> int:
         return len(self.x_NP)
@@ -42,14 +43,19 @@ class Rows:
         return Rows(x_NP=self.x_NP[row_N], y_NT=self.y_NT[row_N], weight_N=self.weight_N[row_N])
 
     def parts(self, widest: int) -> Iterator[slice]:
-        """Slices of rows for which an array with `widest` numbers a row takes about BLOCK_BYTES."""
-        step = max(LEAST_ROWS, BLOCK_BYTES // (8 * max(1, widest)))
+        """Slices of rows, all but the last alike: an array of `widest` numbers a row takes BLOCK_BYTES at most.
+
+        Unless that were fewer than LEAST_ROWS.
+        """
+        most = max(LEAST_ROWS, BLOCK_BYTES // (8 * max(1, widest)))
+        alike = -(-len(self) // max(1, -(-len(self) // most)))
+        step = max(1, -(-alike // CACHE_LINE) * CACHE_LINE)
         return (slice(start, start + step) for start in range(0, len(self), step))
 
     def block(self, part: slice | Ints) -> "Block":
         """These rows as columns."""
         x_NP, y_NT = self.x_NP[part], self.y_NT[part]
-        z_ZN = np.empty((x_NP.shape[1] + y_NT.shape[1], len(x_NP)))
+        z_ZN = room(x_NP.shape[1] + y_NT.shape[1], len(x_NP))
         z_ZN[: x_NP.shape[1]], z_ZN[x_NP.shape[1] :] = x_NP.T, y_NT.T
         return Block(z_ZN=z_ZN, inputs=x_NP.shape[1], weight_N=self.weight_N[part])
 
@@ -117,35 +123,39 @@ def sweep(rows: Rows, believed: Mixture, at: Mixture | None = None, *, log_poste
     `log_posteriors`: gates regress on log posteriors (algorithm 2), instead of climbing their likelihood.
     """
     at = believed if at is None else at
-    return gathered(rows.blocks(believed), believed, at, log_posteriors=log_posteriors)
+    return gathered(rows.blocks(believed), believed, at, log_posteriors=log_posteriors, work=rows.work)
 
 
-def gathered(blocks: Iterable[Block], believed: Mixture, at: Mixture, *, log_posteriors: bool) -> Sums:
+def gathered(blocks: Iterable[Block], believed: Mixture, at: Mixture, *, log_posteriors: bool, work: Workspace) -> Sums:
     """`sweep` of these blocks, of which there is at least one."""
-    total = reduce(add, (_block_sums(block, believed, at, log_posteriors=log_posteriors) for block in blocks))
+    sums = (_block_sums(block, believed, at, log_posteriors=log_posteriors, work=work) for block in blocks)
+    total = reduce(add, sums)
     return replace(total, experts=at.family.coloured(total.experts, at.experts))
 
 
-def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors: bool) -> Sums:
+def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors: bool, work: Workspace) -> Sums:
     """Sums over one block, those of Gaussian experts over white residuals.
 
     Scores are written over predictors and curvatures over masses: arrays that a core's cache still holds, in which
     gates and experts stand together.
     """
-    posterior = believed.posterior(block.z_ZN)
+    work.clear()
+    posterior = believed.posterior(block.z_ZN, work.room)
     weight_LN = posterior.leaf_LN
+    weight_L = weight_LN @ block.weight_N
     if not block.counts_once:
         weight_LN *= block.weight_N
-    reading = posterior.reading if at is believed else at.read(block.z_ZN)
+    reading = posterior.reading if at is believed else at.read(block.z_ZN, work.room)
     mass_GON, mass_G1N = branch_mass(at.tree, posterior.node_EN)
-    gate_slopes = (_log_posterior_slopes if log_posteriors else _likelihood_slopes)(reading.shares, mass_GON, mass_G1N)
+    slopes_of = _log_posterior_slopes if log_posteriors else _likelihood_slopes
+    gate_slopes = slopes_of(reading.shares, mass_GON, mass_G1N, work.room)
     square_LOO = at.family.squares(weight_LN, reading.judged)
     expert_slopes = at.family.slopes(block.y_TN, weight_LN, reading.judged, reading.expert_LON)
     gates, experts = moments(block.x_PN, block.product_QN, gate_slopes, expert_slopes)
     return Sums(
         loglik=float(block.weight_N @ posterior.loglik_N),
         gates=gates,
-        experts=ExpertSums(moments=experts, weight_L=weight_LN.sum(axis=1), square_LOO=square_LOO),
+        experts=ExpertSums(moments=experts, weight_L=weight_L, square_LOO=square_LOO),
     )
 
 
@@ -164,11 +174,13 @@ def loglik(rows: Rows, mixture: Mixture) -> float:
     return sum(float(b.weight_N @ mixture.posterior(b.z_ZN).loglik_N) for b in rows.blocks(mixture))
 
 
-def _likelihood_slopes(shares: Shares, mass_GON: Floats, mass_G1N: Floats) -> Slopes:
-    return softmax_slopes(shares.free_MON, mass_GON, mass_G1N, score_MON=shares.predictor_MON, curvature_M1N=mass_G1N)
+def _likelihood_slopes(shares: Shares, mass_GON: Floats, mass_G1N: Floats, make: MakeRoom) -> Slopes:
+    return softmax_slopes(
+        shares.free_MON, mass_GON, mass_G1N, score_MON=shares.predictor_MON, curvature_M1N=mass_G1N, make=make
+    )
 
 
-def _log_posterior_slopes(shares: Shares, mass_GON: Floats, mass_G1N: Floats) -> Slopes:
+def _log_posterior_slopes(shares: Shares, mass_GON: Floats, mass_G1N: Floats, make: MakeRoom) -> Slopes:
     """Least squares of a gate's predictors on log posteriors, weighted by the gate's own posterior.
 
     Both are taken relative to the last branch, whose predictor is zero.

@@ -1,6 +1,7 @@
 """A CSV file as numbers: columns of text become one column for each of their values."""
 
 import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +48,18 @@ def read_table(path: Path, target: str) -> DataTable:
     ConfigError if no column is called `target`.
     """
     header, lines = _read(path)
+    apart = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
+    if apart is not None:
+        raise DataError(f"{path} has its cells between {apart!r}; write it with commas between them")
     if target not in header:
         raise ConfigError(
             f"--target {target!r} is no column of {path}; columns: {', '.join(header)}{nearest(target, header)}"
         )
     columns = {name: [line[i].strip() for line in lines] for i, name in enumerate(header)}
+    for name, cells in columns.items():
+        line = next((n for n, cell in enumerate(cells, start=2) if _is_infinite(cell)), None)
+        if line is not None:
+            raise DataError(f"{path} line {line}: column {name!r} is infinite; leave such lines out")
     y_text = columns.pop(target)
     blank = next((n for n, text in enumerate(y_text) if text.lower() in MISSING), None)
     if blank is not None:
@@ -102,6 +110,11 @@ def _column(path: Path, name: str, cells: list[str]) -> tuple[list[str], Floats,
         one_hot.astype(np.float64),
         [f"{name}: {len(values)} words, a column each"],
     )
+
+
+def _is_infinite(text: str) -> bool:
+    number = _number(text)
+    return number is not None and math.isinf(number)
 
 
 def _number(text: str) -> float | None:

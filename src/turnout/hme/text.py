@@ -3,7 +3,7 @@
 import numpy as np
 
 from turnout.hme.checks import Scale
-from turnout.hme.families import Softmax
+from turnout.hme.families import Poisson, Softmax
 from turnout.hme.mixture import Mixture
 from turnout.hme.tree import CLOSED, Floats, Tree
 
@@ -61,14 +61,19 @@ def _lines(
 def _expert_lines(
     mixture: Mixture, leaf: int, scale: Scale, target_scale: Scale, inputs: list[str], targets: list[str]
 ) -> list[str]:
-    is_softmax = isinstance(mixture.family, Softmax)
     lines = []
     for output in range(mixture.family.outputs):
         weight_P = mixture.experts.weight_LPO[leaf, :, output] * target_scale.deviation_D[output]
         weight_P = np.append(weight_P[:-1], weight_P[-1] + target_scale.mean_D[output])
-        name = f"log odds of {targets[output]} to {targets[-1]}" if is_softmax else targets[output]
-        lines.append(f"expert {leaf}: {name} = {_formula(weight_P, scale, inputs)}")
+        lines.append(f"expert {leaf}: {_said(mixture, output, targets)} = {_formula(weight_P, scale, inputs)}")
     return lines
+
+
+def _said(mixture: Mixture, output: int, targets: list[str]) -> str:
+    """What a linear predictor of an expert is."""
+    if isinstance(mixture.family, Softmax):
+        return f"log odds of {targets[output]} to {targets[-1]}"
+    return f"log of {targets[output]}" if isinstance(mixture.family, Poisson) else targets[output]
 
 
 def _formula(weight_P: Floats, scale: Scale, inputs: list[str]) -> str:

@@ -115,6 +115,27 @@ class Tree:
             branch=branch, gates=_evenly(open_G), children=_evenly(node_GB[:, branch]), beside=_evenly(node_GB[:, -1])
         )
 
+    def abreast(self) -> tuple["Tree", Ints, Ints]:
+        """The tree numbered so that nodes which one branch of a level's gates leads to stand next to one another.
+
+        Of a complete tree each step along the paths then reads and writes whole stretches of memory, which numpy does
+        two to three times as fast as every other row. Returns also the gates and the leaves in their new order.
+        """
+        gates, leaves = [], []
+        level = [0 if self.num_gates else ~0]
+        while level:
+            inner = [node for node in level if node >= 0]
+            gates += inner
+            leaves += [~node for node in level if node < 0]
+            level = [int(child) for branch_G in self.child_GB[inner].T for child in branch_G if child != CLOSED]
+        gate_G, leaf_L = np.array(gates, dtype=np.int64), np.array(leaves, dtype=np.int64)
+        child_GB = self.child_GB[gate_G]
+        is_gate_GB = child_GB >= 0
+        node_GB = np.where(is_gate_GB, child_GB, np.where(child_GB == CLOSED, 0, ~child_GB))
+        new_gate_GB = np.argsort(gate_G)[node_GB * is_gate_GB] if len(gates) else node_GB
+        new_GB = np.where(is_gate_GB, new_gate_GB, ~np.argsort(leaf_L)[node_GB * ~is_gate_GB])
+        return Tree(child_GB=np.where(child_GB == CLOSED, CLOSED, new_GB)), gate_G, leaf_L
+
     def split(self, leaf: int) -> "Tree":
         """The tree with a new gate (the last) in place of `leaf`, over it and branching - 1 new leaves (the last)."""
         new_B = ~np.array([leaf, *range(self.num_leaves, self.num_leaves + self.branching - 1)], dtype=np.int64)

@@ -16,6 +16,8 @@ from turnout.parallel.supported import check_shards, check_supported
 from turnout.parallel.tokens import cutting
 from turnout.strategy import Strategy
 
+SENT = ("intra_bytes", "inter_bytes", "intra_messages", "inter_messages")  # of a step, as a run records it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
@@ -135,7 +137,7 @@ class Parallel:
         for kind in kinds:
             sent += self.ledger.traffic(experts.place, experts.whole_mesh, kind=kind)
         self.ledger.clear()
-        return dict(vars(sent))
+        return {name: getattr(sent, name) for name in SENT}
 
     def over_ranks(self, value: float) -> float:
         """A number added up over all ranks."""

@@ -35,7 +35,7 @@ KEPT_BYTES = {"": 2.0, "fp8": 1 + 4 / 128}  # of an element kept for backward, i
 ATTENTION_OUTPUT_BYTES = {"": 2.0, "fp8": 1.5}
 
 
-@reads("tp", "sequence_parallel", "tokens", "recompute", "etp")
+@reads("tp", "sequence_parallel", "tokens", "recompute", "ep", "etp")
 def block_bytes(job: Job, block: int) -> KeptBytes:
     """Bytes that one block keeps for one micro-batch."""
     experts, shape = job.shape.experts_of(block), job.shape

@@ -8,30 +8,56 @@ from typing import Any
 
 from turnout.errors import ConfigError
 from turnout.plan.explain import ExplainRow
-from turnout.plan.time import StepTime
-from turnout.plan.waterfall import waterfall
-
-# colours that people who confuse red and green can tell apart: Wong 2011, Nature Methods 8:441
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#7b8290"
+from turnout.plan.figures import BLUE, COLOURS, GREY, LEAST_SHARE, ORANGE, Bars, Figure, Points
 
 
-def draw_waterfall(path: Path, step: StepTime, *, title: str) -> None:
-    """Draw the parts of a step, each starting where the one before it ends.
+def draw(path: Path, figure: Figure, *, title: str) -> None:
+    """Draw a figure into a file, under a title.
 
     Raises: ConfigError if matplotlib is missing, or the file's ending is not one it writes.
     """
-    parts = waterfall(step)
-    figure, axes = _figure(path, height=0.9 + 0.36 * (len(parts) + 1))
-    start = 0.0
-    for row, part in enumerate(parts):
-        axes.barh(row, part.seconds, left=start, color=BLUE if part.name == "compute" else ORANGE, height=0.62)
-        _label(axes, start + part.seconds, row, f"{part.seconds:.3g} s  {part.share:.0%}")
-        start += part.seconds
-    axes.barh(len(parts), start, color=GREY, height=0.62)
-    _label(axes, start, len(parts), f"{start:.3g} s")
-    axes.set_yticks(range(len(parts) + 1), [*(part.name for part in parts), "step"])
-    axes.set_xlabel("seconds of one optimizer step")
-    _save(figure, axes, path, title, longest=1.2 * start)
+    if isinstance(figure, Bars):
+        _draw_bars(path, figure, title)
+    else:
+        _draw_points(path, figure, title)
+
+
+def _draw_bars(path: Path, figure: Bars, title: str) -> None:
+    drawn, axes = _figure(path, height=1.3 + 0.36 * len(figure.rows))
+    longest = max([figure.limit, *(bar.start + sum(bar.values) for bar in figure.rows)])
+    named: set[str] = set()
+    for row, bar in enumerate(figure.rows):
+        at = bar.start
+        for name, value, colour in zip(figure.series, bar.values, figure.colours, strict=True):
+            if value > LEAST_SHARE * longest:
+                label = None if name in named else name
+                axes.barh(row, value, left=at, color=colour, height=0.62, label=label)
+                named.add(name)
+            at += value
+        _label(axes, at, row, bar.note)
+    axes.set_yticks(range(len(figure.rows)), [bar.label for bar in figure.rows])
+    axes.set_xlabel(f"{figure.unit}: {figure.title[0].lower()}{figure.title[1:]}")
+    if figure.limit:
+        axes.axvline(figure.limit, color=GREY, linestyle="--", label=f"{figure.limit_name}: {figure.limit:,.1f}")
+    if len(figure.series) > 1:
+        _legend(drawn, axes)
+    _save(drawn, axes, path, title, longest=1.2 * longest)
+
+
+def _draw_points(path: Path, figure: Points, title: str) -> None:
+    drawn, axes = _figure(path, height=6.0)
+    right, top = max(point.x for point in figure.rows), max(point.y for point in figure.rows)
+    for group, colour in zip(figure.groups, COLOURS * len(figure.groups), strict=False):
+        mine = [point for point in figure.rows if point.group == group]
+        sizes = [70 if point.mark else 26 for point in mine]
+        axes.scatter([p.x for p in mine], [p.y for p in mine], s=sizes, color=colour, label=group, zorder=3)
+    for point in figure.rows:
+        axes.annotate(point.mark, (point.x, point.y), xytext=(0, 8), textcoords="offset points", ha="center")
+    axes.set_ylim(1.12 * top, 0)
+    axes.set_xlabel("\n".join([figure.x, *figure.notes]), fontsize=9)
+    axes.set_ylabel(figure.y)
+    _legend(drawn, axes)
+    _save(drawn, axes, path, title, longest=1.08 * right)
 
 
 def draw_explain(path: Path, rows: Sequence[ExplainRow], *, title: str) -> None:
@@ -64,6 +90,11 @@ def _figure(path: Path, height: float) -> tuple[Any, Any]:
         pyplot.close(figure)
         raise ConfigError(f"{path} must end in one of: {', '.join(f'.{name}' for name in sorted(known))}")
     return figure, axes
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
 
 
 def _label(axes: Any, x: float, y: float, text: str) -> None:

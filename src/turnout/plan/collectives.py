@@ -23,6 +23,8 @@ class Collective:
     inter_bytes: float = 0.0
     intra_messages: float = 0.0
     inter_messages: float = 0.0
+    cross_bytes: float = 0.0  # of inter_bytes, to another place of another node
+    cross_messages: float = 0.0
 
     @property
     def messages(self) -> float:
@@ -32,14 +34,23 @@ class Collective:
     def total_bytes(self) -> float:
         return self.intra_bytes + self.inter_bytes
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether each rank sends to every other, in place of on to the next."""
+        return self.axis == "ep" or self.name in ("cp all-to-all", "expert weights")
+
     def intra_link(self, cluster: Cluster) -> Link:
         """The link inside the node as this collective finds it."""
-        exchanges = self.axis == "ep" or self.name == "cp all-to-all"
-        return cluster.alltoall_intra(self.mesh.local) if exchanges else cluster.intra
+        pieces = self.axis == "ep" or self.name == "cp all-to-all"
+        return cluster.alltoall_intra(self.mesh.local) if pieces else cluster.intra
+
+    def inter_link(self, cluster: Cluster) -> Link:
+        """The link between nodes as this collective finds it."""
+        return cluster.inter_over(self.mesh.nodes, self.cross_bytes / self.inter_bytes if self.inter_bytes else 0.0)
 
     def tiers_s(self, cluster: Cluster) -> tuple[float, float]:
         """Seconds of a step on the link inside the node and on the one between nodes, each as if alone."""
-        intra, inter = self.intra_link(cluster), cluster.inter_over(self.mesh.nodes)
+        intra, inter = self.intra_link(cluster), self.inter_link(cluster)
         return intra.time_s(self.intra_bytes, self.intra_messages), inter.time_s(self.inter_bytes, self.inter_messages)
 
     def to_json(self) -> dict[str, Any]:
@@ -73,8 +84,11 @@ def all_gather(mesh: Mesh, buffer_bytes: float) -> Traffic:
 def all_to_all(mesh: Mesh, buffer_bytes: float) -> Traffic:
     """An even exchange of a buffer that every rank holds, straight to every other rank."""
     piece = buffer_bytes / mesh.size
-    near, far = mesh.local - 1, mesh.size - mesh.local
-    return Traffic(intra_bytes=near * piece, inter_bytes=far * piece, intra_messages=near, inter_messages=far)
+    near, far, cross = mesh.local - 1, mesh.size - mesh.local, (mesh.nodes - 1) * (mesh.local - 1)
+    return Traffic(
+        intra_bytes=near * piece, inter_bytes=far * piece, cross_bytes=cross * piece,
+        intra_messages=near, inter_messages=far, cross_messages=cross,
+    )  # fmt: skip
 
 
 def ring_pass(mesh: Mesh, buffer_bytes: float) -> Traffic:
@@ -113,6 +127,7 @@ def chunked(part: Collective, chunks: int) -> Collective:
         calls=part.calls * chunks,
         intra_messages=part.intra_messages * chunks,
         inter_messages=part.inter_messages * chunks,
+        cross_messages=part.cross_messages * chunks,
     )
 
 

@@ -89,7 +89,7 @@ def _experts_s(job: Job, layer: int, engine: Engine) -> float:
     if not num_experts:
         return 0.0
     width, hidden = shape.latent_dim or shape.dim, shape.expert_hidden / max(1, strategy.expert_parts)
-    local = num_experts / strategy.ep if strategy.expert_parts else num_experts
+    local = num_experts / strategy.ep * job.crowding if strategy.expert_parts else num_experts
     rows = job.expert_rows / local
     up = (2 if shape.gated else 1) * hidden
     one = engine.product_s(rows, up, width, strategy.precision, grouped=True)

@@ -69,6 +69,7 @@ def base_job(query: Query) -> Job:
         global_batch=query.global_batch,
         framework=FRAMEWORKS[query.framework],
         skew=query.skew,
+        capacity_factor=query.capacity_factor,
     )
 
 

@@ -13,6 +13,8 @@ from turnout.topology import Mesh
 Expected = UniformRouting | LoadedRouting
 FP8_SCALE_BYTES = 4 / 128  # an fp32 scale for 128 elements: DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2
 LABEL_BYTES = 8.0  # which row (int32) and weight (fp32): they travel with each assignment of a merged row
+# collectives whose rows go where tokens are routed: all ranks wait for the one that gets most
+ROUTED = ("ep all-to-all", "ep recompute", "etp gather and scatter")
 PARAMETER_BYTES = 4.0  # of a weight that is gathered, and of its gradient: fp32, whatever the products are in
 LABEL_BACK_BYTES = 4.0  # gradient of that weight (fp32), on the way back of the backward pass
 

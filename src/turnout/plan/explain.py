@@ -160,7 +160,7 @@ def tally(title: str, parts: list[Collective], cluster: Cluster) -> ExplainRow:
         intra_s=sum(intra_s for intra_s, _ in tiers),
         inter_s=sum(inter_s for _, inter_s in tiers),
         intra_bandwidth_s=intra_bytes / cluster.intra.bytes_per_s,
-        inter_bandwidth_s=sum(part.inter_bytes / cluster.inter_over(part.mesh.nodes).bytes_per_s for part in parts),
+        inter_bandwidth_s=sum(part.inter_bytes / part.inter_link(cluster).bytes_per_s for part in parts),
         parts=tuple(parts),
     )
 

@@ -8,6 +8,7 @@ from turnout.config import from_dict, override
 from turnout.errors import ConfigError
 from turnout.registry import nearest
 from turnout.strategy import Strategy
+from turnout.topology import Device
 
 # the short names of papers and other programs
 SHORT = {"sp": "sequence_parallel", "vp": "virtual_stages", "mbs": "micro_batch"}
@@ -16,13 +17,15 @@ _ALWAYS = ("tp", "pp", "ep")  # said in any layout that is written
 _FIRST = ("tp", "cp", "pp", "dp", "ep", "etp")
 
 
-def layout_of(text: str) -> Strategy:
+def layout_of(text: str, device: Device | None = None) -> Strategy:
     """The layout that `text` says: fields of Strategy as name=value, with commas between; `sp`, `vp`, `mbs` are short.
 
-    What it leaves out is Strategy's default, but for the schedule: several virtual stages are interleaved.
+    What it leaves out is Strategy's default, but for the schedule, for several virtual stages are interleaved, and for
+    the precision on a `device` without bf16.
     Raises: ConfigError for what is not name=value, an unknown or repeated field, or a value that is not legal.
     """
-    strategy = from_dict(Strategy, said_of(text), "strategy")
+    usual = {} if device is None else {"precision": device.usual_precision}
+    strategy = from_dict(Strategy, usual | said_of(text), "strategy")
     if strategy.alltoall not in PROGRAMS:
         names = PROGRAMS.names()
         raise ConfigError(

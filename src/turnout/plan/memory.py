@@ -175,9 +175,9 @@ def tensor_ranks(job: Job) -> int:
 
 
 @reads("ep", "etp")
-def expert_ranks(job: Job) -> int:
-    """Ranks that share the experts of a layer."""
-    return job.strategy.ep * job.strategy.etp
+def expert_ranks(job: Job) -> float:
+    """Ranks that would share the experts of a layer if all held as many as the fullest."""
+    return job.strategy.ep * job.strategy.etp / job.crowding
 
 
 @reads("ep", "etp", "expert_copies")
@@ -260,7 +260,7 @@ def block_params(job: Job, block: int) -> float:
     """Parameters of one rank of a block, experts included, before ZeRO."""
     strategy, shape = job.strategy, job.shape
     copied = shape.expert_params * copies_of_rank(job) if shape.experts_of(block) else 0.0
-    return shape.block_params(block) / strategy.tp + shape.routed_params(block) / (strategy.ep * strategy.etp) + copied
+    return shape.block_params(block) / strategy.tp + shape.routed_params(block) / expert_ranks(job) + copied
 
 
 def _gathered_params_bytes(of: Terms[Job], stage: Stage) -> Numbers:

@@ -86,6 +86,11 @@ class ModelShape:
             )
         if len(self.sparse_layers) < self.num_layers + self.encoder_layers and not self.ffn_hidden:
             raise ConfigError("model.ffn_hidden=0, yet some blocks are dense; give their FFN's hidden width")
+        if self.mtp_layers and self.encoder_layers:
+            raise ConfigError(
+                f"model.mtp_layers={self.mtp_layers} is of decoders alone, and encoder_layers={self.encoder_layers}; "
+                "nearest legal: mtp_layers=0"
+            )
         if self.experts_by_layer and len(self.experts_by_layer) != len(self.sparse_layers):
             raise ConfigError(
                 f"model.experts_by_layer has {len(self.experts_by_layer)} entries; "
@@ -110,6 +115,11 @@ class ModelShape:
     def _is_sparse(self, index: int) -> bool:
         offset = index - self.dense_first
         return offset >= 0 and offset % self.moe_every == self.moe_every - 1
+
+    @property
+    def may_lie_unevenly(self) -> bool:
+        """Whether ranks may hold one expert more than others: layers are alike, and tokens not limited to groups."""
+        return not self.experts_by_layer and not self.expert_groups
 
     def experts_of(self, layer: int) -> int:
         """Routed experts of block `layer`; 0 if it is dense."""

@@ -25,7 +25,7 @@ def ffn_bytes(job: Job, layer: int) -> float:
     element = 2 * _inner_moves(job) + _cast_bytes(job)
     if not shape.experts_of(layer):
         return element * job.rank_tokens * shape.ffn_hidden / strategy.tp
-    rows, width = job.routed_tokens * shape.top_k * job.skew, shape.latent_dim or shape.dim
+    rows, width = job.routed_tokens * shape.top_k * job.padding * job.busiest, shape.latent_dim or shape.dim
     inner = job.rank_tokens * shape.shared_hidden / strategy.tp + job.expert_rows * shape.expert_hidden / strategy.etp
     # rows are gathered at the sender and added up there: each reads and writes
     return element * inner + rows * width * (SCATTERED * 2 * 2 * 2 + _cast_bytes(job))
@@ -45,7 +45,7 @@ def light_bytes(job: Job, layer: int) -> float:
 def accumulated_bytes(job: Job, layer: int) -> float:
     """Gradients of a block added to their fp32 accumulators: one read and one write a micro-batch."""
     dense = job.shape.block_params(layer) / job.strategy.tp
-    routed = job.shape.routed_params(layer) / (job.strategy.ep * job.strategy.etp)
+    routed = job.shape.routed_params(layer) * job.crowding / (job.strategy.ep * job.strategy.etp)
     return 2 * job.framework.gradient_bytes * (dense + routed)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from turnout.plan.data import nanotron_rows, nanotron_runs
 from turnout.plan.job import Job
-from turnout.plan.nanotron_step import Host
+from turnout.plan.nanotron_tensors import Host
 from turnout.plan.parameters import Parameters
 from turnout.plan.row_fields import Row
 from turnout.plan.row_machine import cluster_of

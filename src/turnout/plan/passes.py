@@ -79,6 +79,12 @@ def micro_batches(run: Run) -> int:
     return run.job.micro_batches
 
 
+@reads("ep")
+def waiting(run: Run) -> float:
+    """What the busiest expert rank takes for its rows over what the mean one does: all wait for it."""
+    return run.job.busiest
+
+
 @reads("overlap")
 def chunks(run: Run) -> int:
     """Pieces the experts' exchange is cut into."""
@@ -104,6 +110,8 @@ class Pass:
     backward_s: Numbers  # of these, the backward pass as it runs alone
     weights_s: Numbers  # of that, gradients of weights
     reduced_s: Numbers  # what is sent once a step, on the wire: gradients, parameters
+    paired_s: Numbers = 0.0  # of total_s, the backward pass
+    alone_s: Numbers = 0.0  # what either pass takes longer where none of the other direction runs beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +138,13 @@ def stage_pass(of: Terms[Run], stage: Stage) -> Pass:
     backward = work.backward_s + sum(work.wire_s[axis] for axis in ("tp", "cp", "ep")) / 2
     calls = run.parameters.layer_call_s * len(stage.layers)
     launch = larger(0.0, either(again.whole, 4 / 3 * calls, calls) - busy)
+    both_ways = run.job.strategy.schedule == "dualpipe"
+    alone = (1 - tax_of(run.cluster)) * hidden["ep"] / 2 if both_ways else 0.0
     return Pass(
         compute_s=work.compute_s, tp_s=exposed["tp"], cp_s=exposed["cp"], ep_s=exposed["ep"], pp_s=exposed["pp"],
         dp_s=exposed["dp"], tax_s=tax, launch_s=launch, total_s=busy + launch,
         backward_s=backward, weights_s=work.weights_s, reduced_s=work.reduced_s,
+        paired_s=work.backward_s + (busy + launch - work.compute_s) / 2, alone_s=alone,
     )  # fmt: skip
 
 
@@ -184,7 +195,7 @@ def _experts_wire_s(of: Terms[Run], block: int) -> Numbers:
     seconds = of(exchange_wire, block, False).seconds(tokens, pieces)
     again = of(exchange_wire, block, True).seconds(tokens, pieces)
     seconds = seconds + either(of(repeated).whole, again, 0.0) + of(expert_tensor_s, block)
-    return of.subject.job.skew * seconds + of(expert_weights_s, block)
+    return of(waiting) * seconds + of(expert_weights_s, block)
 
 
 def _hidden(of: Terms[Run], work: _Work) -> dict[str, Numbers]:

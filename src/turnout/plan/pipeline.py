@@ -31,7 +31,7 @@ def stages(shape: ModelShape, pp: int, virtual_stages: int = 1, balance: str = "
     """
     chunks = pp * virtual_stages
     flops = balance.startswith("flops")
-    sizes = _by_flops(shape, chunks, over=balance != "flops") if flops else cut_evenly(shape.all_layers, chunks)
+    sizes = _by_flops(shape, chunks, over=balance != "flops") if flops else _by_blocks(shape, chunks)
     held: list[list[int]] = [[] for _ in range(pp)]
     start = 0
     for chunk, size in enumerate(sizes):
@@ -93,6 +93,23 @@ def _blocks(shape: ModelShape, layers: Sequence[int]) -> tuple[tuple[int, int], 
     return tuple(Counter(like[layer] for layer in layers).items())
 
 
+def _by_blocks(shape: ModelShape, chunks: int) -> list[int]:
+    """Equal numbers; with blocks that predict further tokens these count too, and each output matrix as one.
+
+    Gives every cut that NVIDIA's recipe of DeepSeek-V3 lists, of 4, 8 and 16 chunks: one block in the last of 16.
+    Source: https://github.com/NVIDIA-NeMo/Megatron-Bridge, recipes/deepseek/deepseek_v3.py, layout_map.
+    """
+    beside = 2 * shape.mtp_layers + 1 if shape.mtp_layers else 0
+    sizes = cut_evenly(shape.all_layers + beside, chunks)
+    # a last chunk that they fill has no block, and what they need beyond it is the first one's
+    lacking = max(0, beside - sizes[-1])
+    if lacking >= sizes[0]:
+        return cut_evenly(shape.all_layers, chunks)
+    sizes[-1] -= beside - lacking
+    sizes[0] -= lacking
+    return sizes
+
+
 def cut_evenly(layers: int, chunks: int) -> list[int]:
     """Blocks of each chunk, one after another."""
     base, extra = divmod(layers, chunks)
@@ -138,17 +155,30 @@ def layers_in_flight(stage: Stage, strategy: Strategy, micro_batches: Numbers) -
     return here * smaller(micro_batches, p - stage.index)
 
 
-def idle_passes(strategy: Strategy, backward: Numbers = 2 / 3, weights: Numbers = 1 / 3) -> Numbers:
+def idle_passes(strategy: Strategy, weights: Numbers = 1 / 3) -> Numbers:
     """Time a rank is idle in a step, in micro-batches (forward and backward) of its own stage.
 
-    `backward` is the share of a micro-batch that is its backward pass, `weights` the part of it that computes gradients
-    of weights and may wait: B and W, in micro-batches.
-    Source: 1F1B and interleaved (p-1)/v, arXiv:2104.04473; zero bubble H1 (p-1)(F+B-2W), arXiv:2401.10241, table 2;
-    DualPipe (p/2-1)(F&B+B-3W), F&B being a pass both ways, arXiv:2412.19437, table 2.
+    `weights` is the share of a micro-batch that computes gradients of weights and may wait: W. A pipeline that is fed
+    from both ends is `plan.dualpipe`'s.
+    Source: 1F1B and interleaved (p-1)/v, arXiv:2104.04473; zero bubble H1 (p-1)(F+B-2W), arXiv:2401.10241, table 2.
     """
     p = strategy.pp
     if strategy.schedule == "zero_bubble":
         return (p - 1) * (1 - 2 * weights) / strategy.virtual_stages
-    if strategy.schedule == "dualpipe":
-        return max(0.0, p / 2 - 1) * (1 + backward - 3 * weights)
     return (p - 1) / strategy.virtual_stages
+
+
+def cuts_as_needed(micro_batches: int, schedule: str, pp: int) -> bool:
+    """Whether a schedule runs, and its formulas hold, with so many micro-batches."""
+    return nearest_cut(micro_batches, schedule, pp) == micro_batches
+
+
+def nearest_cut(micro_batches: int, schedule: str, pp: int) -> int:
+    """The number of micro-batches closest to this one that a schedule runs with.
+
+    Source: Megatron-LM's arguments (interleaved: a multiple of the stages); Qi et al. 2023, arXiv:2401.10241 (as many
+    as stages); https://github.com/deepseek-ai/DualPipe (twice as many).
+    """
+    if schedule == "interleaved":
+        return max(1, round(micro_batches / pp)) * pp
+    return max(micro_batches, {"zero_bubble": pp, "dualpipe": 2 * pp}.get(schedule, 1))

@@ -7,9 +7,9 @@ from turnout.clusters import load_cluster
 from turnout.config import from_dict, load_toml
 from turnout.errors import ConfigError
 from turnout.plan.framework import FRAMEWORKS
-from turnout.plan.hf_config import read_config
 from turnout.plan.job import Job
 from turnout.plan.model import ModelShape
+from turnout.plan.pipeline import nearest_cut
 from turnout.plan.shapes import SHAPES
 from turnout.registry import nearest
 from turnout.strategy import Strategy
@@ -27,11 +27,22 @@ class Query:
     seq_len: int = 4096  # tokens of a sequence
     global_batch: int = 1024  # sequences of an optimizer step
     strategy: Strategy = field(default_factory=Strategy)  # the layout asked about
+    mtp_layers: int = -1  # blocks that predict further tokens (DeepSeek-V3's 1); -1: as the model has them
     framework: str = "megatron-core"  # the code whose memory and overlap are assumed
     skew: float = 1.0  # rows of the busiest expert rank over the mean
+    capacity_factor: float = 0.0  # experts' buffers are padded to this times their mean of rows; 0: dropless
 
     def __post_init__(self) -> None:
-        for name, least in (("nodes", 0), ("devices", 0), ("seq_len", 1), ("global_batch", 1), ("skew", 1)):
+        least_of = {
+            "nodes": 0,
+            "devices": 0,
+            "seq_len": 1,
+            "global_batch": 1,
+            "skew": 1,
+            "capacity_factor": 0,
+            "mtp_layers": -1,
+        }
+        for name, least in least_of.items():
             value = getattr(self, name)
             if not least <= value < float("inf"):
                 raise ConfigError(f"query.{name}={value} must be at least {least}; nearest legal: {least}")
@@ -44,7 +55,8 @@ class Query:
     @property
     def shape(self) -> ModelShape:
         """Raises: ConfigError if the model is unknown, or its file is not one of a transformer."""
-        return self.model if isinstance(self.model, ModelShape) else load_model(self.model)
+        shape = self.model if isinstance(self.model, ModelShape) else load_model(self.model)
+        return shape if self.mtp_layers < 0 else replace(shape, mtp_layers=self.mtp_layers)
 
     @property
     def machine(self) -> Cluster:
@@ -75,6 +87,7 @@ class Query:
         Raises: ConfigError naming the field that does not fit and the nearest legal value.
         """
         shape = self.shape
+        self._check_routing(shape)
         strategy = self.strategy.check(
             self.world,
             num_experts=shape.num_experts,
@@ -82,19 +95,46 @@ class Query:
             num_heads=shape.num_heads,
             seq_len=self.seq_len,
             global_batch=self.global_batch,
+            uneven=shape.may_lie_unevenly,
         )
-        return Job(
+        job = Job(
             shape=shape,
             strategy=strategy,
             seq_len=self.seq_len,
             global_batch=self.global_batch,
             framework=FRAMEWORKS[self.framework],
             skew=self.skew,
+            capacity_factor=self.capacity_factor,
         )
+        _check_micro_batches(job)
+        self.machine.device.flops_per_s(strategy.precision)
+        return job
+
+    def _check_routing(self, shape: ModelShape) -> None:
+        """Raises: ConfigError for what is said of the routing of a model that has none."""
+        for name, plain in (("skew", 1.0), ("capacity_factor", 0.0)):
+            value = getattr(self, name)
+            if not shape.num_experts and value != plain:
+                raise ConfigError(f"query.{name}={value} is of experts, and the model has none; nearest legal: {plain}")
 
     def with_strategy(self, strategy: Strategy) -> "Query":
         """The same question about another layout."""
         return replace(self, strategy=strategy)
+
+
+def _check_micro_batches(job: Job) -> None:
+    """Raises: ConfigError if the batch is cut into too few micro-batches for the schedule, or not into whole rounds."""
+    strategy, number = job.strategy, job.micro_batches
+    legal = nearest_cut(number, strategy.schedule, strategy.pp)
+    if number != legal:
+        words = "a multiple of" if strategy.schedule == "interleaved" else "at least"
+        each = strategy.dp * strategy.micro_batch
+        raise ConfigError(
+            f"strategy.schedule={strategy.schedule!r} of pp={strategy.pp} stages needs {words} "
+            f"{strategy.pp if strategy.schedule == 'interleaved' else legal} micro-batches, and "
+            f"global_batch={job.global_batch} has {number} of dp * micro_batch={each} sequences; "
+            f"nearest legal: global_batch={legal * each}, or schedule='1f1b'"
+        )
 
 
 def load_model(name_or_path: str) -> ModelShape:
@@ -106,6 +146,9 @@ def load_model(name_or_path: str) -> ModelShape:
     if name_or_path in SHAPES:
         return SHAPES[name_or_path]
     if name_or_path.endswith(".json") or Path(name_or_path).is_dir():
+        # the families of config.json files take longer to read than a plan of a named model to make
+        from turnout.plan.hf_config import read_config
+
         return read_config(name_or_path)
     if name_or_path.endswith(".toml"):
         return from_dict(ModelShape, {"name": Path(name_or_path).stem} | load_toml(Path(name_or_path)), "model")

@@ -6,11 +6,13 @@ Expected rows per assignment are the loads' own; rows merged per rank or node ar
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turnout.alltoall import PROGRAMS, LoadedRouting, pairs_of, round_trip
 from turnout.errors import ConfigError
+from turnout.placement import Placement
 from turnout.plan.collectives import Collective, chunked
 from turnout.plan.expert_volume import exchange, expert_mesh, row_size
 from turnout.plan.job import Job
@@ -119,8 +121,7 @@ def _loads_of(trace: "Trace", index: int) -> LayerLoads:
 
 def skew_of(loads: tuple[float, ...], ep: int) -> float:
     """Assignments of the busiest of `ep` ranks of neighbouring experts over the mean."""
-    size = len(loads) // ep
-    by_rank = [sum(loads[rank * size : (rank + 1) * size]) for rank in range(ep)]
+    by_rank = [sum(loads[start:end]) for start, end in pairwise(Placement.even(len(loads), ep).bounds)]
     return max(by_rank) * ep / sum(by_rank)
 
 
@@ -177,7 +178,7 @@ def _exchanges(step: Step, block: int) -> tuple[Collective, Collective]:
 
 
 def _sum(parts: tuple[Collective, ...]) -> Collective:
-    names = ("calls", "intra_bytes", "inter_bytes", "intra_messages", "inter_messages")
+    names = ("calls", *(f"{tier}_{what}" for tier in ("intra", "inter", "cross") for what in ("bytes", "messages")))
     return replace(parts[0], **{name: sum(getattr(part, name) for part in parts) for name in names})
 
 

@@ -56,7 +56,8 @@ def precision_of(row: Row) -> Precision:
 
 def job_of(row: Row, models: dict[str, Row]) -> Job:
     """The training job of a row. Raises: Refused or ConfigError naming what is missing or does not fit."""
-    shape, framework = shape_of(row, models), framework_of(row)
+    framework = framework_of(row)
+    shape = _trained(shape_of(row, models), row, framework)
     gpus, batch, length = (count(row, name) for name in ("gpus", "gbs", "seq"))
     layout = row.get("layout") or {}
     if not isinstance(layout, dict) or "tp" not in layout:
@@ -66,6 +67,7 @@ def job_of(row: Row, models: dict[str, Row]) -> Job:
     if row.get("async_tp"):
         framework = replace(framework, overlap_tp=True)
     strategy = _strategy(row, layout, shape, framework)
+    _check_replicas(layout, strategy, gpus)
     strategy = strategy.check(gpus, num_experts=shape.num_experts, num_layers=shape.all_layers)
     job = Job(
         shape=shape, strategy=strategy, seq_len=length, global_batch=batch, framework=framework,
@@ -74,6 +76,27 @@ def job_of(row: Row, models: dict[str, Row]) -> Job:
     if _recompute(row) or framework.flash_attention:
         return job
     return _least_recompute(job, cluster_of(row))
+
+
+def _trained(shape: ModelShape, row: Row, framework: Framework) -> ModelShape:
+    """The model with what a recipe trains beside it.
+
+    Megatron-Bridge trains DeepSeek-V3 with a block that predicts a further token, and counts its FLOPs:
+    https://github.com/NVIDIA-NeMo/Megatron-Bridge, recipes/deepseek/deepseek_v3.py (mtp_num_layers).
+    """
+    bridge = framework.name == "nemo" and "bridge" in f"{row.get('suite')} {row.get('source')}".lower()
+    said = row.get("mtp") is not None
+    return replace(shape, mtp_layers=1) if bridge and shape.name.startswith("deepseek-v3") and not said else shape
+
+
+def _check_replicas(layout: Row, strategy: Strategy, gpus: int) -> None:
+    """Raises: Refused if a row's dp, with or without the context-parallel ranks in it, is not what its devices have."""
+    said, dense = count(layout, "dp", 0), strategy.tp * strategy.pp
+    if said and gpus not in (said * dense, said * dense * strategy.cp):
+        raise Refused(
+            f"layout.dp={said} times tp={strategy.tp} * cp={strategy.cp} * pp={strategy.pp} is not gpus={gpus}; "
+            f"nearest that is: dp={max(1, gpus // (dense * strategy.cp))}"
+        )
 
 
 def _strategy(row: Row, layout: Row, shape: ModelShape, framework: Framework) -> Strategy:

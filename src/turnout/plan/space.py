@@ -16,6 +16,7 @@ from turnout.errors import ConfigError
 from turnout.plan.collectives import group
 from turnout.plan.framework import Framework
 from turnout.plan.job import Job
+from turnout.plan.pipeline import cuts_as_needed
 from turnout.strategy import Strategy
 
 # a shorter piece of a sequence has too few scores to hide a ring behind
@@ -144,8 +145,13 @@ class Legal:
                 continue
             room = ranks // etp if folded else ranks // tp
             for ep in self.space.ep or divisors(self._experts):
-                if self._experts % ep == 0 and room % ep == 0 and ranks % (ep * etp * shard) == 0:
+                if self._divides(ep) and room % ep == 0 and ranks % (ep * etp * shard) == 0:
                     yield {"ep": ep, "etp": etp, "folded": folded}
+
+    def _divides(self, ep: int) -> bool:
+        """Whether experts lie evenly on `ep` ranks, or may lie unevenly because just that is asked for."""
+        may = ep in self.space.ep and self.job.shape.may_lie_unevenly and ep <= self._experts
+        return may or self._experts % ep == 0
 
     @cached_property
     def _experts(self) -> int:
@@ -181,6 +187,8 @@ class Legal:
             return asked
         mesh = group(layout["ep"], layout["etp"] if layout["folded"] else layout["tp"], self.devices_per_node)
         across, merges = mesh.nodes > 1 and mesh.local > 1, self.job.shape.top_k > 1
+        # padded rows are sent one by one
+        merges = merges and not self.job.capacity_factor
         useful = {
             "flat": True,
             "hierarchical": across,
@@ -223,18 +231,6 @@ def as_listed(strategy: Strategy, framework: Framework) -> Strategy:
     if strategy.ep == 1:
         changes["alltoall"] = "flat"
     return replace(strategy, **changes)
-
-
-def cuts_as_needed(micro_batches: int, schedule: str, pp: int) -> bool:
-    """Whether a schedule runs, and its formulas hold, with so many micro-batches.
-
-    Source: Megatron-LM's arguments (interleaved: a multiple of the stages); Qi et al. 2023, arXiv:2401.10241 (as many
-    as stages); https://github.com/deepseek-ai/DualPipe (twice as many).
-    """
-    if schedule == "interleaved":
-        return micro_batches % pp == 0
-    least = {"zero_bubble": pp, "dualpipe": 2 * pp}.get(schedule, 1)
-    return micro_batches >= least
 
 
 def divisors(total: int) -> tuple[int, ...]:

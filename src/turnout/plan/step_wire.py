@@ -36,7 +36,7 @@ def routed_reduced(run: Run, slot: str) -> Reduced:
     """Of routed experts."""
     strategy = run.job.strategy
     mesh = expert_data_mesh(strategy, run.cluster.devices_per_node)
-    return _reduced(run, mesh, "edp", 1 / (strategy.ep * strategy.etp), slot)
+    return _reduced(run, mesh, "edp", run.job.crowding / (strategy.ep * strategy.etp), slot)
 
 
 def _reduced(run: Run, mesh: Mesh, axis: str, params: float, slot: str) -> Reduced:

@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass
 
+from turnout.plan.block_wire import boundary
+from turnout.plan.collectives import pipeline_sends
 from turnout.plan.compute import optimizer_s
+from turnout.plan.dualpipe import Waits, waits
 from turnout.plan.job import Job
 from turnout.plan.memory import stage_params
 from turnout.plan.parameters import Parameters, fitted
 from turnout.plan.passes import Pass, mean_pass, micro_batches, stage_pass, tax_of
-from turnout.plan.pipeline import Stage, idle_passes, rank_kinds
+from turnout.plan.pipeline import Stage, idle_passes, rank_kinds, stages
 from turnout.plan.step_wire import tied_s
 from turnout.plan.terms import Numbers, One, Terms, either, larger, reads
 from turnout.plan.wire import Run, collective_s, node_limit
+from turnout.strategy import Strategy
 from turnout.topology import Cluster
 
 __all__ = ["StepTime", "collective_s", "node_limit", "slowest_step", "step_time"]
@@ -62,10 +66,12 @@ def slowest_step(of: Terms[Run]) -> StepTime:
         both_ways=strategy.schedule == "dualpipe",
     )  # fmt: skip
     passes = [_rank_pass(of, stage, mirror) for stage, mirror, _ in ranks]
+    waiting = _waits(of) if strategy.schedule == "dualpipe" else None
     all_stages_s = sum(number * each.total_s for (_, _, number), each in zip(ranks, passes, strict=True))
     steps = [
-        _step(of, stage, mirror, each, all_stages_s) for (stage, mirror, _), each in zip(ranks, passes, strict=True)
-    ]  # fmt: skip
+        _step(of, stage, mirror, each, all_stages_s, waiting)
+        for (stage, mirror, _), each in zip(ranks, passes, strict=True)
+    ]
     longest = steps[0]
     for step in steps[1:]:
         longest = either(step.step_s > longest.step_s, step, longest)
@@ -86,7 +92,8 @@ def dense_update_s(run: Run) -> float:
 def routed_update_s(run: Run) -> float:
     """The optimizer, for one parameter of a stage's routed experts."""
     strategy = run.job.strategy
-    return optimizer_s(1 / (strategy.ep * strategy.etp), run.job, run.engine, ranks=strategy.edp())
+    share = run.job.crowding / (strategy.ep * strategy.etp)
+    return optimizer_s(share, run.job, run.engine, ranks=strategy.edp())
 
 
 # --- the step ---
@@ -110,21 +117,43 @@ def _rank_pass(of: Terms[Run], stage: Stage, mirror: Stage | None) -> Pass:
     return one if mirror is None else mean_pass(one, stage_pass(of, mirror))
 
 
-def _step(of: Terms[Run], stage: Stage, mirror: Stage | None, micro: Pass, all_stages_s: Numbers) -> StepTime:
+def _waits(of: Terms[Run]) -> Waits:
+    """A pipeline fed from both ends, of the stages as they are; what it sends reaches who waits for it after a hop."""
+    job, pp = of.subject.job, of.subject.job.strategy.pp
+    alike: dict[tuple[object, ...], Pass] = {}
+    passes = []
+    for stage in stages(job.shape, pp, job.strategy.virtual_stages, job.framework.stage_balance):
+        key = (stage.blocks, stage.embedding, stage.head)
+        if key not in alike:
+            alike[key] = stage_pass(of, stage)
+        passes.append(alike[key])
+    return waits(passes, of(boundary).pp_s / pipeline_sends(pp, job.strategy.virtual_stages))
+
+
+def _bubble_s(strategy: Strategy, micro: Pass, all_stages_s: Numbers) -> Numbers:
+    """Idle time of a rank whose neighbours' passes all go one way."""
+    if strategy.pp == 1:
+        return 0.0
+    # more is deferred to the end than a pass can hold: nothing is left of the bubble
+    idle = larger(0.0, idle_passes(strategy, micro.weights_s / micro.total_s))
+    return (all_stages_s - micro.total_s) * idle / (strategy.pp - 1)
+
+
+def _step(
+    of: Terms[Run], stage: Stage, mirror: Stage | None, micro: Pass, all_stages_s: Numbers, waiting: Waits | None
+) -> StepTime:
     """All micro-batches of a rank, the schedule's idle time, gradients, optimizer."""
     run, strategy = of.subject, of.subject.job.strategy
     m, scale = of(micro_batches), run.parameters.framework_scale(run.job.framework.name)
-    others = all_stages_s - micro.total_s
-    # more is deferred to the end than a pass can hold: nothing is left of the bubble
-    idle = larger(0.0, idle_passes(strategy, micro.backward_s / micro.total_s, micro.weights_s / micro.total_s))
-    bubble = others * idle / (strategy.pp - 1) if strategy.pp > 1 else 0.0
+    alone = waiting.alone_s[stage.index] if waiting else 0.0
+    bubble = waiting.idle_s(m) if waiting else _bubble_s(strategy, micro, all_stages_s)
     exposed, hidden = _ends_s(of, len(stage.layers), micro)
     held = [stage_params(run.job.shape, each) for each in (stage, mirror) if each is not None]
     # two stages on a rank have twice the copies to share their optimizer
     dense, routed = (sum(each) / (len(held) if of.subject.job.strategy.zero else 1) for each in zip(*held, strict=True))
     parts = {
-        "compute_s": m * micro.compute_s, "tp_s": m * micro.tp_s, "cp_s": m * micro.cp_s, "ep_s": m * micro.ep_s,
-        "pp_s": m * micro.pp_s, "dp_s": m * micro.dp_s + exposed,
+        "compute_s": m * micro.compute_s, "tp_s": m * micro.tp_s, "cp_s": m * micro.cp_s,
+        "ep_s": m * micro.ep_s + alone, "pp_s": m * micro.pp_s, "dp_s": m * micro.dp_s + exposed,
         "tax_s": m * micro.tax_s + tax_of(run.cluster) * hidden, "launch_s": m * micro.launch_s, "bubble_s": bubble,
         "optimizer_s": dense * of(dense_update_s) + routed * of(routed_update_s),
     }  # fmt: skip

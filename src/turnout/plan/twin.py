@@ -37,7 +37,8 @@ def twins(query: Query) -> tuple[Twin, ...]:
     rows = [_twin("with experts", query)]
     dense = replace(query.strategy, ep=1, etp=1, folded=False, alltoall="flat", overlap=1, dp=0)
     for name, hidden in (("dense, as many active", active_hidden(shape)), ("dense, as many in all", all_hidden(shape))):
-        rows.append(_twin(name, replace(query, model=dense_twin(shape, hidden), strategy=dense)))
+        twin = replace(query, model=dense_twin(shape, hidden), strategy=dense, skew=1.0, capacity_factor=0.0)
+        rows.append(_twin(name, twin))
     return tuple(rows)
 
 

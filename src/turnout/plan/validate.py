@@ -33,7 +33,7 @@ CALCULON = {"megascale": (0.075, 8), "megatron_sc21_table1": (0.103, 10), "vtrai
 SIMUMAX = {"simumax_b200": (0.056, 43)}
 
 # suites of so many rows that they alone would be the mean over all dense ones
-APART = ("nanotron", "vtrain_one_node")
+APART = ("nanotron",)
 OLDER = "older"  # split of rows that a later release of the same software made void: no headline counts them
 
 
@@ -42,7 +42,7 @@ class SuiteError:
     """Relative errors of one suite and split; shares, not percents."""
 
     suite: str
-    split: str  # validation, calibration, sanity, or OLDER
+    split: str  # validation, calibration, sanity, OLDER, or SIMULATED
     n: int  # rows answered
     refused: int
     mape: float | None = None
@@ -250,7 +250,18 @@ def _ranking(results: Sequence[_Result]) -> tuple[float | None, float | None, in
         if not str(row["quantity"]).startswith(STEP_QUANTITIES):
             continue
         measured = _time_ratio(str(row["quantity"]), float(row["value"]))
-        names = ("model", "gpus", "gpu", "gbs", "seq", "precision", "n_layers_override", "quantity", "recompute")
+        names = (
+            "model",
+            "dims",
+            "gpus",
+            "gpu",
+            "gbs",
+            "seq",
+            "precision",
+            "n_layers_override",
+            "quantity",
+            "recompute",
+        )
         groups[tuple(str(row.get(name)) for name in names)].append((result.time_ratio * measured, measured))
     large = [group for group in groups.values() if len(group) >= 3]
     if not large:

@@ -21,7 +21,7 @@ from turnout.plan.collectives import (
     stage_sends,
 )
 from turnout.plan.data_volume import data_volume
-from turnout.plan.expert_volume import expert_volume
+from turnout.plan.expert_volume import ROUTED, expert_volume
 from turnout.plan.step import Step, buffer_bytes, layers_of
 
 
@@ -37,10 +37,28 @@ def volume(step: Step) -> tuple[Collective, ...]:
     return tuple(each for part in parts for each in part if each.total_bytes > 0)
 
 
-def to_json(parts: tuple[Collective, ...], seconds: Callable[[Collective], float]) -> dict[str, Any]:
-    """What `plan volume --json` prints: every collective with its `seconds`, and bytes sent by one rank in a step."""
+def busiest_of(part: Collective, busiest: float) -> float:
+    """Bytes and seconds of a collective on the rank that has most of them, over those of the mean one.
+
+    `busiest`: rows of the busiest expert rank over the mean. It receives so many times the mean on the way to the
+    experts and sends as many back.
+    """
+    return busiest if part.name in ROUTED else 1.0
+
+
+def to_json(
+    parts: tuple[Collective, ...], seconds: Callable[[Collective], float], busiest: float = 1.0
+) -> dict[str, Any]:
+    """What `plan volume --json` prints: every collective with its `seconds`, and bytes sent by one rank in a step.
+
+    `busiest`: rows of the busiest expert rank over the mean, for which all wait.
+    """
+    rows = [(part, busiest_of(part, busiest)) for part in parts]
     return {
-        "collectives": [part.to_json() | {"seconds": seconds(part)} for part in parts],
+        "collectives": [
+            part.to_json() | {"busiest_bytes": times * part.total_bytes, "seconds": times * seconds(part)}
+            for part, times in rows
+        ],
         "intra_bytes": sum(part.intra_bytes for part in parts),
         "inter_bytes": sum(part.inter_bytes for part in parts),
     }

@@ -10,7 +10,7 @@ from turnout.plan.layout import layout_text
 from turnout.plan.memory import GIB, Memory, beside_bytes, memory
 from turnout.plan.query import Query
 from turnout.plan.rank import TIE
-from turnout.plan.space import SEARCHED, Space, as_listed, cuts_as_needed
+from turnout.plan.space import SEARCHED, Space, as_listed
 from turnout.plan.time import StepTime, step_time
 from turnout.strategy import Strategy
 
@@ -157,9 +157,7 @@ def _longer(step: StepTime, best: StepTime) -> dict[str, float]:
 
 def _outside(query: Query, job: Job, found: "Evaluation") -> str:
     """Which value of a layout the search does not try."""
-    strategy, number = job.strategy, job.micro_batches
-    if not cuts_as_needed(number, strategy.schedule, strategy.pp):
-        return f"schedule={strategy.schedule!r} of {strategy.pp} stages is not searched with {number} micro-batches"
+    strategy = job.strategy
     for name in SEARCHED:
         options = found.layouts.options.get(name, [getattr(query.strategy, name)])
         if getattr(strategy, name) not in options:

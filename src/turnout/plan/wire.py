@@ -42,6 +42,7 @@ class Run:
             devices_per_node=self.cluster.devices_per_node,
             tokens=tokens,
             micro_batches=1,
+            capacity_factor=self.job.padding,
             node_limit=node_limit(self.job, self.cluster),
             reshards=self.job.framework.reshards,
             zero_sums=self.job.framework.zero_sums,
@@ -74,7 +75,7 @@ def wire_of(part: Collective, cluster: Cluster) -> Wire:
     """All calls of a collective on a cluster's links; nothing if it sends nothing."""
     if part.total_bytes <= 0:
         return Wire()
-    intra, inter = part.intra_link(cluster), cluster.inter_over(part.mesh.nodes)
+    intra, inter = part.intra_link(cluster), part.inter_link(cluster)
     # XLA sums along a torus first and between pods then
     flat = part.axis in RINGS and not cluster.torus
     intra_latency_s, inter_latency_s = (_flat_s if flat else _sent_s)(part, intra, inter)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from turnout.kernels.gpu.activation import activated, up_gradient, value_gradient
-from turnout.kernels.gpu.tiles import product, rows_of, swizzled, within
+from turnout.kernels.gpu.tiles import block_of, product, rows_of, swizzled, within
 
 
 @triton.jit
@@ -34,6 +34,8 @@ def hidden_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    BOXED: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
     """From the gradient of y to that before the activation, for one tile of an expert's rows.
 
@@ -44,53 +46,51 @@ def hidden_grad_kernel(
     G: tl.constexpr = 2 * F if GATED else F
     num_cols = tl.cdiv(F, BLOCK_N)
     num_tiles = tl.load(tile_start_E + E)
-    if tl.program_id(0) >= num_tiles * num_cols:
-        return
-    tile, col = swizzled(tl.program_id(0), num_tiles, num_cols, GROUP)
-    expert, first_row, end = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
     place = tl.arange(0, BLOCK_M)
-    row = first_row + place
-    is_row = row < end
-    token = tl.load(token_M + row, mask=is_row, other=0).to(tl.int64)
-    f = col * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_f = within(f, F, BLOCK_N)
-    h_grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, D, BLOCK_K):
-        d = first + tl.arange(0, BLOCK_K)
-        is_d = within(d, D, BLOCK_K)
-        y_grad = tl.load(y_grad_TD + token[:, None] * D + d[None, :], mask=is_row[:, None] & is_d[None, :], other=0.0)
-        at = down_EFD + expert * F * D + f[None, :].to(tl.int64) * D + d[:, None]
-        down = tl.load(at, mask=is_d[:, None] & is_f[None, :], other=0.0)
-        h_grad = product(y_grad, down, h_grad, PRECISION, WIDEN)
-    inside = is_row[:, None] & is_f[None, :]
-    # within a tile 32 bits are enough, and half as many registers
-    wide_row, at_g = first_row.to(tl.int64), place[:, None] * G + f[None, :]
-    up = tl.load(up_MG + wide_row * G + at_g, mask=inside, other=0.0).to(tl.float32)
-    value = up
-    if GATED:
-        value = tl.load(up_MG + wide_row * G + F + at_g, mask=inside, other=0.0).to(tl.float32)
-    # rounded as the forward pass rounded it
-    h = activated(up, value, KIND).to(weighted_h_MF.dtype.element_ty).to(tl.float32)
-    share = tl.sum(tl.where(inside, h * h_grad, 0.0), axis=1)
-    if HAS_BIAS:
-        if col == 0:
-            for first in range(0, D, BLOCK_K):
-                d = first + tl.arange(0, BLOCK_K)
-                is_d = within(d, D, BLOCK_K)
-                at = y_grad_TD + token[:, None] * D + d[None, :]
-                y_grad = tl.load(at, mask=is_row[:, None] & is_d[None, :], other=0.0).to(tl.float32)
-                bias = tl.load(down_bias_ED + expert * D + d, mask=is_d, other=0.0).to(tl.float32)
-                share += tl.sum(y_grad * bias[None, :], axis=1)
-    tl.store(share_CM + tl.cast(col, tl.int64) * num_assignments + row, share, mask=is_row)
-    assignment = tl.load(assignment_M + row, mask=is_row, other=0)
-    weight = tl.load(weight_N + assignment, mask=is_row, other=0.0)[:, None]
-    at = weighted_h_MF + wide_row * F + (place[:, None] * F + f[None, :])
-    tl.store(at, (weight * h).to(weighted_h_MF.dtype.element_ty), mask=inside)
-    h_grad *= weight
-    out = up_grad_MG + wide_row * G + at_g
-    tl.store(out, up_gradient(up, value, h_grad, KIND).to(up_grad_MG.dtype.element_ty), mask=inside)
-    if GATED:
-        tl.store(out + F, value_gradient(up, value, h_grad, KIND).to(up_grad_MG.dtype.element_ty), mask=inside)
+    for program in tl.range(tl.program_id(0), num_tiles * num_cols, tl.num_programs(0), flatten=PERSISTENT):
+        tile, col = swizzled(program, num_tiles, num_cols, GROUP)
+        expert, first_row, end = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
+        row = first_row + place
+        is_row = row < end
+        token = tl.load(token_M + row, mask=is_row, other=0).to(tl.int64)
+        f = col * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_f = within(f, F, BLOCK_N)
+        h_grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in range(0, D, BLOCK_K):
+            d = first + tl.arange(0, BLOCK_K)
+            is_y = is_row[:, None] & within(d, D, BLOCK_K)[None, :]
+            y_grad = tl.load(y_grad_TD + token[:, None] * D + d[None, :], mask=is_y, other=0.0)
+            down = block_of(down_EFD, expert, col * BLOCK_N, first, 0, F, D, D, BLOCK_N, BLOCK_K, BOXED)
+            h_grad = product(y_grad, down.T, h_grad, PRECISION, WIDEN)
+        inside = is_row[:, None] & is_f[None, :]
+        # within a tile 32 bits are enough, and half as many registers
+        wide_row, at_g = first_row.to(tl.int64), place[:, None] * G + f[None, :]
+        up = tl.load(up_MG + wide_row * G + at_g, mask=inside, other=0.0).to(tl.float32)
+        value = up
+        if GATED:
+            value = tl.load(up_MG + wide_row * G + F + at_g, mask=inside, other=0.0).to(tl.float32)
+        # rounded as the forward pass rounded it
+        h = activated(up, value, KIND).to(weighted_h_MF.dtype.element_ty).to(tl.float32)
+        share = tl.sum(tl.where(inside, h * h_grad, 0.0), axis=1)
+        if HAS_BIAS:
+            if col == 0:
+                for first in range(0, D, BLOCK_K):
+                    d = first + tl.arange(0, BLOCK_K)
+                    is_d = within(d, D, BLOCK_K)
+                    at = y_grad_TD + token[:, None] * D + d[None, :]
+                    y_grad = tl.load(at, mask=is_row[:, None] & is_d[None, :], other=0.0).to(tl.float32)
+                    bias = tl.load(down_bias_ED + expert * D + d, mask=is_d, other=0.0).to(tl.float32)
+                    share += tl.sum(y_grad * bias[None, :], axis=1)
+        tl.store(share_CM + tl.cast(col, tl.int64) * num_assignments + row, share, mask=is_row)
+        assignment = tl.load(assignment_M + row, mask=is_row, other=0)
+        weight = tl.load(weight_N + assignment, mask=is_row, other=0.0)[:, None]
+        at = weighted_h_MF + wide_row * F + (place[:, None] * F + f[None, :])
+        tl.store(at, (weight * h).to(weighted_h_MF.dtype.element_ty), mask=inside)
+        h_grad *= weight
+        out = up_grad_MG + wide_row * G + at_g
+        tl.store(out, up_gradient(up, value, h_grad, KIND).to(up_grad_MG.dtype.element_ty), mask=inside)
+        if GATED:
+            tl.store(out + F, value_gradient(up, value, h_grad, KIND).to(up_grad_MG.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -27,6 +27,8 @@ class Config:
     matrix_grad: Tile  # its depth runs over an expert's rows
     matrix_rows: int  # of a tile of a matrix's gradient
     group: int = 8  # tiles of rows that share columns before the next columns begin
+    boxed: bool = False  # the tensor memory accelerator fetches blocks of matrices: compute capability 9.0 and later
+    persistent: bool = False  # a program for each multiprocessor, tile after tile: the next is fetched as one ends
 
     def as_list(self) -> list:
         """As JSON has it."""
@@ -35,7 +37,7 @@ class Config:
     @classmethod
     def of_list(cls, values: list) -> "Config":
         """The reverse of `as_list`. Raises: TypeError, ValueError if it is none."""
-        rows, *tiles, matrix_rows, group = values
+        rows, *tiles, matrix_rows, group, boxed, persistent = values
         up, down, hidden_grad, x_grad, matrix_grad = (Tile(*tile) for tile in tiles)
         return cls(
             rows=int(rows),
@@ -46,11 +48,21 @@ class Config:
             matrix_grad=matrix_grad,
             matrix_rows=int(matrix_rows),
             group=int(group),
+            boxed=bool(boxed),
+            persistent=bool(persistent),
         )
 
 
 def _config(
-    rows: int, up: Tile, other: Tile, *, hidden_grad: Tile, matrix: Tile, matrix_rows: int = 128, group: int = 8
+    rows: int,
+    up: Tile,
+    other: Tile,
+    *,
+    hidden_grad: Tile,
+    matrix: Tile,
+    matrix_rows: int = 128,
+    group: int = 8,
+    boxed: bool = False,
 ) -> Config:
     return Config(
         rows=rows,
@@ -61,23 +73,31 @@ def _config(
         matrix_grad=matrix,
         matrix_rows=matrix_rows,
         group=group,
+        boxed=boxed,
+        persistent=boxed,
     )
 
 
 # The first of each is taken before any was measured. All of one have the same rows: a backward pass then finds
 # its forward pass's schedule of tiles whatever was measured in between. After its product `hidden_grad` holds three
-# more tiles in registers, so its own is half as wide as others.
+# more tiles in registers, so its own is half as wide as others. The gradient of a matrix looks up whose row to load:
+# Triton 3.6 then loads a step ahead with 3 or 4 stages, and two with 5 or 6.
 NARROW, HALF, WHOLE = Tile(64, 64, 4, 4), Tile(128, 64, 8, 3), Tile(256, 64, 8, 3)
+DEEP = Tile(256, 64, 8, 5)
 MANY_ROWS = (
     _config(128, HALF, WHOLE, hidden_grad=HALF, matrix=WHOLE),
     _config(128, Tile(128, 64, 8, 4), Tile(256, 64, 8, 4), hidden_grad=Tile(64, 64, 8, 4), matrix=WHOLE),
     _config(128, NARROW, Tile(128, 64, 4, 4), hidden_grad=Tile(64, 64, 8, 3), matrix=Tile(128, 64, 4, 4)),
     _config(128, HALF, Tile(128, 64, 8, 4), hidden_grad=Tile(64, 64, 4, 4), matrix=Tile(128, 64, 8, 4), group=16),
+    _config(128, HALF, WHOLE, hidden_grad=Tile(64, 64, 8, 4), matrix=DEEP, boxed=True),
+    _config(128, Tile(128, 64, 8, 4), Tile(256, 64, 8, 4), hidden_grad=HALF, matrix=DEEP, boxed=True),
+    _config(128, HALF, Tile(128, 64, 8, 4), hidden_grad=Tile(64, 64, 8, 4), matrix=DEEP, group=16, boxed=True),
 )
 SOME_ROWS = (
     _config(64, NARROW, Tile(128, 64, 4, 4), hidden_grad=NARROW, matrix=Tile(128, 32, 4, 4)),
     _config(64, HALF, HALF, hidden_grad=HALF, matrix=HALF),
     _config(64, Tile(128, 64, 4, 3), WHOLE, hidden_grad=NARROW, matrix=Tile(128, 64, 8, 3)),
+    _config(64, Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), hidden_grad=NARROW, matrix=Tile(128, 64, 8, 5), boxed=True),
 )
 SLIM = Tile(64, 64, 4, 3)
 FEW_ROWS = (

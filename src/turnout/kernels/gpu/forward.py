@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from turnout.kernels.gpu.activation import activated
-from turnout.kernels.gpu.tiles import product, rows_of, swizzled, within
+from turnout.kernels.gpu.tiles import block_of, product, rows_of, swizzled, within
 
 
 @triton.jit
@@ -30,63 +30,62 @@ def up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    BOXED: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
     """h = act(x[token] up + bias) for one tile of an expert's rows; KEEP: what was before the activation is kept."""
     GATED: tl.constexpr = KIND >= 2
     G: tl.constexpr = 2 * F if GATED else F
     num_cols = tl.cdiv(F, BLOCK_N)
     num_tiles = tl.load(tile_start_E + E)
-    if tl.program_id(0) >= num_tiles * num_cols:
-        return
-    tile, col = swizzled(tl.program_id(0), num_tiles, num_cols, GROUP)
-    expert, first_row, end = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
     place = tl.arange(0, BLOCK_M)
-    is_row = first_row + place < end
-    token = tl.load(token_M + first_row + place, mask=is_row, other=0).to(tl.int64)
-    f = col * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_f = within(f, F, BLOCK_N)
-    weight = up_EDG + expert * D * G
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, D, BLOCK_K):
-        d = first + tl.arange(0, BLOCK_K)
-        is_d = within(d, D, BLOCK_K)
-        x = tl.load(x_TD + token[:, None] * D + d[None, :], mask=is_row[:, None] & is_d[None, :], other=0.0)
-        at = weight + d[:, None] * G + f[None, :]
-        mask = is_d[:, None] & is_f[None, :]
-        up = product(x, tl.load(at, mask=mask, other=0.0), up, PRECISION, WIDEN)
-        if GATED:
-            value = product(x, tl.load(at + F, mask=mask, other=0.0), value, PRECISION, WIDEN)
-    if HAS_BIAS:
-        bias = up_bias_EG + expert * G + f
-        up += tl.load(bias, mask=is_f, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            value += tl.load(bias + F, mask=is_f, other=0.0).to(tl.float32)[None, :]
-    # rounded before the activation: the backward pass then differentiates at the very point it finds
-    rounded, rounded_value = up.to(h_MF.dtype.element_ty), value.to(h_MF.dtype.element_ty)
-    inside = is_row[:, None] & is_f[None, :]
-    wide_row = first_row.to(tl.int64)
-    if KEEP:
-        at = up_MG + wide_row * G + (place[:, None] * G + f[None, :])
-        tl.store(at, rounded, mask=inside)
-        if GATED:
-            tl.store(at + F, rounded_value, mask=inside)
-    h = activated(rounded.to(tl.float32), rounded_value.to(tl.float32), KIND)
-    tl.store(h_MF + wide_row * F + (place[:, None] * F + f[None, :]), h.to(h_MF.dtype.element_ty), mask=inside)
+    for program in tl.range(tl.program_id(0), num_tiles * num_cols, tl.num_programs(0), flatten=PERSISTENT):
+        tile, col = swizzled(program, num_tiles, num_cols, GROUP)
+        expert, first_row, end = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
+        is_row = first_row + place < end
+        token = tl.load(token_M + first_row + place, mask=is_row, other=0).to(tl.int64)
+        f = col * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_f = within(f, F, BLOCK_N)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in range(0, D, BLOCK_K):
+            d = first + tl.arange(0, BLOCK_K)
+            is_x = is_row[:, None] & within(d, D, BLOCK_K)[None, :]
+            x = tl.load(x_TD + token[:, None] * D + d[None, :], mask=is_x, other=0.0)
+            weight = block_of(up_EDG, expert, first, col * BLOCK_N, 0, D, F, G, BLOCK_K, BLOCK_N, BOXED)
+            up = product(x, weight, up, PRECISION, WIDEN)
+            if GATED:
+                weight = block_of(up_EDG, expert, first, col * BLOCK_N, F, D, F, G, BLOCK_K, BLOCK_N, BOXED)
+                value = product(x, weight, value, PRECISION, WIDEN)
+        if HAS_BIAS:
+            bias = up_bias_EG + expert * G + f
+            up += tl.load(bias, mask=is_f, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                value += tl.load(bias + F, mask=is_f, other=0.0).to(tl.float32)[None, :]
+        # rounded before the activation: the backward pass then differentiates at the very point it finds
+        rounded, rounded_value = up.to(h_MF.dtype.element_ty), value.to(h_MF.dtype.element_ty)
+        inside = is_row[:, None] & is_f[None, :]
+        wide_row = first_row.to(tl.int64)
+        if KEEP:
+            at = up_MG + wide_row * G + (place[:, None] * G + f[None, :])
+            tl.store(at, rounded, mask=inside)
+            if GATED:
+                tl.store(at + F, rounded_value, mask=inside)
+        h = activated(rounded.to(tl.float32), rounded_value.to(tl.float32), KIND)
+        tl.store(h_MF + wide_row * F + (place[:, None] * F + f[None, :]), h.to(h_MF.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def rows_kernel(
     left_MK,
-    weight,
+    matrix,
     bias,
     out_MN,
     start_E,
     tile_start_E,
     K: tl.constexpr,
     N: tl.constexpr,
-    STRIDE_K: tl.constexpr,
-    STRIDE_N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     E: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -96,32 +95,39 @@ def rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    BOXED: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    """Rows of an expert times its matrix, of K by N by its strides, plus bias."""
+    """Rows of an expert times its K by N matrix, which lies N by K if TRANSPOSED, plus bias."""
     num_cols = tl.cdiv(N, BLOCK_N)
     num_tiles = tl.load(tile_start_E + E)
-    if tl.program_id(0) >= num_tiles * num_cols:
-        return
-    tile, col = swizzled(tl.program_id(0), num_tiles, num_cols, GROUP)
-    expert, first_row, end = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
     place = tl.arange(0, BLOCK_M)
-    is_row = first_row + place < end
-    n = col * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_n = within(n, N, BLOCK_N)
-    rows = left_MK + first_row.to(tl.int64) * K
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        is_k = within(k, K, BLOCK_K)
-        left = tl.load(rows + (place[:, None] * K + k[None, :]), mask=is_row[:, None] & is_k[None, :], other=0.0)
-        at = weight + expert * K * N + k[:, None] * STRIDE_K + n[None, :] * STRIDE_N
-        right = tl.load(at, mask=is_k[:, None] & is_n[None, :], other=0.0)
-        total = product(left, right, total, PRECISION, WIDEN)
-    if HAS_BIAS:
-        total += tl.load(bias + expert * N + n, mask=is_n, other=0.0).to(tl.float32)[None, :]
-    inside = is_row[:, None] & is_n[None, :]
-    at = out_MN + first_row.to(tl.int64) * N + (place[:, None] * N + n[None, :])
-    tl.store(at, total.to(out_MN.dtype.element_ty), mask=inside)
+    for program in tl.range(tl.program_id(0), num_tiles * num_cols, tl.num_programs(0), flatten=PERSISTENT):
+        tile, col = swizzled(program, num_tiles, num_cols, GROUP)
+        expert, first_row, end = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
+        is_row = first_row + place < end
+        n = col * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_n = within(n, N, BLOCK_N)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in range(0, K, BLOCK_K):
+            if BOXED:
+                # rows past the expert's are another's, or never written: nothing of theirs is stored
+                left = left_MK.load([first_row, first])
+            else:
+                k = first + tl.arange(0, BLOCK_K)
+                is_left = is_row[:, None] & within(k, K, BLOCK_K)[None, :]
+                rows = left_MK + first_row.to(tl.int64) * K
+                left = tl.load(rows + (place[:, None] * K + k[None, :]), mask=is_left, other=0.0)
+            if TRANSPOSED:
+                right = block_of(matrix, expert, col * BLOCK_N, first, 0, N, K, K, BLOCK_N, BLOCK_K, BOXED).T
+            else:
+                right = block_of(matrix, expert, first, col * BLOCK_N, 0, K, N, N, BLOCK_K, BLOCK_N, BOXED)
+            total = product(left, right, total, PRECISION, WIDEN)
+        if HAS_BIAS:
+            total += tl.load(bias + expert * N + n, mask=is_n, other=0.0).to(tl.float32)[None, :]
+        inside = is_row[:, None] & is_n[None, :]
+        at = out_MN + first_row.to(tl.int64) * N + (place[:, None] * N + n[None, :])
+        tl.store(at, total.to(out_MN.dtype.element_ty), mask=inside)
 
 
 @triton.jit

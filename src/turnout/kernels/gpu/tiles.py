@@ -34,6 +34,35 @@ def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def block_of(
+    matrix,
+    expert,
+    first_row,
+    first_column,
+    offset,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BOXED: tl.constexpr,
+):
+    """A block of an expert's matrix as it lies, ROWS by COLUMNS from column `offset` of WIDTH on; zeros beyond it.
+
+    BOXED: `matrix` is a descriptor of (E, ROWS, WIDTH), and the tensor memory accelerator fetches the block. Columns
+    past COLUMNS are then those of the other half; what they give must not be stored.
+    """
+    if BOXED:
+        return matrix.load([expert.to(tl.int32), first_row, offset + first_column]).reshape(BLOCK_R, BLOCK_C)
+    else:
+        row = first_row + tl.arange(0, BLOCK_R)
+        column = first_column + tl.arange(0, BLOCK_C)
+        mask = within(row, ROWS, BLOCK_R)[:, None] & within(column, COLUMNS, BLOCK_C)[None, :]
+        start = matrix + expert * ROWS * WIDTH + offset
+        return tl.load(start + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def product(left, right, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     """total + left @ right in float32. WIDEN: Triton 3.6's interpreter multiplies the bits of bfloat16 as integers."""
     if WIDEN:
