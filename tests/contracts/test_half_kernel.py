@@ -11,7 +11,7 @@ from tests.contracts.test_fused_cpu import all_to_one, drawn, drawn_experts, run
 from turnout import MoE
 from turnout.contracts import ExpertBackend
 from turnout.dispatch import LocalDispatcher
-from turnout.experts import FFNExperts, available_backends, choose_backend
+from turnout.experts import FFNExperts, choose_backend
 from turnout.experts.fused_cpu import half_by_matrix_unit
 from turnout.kernels import KINDS, Kernel, half_proof, trusted_kernel
 from turnout.kernels.half_proof import prove_half, whole_number_error
@@ -42,18 +42,21 @@ def infer(experts: FFNExperts, x_TD: Tensor, assignment: Assignment, *, keep_N: 
 def assert_near_the_oracle(
     experts: FFNExperts, x_TD: Tensor, assignment: Assignment, *, keep_N: Tensor | None = None
 ) -> None:
-    """Of the same rounded values in float64: within the step of bfloat16 at the largest output."""
+    """Of the same rounded values in float64: within the step of bfloat16 at the largest output, two for gradients."""
     x_TD, experts = x_TD.bfloat16(), experts.bfloat16()
-    got_TD = infer(experts, x_TD, assignment, keep_N=keep_N)
+    got = [infer(experts, x_TD, assignment, keep_N=keep_N), *run("fused_cpu", experts, x_TD, assignment, keep_N)]
     wide = FFNExperts(
         experts.dim, experts.hidden, experts.num_experts, kind=experts.kind, bias=experts.up_bias_EG is not None
     ).double()
     wide.load_state_dict(experts.state_dict())
-    want_TD = run("loop", wide, x_TD.double(), assignment, keep_N)[0].detach()
-    assert got_TD.dtype == torch.bfloat16
-    assert got_TD.shape == want_TD.shape
-    if want_TD.numel():
-        assert float((got_TD.double() - want_TD).abs().max()) < 2**-7 * max(1.0, float(want_TD.abs().max()))
+    want = run("loop", wide, x_TD.double(), assignment, keep_N)
+    leaves = (x_TD, x_TD, x_TD, assignment.weight_N, *experts.parameters())
+    for index, (a, b, leaf) in enumerate(zip(got, [want[0], *want], leaves, strict=True)):
+        assert a.dtype == leaf.dtype
+        assert a.shape == b.shape
+        if b.numel():
+            tolerance = (2**-7 if index < 2 else 2**-6) * max(1.0, float(b.detach().abs().max()))
+            assert float((a.double() - b).detach().abs().max()) < tolerance
 
 
 def test_it_is_near_the_oracle_and_exact_in_whole_numbers(kernel: Kernel) -> None:
@@ -84,7 +87,12 @@ def test_any_number_of_tokens_works(kernel: Kernel, num_tokens: int, k: int) -> 
 
 
 def test_one_expert_taking_all_leaves_others_without_rows(kernel: Kernel) -> None:
-    assert_near_the_oracle(drawn_experts(40, 48, 3, bias=True), torch.randn(1500, 40), all_to_one(1500, 3))
+    experts, x_TD, assignment = drawn_experts(40, 48, 3, bias=True), torch.randn(1500, 40), all_to_one(1500, 3)
+    for num_threads in (1, 2):
+        with threads(num_threads):
+            assert_near_the_oracle(experts, x_TD, assignment)
+    _, _, _, *grads = run("fused_cpu", experts, x_TD.bfloat16(), assignment)
+    assert all(not grad[:2].any() and grad[2].any() for grad in grads)
 
 
 def test_dropped_tokens_are_exactly_zero(kernel: Kernel) -> None:
@@ -111,8 +119,11 @@ def test_ten_runs_on_two_threads_are_equal_bit_for_bit(kernel: Kernel, num_token
     experts, assignment = drawn_experts(96, 80, 4).bfloat16(), drawn(num_tokens, 4, 3)
     x_TD = torch.randn(num_tokens, 96).bfloat16()
     first = infer(experts, x_TD, assignment)
+    passed = run("fused_cpu", experts, x_TD, assignment)
     with threads(2):
         assert all(torch.equal(first, infer(experts, x_TD, assignment)) for _ in range(10))
+        for _ in range(10):
+            assert all(map(torch.equal, passed, run("fused_cpu", experts, x_TD, assignment)))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -126,27 +137,84 @@ def test_a_value_that_is_not_finite_spoils_its_own_token_alone(kernel: Kernel, v
     assert torch.equal(got_TD[others_T], want_TD[others_T])
 
 
-def test_a_layer_takes_it_in_inference_and_torchs_products_in_training(kernel: Kernel) -> None:
-    layer, x = MoE(32, 48, 4).bfloat16(), torch.randn(100, 32).bfloat16()
+def test_a_layer_takes_it_in_inference_and_in_training(kernel: Kernel) -> None:
+    layer, x = MoE(32, 48, 4, shared_hidden=16).bfloat16(), torch.randn(100, 32).bfloat16()
+    for grad_is_enabled in (False, True):
+        with torch.set_grad_enabled(grad_is_enabled):
+            assert choose_backend(layer.experts, "auto", dtype=x.dtype, device=CPU) is ExpertBackend.TABLE["fused_cpu"]
     with torch.no_grad():
-        assert choose_backend(layer.experts, "auto", dtype=x.dtype, device=CPU) is ExpertBackend.TABLE["fused_cpu"]
         inferred = layer(x).y
-    refused = available_backends(layer.experts, dtype=x.dtype, device=CPU)["fused_cpu"]
-    assert "multiplies bfloat16 itself; fused_cpu does so under torch.no_grad() alone" in refused
-    assert torch.allclose(layer(x).y.float(), inferred.float(), atol=0.02)
+    y = layer(x).y
+    assert torch.equal(y, inferred)
+    y.float().square().sum().backward()
+    for parameter in layer.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.bfloat16
+        assert parameter.grad.any()
+
+
+def test_under_autocast_weights_of_float32_are_rounded_and_their_gradients_are_not(kernel: Kernel) -> None:
+    layer, x = MoE(32, 48, 4), torch.randn(100, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x).y
+        assert choose_backend(layer.experts, "auto", dtype=torch.bfloat16, device=CPU).layout == "ragged"
+    half = MoE(32, 48, 4).bfloat16()
+    half.load_state_dict(layer.state_dict())
+    half.router.float().load_state_dict(layer.router.state_dict())
+    assert torch.allclose(y.float(), half(x.bfloat16()).y.float(), atol=0.02)
+    y.float().square().sum().backward()
+    for parameter in layer.experts.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.any()
+
+
+def test_with_tokens_of_float32_weights_are_widened(kernel: Kernel) -> None:
+    experts, assignment, x_TD = drawn_experts(96, 80, 2).bfloat16(), drawn(130, 2, 2), torch.randn(130, 96)
+    wide = drawn_experts(96, 80, 2)
+    wide.load_state_dict(experts.state_dict())
+    got_TD, want_TD = infer(experts, x_TD, assignment), infer(wide, x_TD, assignment)
+    assert got_TD.dtype == torch.float32
+    assert torch.allclose(got_TD, want_TD, atol=1e-5)
+
+
+def test_only_what_is_wanted_is_computed(kernel: Kernel) -> None:
+    experts, assignment = drawn_experts(70, 80, 3, bias=True).bfloat16(), drawn(90, 3, 2)
+    admission, x_TD = Admission(keep_N=None, capacity=None, dropped_E={}), torch.randn(90, 70).bfloat16()
+    everything = run("fused_cpu", experts, x_TD, assignment)[1:]
+    leaves = [x_TD.requires_grad_(), assignment.weight_N, *experts.parameters()]
+    y_grad_TD = torch.randn(90, 70, generator=torch.Generator().manual_seed(5), dtype=torch.float64).bfloat16()
+    for leaf, want in zip(leaves, everything, strict=True):
+        for other in leaves:
+            other.requires_grad_(other is leaf)
+        y_TD = pass_experts(
+            experts, ExpertBackend.TABLE["fused_cpu"], x_TD, assignment, admission, dispatcher=LocalDispatcher()
+        )
+        assert torch.equal(torch.autograd.grad(y_TD, leaf, y_grad_TD)[0], want)
 
 
 def test_a_pass_that_is_wrong_is_not_trusted(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     right, factor = kernel.forward, 1 + 2**-6
 
-    def wrong(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return right(*args, **kwargs)[0] * factor, None
+    def wrong(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        y_TD, saved = right(*args, **kwargs)
+        return y_TD * factor, saved
 
     monkeypatch.setattr(half_proof, "SIZES", half_proof.SIZES[-2:])
     monkeypatch.setattr(kernel, "forward", wrong)
     assert prove_half(kernel).startswith("the compiled kernel's pass in bfloat16 is off the oracle by ")
     factor = torch.nan
     assert prove_half(kernel).startswith("the compiled kernel's pass in bfloat16 is off the oracle by nan")
+    monkeypatch.setattr(kernel, "forward", right)
+    assert prove_half(kernel) == ""
+    back = kernel.backward
+
+    def wrong_back(*args: Any, **kwargs: Any) -> Any:
+        grads = back(*args, **kwargs)
+        return grads._replace(down_EFD=grads.down_EFD * (1 + 2**-6))
+
+    monkeypatch.setattr(kernel, "backward", wrong_back)
+    assert prove_half(kernel).startswith("the compiled kernel's pass in bfloat16 is off the oracle by ")
 
 
 @pytest.fixture
@@ -163,6 +231,6 @@ def test_switched_off_another_backend_computes_and_doctor_says_so(monkeypatch: p
     monkeypatch.setenv("TURNOUT_AMX", "0")
     assert half_by_matrix_unit() == "AMX is switched off by TURNOUT_AMX=0"
     reason = next(found.reason for found in examine()["backends"] if found.name == "fused_cpu")
-    assert reason.endswith("; inference in bfloat16 by others: AMX is switched off by TURNOUT_AMX=0")
+    assert reason.endswith("; bfloat16 by others: AMX is switched off by TURNOUT_AMX=0")
     with torch.no_grad():
         assert MoE(8, 16, 2).bfloat16()(torch.randn(5, 8).bfloat16()).y.isfinite().all()

@@ -11,10 +11,12 @@ from turnout.experts.fused_op import fused_experts, in_dtypes_of, kernel_weights
 from turnout.experts.weights import FFNExperts
 from turnout.kernels import KINDS, Kernel, Routing, trusted_kernel
 from turnout.kernels.build import Library, compiled, cpu_flags
+from turnout.kernels.consumed import is_last_pass, is_read_once, mapped_bytes
 from turnout.kernels.half_proof import prove_half
 from turnout.kernels.matrix_unit import by_matrix_unit
 from turnout.tensors import Admission, Assignment, Ragged, Rows, first_order
 
+LEAST_BYTES = 1 << 20  # of values saved, whose memory is given back: of less the call would be most of it
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -36,9 +38,11 @@ class _Fused(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
-        saved_rows = routing.num_rows if keep else None
+        saved_rows, mapped = (routing.num_rows, mapped_bytes()) if keep else (None, 0)
         y_TD, saved = kernel.forward(x_TD, weight_N, weights, routing, saved_rows=saved_rows)
-        if keep:
+        if saved is not None:
+            own = saved.nbytes >= LEAST_BYTES and mapped_bytes() - mapped >= saved.nbytes
+            ctx.may_give_back = own and is_read_once()
             ctx.save_for_backward(x_TD, weight_N, weights.up_EDG, weights.down_EFD, up_bias_EG, down_bias_ED, saved)
             ctx.kind, ctx.routing, ctx.kernel = kind, routing, kernel
         return y_TD
@@ -49,7 +53,14 @@ class _Fused(torch.autograd.Function):
         x_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED, saved = ctx.saved_tensors
         weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, ctx.kind)
         found = ctx.kernel.backward(
-            grads[0].contiguous(), x_TD, weight_N, weights, ctx.routing, saved, wanted=ctx.needs_input_grad[:6]
+            grads[0].contiguous(),
+            x_TD,
+            weight_N,
+            weights,
+            ctx.routing,
+            saved,
+            wanted=ctx.needs_input_grad[:6],
+            give_back=ctx.may_give_back and is_last_pass(),
         )
         return (*in_dtypes_of(weights, found), None, None, None, None)
 
@@ -57,7 +68,7 @@ class _Fused(torch.autograd.Function):
 class FusedCPU(FusedBackend):
     """The kernel of turnout.kernels, in float32; bfloat16 weights are widened as they are read.
 
-    Where AMX multiplies bfloat16, it does so in inference; that pass has no backward.
+    Where AMX multiplies bfloat16, tokens and weights of it stay what they are, forward and backward.
     """
 
     layout = "ragged"
@@ -76,13 +87,14 @@ class FusedCPU(FusedBackend):
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         assert isinstance(experts, FFNExperts)
         half = _half_kernel(experts, x_TD.dtype)
+        matrices = (experts.up_EDG, experts.down_EFD)
         if isinstance(half, Kernel):
-            return _run_half(half, experts, x_TD, assignment, admission)
+            # under autocast they are float32
+            matrices = (matrices[0].to(x_TD.dtype), matrices[1].to(x_TD.dtype))
         inputs = (
-            x_TD.float().contiguous(),
+            (x_TD if isinstance(half, Kernel) else x_TD.float()).contiguous(),
             assignment.weight_N.float().contiguous(),
-            experts.up_EDG,
-            experts.down_EFD,
+            *matrices,
             None if experts.up_bias_EG is None else experts.up_bias_EG.float(),
             None if experts.added_bias_ED is None else experts.added_bias_ED.float(),
         )
@@ -90,7 +102,7 @@ class FusedCPU(FusedBackend):
         if torch.compiler.is_compiling():
             routes = (assignment.token_N, assignment.expert_N, admission.keep_N)
             return fused_experts(*inputs, *routes, experts.kind, keep)[0].to(x_TD.dtype)
-        kernel = the_kernel()
+        kernel = half if isinstance(half, Kernel) else the_kernel()
         routing = kernel.sort(assignment, admission.keep_N)
         return _Fused.apply(*inputs, experts.kind, routing, kernel, keep).to(x_TD.dtype)
 
@@ -128,10 +140,10 @@ def _reason(experts: FFNExperts, dtype: torch.dtype, device: torch.device) -> st
 
 def _half_kernel(experts: FFNExperts, dtype: torch.dtype) -> Kernel | str:
     """The kernel that multiplies bfloat16 as it is, or why it does not here."""
-    if dtype != torch.bfloat16 or experts.up_EDG.dtype != dtype:
-        return "fused_cpu does so only with tokens and weights of it"
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return "fused_cpu does so under torch.no_grad() alone, and not under torch.compile"
+    if dtype != torch.bfloat16 or not {experts.up_EDG.dtype, experts.down_EFD.dtype} <= set(DTYPES):
+        return "fused_cpu does so only with tokens of it"
+    if torch.compiler.is_compiling():
+        return "fused_cpu does not under torch.compile"
     return half_by_matrix_unit()
 
 
@@ -143,16 +155,6 @@ def half_by_matrix_unit() -> Kernel | str:
         return kernel
     assert isinstance(library, Library)
     return by_matrix_unit(kernel, prove_half, library.path.with_suffix(".bf16-amx-proven"))
-
-
-def _run_half(
-    kernel: Kernel, experts: FFNExperts, x_TD: Tensor, assignment: Assignment, admission: Admission
-) -> Tensor:
-    biases = (experts.up_bias_EG, experts.added_bias_ED)
-    up_bias_EG, down_bias_ED = (None if bias is None else bias.float() for bias in biases)
-    weights = kernel_weights(experts.up_EDG, experts.down_EFD, up_bias_EG, down_bias_ED, experts.kind)
-    weight_N, routing = assignment.weight_N.float().contiguous(), kernel.sort(assignment, admission.keep_N)
-    return kernel.forward(x_TD.contiguous(), weight_N, weights, routing, saved_rows=None)[0]
 
 
 # torch.compile asks once instead of tracing how a kernel is compiled

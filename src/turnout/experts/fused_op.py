@@ -56,7 +56,7 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num, num_routes = len(expert_N), 3 + len(up_EDG) + len(x_TD) + 3 * len(expert_N)
-    size = the_kernel().saved_size(kernel_weights(up_EDG, down_EFD, None, None, kind), num) if keep else 0
+    size = the_kernel().saved_size(kernel_weights(up_EDG, down_EFD, None, None, kind), num, x_TD.dtype) if keep else 0
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     return y_TD, x_TD.new_empty(size), expert_N.new_empty(num_routes, dtype=torch.int32)
 

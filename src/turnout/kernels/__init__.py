@@ -5,12 +5,22 @@ import functools
 import torch
 from torch import Tensor
 
-from turnout.kernels.arguments import KINDS, Gradients, Int8Weights, Routing, Weights
+from turnout.kernels.arguments import KINDS, Chosen, Gradients, Int8Weights, Routing, Weights
 from turnout.kernels.build import compiled
 from turnout.kernels.kernel import Kernel
 from turnout.kernels.proof import once, prove
 
-__all__ = ["KINDS", "Gradients", "Int8Weights", "Kernel", "Routing", "Weights", "kernel_for", "trusted_kernel"]
+__all__ = [
+    "KINDS",
+    "Chosen",
+    "Gradients",
+    "Int8Weights",
+    "Kernel",
+    "Routing",
+    "Weights",
+    "kernel_for",
+    "trusted_kernel",
+]
 
 
 @functools.cache

@@ -57,6 +57,16 @@ class Routing:
     num_assignments: int
 
 
+class Chosen(NamedTuple):
+    """Of R tokens and E experts: every score, and K choices of each token side by side."""
+
+    scores_RE: Tensor
+    weight_N: Tensor
+    expert_N: Tensor
+    token_N: Tensor
+    choice_N: Tensor
+
+
 class Gradients(NamedTuple):
     """Of whatever was wanted; the order is that of the autograd function's inputs."""
 

@@ -24,8 +24,11 @@ class Backward {
         out_step_(padded_dim(job.dim)) {}
 
   void run() {
-    const std::vector<Unit> units = parts_of_experts();
+    const std::vector<Unit> units = parts_of_experts(routes_, job_);
     units_ = &units;
+    for (const Unit& unit : units)
+      if (unit.part) part_of_extra_.push_back({unit.expert, unit.part});
+    num_extra_ = int(part_of_extra_.size());
     RowSums sums(job_, routes_, job_.d_x, units);
     sums_ = &sums;
     const size_t rows = largest_block();
@@ -65,36 +68,13 @@ class Backward {
     float *up, *down, *up_bias, *down_bias;
   };
 
-  Split blocks_of(int expert) const {
-    return Split(routes_.start[expert + 1] - routes_.start[expert], most_rows(job_.dim));
-  }
+  Split blocks_of(int expert) const { return blocks_of_expert(routes_, job_, expert); }
 
   size_t largest_block() const {
     int rows = 0;
     for (int e = 0; e < job_.experts; e++)
       if (blocks_of(e).parts) rows = std::max(rows, blocks_of(e).size(0));
     return rows;
-  }
-
-  // An expert with a large share of all rows is the work of several threads, each with sums of its own.
-  std::vector<Unit> parts_of_experts() {
-    std::vector<Unit> found;
-    const long all = routes_.start[job_.experts];
-    for (int e = 0; e < job_.experts; e++) {
-      const Split blocks = blocks_of(e);
-      if (!blocks.parts) continue;
-      const long rows = routes_.start[e + 1] - routes_.start[e];
-      const long wanted = std::min<long>(job_.threads, (rows * 2 * job_.threads + all - 1) / all);
-      const int parts = int(std::min<long>(wanted, blocks.parts));
-      for (int p = 0; p < parts; p++) {
-        const int begin = blocks.parts * p / parts, end = blocks.parts * (p + 1) / parts;
-        const int first = blocks.begin(begin), last = end < blocks.parts ? blocks.begin(end) : int(rows);
-        found.push_back({e, routes_.start[e] + first, last - first, p, begin, end});
-        if (p) part_of_extra_.push_back({e, p});
-      }
-      num_extra_ += parts - 1;
-    }
-    return found;
   }
 
   void plan(Schedule& schedule, RowSums& sums) {
@@ -199,6 +179,7 @@ class Backward {
           x_panel(rows, s, up + d * before_ + f, width, d, f ? ADD : SET);
     }
     finish(index, first, rows, g, s);
+    if (job_.give_back) give_back(const_cast<float*>(saved), rows * panels * parts * TILE_COLUMNS * sizeof(float));
   }
 
   // TILE_COLUMNS columns of h and of the gradients before the activation: d_y down^T, and what the activation makes.

@@ -42,7 +42,7 @@ void pack_narrow(float* panel, const W* w, long step, int depth, int columns) {
     for (int j = 0; j < TILE_COLUMNS; j++) panel[k * TILE_COLUMNS + j] = j < columns ? value(w[k * step + j]) : 0.0f;
 }
 
-#if defined(__AVX512F__) && !defined(__clang__)
+#if defined(__AVX512F__)
 struct Picks {
   ints low[4], high[4];
   Picks() {
@@ -55,7 +55,9 @@ struct Picks {
   }
 };
 static const Picks PICKS;
+#endif
 
+#if defined(__AVX512F__) && !defined(__clang__)
 // Columns to rows of 16 x 16 values, by exchanging ever larger squares (Eklundh 1972).
 template <class W>
 inline void transpose(float* panel, const W* w, long step) {

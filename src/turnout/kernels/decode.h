@@ -120,7 +120,7 @@ class Decode {
   void plan_slices() {
     int touched = 0;
     for (int e = 0; e < job_.experts; e++) touched += routes_.start[e + 1] > routes_.start[e];
-    for (slice_ = 2048; slice_ > 64 && touched * count() < 8 * job_.threads;) slice_ /= 2;
+    for (slice_ = 2048; slice_ > 64 && touched * count() < 5 * job_.threads;) slice_ /= 2;
     slices_ = int(count());
     for (int e = 0; e < job_.experts; e++)
       if (routes_.start[e + 1] > routes_.start[e])
@@ -134,18 +134,28 @@ class Decode {
     const int first = routes_.start[unit.expert], rows = routes_.start[unit.expert + 1] - first;
     for (int r = 0; r < rows; r++)
       std::memcpy(s.x + r * dim, job_.x + routes_.token[first + r] * dim, dim * sizeof(float));
-    std::memset(s.before, 0, act_.parts * rows * slice_ * sizeof(float));
+    // of a whole expert the parts lie side by side, and are read as one
+    const bool whole = columns == hidden && hidden % LANES == 0;
+    const long step = whole ? before_ : slice_, second = whole ? hidden : rows * slice_;
+    std::memset(s.before, 0, act_.parts * rows * (whole ? hidden : slice_) * sizeof(float));
     for (int part = 0; part < act_.parts; part++) {
-      float* before = s.before + part * rows * slice_;
+      float* before = s.before + part * second;
       if (job_.up_bias)
         for (int r = 0; r < rows; r++)
-          std::memcpy(before + r * slice_, job_.up_bias + unit.expert * before_ + part * hidden + f,
+          std::memcpy(before + r * step, job_.up_bias + unit.expert * before_ + part * hidden + f,
                       columns * sizeof(float));
       const W* up = static_cast<const W*>(job_.up) + unit.expert * dim * before_ + part * hidden + f;
-      multiply_few(rows, s.x, dim, up, before_, dim, columns, before, slice_);
+      if (!whole) multiply_few(rows, s.x, dim, up, before_, dim, columns, before, slice_);
     }
     float* h = s.before;
-    act_.line(h, s.before + (act_.parts - 1) * rows * slice_, h, int(rows * slice_));
+    if (whole) {
+      const W* up = static_cast<const W*>(job_.up) + unit.expert * dim * before_;
+      multiply_few(rows, s.x, dim, up, before_, dim, before_, s.before, before_);
+      for (int r = 0; r < rows; r++, h += before_) act_.line(h, h + (act_.parts - 1) * hidden, h, int(hidden));
+      h = s.before;
+    } else {
+      act_.line(h, s.before + (act_.parts - 1) * second, h, int(rows * slice_));
+    }
     float* out = partial_ + (long(unit.number) * routes_.start[job_.experts] + first) * dim;
     for (int r = 0; r < rows; r++) {
       if (job_.down_bias && unit.number == 0)
@@ -154,7 +164,7 @@ class Decode {
         std::memset(out + r * dim, 0, dim * sizeof(float));
     }
     const W* down = static_cast<const W*>(job_.down) + (unit.expert * hidden + f) * dim;
-    multiply_few(rows, h, slice_, down, dim, columns, dim, out, dim);
+    multiply_few(rows, h, step, down, dim, columns, dim, out, dim);
   }
 
   void add_up(int chunk) const {

@@ -5,10 +5,11 @@
 #include "code_panels.h"
 #include "decode.h"
 #include "forward.h"
+#include "gates.h"
+#include "half_backward.h"
 #include "half_forward.h"
 #include "int8_forward.h"
 #include "routes.h"
-#include "scores.h"
 
 using turnout::Job;
 using turnout::bfloat;
@@ -43,6 +44,12 @@ void half_forward(const Job& job) {
   wide.y = y.data();
   turnout::Decode<bfloat>(wide).run();
   turnout::to_half(reinterpret_cast<bfloat*>(job.y), y.data(), size);
+#endif
+}
+
+void half_backward(const Job& job) {
+#if defined(TURNOUT_MATRIX_UNIT)
+  turnout::HalfBackward(job).run();
 #endif
 }
 
@@ -88,7 +95,9 @@ int turnout_forward(const Job* job) {
 
 int turnout_backward(const Job* job) {
   return guarded([&] {
-    if (job->half_weights)
+    if (job->half_rows)
+      half_backward(*job);
+    else if (job->half_weights)
       turnout::Backward<bfloat>(*job).run();
     else
       turnout::Backward<float>(*job).run();
@@ -101,7 +110,15 @@ int turnout_int8(const turnout::Int8Job* job, int64_t digits) {
 
 int turnout_best(const float* scores, int64_t rows, int64_t experts, int64_t k, int64_t* picks, int64_t threads,
                  turnout::Parallel parallel) {
-  return guarded([&] { turnout::Scores(scores, rows, experts, int(threads), parallel).best(int(k), picks); });
+  return guarded([&] { turnout::best_of_rows(scores, rows, experts, int(k), picks, threads, parallel); });
+}
+
+int turnout_choose(const turnout::Gates* gates) {
+  return guarded([&] { turnout::choose_rows(*gates); });
+}
+
+int turnout_choose_backward(const turnout::Gates* gates) {
+  return guarded([&] { turnout::logits_gradient(*gates); });
 }
 
 int turnout_ask_matrix_unit() { return turnout::ask_matrix_unit(); }

@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "half_tile.h"
+#include "routes.h"
 
 namespace turnout {
 
@@ -21,6 +22,9 @@ inline vec half_sigmoid2(vec x) {
 template <int KIND>
 struct HalfFormula {
   static vec value(vec x, vec second) { return Formula<KIND>::value(x, second); }
+  static vec slopes(vec x, vec second, vec dh, vec& d_x, vec& d_second) {
+    return Formula<KIND>::slopes(x, second, dh, d_x, d_second);
+  }
 };
 
 // The normal distribution as a logistic function of an odd polynomial: x Phi(x) within 3e-5.
@@ -33,11 +37,20 @@ struct HalfFormula<GELU> {
     const vec slope = (square * (-0.000704530f * to2) + 0.0740205f * to2) * square + 1.5950056f * to2;
     return x * half_sigmoid2(x * slope);
   }
+  static vec slopes(vec x, vec second, vec dh, vec& d_x, vec& d_second) {
+    return Formula<GELU>::slopes(x, second, dh, d_x, d_second);
+  }
 };
 
 template <>
 struct HalfFormula<SWIGLU> {
   static vec value(vec gate, vec up) { return gate * half_sigmoid2(gate * 1.44269504f) * up; }
+  static vec slopes(vec gate, vec up, vec dh, vec& d_gate, vec& d_up) {
+    const vec s = half_sigmoid2(gate * 1.44269504f), silu = gate * s;
+    d_up = dh * silu;
+    d_gate = dh * up * (s + silu * (1.0f - s));
+    return silu * up;
+  }
 };
 
 template <>
@@ -46,6 +59,9 @@ struct HalfFormula<SWIGLU_CLAMPED> {
     typedef Formula<SWIGLU_CLAMPED> exact;
     gate = exact::low(gate);
     return gate * half_sigmoid2(gate * (1.702f * 1.44269504f)) * (exact::within(up) + 1.0f);
+  }
+  static vec slopes(vec gate, vec up, vec dh, vec& d_gate, vec& d_up) {
+    return Formula<SWIGLU_CLAMPED>::slopes(gate, up, dh, d_gate, d_up);
   }
 };
 
@@ -62,6 +78,55 @@ void half_activation(const HalfSums& before, int rows, bfloat* h) {
     else
       store_halves(h, formula::value(first, first), formula::value(second, second));
   }
+}
+
+// Values before the activation that a row of a saved panel has two tiles of: gates and what they gate, or HALF_PANEL.
+constexpr long half_saved_width(bool gated) { return gated ? UNIT_ROWS : HALF_PANEL; }
+
+// What is beyond a clamp, where slopes are zero, stays there when it is rounded.
+inline void stay_clamped(vec& gate, vec& up) {
+  const vec above = splat(7.03125f);  // the next bfloat after 7
+  gate = (gate > 7.0f) & (gate < above) ? above : gate;
+  up = (up > 7.0f) & (up < above) ? above : up;
+  up = (up < -7.0f) & (up > -above) ? -above : up;
+}
+
+// Saved by expert, [panel][row][tile][UNIT_ROWS], whatever blocks its rows are computed in. Row `row` of all rows.
+inline bfloat* half_saved(bfloat* saved, const Routes& routes, int expert, long panels, long panel, int row) {
+  const long first = routes.start[expert], rows = routes.start[expert + 1] - first;
+  return saved + (first * panels + panel * rows + (row - first)) * HALF_PANEL;
+}
+
+// Two tiles of columns of dh, of which the second may have nothing saved: then it is past the last column. Writes
+// weight * h and the gradients before the activation; dot += dh * h. Rows of h and of gradients lie HALF_GROUP apart.
+typedef void (*HalfSlopes)(const HalfSums& dh, const bfloat* saved, const bfloat* second_saved, const float* weight,
+                           int rows, bfloat* h, bfloat* d_before, bfloat* d_second, float* dot);
+
+template <int KIND>
+void half_slopes(const HalfSums& dh, const bfloat* saved, const bfloat* second_saved, const float* weight, int rows,
+                 bfloat* h, bfloat* d_before, bfloat* d_second, float* dot) {
+  constexpr bool gated = Formula<KIND>::parts == 2;
+  for (int i = 0; i < rows; i++) {
+    vec product = load(dot + i * LANES), value[2] = {}, d_x[2] = {}, d_up[2] = {};
+    for (int tile = 0; tile < 2; tile++) {
+      const bfloat* const from = tile ? second_saved : saved;
+      if (!from) continue;
+      const vec x = load(from + i * HALF_PANEL), up = gated ? load(from + i * HALF_PANEL + UNIT_ROWS) : x;
+      const vec own = load(dh.sum[tile][i]);
+      value[tile] = HalfFormula<KIND>::slopes(x, up, own * weight[i], d_x[tile], d_up[tile]);
+      product += own * value[tile];
+    }
+    store(dot + i * LANES, product);
+    store_halves(h + i * HALF_GROUP, value[0] * weight[i], value[1] * weight[i]);
+    store_halves(d_before + i * HALF_GROUP, d_x[0], d_x[1]);
+    if (gated) store_halves(d_second + i * HALF_GROUP, d_up[0], d_up[1]);
+  }
+}
+
+inline HalfSlopes half_slopes(int kind) {
+  static const HalfSlopes table[] = {half_slopes<RELU>, half_slopes<GELU>, half_slopes<SWIGLU>,
+                                     half_slopes<SWIGLU_CLAMPED>};
+  return table[kind];
 }
 
 inline HalfActivation half_activation(int kind) {

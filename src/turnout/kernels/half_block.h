@@ -54,6 +54,15 @@ inline __m512i half_group(const float* x, long columns) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
+// The values of two rows side by side, of the first 16 columns or the second.
+inline __m512i pair_columns(__m512i even, __m512i odd, int half) {
+  alignas(64) static const uint16_t order[] = {
+      0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+      11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+      22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  return _mm512_permutex2var_epi16(even, _mm512_load_si512(order + half * 32), odd);
+}
+
 // Row r of the block is row token[r] of x, rounded where it has to be.
 template <class X>
 void gather_half(const HalfBlock& block, const X* x, long columns, const int32_t* token) {

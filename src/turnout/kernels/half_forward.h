@@ -116,8 +116,20 @@ class HalfForward {
         multiply_half(x.at(0, r), x.group_bytes(), panels.panel(s.panels, p), half_groups(job_.dim), rows > UNIT_ROWS,
                       false, sums);
         if (job_.up_bias) add_bias(unit.expert, j, rows, sums);
+        if (job_.saved) save(unit, j, r, rows, sums);
         activate_(sums, rows, h.at((j - f) / HALF_GROUP, r) + (j - f) % HALF_GROUP);
       }
+  }
+
+  void save(const Unit& unit, long j, int r, int rows, const HalfSums& sums) const {
+    const long panels = (job_.hidden + width() - 1) / width();
+    bfloat* to = half_saved(reinterpret_cast<bfloat*>(job_.saved), routes_, unit.expert, panels, j / width(),
+                            unit.first + r);
+    for (int i = 0; i < rows; i++) {
+      vec first = load(sums.sum[0][i]), second = load(sums.sum[1][i]);
+      if (job_.kind == SWIGLU_CLAMPED) stay_clamped(first, second);
+      store_halves(to + i * HALF_PANEL, first, second);
+    }
   }
 
   void add_bias(int expert, long j, int rows, HalfSums& sums) const {

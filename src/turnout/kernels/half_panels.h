@@ -62,16 +62,12 @@ class HalfPanels : public PanelStrip {
  private:
   // Rows k and k + 1 of a line of columns: its first half, and the second `next` further; 0: there is none.
   void pack_line(bfloat* to, long next, long k, long column, long end) const {
-    alignas(64) static const uint16_t order[] = {
-        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
-        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
     const __mmask32 mask = first_lanes(end - column);
     const bfloat* from = w_ + k * row_step_ + column;
     const __m512i even = _mm512_maskz_loadu_epi16(k < depth_ ? mask : 0, from);
     const __m512i odd = _mm512_maskz_loadu_epi16(k + 1 < depth_ ? mask : 0, from + row_step_);
-    if (next) _mm512_store_si512(to + next, _mm512_permutex2var_epi16(even, _mm512_load_si512(order + 32), odd));
-    _mm512_store_si512(to, _mm512_permutex2var_epi16(even, _mm512_load_si512(order), odd));
+    if (next) _mm512_store_si512(to + next, pair_columns(even, odd, 1));
+    _mm512_store_si512(to, pair_columns(even, odd, 0));
   }
 
   const bfloat* const w_;

@@ -5,9 +5,9 @@ import functools
 import torch
 from torch import Tensor
 
-from turnout.kernels.arguments import KINDS, Weights
+from turnout.kernels.arguments import KINDS
 from turnout.kernels.kernel import Kernel
-from turnout.kernels.proof import assignment_of, by_oracle, drawn, largest_error
+from turnout.kernels.proof import by_kernel, by_oracle, drawn, largest_error
 
 NEAR = 2**-7  # of the largest output: the step from a bfloat16 to the next
 # many rows of an expert, and so few that they are widened; whole tiles and chunks, parts of them, nearly nothing
@@ -27,33 +27,43 @@ def prove_half(kernel: Kernel) -> str:
 
 
 def whole_number_error(kernel: Kernel, sizes: tuple[int, ...]) -> Tensor:
-    """Off whole numbers, of which bfloat16 holds all that occur before the last rounding."""
+    """Off whole numbers and their gradients, of which bfloat16 holds all that occur before the last rounding."""
     num_tokens, dim, hidden, num_experts, k = sizes
     generator = torch.Generator().manual_seed(sum(sizes))
     draw = functools.partial(torch.randint, generator=generator, dtype=torch.float32)
-    x_TD, up_EDF, down_EFD = (
-        draw(-1, 2, shape) for shape in ((num_tokens, dim), (num_experts, dim, hidden), (num_experts, hidden, dim))
+    x_TD, up_EDF, down_EFD, y_grad_TD = (
+        draw(-1, 2, shape)
+        for shape in (
+            (num_tokens, dim),
+            (num_experts, dim, hidden),
+            (num_experts, hidden, dim),
+            (num_tokens, dim),
+        )
     )
     expert_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(k).indices
     weight_N = 2.0 ** draw(-1, 2, (num_tokens * k,))
-    got_TD, want_TD = _outputs(kernel, "relu", [x_TD, weight_N, up_EDF, down_EFD], expert_TK)
-    return largest_error([got_TD], [want_TD.bfloat16().double()])
+    got, want = _passes(kernel, "relu", [x_TD, weight_N, up_EDF, down_EFD], expert_TK, y_grad_TD)
+    return largest_error(got, [b.to(a.dtype).double() for a, b in zip(got, want, strict=True)])
 
 
 def real_number_error(kernel: Kernel, kind: str, sizes: tuple[int, ...], bias: int) -> Tensor:
-    """Off the oracle in float64, relative to its largest output."""
-    leaves, expert_TK, _ = drawn(kind, sizes, bias=bool(bias))
-    got_TD, want_TD = _outputs(kernel, kind, leaves, expert_TK)
-    return largest_error([got_TD], [want_TD])
+    """Off the oracle in float64, relative to its largest output; half of it relative to its largest gradient.
+
+    What gradients are made of is itself rounded: the values before the activation, h, and their gradients.
+    """
+    got, want = _passes(kernel, kind, *drawn(kind, sizes, bias=bool(bias)))
+    return torch.maximum(largest_error(got[:2], want[:2]), largest_error(got[2:], want[2:]) / 2)
 
 
-def _outputs(kernel: Kernel, kind: str, leaves: list[Tensor], expert_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel's, and the oracle's in float64 of the same rounded tokens and matrices."""
+def _passes(
+    kernel: Kernel, kind: str, leaves: list[Tensor], expert_TK: Tensor, y_grad_TD: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The kernel's, and the oracle's in float64 of the same rounded tokens, matrices and gradient.
+
+    That is the output as in inference, as in training, and the gradients of all leaves.
+    """
     x_TD, weight_N, up_EDG, down_EFD, *biases = leaves
-    x_TD, up_EDG, down_EFD = (tensor.bfloat16() for tensor in (x_TD, up_EDG, down_EFD))
-    want_TD, *_ = by_oracle(kind, [x_TD, weight_N, up_EDG, down_EFD, *biases], expert_TK, torch.zeros_like(x_TD))
-    up_bias, down_bias = biases or (None, None)
-    weights = Weights(up_EDG=up_EDG, down_EFD=down_EFD, up_bias_EG=up_bias, down_bias_ED=down_bias, kind=kind)
-    routing = kernel.sort(assignment_of(weight_N, expert_TK, len(up_EDG)), None)
-    got_TD, _ = kernel.forward(x_TD, weight_N, weights, routing, saved_rows=None)
-    return got_TD, want_TD
+    x_TD, up_EDG, down_EFD, y_grad_TD = (tensor.bfloat16() for tensor in (x_TD, up_EDG, down_EFD, y_grad_TD))
+    want_TD, *grads = by_oracle(kind, [x_TD, weight_N, up_EDG, down_EFD, *biases], expert_TK, y_grad_TD)
+    got = by_kernel(kernel, kind, [x_TD, weight_N, up_EDG, down_EFD, *biases], expert_TK, y_grad_TD)
+    return got, [want_TD, want_TD, *grads]

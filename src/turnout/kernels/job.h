@@ -17,15 +17,17 @@ struct Job {
   const void* down;       // (E, F, D), likewise
   const float* up_bias;   // (E, G) or null
   const float* down_bias; // (E, D) or null
-  float* saved;           // values before the activation: written forward, read backward; null in inference
+  float* saved;           // of bfloat where half_rows: values before the activation: written forward, read backward; null in inference
   float* y;               // (T, D), of the forward pass
-  const float* d_y;       // (T, D); from here on of the backward pass, null for what is not wanted
+  // from here on of the backward pass, null for what is not wanted; where half_rows d_y, d_x, d_up, d_down of bfloat
+  const float* d_y;       // (T, D)
   float* d_x;
   float* d_weight;  // (N), zero where nothing was sent
   float* d_up;
   float* d_down;
   float* d_up_bias;
   float* d_down_bias;
+  int64_t give_back;  // whether memory of `saved` that is read goes back to the system; nobody reads it again then
 };
 
 }  // namespace turnout

@@ -3,13 +3,14 @@
 import ctypes
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError, TurnoutError
-from turnout.kernels.arguments import KINDS, Gradients, Int8Weights, Routing, Weights
+from turnout.kernels.arguments import KINDS, Chosen, Gradients, Int8Weights, Routing, Weights
 from turnout.tensors import Assignment
 
 
@@ -27,6 +28,9 @@ class Kernel:
         self._int8.argtypes, self._int8.restype = [pointer, number], ctypes.c_int
         self._best = library.turnout_best
         self._best.argtypes = [pointer, number, number, number, pointer, number, pointer]
+        self._choose, self._choose_backward = library.turnout_choose, library.turnout_choose_backward
+        for function in (self._choose, self._choose_backward):
+            function.argtypes, function.restype = [pointer], ctypes.c_int
         self.poison = library.turnout_poison
         self._library, self.matrix_unit = library, matrix_unit
         self._tile_columns = library.turnout_tile_columns()
@@ -61,9 +65,10 @@ class Kernel:
     ) -> tuple[Tensor, Tensor | None]:
         """y_TD, and what the backward pass wants to have back, with room for `saved_rows`; None: nothing is.
 
-        Everything is float32 and contiguous; or tokens and matrices are bfloat16, for the matrix unit.
+        Everything is float32 and contiguous; or tokens and matrices are bfloat16, for the matrix unit, and then what is
+        saved and the gradients of both are.
         """
-        saved = None if saved_rows is None else x_TD.new_empty(self.saved_size(weights, saved_rows))
+        saved = None if saved_rows is None else x_TD.new_empty(self.saved_size(weights, saved_rows, x_TD.dtype))
         y_TD = torch.empty_like(x_TD)
         self._run(self._forward, x_TD, weight_N, weights, routing, (saved, y_TD))
         return y_TD, saved
@@ -78,17 +83,25 @@ class Kernel:
         saved: Tensor,
         *,
         wanted: tuple[bool, ...],
+        give_back: bool = False,
     ) -> Gradients:
-        """Gradients of those inputs that are `wanted`, in the order of Gradients; those of matrices in float32."""
+        """Gradients of those inputs that are `wanted`, in the order of Gradients; those of matrices in the dtype of x.
+
+        `give_back`: nobody reads `saved` again, and its memory goes back to the system piece by piece.
+        """
         like = (x_TD, weight_N, weights.up_EDG, weights.down_EFD, weights.up_bias_EG, weights.down_bias_ED)
+        rows, sums = x_TD.dtype, torch.float32
+        dtypes = (rows, sums, rows, rows, sums, sums)
         fresh = [
-            torch.empty_like(tensor, dtype=torch.float32) if tensor is not None and is_wanted else None
-            for tensor, is_wanted in zip(like, wanted, strict=True)
+            torch.empty_like(tensor, dtype=dtype) if tensor is not None and is_wanted else None
+            for tensor, is_wanted, dtype in zip(like, wanted, dtypes, strict=True)
         ]
         if fresh[1] is not None:
             # what was dropped has no row to write it
             fresh[1].zero_()
-        self._run(self._backward, x_TD, weight_N, weights, routing, (saved, None, y_grad_TD, *fresh))
+        self._run(
+            self._backward, x_TD, weight_N, weights, routing, (saved, None, y_grad_TD, *fresh), give_back=give_back
+        )
         return Gradients(*fresh)
 
     def infer_int8(
@@ -115,10 +128,52 @@ class Kernel:
         _check(self._best(scores_RE.data_ptr(), num_rows, num_experts, k, expert_RK.data_ptr(), threads, pool))
         return expert_RK
 
-    def saved_size(self, weights: Weights, num_rows: int) -> int:
-        """Numbers that are kept for the backward pass of so many rows."""
+    def choose(self, logits_RE: Tensor, token_R: Tensor, k: int, *, renormalize: bool) -> Chosen:
+        """The k best experts of each row, as `best` has them, with softmax scores; their weights are those scores, or
+        where they are to be renormalised the softmax of their own logits.
+        """
+        num_rows, num = len(logits_RE), len(logits_RE) * k
+        number = partial(torch.empty, num, dtype=torch.int64)
+        # small ones first: what lies above large ones keeps the allocator from giving those back
+        expert_N, token_N, choice_N, weight_N = number(), number(), number(), logits_RE.new_empty(num)
+        chosen = Chosen(torch.empty_like(logits_RE), weight_N, expert_N, token_N, choice_N)
+        self._gates(self._choose, chosen, num_rows, renormalize, logits_RE.contiguous(), token_R.contiguous())
+        return chosen
+
+    def choose_backward(
+        self, chosen: Chosen, d_scores_RE: Tensor | None, d_weight_N: Tensor | None, *, renormalize: bool
+    ) -> Tensor:
+        """The gradient of the logits; None: nothing depends on it."""
+        d_logits_RE = torch.empty_like(chosen.scores_RE)
+        given = [None if grad is None else grad.contiguous() for grad in (d_scores_RE, d_weight_N)]
+        rest = (None, None, *given, d_logits_RE)
+        self._gates(self._choose_backward, chosen, len(d_logits_RE), renormalize, *rest)
+        return d_logits_RE
+
+    def _gates(
+        self,
+        function: Callable[[int], int],
+        chosen: Chosen,
+        num_rows: int,
+        renormalize: bool,
+        logits_RE: Tensor | None,
+        token_R: Tensor | None,
+        *gradients: Tensor | None,
+    ) -> None:
+        """`Gates` of gates.h, of which a forward pass reads no gradients."""
+        num_experts, k = chosen.scores_RE.shape[1], len(chosen.expert_N) // max(num_rows, 1)
+        numbers = (num_rows, num_experts, k, renormalize, torch.get_num_threads(), self._pool)
+        tensors = (logits_RE, token_R, *chosen, *gradients)
+        gates = array("q", (*numbers, *map(_at, tensors)))
+        gates.extend([0] * (NUM_GATES - len(gates)))
+        _check(function(gates.buffer_info()[0]))
+
+    def saved_size(self, weights: Weights, num_rows: int, dtype: torch.dtype) -> int:
+        """Numbers that are kept for the backward pass of so many rows of this dtype."""
         hidden = weights.down_EFD.shape[1]
         parts = weights.up_EDG.shape[2] // hidden
+        if dtype == torch.bfloat16:
+            return num_rows * -(-hidden * parts // HALF_PANEL) * HALF_PANEL
         panels = -(-hidden // self._tile_columns)
         return num_rows * panels * self._tile_columns * parts
 
@@ -130,12 +185,15 @@ class Kernel:
         weights: Weights,
         routing: Routing,
         rest: tuple[Tensor | None, ...],
+        *,
+        give_back: bool = False,
     ) -> None:
         num_experts, hidden, dim = weights.down_EFD.shape
         sizes = (routing.num_tokens, dim, hidden, num_experts, routing.num_assignments, KINDS[weights.kind])
         own = (weights.up_EDG, weights.down_EFD, weights.up_bias_EG, weights.down_bias_ED)
         half_rows = x_TD.dtype == torch.bfloat16
         job = self._job((*sizes, weights.is_half, half_rows), (routing.routes, x_TD, weight_N, *own, *rest))
+        job[-1] = give_back
         _check(function(job.buffer_info()[0]))
 
     def _job(self, numbers: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> "array[int]":
@@ -146,7 +204,9 @@ class Kernel:
         return job
 
 
-NUM_FIELDS = 27  # of `Job` in job.h
+HALF_PANEL = 32  # of half_block.h
+NUM_GATES = 16  # fields of `Gates` in gates.h
+NUM_FIELDS = 28  # of `Job` in job.h
 # by what matrix_unit.h says
 NO_MATRIX_UNIT = ("the compiler or the processor knows no AMX", "", "Linux does not let this process use AMX")
 

@@ -44,13 +44,19 @@ def worst_error(kernel: Kernel) -> float:
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         errors = [_error(kernel, kind, sizes, bias=bias) for kind in KINDS for sizes in SIZES for bias in (False, True)]
         errors += [_picks_error(kernel, num_experts) for num_experts in (1, 5, 16, 40)]
+        errors += [
+            _gates_error(kernel, num_experts, renormalize=renormalize, wanted=wanted)
+            for num_experts in (1, 5, 16, 40)
+            for renormalize in (False, True)
+            for wanted in ((1, 0), (0, 1), (1, 1))
+        ]
         # torch's max keeps NaN, Python's would drop it
         return float(torch.stack(errors).max())
 
 
 def _error(kernel: Kernel, kind: str, sizes: tuple[int, ...], *, bias: bool) -> Tensor:
     leaves, expert_TK, y_grad_TD = drawn(kind, sizes, bias=bias)
-    got = _by_kernel(kernel, kind, leaves, expert_TK, y_grad_TD)
+    got = by_kernel(kernel, kind, leaves, expert_TK, y_grad_TD)
     y_TD, *grads = by_oracle(kind, leaves, expert_TK, y_grad_TD)
     return largest_error(got, [y_TD, y_TD, *grads])
 
@@ -78,7 +84,7 @@ def largest_error(got: list[Tensor], want: list[Tensor]) -> Tensor:
     return torch.stack([(a.double() - b).abs().max() / b.abs().max().clamp(min=1) for a, b in pairs]).max()
 
 
-def _by_kernel(kernel: Kernel, kind: str, leaves: list[Tensor], expert_TK: Tensor, y_grad_TD: Tensor) -> list[Tensor]:
+def by_kernel(kernel: Kernel, kind: str, leaves: list[Tensor], expert_TK: Tensor, y_grad_TD: Tensor) -> list[Tensor]:
     """Output as in inference and as in training, and the gradients of all leaves."""
     x_TD, weight_N, up_EDG, down_EFD, *biases = leaves
     up_bias, down_bias = biases or (None, None)
@@ -129,3 +135,26 @@ def _picks_error(kernel: Kernel, num_experts: int) -> Tensor:
     k = min(3, num_experts)
     right_RK = scores_RE.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return torch.tensor(0.0 if torch.equal(kernel.best(scores_RE, k), right_RK) else torch.inf, dtype=torch.float64)
+
+
+def _gates_error(kernel: Kernel, num_experts: int, *, renormalize: bool, wanted: tuple[int, int]) -> Tensor:
+    """Of softmax, the chosen weights, and the gradient through scores, weights or both."""
+    generator = torch.Generator().manual_seed(num_experts)
+    k, logits_RE = min(3, num_experts), 3 * torch.randn(530, num_experts, generator=generator)
+    wide_RE, token_R = logits_RE.double().requires_grad_(), torch.arange(530)
+    chosen = kernel.choose(logits_RE, token_R, k, renormalize=renormalize)
+    expert_RK = logits_RE.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    scores_RE = wide_RE.softmax(dim=1)
+    weight_RK = wide_RE.gather(1, expert_RK).softmax(dim=1) if renormalize else scores_RE.gather(1, expert_RK)
+    outputs, grads = (scores_RE, weight_RK.flatten()), [torch.randn_like(tensor) for tensor in chosen[:2]]
+    asked = [grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)]
+    got_RE = kernel.choose_backward(chosen, *asked, renormalize=renormalize)
+    (want_RE,) = torch.autograd.grad(
+        [output for output, grad in zip(outputs, asked, strict=True) if grad is not None],
+        wide_RE,
+        [grad.double() for grad in asked if grad is not None],
+    )
+    whole = (expert_RK.flatten(), token_R.repeat_interleave(k), torch.arange(k).repeat(530))
+    if not all(map(torch.equal, chosen[2:], whole)):
+        return torch.tensor(torch.inf, dtype=torch.float64)
+    return largest_error([*chosen[:2], got_RE], [*outputs, want_RE]).detach()

@@ -160,6 +160,29 @@ class RowSums {
 // Rows of an expert that are computed together: a block of them stays near the processor.
 inline int most_rows(long dim) { return int(std::max<long>(128, std::min<long>(640, (1 << 20) / dim))); }
 
+inline Split blocks_of_expert(const Routes& routes, const Job& job, int expert) {
+  return Split(routes.start[expert + 1] - routes.start[expert], most_rows(job.dim));
+}
+
+// Of the backward pass: an expert with a large share of all rows is the work of several threads, each with sums of its own.
+inline std::vector<Unit> parts_of_experts(const Routes& routes, const Job& job) {
+  std::vector<Unit> found;
+  const long all = routes.start[job.experts];
+  for (int e = 0; e < job.experts; e++) {
+    const Split blocks = blocks_of_expert(routes, job, e);
+    if (!blocks.parts) continue;
+    const long rows = routes.start[e + 1] - routes.start[e];
+    const long wanted = std::min<long>(job.threads, (rows * 2 * job.threads + all - 1) / all);
+    const int parts = int(std::min<long>(wanted, blocks.parts));
+    for (int p = 0; p < parts; p++) {
+      const int begin = blocks.parts * p / parts, end = blocks.parts * (p + 1) / parts;
+      const int first = blocks.begin(begin), last = end < blocks.parts ? blocks.begin(end) : int(rows);
+      found.push_back({e, routes.start[e] + first, last - first, p, begin, end});
+    }
+  }
+  return found;
+}
+
 inline long padded_dim(long dim) { return (dim + LANES - 1) / LANES * LANES; }
 
 }  // namespace turnout

@@ -5,6 +5,7 @@
 #include <sched.h>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <cstdlib>
@@ -88,6 +89,15 @@ class Schedule {
   std::vector<int> left_;
   int next_ = 0, workers_ = 0;
 };
+
+// The whole pages within it, which read as zeros from here on.
+inline void give_back(void* memory, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = sysconf(_SC_PAGESIZE), begin = (uintptr_t(memory) + page - 1) / page * page;
+  const uintptr_t end = (uintptr_t(memory) + bytes) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+#endif
+}
 
 // One piece of memory for everything a call needs, kept for the next: fresh memory costs more than the work in it.
 class Workspace {

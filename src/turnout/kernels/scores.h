@@ -11,68 +11,73 @@
 
 namespace turnout {
 
-class Scores {
- public:
-  Scores(const float* scores, long rows, long experts, int threads, Parallel parallel)
-      : scores_(scores), rows_(rows), experts_(experts), threads_(threads), parallel_(parallel) {}
+constexpr long PART_ROWS = 512;  // of a task
 
-  // The k highest of each row, best first, of equals the lower index; NaN is higher than everything.
-  void best(int k, int64_t* picks) {
-    k_ = k;
-    picks_ = picks;
-    const long parts = (rows_ + PART - 1) / PART;
+// Of all rows, by threads: each(first, end).
+template <class Each>
+class InParts {
+ public:
+  InParts(long rows, Each each) : rows_(rows), each_(each) {}
+  void run(int64_t threads, Parallel parallel) {
+    const long parts = (rows_ + PART_ROWS - 1) / PART_ROWS;
     Schedule schedule;
     for (long part = 0; part < parts; part++) schedule.add({0, int(part)});
-    schedule.run(*this, int(std::min<long>(threads_, parts)), parallel_);
+    schedule.run(*this, int(std::min<long>(threads, parts)), parallel);
   }
-
   void operator()(const Task& task, int) {
-    const long first = task.index * PART, end = std::min(rows_, first + PART);
-    std::vector<float> left(k_ > 1 ? experts_ : 0);
-    for (long r = first; r < end; r++) pick(scores_ + r * experts_, left.data(), picks_ + r * k_);
+    each_(task.index * PART_ROWS, std::min(rows_, (task.index + 1) * PART_ROWS));
   }
 
  private:
-  static constexpr long PART = 512;  // rows of a task
+  const long rows_;
+  Each each_;
+};
 
-  void pick(const float* row, float* left, int64_t* picks) const {
-    if (k_ > 1) {
-      std::memcpy(left, row, experts_ * sizeof(float));
-      row = left;
+template <class Each>
+void in_parts(long rows, int64_t threads, Parallel parallel, Each each) {
+  InParts<Each>(rows, each).run(threads, parallel);
+}
+
+inline float higher(float a, float b) { return a >= b || a != a ? a : b; }
+
+inline float highest(const float* row, long experts) {
+  float most = row[0];
+  long e = 0;
+  if (experts >= LANES) {
+    vec lane_most = load(row);
+    for (e = LANES; e + LANES <= experts; e += LANES) {
+      const vec next = load(row + e);
+      // once NaN, always NaN
+      lane_most = (lane_most >= next) | (lane_most != lane_most) ? lane_most : next;
     }
-    for (int choice = 0; choice < k_; choice++) {
-      picks[choice] = highest(row);
-      if (k_ > 1) left[picks[choice]] = -std::numeric_limits<float>::infinity();
-    }
+    most = lane_most[0];
+    for (int lane = 1; lane < LANES; lane++) most = higher(most, lane_most[lane]);
   }
+  for (; e < experts; e++) most = higher(most, row[e]);
+  return most;
+}
 
-  long highest(const float* row) const {
-    float most = row[0];
-    long e = 0;
-    if (experts_ >= LANES) {
-      vec lane_most = load(row);
-      for (e = LANES; e + LANES <= experts_; e += LANES) {
-        const vec next = load(row + e);
-        // once NaN, always NaN
-        lane_most = (lane_most >= next) | (lane_most != lane_most) ? lane_most : next;
-      }
-      most = lane_most[0];
-      for (int lane = 1; lane < LANES; lane++) most = higher(most, lane_most[lane]);
-    }
-    for (; e < experts_; e++) most = higher(most, row[e]);
+// The k highest of a row, best first, of equals the lower index; NaN is higher than everything. `left`: room for a row.
+inline void pick_best(const float* row, long experts, int k, float* left, int64_t* picks) {
+  if (k > 1) {
+    std::memcpy(left, row, experts * sizeof(float));
+    row = left;
+  }
+  for (int choice = 0; choice < k; choice++) {
+    const float most = highest(row, experts);
     long found = 0;
     while (!(row[found] == most || (most != most && row[found] != row[found]))) found++;
-    return found;
+    picks[choice] = found;
+    if (k > 1) left[found] = -std::numeric_limits<float>::infinity();
   }
+}
 
-  static float higher(float a, float b) { return a >= b || a != a ? a : b; }
-
-  const float* scores_;
-  const long rows_, experts_;
-  const int threads_;
-  const Parallel parallel_;
-  int k_ = 1;
-  int64_t* picks_ = nullptr;
-};
+inline void best_of_rows(const float* scores, long rows, long experts, int k, int64_t* picks, int64_t threads,
+                         Parallel parallel) {
+  in_parts(rows, threads, parallel, [=](long first, long end) {
+    std::vector<float> left(k > 1 ? experts : 0);
+    for (long r = first; r < end; r++) pick_best(scores + r * experts, experts, k, left.data(), picks + r * k);
+  });
+}
 
 }  // namespace turnout

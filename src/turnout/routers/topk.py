@@ -18,6 +18,7 @@ from turnout.routers.pieces import (
     sigmoid_shares,
     smooth_load,
 )
+from turnout.routers.softmax_topk import softmax_topk
 from turnout.tensors import Assignment, RouterInput, RouterOutput
 
 
@@ -81,9 +82,7 @@ class TopKRouter(Router):
         clean_RE = logits_RE = self.score(tokens.x_RD)
         if self.training and self.config.gate_noise > 0:
             logits_RE = clean_RE + self._std * normal_draw(clean_RE, tokens.generator)
-        expert_RK = select_topk(logits_RE, self.config.k if tokens.top_k is None else tokens.top_k)
-        scores_RE, weight_RK = self._weights(logits_RE, expert_RK)
-        assignment = from_topk(expert_RK, weight_RK, tokens, num_experts=self.num_experts)
+        assignment, scores_RE = self._choose(logits_RE, tokens)
         return RouterOutput(
             assignment=assignment,
             logits_RE=logits_RE,
@@ -91,6 +90,16 @@ class TopKRouter(Router):
             token_R=tokens.token_R,
             smooth_load_E=self._smooth_load(clean_RE, logits_RE, assignment) if self.config.gate_noise > 0 else None,
         )
+
+    def _choose(self, logits_RE: Tensor, tokens: RouterInput) -> tuple[Assignment, Tensor]:
+        k = self.config.k if tokens.top_k is None else tokens.top_k
+        if self.config.activation == "softmax" and self.config.scale == 1:
+            found = softmax_topk(logits_RE, tokens, k, renormalize=self.config.renormalize)
+            if found is not None:
+                return found
+        expert_RK = select_topk(logits_RE, k)
+        scores_RE, weight_RK = self._weights(logits_RE, expert_RK)
+        return from_topk(expert_RK, weight_RK, tokens, num_experts=self.num_experts), scores_RE
 
     @property
     def _std(self) -> float:

@@ -79,11 +79,11 @@ def _try_backend(name: str) -> Finding:
 
 
 def _half(name: str) -> str:
-    """What multiplies bfloat16 in inference, of the backend that has a unit of the processor for it."""
+    """What multiplies bfloat16, of the backend that has a unit of the processor for it."""
     if name != "fused_cpu":
         return ""
     half = half_by_matrix_unit()
-    return "; inference in bfloat16 " + (f"by others: {half}" if isinstance(half, str) else "by AMX, proven too")
+    return "; bfloat16 " + (f"by others: {half}" if isinstance(half, str) else "by AMX, proven too")
 
 
 @torch.no_grad()
