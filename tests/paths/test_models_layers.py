@@ -16,7 +16,7 @@ from turnout.layers.norm import NORMS, RMSNorm
 def test_next_token_loss_and_its_gradients_equal_cross_entropy(
     num_tokens: int, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lm_loss_file, "CHUNK_BYTES", rows_at_a_time * 4 * 11)
+    monkeypatch.setattr(lm_loss_file, "_CHUNK_BYTES", rows_at_a_time * 4 * 11)
     h_TD, weight_VD = _leaf(num_tokens, 6), _leaf(11, 6)
     target_T = torch.randint(11, (num_tokens,))
     target_T[::3] = IGNORE

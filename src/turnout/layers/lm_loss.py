@@ -8,7 +8,7 @@ from torch import Tensor
 from turnout.tensors import first_order
 
 IGNORE = -100
-CHUNK_BYTES = 32 << 20  # logits held at a time, at most: enough for the matrix products to be at full speed
+_CHUNK_BYTES = 32 << 20  # logits held at a time, at most: enough for the matrix products to be at full speed
 _CORE_BYTES = 2 << 20  # of a core's own cache, which logits need not leave between softmax and products
 
 
@@ -35,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_h = torch.empty_like(h_TD) if wants_grad else None
         grad_w_DV = weight_VD.new_zeros(dim, vocab_size) if wants_grad else None
         chosen_T1 = torch.empty(target_T1.shape, dtype=wide, device=h_TD.device)
-        chunk = _rows_at_a_time(vocab_size, dim, h_TD.device)
+        chunk = rows_at_a_time(vocab_size, dim, h_TD.device)
         for start in range(0, len(h_TD), chunk):
             rows = slice(start, start + chunk)
             h_CD, target_C1 = h_TD[rows], target_T1[rows]
@@ -64,8 +64,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_h * scale_T1, grad_w, None
 
 
-def _rows_at_a_time(vocab_size: int, dim: int, device: torch.device) -> int:
-    most = max(1, CHUNK_BYTES // (4 * vocab_size))
+def rows_at_a_time(vocab_size: int, dim: int, device: torch.device) -> int:
+    """Tokens whose logits are held at a time."""
+    most = max(1, _CHUNK_BYTES // (4 * vocab_size))
     if device.type != "cpu":
         return most
     # with fewer rows than some widths of the model it is W that is read again and again

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from turnout.experts.activations import Activation
-from turnout.layers.lm_loss import CHUNK_BYTES
+from turnout.layers.lm_loss import rows_at_a_time
 from turnout.layers.moe import MoEConfig
 from turnout.models.decoder import ModelConfig
 from turnout.models.size import sizes
@@ -33,15 +33,16 @@ class TrainMemory:
         return self.parameters + self.moments + max(self.activations, self.gradients) + self.workspace
 
 
-def train_memory(config: ModelConfig, batch_size: int, seq_len: int, dtype: torch.dtype = torch.float32) -> TrainMemory:
-    """Estimate for a dropless model whose parameters, moments and activations all have `dtype`, nothing recomputed."""
-    size, tokens = dtype.itemsize, batch_size * seq_len
+def train_memory(config: ModelConfig, batch_size: int, seq_len: int, device: torch.device) -> TrainMemory:
+    """Estimate for a dropless model in float32 on that kind of device, nothing recomputed."""
+    size, tokens = torch.float32.itemsize, batch_size * seq_len
     parameters = size * sizes(config).total
     sparse = set(config.moe_layers())
     layers = [_layer_bytes(config, size, sparse=layer in sparse) * tokens for layer in range(config.num_layers)]
     # final hidden states before and after the norm, and the loss's gradients of those and of the head
     head = size * (3 * config.dim * tokens + config.vocab_size * config.dim)
-    logits = 2 * min(CHUNK_BYTES, 4 * tokens * config.vocab_size)
+    held = min(tokens, rows_at_a_time(config.vocab_size, config.dim, device))
+    logits = 2 * size * held * config.vocab_size
     return TrainMemory(
         parameters=parameters,
         gradients=parameters,

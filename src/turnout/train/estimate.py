@@ -20,7 +20,7 @@ from turnout.models.size import sizes
 from turnout.parallel import cut_of
 from turnout.parallel.dense_cuts import cut_layers, cuts_of
 from turnout.strategy import Strategy
-from turnout.train.device import autocast_for, compute_dtype
+from turnout.train.device import autocast_for, compute_dtype, pick_device
 from turnout.train.optimizer import build_optimizer
 from turnout.train.recipe import Recipe, sequences_per_rank
 from turnout.train.step import StepResult, train_step
@@ -85,7 +85,8 @@ def host_copy(recipe: Recipe, ranks: int) -> int:
 
 
 def _whole_memory(recipe: Recipe, ranks: int) -> TrainMemory:
-    return train_memory(recipe.model, sequences_per_rank(recipe, ranks), recipe.loop.seq_len)
+    sequences, device = sequences_per_rank(recipe, ranks), pick_device(recipe.loop.device)
+    return train_memory(recipe.model, sequences, recipe.loop.seq_len, device)
 
 
 def _own_memory(recipe: Recipe, ranks: int, memory: TrainMemory) -> TrainMemory:
