@@ -87,6 +87,7 @@ class Decode {
 
   // Up to so many rows, reading an expert's weights takes longer than the products with them.
   static constexpr int MOST_ROWS = 16;
+  static constexpr long MOST_WIDTH = 2048;  // of the hidden layer at a time, so that its values stay in cache
 
   bool fits() const {
     for (int e = 0; e < job_.experts; e++)
@@ -96,7 +97,7 @@ class Decode {
 
   void run() {
     plan_slices();
-    const size_t x_size = MOST_ROWS * job_.dim, before_size = act_.parts * MOST_ROWS * widest_;
+    const size_t x_size = MOST_ROWS * job_.dim, before_size = act_.parts * MOST_ROWS * MOST_WIDTH;
     const size_t partial_size = size_t(slices_) * routes_.start[job_.experts] * job_.dim;
     Workspace space(job_.threads * (Workspace::padded(x_size) + Workspace::padded(before_size)) +
                     Workspace::padded(partial_size));
@@ -124,24 +125,22 @@ class Decode {
     long width;
   };
 
-  // Slices of the hidden width, so that threads share what is to be read also where few experts have tokens, and end
-  // together: whole experts are read fastest, but one too many of them is one that the other threads wait for.
+  // Whole experts, which are read fastest, as many for each thread; those left over are shared, each by all threads.
   void plan_slices() {
     std::vector<int> touched;
     for (int e = 0; e < job_.experts; e++)
       if (routes_.start[e + 1] > routes_.start[e]) touched.push_back(e);
-    const long experts = touched.size();
-    for (widest_ = 2048; widest_ > 64 && experts * count(widest_) < 5 * job_.threads;) widest_ /= 2;
-    const long last = experts * count(widest_) % job_.threads ? experts % job_.threads + job_.threads : 0;
+    const long experts = touched.size(), shared = experts % job_.threads;
+    const long share = (job_.hidden + job_.threads - 1) / job_.threads;
     slices_of_.assign(job_.experts, 0);
     for (long i = 0; i < experts; i++) {
-      const long width = i < experts - last ? widest_ : std::max(64l, widest_ / 4);
-      slices_of_[touched[i]] = int(count(width));
-      for (int number = 0; number < count(width); number++) units_.push_back({touched[i], number, width});
-      slices_ = std::max(slices_, int(count(width)));
+      const long width = i < experts - shared ? MOST_WIDTH : std::clamp((share + 63) / 64 * 64, 64l, MOST_WIDTH);
+      const int slices = int((job_.hidden + width - 1) / width);
+      for (int number = 0; number < slices; number++) units_.push_back({touched[i], number, width});
+      slices_of_[touched[i]] = slices;
+      slices_ = std::max(slices_, slices);
     }
   }
-  long count(long width) const { return (job_.hidden + width - 1) / width; }
 
   void slice(const Slice& unit, const Scratch& s) const {
     const long dim = job_.dim, hidden = job_.hidden, width = unit.width, f = unit.number * width;
@@ -203,7 +202,6 @@ class Decode {
   const Routes routes_;
   const Activation& act_;
   const long before_;
-  long widest_ = 2048;
   int slices_ = 1, chunks_ = 1;  // slices: of an expert, at most
   std::vector<int> slices_of_;
   std::vector<Slice> units_;
