@@ -73,6 +73,16 @@ def test_separable_classes_give_a_finite_fit(ridge: float, steps: int) -> None:
         ({"max_experts": 8, "solver": "online"}, X, Y, "growth and pruning need solver='em'"),
         ({"max_experts": 3}, X, Y, "max_experts=3 must be at least the 4 experts that depth and branching start with"),
         ({"max_experts": -8}, X, Y, "max_experts=-8 must be at least"),
+        ({"max_iter": 2.5}, X, Y, r"max_iter=2\.5 must be a whole number"),
+        ({"n_init": 1.5}, X, Y, r"n_init=1\.5 must be a whole number"),
+        ({"newton_steps": "2"}, X, Y, "newton_steps='2' must be a whole number"),
+        ({"batch_size": 1.5, "solver": "online"}, X, Y, r"batch_size=1\.5 must be a whole number"),
+        ({"hold_noise": 1.5}, X, Y, r"hold_noise=1\.5 must be a whole number"),
+        ({"tol": "small"}, X, Y, "tol='small' must be a finite number"),
+        ({"momentum": None}, X, Y, "momentum=None must be a finite number"),
+        ({"forgetting": "x"}, X, Y, "forgetting='x' must be a finite number"),
+        ({"learning_rate": float("inf"), "solver": "gradient"}, X, Y, "learning_rate=inf must be a finite number"),
+        ({"error": "competition"}, X, Y, "error='competition' is what solver='gradient' can climb, not 'em'"),
         ({"depth": 1.5}, X, Y, "depth=1.5 must be a whole number"),
         ({"branching": "2"}, X, Y, "branching='2' must be a whole number"),
         ({}, X * 1e200, Y, "vary by more than 1e.75, and their squares overflow: divide"),
@@ -99,6 +109,29 @@ def test_rows_beyond_squares_leave_what_was_learned() -> None:
     with pytest.raises(ValueError, match="their squares overflow"):
         fitted.partial_fit(X * 1e200, Y)
     np.testing.assert_array_equal(fitted.predict(X), before)
+
+
+@pytest.mark.parametrize("refused", [(100 * X[:3], Y[:3]), (X[:, :2], np.column_stack([Y, Y])[:59]), (X, None)])
+def test_a_fit_that_is_refused_leaves_the_one_before(refused: tuple[Any, Any]) -> None:
+    for estimator in (HMERegressor(random_state=0, max_iter=3), HMEClassifier(random_state=0, max_iter=3)):
+        fitted = estimator.fit(X, Y > 0)
+        before = fitted.predict(X)
+        for again in (fitted.fit, fitted.partial_fit):
+            if again is fitted.fit or refused[1] is None:
+                with pytest.raises(
+                    ValueError, match=r"cannot fit 4 experts|inconsistent|y has|but the target y is None"
+                ):
+                    again(*refused)
+        np.testing.assert_array_equal(fitted.predict(X), before)
+
+
+@pytest.mark.parametrize("refused", [np.column_stack([Y, Y]), np.where(Y > 2, np.nan, Y)])
+def test_targets_that_are_refused_leave_the_shape_of_predictions(refused: np.ndarray) -> None:
+    fitted = HMERegressor(random_state=0, max_iter=3).fit(X, Y)
+    with pytest.raises(ValueError, match="y has 2 columns|NaN or infinity"):
+        fitted.partial_fit(X, refused)
+    assert fitted.predict(X).shape == (60,)
+    assert fitted.partial_fit(X, Y[:, None]).predict(X).shape == (60,)
 
 
 def test_missing_inputs_are_taken_as_the_mean_when_asked() -> None:

@@ -18,6 +18,7 @@ from turnout.hme.checks import (
     check_positive,
     check_size,
     check_whole,
+    unchanged_by_errors,
 )
 from turnout.hme.em import EMConfig
 from turnout.hme.families import Family
@@ -84,8 +85,13 @@ class HMEBase(BaseEstimator):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Fit the tree to X (N, D) and y; rows count `sample_weight` times.
 
-        Raises: ValueError for NaN or infinite input, one class, fewer rows than experts, or a setting out of range.
+        Raises: ValueError for NaN or infinite input, one class, fewer rows than experts, or a setting out of range; the
+        estimator is then as it was.
         """
+        with unchanged_by_errors(self):
+            return self._fit(X, y, sample_weight)
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
         x_ND, weight_N = self._checked(X, sample_weight, reset=True)
         y_NT = self._targets(y, len(x_ND), reset=True)
         if not weight_N.all():
@@ -196,8 +202,15 @@ class HMEBase(BaseEstimator):
         check_positive("ridge", self.ridge)
         own_iter = ONLINE_PASSES if self.solver == "online" else MOST_ITERATIONS
         max_iter = own_iter if self.max_iter is None else self.max_iter
+        for name, whole in (
+            ("max_iter", max_iter), ("newton_steps", self.newton_steps), ("n_init", self.n_init),
+            ("batch_size", self.batch_size), ("hold_noise", self.hold_noise),
+        ):  # fmt: skip
+            check_whole(name, whole)
         check_positive("max_iter", max_iter, 1)
         check_positive("hold_noise", self.hold_noise)
+        for name in ("tol", "learning_rate", "momentum", "forgetting"):
+            check_positive(name, getattr(self, name))
         try:
             return SolveConfig(
                 solver=self.solver,

@@ -1,5 +1,7 @@
 """What is asked of data before anything is fitted: clear errors, and a standard scale."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +47,24 @@ class Scale:
         x_NP[:, :-1] /= self.deviation_D
         x_NP[:, -1] = 1.0
         return x_NP
+
+
+@contextmanager
+def unchanged_by_errors(estimator: object) -> Iterator[None]:
+    """Rows that are refused leave `estimator` with all that it had learned, and nothing else."""
+    before = vars(estimator).copy()
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise
+
+
+def check_given(y: object) -> None:
+    """Raises: ValueError where there is no target, in scikit-learn's words."""
+    if y is None:
+        raise ValueError("requires y to be passed, but the target y is None")
 
 
 def check_positive(name: str, value: float, least: float = 0.0) -> None:

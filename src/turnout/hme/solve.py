@@ -40,6 +40,8 @@ class SolveConfig:
             raise ConfigError(f"n_init={self.restarts} must be at least 1")
         if (self.most_leaves or self.prune) and self.solver in ("gradient", "online"):
             raise ConfigError(f"growth and pruning need solver='em' or 'least_squares', not {self.solver!r}")
+        if self.ascent.error != "mixture" and self.solver != "gradient":
+            raise ConfigError(f"error={self.ascent.error!r} is what solver='gradient' can climb, not {self.solver!r}")
         if self.em.hold_noise and self.solver in ("gradient", "online"):
             raise ConfigError(
                 f"hold_noise={self.em.hold_noise} needs solver='em' or 'least_squares', not {self.solver!r}"
