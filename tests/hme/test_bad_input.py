@@ -35,6 +35,7 @@ def _finite(fitted: Any) -> bool:
         ("rows thirty times", np.repeat(X[:5], 12, axis=0), np.repeat(Y[:5], 12)),
         ("an exact fit", X, X @ (1, 2, 3)),
         ("huge and tiny units", X * (1e12, 1e-12, 1), Y * 1e9),
+        ("a constant column of tiny numbers", np.column_stack([X, np.full(60, 1e-200)]), Y),
         ("an outlier", X, np.where(np.arange(60) == 3, 1e8, Y)),
         ("as many rows as experts", X[:4], Y[:4]),
     ],
@@ -87,6 +88,14 @@ def test_separable_classes_give_a_finite_fit(ridge: float, steps: int) -> None:
         ({"branching": "2"}, X, Y, "branching='2' must be a whole number"),
         ({}, X * 1e200, Y, "vary by more than 1e.75, and their squares overflow: divide"),
         ({}, X, Y * 1e200, "their squares overflow"),
+        ({}, X * (1, 1e-200, 1), Y, "vary by less than 1e-75, and their squares vanish: multiply"),
+        ({}, X, Y * 1e-200, "their squares vanish"),
+        (
+            {"family": "poisson"},
+            X,
+            np.where(Y > 0, 1e15, 3),
+            r"counts of up to 1e\+12, not 1e\+15; .*family='gaussian'",
+        ),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_by_name(
@@ -128,7 +137,7 @@ def test_a_fit_that_is_refused_leaves_the_one_before(refused: tuple[Any, Any]) -
 @pytest.mark.parametrize("refused", [np.column_stack([Y, Y]), np.where(Y > 2, np.nan, Y)])
 def test_targets_that_are_refused_leave_the_shape_of_predictions(refused: np.ndarray) -> None:
     fitted = HMERegressor(random_state=0, max_iter=3).fit(X, Y)
-    with pytest.raises(ValueError, match="y has 2 columns|NaN or infinity"):
+    with pytest.raises(ValueError, match=r"y has 2 columns|NaN or infinity"):
         fitted.partial_fit(X, refused)
     assert fitted.predict(X).shape == (60,)
     assert fitted.partial_fit(X, Y[:, None]).predict(X).shape == (60,)

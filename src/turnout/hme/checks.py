@@ -9,7 +9,7 @@ import numpy as np
 from turnout.hme.tree import Floats
 
 PART_ROWS = 65_536  # rows whose squares are held at once
-LARGEST = 1e75  # products of four are finite
+LARGEST, SMALLEST = 1e75, 1e-75  # products of four are finite, and above zero
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,7 +23,7 @@ class Scale:
     def of(cls, x_ND: Floats, weight_N: Floats) -> "Scale":
         """Weighted moments; columns that vary less than rounding are constant.
 
-        Raises: ValueError for numbers whose squares are beyond float64.
+        Raises: ValueError for numbers whose squares are beyond float64, or so small that they vanish.
         """
         total = weight_N.sum()
         mean_D = weight_N @ x_ND / total
@@ -33,9 +33,13 @@ class Scale:
             with np.errstate(over="ignore", invalid="ignore"):
                 square_D += weight_N[part] @ (x_ND[part] - mean_D) ** 2
         check_size(np.sqrt(square_D))
+        high_D, low_D = x_ND.max(axis=0), x_ND.min(axis=0)
+        rounding_D = 1e-13 * np.maximum(high_D, -low_D)
+        range_D = high_D - low_D
+        if ((range_D > rounding_D) & (range_D < SMALLEST)).any():
+            raise ValueError(f"numbers vary by less than {SMALLEST:g}, and their squares vanish: multiply such columns")
         deviation_D = np.sqrt(square_D / total)
-        noise_D = 1e-13 * np.maximum(x_ND.max(axis=0), -x_ND.min(axis=0))
-        return cls(mean_D=mean_D, deviation_D=np.where(deviation_D > noise_D, deviation_D, 1.0))
+        return cls(mean_D=mean_D, deviation_D=np.where(deviation_D > rounding_D, deviation_D, 1.0))
 
     def standard(self, x_ND: Floats) -> Floats:
         return (x_ND - self.mean_D) / self.deviation_D

@@ -10,7 +10,7 @@ from turnout.errors import ConfigError
 from turnout.hme.base import HMEBase
 from turnout.hme.checks import Scale, check_choice, check_given, check_positive, unchanged_by_errors
 from turnout.hme.distribution import Predictive
-from turnout.hme.families import Family, Poisson
+from turnout.hme.families import MOST_COUNT, Family, Poisson
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.tree import Floats
 
@@ -106,8 +106,14 @@ class HMERegressor(RegressorMixin, HMEBase):
         y_NT = numbers.reshape(len(numbers), -1)
         if len(y_NT) != num_rows:
             raise ValueError(f"X has {num_rows} rows and y {len(y_NT)}: inconsistent numbers of samples")
-        if self.family == "poisson" and (y_NT.shape[1] > 1 or (y_NT < 0).any()):
-            raise ValueError("family='poisson' needs one column of counts, none below 0")
+        if self.family == "poisson":
+            if y_NT.shape[1] > 1 or (y_NT < 0).any():
+                raise ValueError("family='poisson' needs one column of counts, none below 0")
+            if (y_NT > MOST_COUNT).any():
+                raise ValueError(
+                    f"family='poisson' needs counts of up to {MOST_COUNT:g}, not {y_NT.max():g}; "
+                    "family='gaussian' takes numbers of any size"
+                )
         if reset:
             self.is_column_ = numbers.ndim == 1
         return y_NT
