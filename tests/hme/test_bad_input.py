@@ -1,5 +1,6 @@
 """Ugly data: a clear error or a sane fit, and never a parameter that is no number."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from turnout.hme import HMEClassifier, HMERegressor
+from turnout.hme.checks import newton_bytes
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(60, 3))
@@ -103,6 +105,33 @@ def test_what_cannot_be_fitted_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         HMERegressor(**settings).fit(x_ND, y_N)
+
+
+def test_what_would_need_matrices_of_many_gigabytes_is_refused_and_gradients_need_none() -> None:
+    wide_ND = RANDOM.normal(size=(60, 4000))
+    with pytest.raises(
+        ValueError, match=r"4 experts of 1 outputs and 3 gates over 4000 inputs need 2\.7 GiB for a step"
+    ):
+        HMERegressor().fit(wide_ND, Y)
+    with pytest.raises(ValueError, match="fewer classes"):
+        HMEClassifier().partial_fit(X, np.arange(60) % 7, classes=np.arange(2000))
+    with pytest.raises(ValueError, match="solver='gradient', which needs no such matrices"):
+        HMEClassifier(6, 2, max_iter=1).fit(np.repeat(wide_ND[:, :400], 5, axis=0), np.arange(300) % 20)
+    fitted = HMERegressor(solver="gradient", max_iter=3, random_state=0).fit(wide_ND, Y)
+    assert _finite(fitted)
+    with pytest.raises(ValueError, match="GiB for a step"):
+        fitted.partial_fit(wide_ND, Y)
+
+
+def test_memory_of_many_inputs_is_that_of_the_matrices_of_a_step() -> None:
+    """Products of pairs of 700 inputs would be 251 MB for 128 rows."""
+    wide_ND = RANDOM.normal(size=(200, 700))
+    tracemalloc.start()
+    fitted = HMERegressor(1, max_iter=2, random_state=0).fit(wide_ND, wide_ND[:, 0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * newton_bytes(fitted.mixture_.tree, fitted.mixture_.family, 701) + 2 * wide_ND.nbytes
+    assert fitted.score(wide_ND, wide_ND[:, 0]) > 0.99
 
 
 def test_one_class_is_refused_and_so_are_weights_of_zero() -> None:

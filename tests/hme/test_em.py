@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 
 from benchmarks.hme_problem import on_disk, problem
 from turnout.hme import sweep as sweeping
+from turnout.hme.algebra import solve_symmetric
 from turnout.hme.em import EMConfig, fit_em, ridge_of
 from turnout.hme.glim import GAINED, newton_step
 from turnout.hme.sweep import Rows, sweep
@@ -82,6 +83,32 @@ def test_sums_do_not_depend_on_the_size_of_blocks(
         for of in ("gates", "experts"):
             one, two = (getattr(s.gates if of == "gates" else s.experts.moments, name) for s in (whole, parts))
             np.testing.assert_allclose(two, one, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_sums_do_not_depend_on_how_many_inputs_have_their_pairs_formed(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture, rows = random_problem(seed)
+    paired = sweep(rows, stirred(mixture, seed))
+    monkeypatch.setattr(sweeping, "MANY_INPUTS", 0)
+    single = sweep(rows, stirred(mixture, seed))
+    for one, two in ((paired.gates, single.gates), (paired.experts.moments, single.experts.moments)):
+        np.testing.assert_allclose(two.information_MCQ, one.information_MCQ, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(two.gradient_MPO, one.gradient_MPO, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [3, 12])
+def test_large_systems_are_solved_one_by_one_alike(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regular or singular: of those the solution of least length."""
+    random = np.random.default_rng(rank)
+    root_MPR = random.normal(size=(4, 12, rank))
+    a_MPP = root_MPR @ root_MPR.swapaxes(1, 2)
+    b_MPO = a_MPP @ random.normal(size=(4, 12, 2))
+    batch_MPO = solve_symmetric(a_MPP, b_MPO)
+    monkeypatch.setattr("turnout.hme.algebra.LARGE_SYSTEM", 1)
+    np.testing.assert_allclose(solve_symmetric(a_MPP, b_MPO), batch_MPO, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(a_MPP @ batch_MPO, b_MPO, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(18))

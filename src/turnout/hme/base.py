@@ -11,13 +11,16 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from turnout.errors import ConfigError
 from turnout.hme.ascent import AscentConfig
 from turnout.hme.checks import (
+    MOST_NEWTON_BYTES,
     Scale,
     check_choice,
     check_experts,
     check_most_experts,
+    check_newton,
     check_positive,
     check_size,
     check_whole,
+    newton_bytes,
     unchanged_by_errors,
 )
 from turnout.hme.em import EMConfig
@@ -40,7 +43,7 @@ class HMEBase(BaseEstimator):
     mixture_: Mixture
     scale_: Scale
     target_scale_: Scale
-    recursion_: Recursion
+    recursion_: Recursion | None
     hold_noise: int = 0  # a setting of the regressor alone: other experts have no noise
 
     def __init__(
@@ -101,11 +104,17 @@ class HMEBase(BaseEstimator):
         tree, config = self._tree(), self._config()
         check_experts(len(rows), max(tree.num_leaves, 1))
         check_most_experts(self.max_experts, tree.num_leaves)
+        family = self._family(y_NT.shape[1])
+        if self.solver != "gradient":
+            check_newton(tree, family, rows.x_NP.shape[1])
         try:
-            fit = solve(tree, self._family(y_NT.shape[1]), rows, config, self._random())
+            fit = solve(tree, family, rows, config, self._random())
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        self.mixture_, self.recursion_ = fit.mixture, Recursion.after(fit.mixture, rows, config.online)
+        self.mixture_ = fit.mixture
+        is_small = newton_bytes(fit.mixture.tree, family, rows.x_NP.shape[1]) <= MOST_NEWTON_BYTES
+        # what the rows taught, for `partial_fit` to go on from
+        self.recursion_ = Recursion.after(fit.mixture, rows, config.online) if is_small else None
         # densities of standardized targets, in the units of y
         unit = float(rows.weight_N.sum() * np.log(self.target_scale_.deviation_D).sum())
         self.loglik_path_ = np.array(fit.loglik_path) - unit
@@ -141,11 +150,15 @@ class HMEBase(BaseEstimator):
         if first:
             rows = self._started(x_ND, y_NT, weight_N)
             family = self._family(y_NT.shape[1])
+            check_newton(self._tree(), family, rows.x_NP.shape[1])
             self.mixture_ = new_mixture(
                 self._tree(), family, rows.y_NT.T, rows.weight_N, rows.x_NP.shape[1], self._random()
             )
             self.recursion_ = Recursion.start(self.mixture_, self._config().online)
             self.n_iter_ = 0
+        if self.recursion_ is None:
+            check_newton(self.mixture_.tree, self.mixture_.family, x_ND.shape[1] + 1)
+        assert self.recursion_ is not None
         x_ND = self._filled(x_ND)
         rows = Rows(x_NP=self.scale_.with_constant(x_ND), y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N)
         check_size(rows.x_NP)

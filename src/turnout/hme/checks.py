@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turnout.hme.tree import Floats
+from turnout.hme.families import Family
+from turnout.hme.gaussian import Gaussian
+from turnout.hme.tree import Floats, Tree
 
 PART_ROWS = 65_536  # rows whose squares are held at once
 LARGEST, SMALLEST = 1e75, 1e-75  # products of four are finite, and above zero
+
+MOST_NEWTON_BYTES = 2 << 30  # of the matrices of a step; one larger takes minutes too
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,4 +113,25 @@ def check_experts(num_rows: int, num_experts: int) -> None:
         raise ValueError(
             f"{num_rows} rows (n_samples={num_rows}) cannot fit {num_experts} experts; "
             "give at least one row for each, or lower depth or branching"
+        )
+
+
+def newton_bytes(tree: Tree, family: Family, size: int) -> int:
+    """Memory of the matrices of one Newton step of all gates and all experts; `size`: inputs and the constant."""
+    expert = size * (1 if isinstance(family, Gaussian) else family.outputs)
+    gate = size * (tree.branching - 1)
+    experts, gates = tree.num_leaves * expert**2, tree.num_gates * gate**2
+    # a block's sums and those so far, packed; then whole, scaled, factored and copied on the way
+    return 8 * (experts + gates + 4 * max(experts, gates))
+
+
+def check_newton(tree: Tree, family: Family, size: int) -> None:
+    """Raises: ValueError where the matrices of a Newton step would take more than MOST_NEWTON_BYTES."""
+    wanted = newton_bytes(tree, family, size)
+    if wanted > MOST_NEWTON_BYTES:
+        parts = f"{tree.num_leaves} experts of {family.outputs} outputs and {tree.num_gates} gates"
+        raise ValueError(
+            f"{parts} over {size - 1} inputs need {wanted / 2**30:.1f} GiB for a step, more than "
+            f"{MOST_NEWTON_BYTES / 2**30:.0f}: give fewer inputs (a selection, principal components), fewer classes, "
+            "outputs or experts, or choose solver='gradient', which needs no such matrices"
         )

@@ -7,8 +7,9 @@ from operator import add
 
 import numpy as np
 
-from turnout.hme.algebra import CACHE_LINE, MakeRoom, Workspace, pair_products, room
+from turnout.hme.algebra import CACHE_LINE, MANY_INPUTS, MakeRoom, Workspace, pair_products, room
 from turnout.hme.families import ExpertSums
+from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import Moments, Slopes, moments, spread
 from turnout.hme.mixture import Mixture
 from turnout.hme.paths import branch_mass
@@ -62,7 +63,7 @@ class Rows:
     def held_for(self, mixture: Mixture) -> "Rows":
         """The same rows with their blocks for trees of this size kept, or as they are where that takes much memory."""
         inputs, targets = self.x_NP.shape[1], self.y_NT.shape[1]
-        numbers_a_row = inputs * (inputs + 1) // 2 + inputs + targets
+        numbers_a_row = _pairs_held(inputs) + inputs + targets
         if 8 * numbers_a_row * len(self) > MOST_HELD_BYTES:
             return self
         return replace(self, held=tuple(self.blocks(mixture)))
@@ -71,9 +72,16 @@ class Rows:
         """Blocks small enough that the widest array of `mixture` takes about BLOCK_BYTES."""
         if self.held:
             return iter(self.held)
-        tree, size = mixture.tree, self.x_NP.shape[1]
-        widest = max(size * (size + 1) // 2, tree.num_leaves * max(1, mixture.family.outputs), tree.child_GB.size)
+        tree, size, outputs = mixture.tree, self.x_NP.shape[1], mixture.family.outputs
+        curvatures = 1 if isinstance(mixture.family, Gaussian) else outputs * (outputs + 1) // 2
+        expert = tree.num_leaves * max(1, outputs, curvatures)
+        gate = tree.num_gates * tree.branching * max(2, tree.branching - 1) // 2
+        widest = max(_pairs_held(size), size, expert, tree.child_GB.size, gate)
         return (self.block(part) for part in self.parts(widest))
+
+
+def _pairs_held(inputs: int) -> int:
+    return 0 if inputs > MANY_INPUTS else inputs * (inputs + 1) // 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,9 +101,9 @@ class Block:
         return self.z_ZN[self.inputs :]
 
     @cached_property
-    def product_QN(self) -> Floats:
-        """Formed once, for every pass over a block that is held."""
-        return pair_products(self.x_PN)
+    def product_QN(self) -> Floats | None:
+        """Formed once, for every pass over a block that is held; None of many inputs, whose pairs are too many."""
+        return None if self.inputs > MANY_INPUTS else pair_products(self.x_PN)
 
     @cached_property
     def counts_once(self) -> bool:
