@@ -1,5 +1,7 @@
 """The scikit-learn contract, and equality with scikit-learn where a tree is one expert."""
 
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,6 +132,23 @@ def test_classes_learned_on_line_come_near_to_the_batch(seed: int) -> None:
     online = HMEClassifier(1, solver="online", max_iter=3, n_init=3, random_state=seed).fit(x_ND, is_high_N)
     batch = HMEClassifier(1, n_init=3, random_state=seed).fit(x_ND, is_high_N)
     assert online.score(x_ND, is_high_N) > batch.score(x_ND, is_high_N) - 0.05
+
+
+def test_a_fit_of_a_memory_map_copies_no_more_than_a_few_columns_of_it(tmp_path: Path) -> None:
+    """60 columns in a file of 48 MB; y, the weights and standardized targets are columns, blocks take 3 MiB."""
+    random, path = np.random.default_rng(0), tmp_path / "x.npy"
+    x_ND = np.lib.format.open_memmap(path, mode="w+", dtype=np.float64, shape=(100_000, 60))
+    x_ND[:] = random.normal(size=x_ND.shape)
+    y_N = np.abs(x_ND[:, 0]) + x_ND[:, 1]
+    mapped_ND = np.load(path, mmap_mode="r")
+    HMERegressor(1, max_iter=1).fit(x_ND[:2000], y_N[:2000])  # imports
+    tracemalloc.start()
+    fitted = HMERegressor(1, max_iter=2, random_state=0).fit(mapped_ND, y_N)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.6 * mapped_ND.nbytes
+    small = HMERegressor(1, max_iter=2, random_state=0).fit(np.array(mapped_ND), y_N)
+    np.testing.assert_array_equal(fitted.predict(x_ND[:50]), small.predict(x_ND[:50]))
 
 
 def test_rows_after_a_fit_refine_it() -> None:

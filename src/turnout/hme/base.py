@@ -106,13 +106,13 @@ class HMEBase(BaseEstimator):
         check_most_experts(self.max_experts, tree.num_leaves)
         family = self._family(y_NT.shape[1])
         if self.solver != "gradient":
-            check_newton(tree, family, rows.x_NP.shape[1])
+            check_newton(tree, family, rows.num_inputs)
         try:
             fit = solve(tree, family, rows, config, self._random())
         except ConfigError as error:
             raise ValueError(str(error)) from error
         self.mixture_ = fit.mixture
-        is_small = newton_bytes(fit.mixture.tree, family, rows.x_NP.shape[1]) <= MOST_NEWTON_BYTES
+        is_small = newton_bytes(fit.mixture.tree, family, rows.num_inputs) <= MOST_NEWTON_BYTES
         # what the rows taught, for `partial_fit` to go on from
         self.recursion_ = Recursion.after(fit.mixture, rows, config.online) if is_small else None
         # densities of standardized targets, in the units of y
@@ -150,9 +150,9 @@ class HMEBase(BaseEstimator):
         if first:
             rows = self._started(x_ND, y_NT, weight_N)
             family = self._family(y_NT.shape[1])
-            check_newton(self._tree(), family, rows.x_NP.shape[1])
+            check_newton(self._tree(), family, rows.num_inputs)
             self.mixture_ = new_mixture(
-                self._tree(), family, rows.y_NT.T, rows.weight_N, rows.x_NP.shape[1], self._random()
+                self._tree(), family, rows.y_NT.T, rows.weight_N, rows.num_inputs, self._random()
             )
             self.recursion_ = Recursion.start(self.mixture_, self._config().online)
             self.n_iter_ = 0
@@ -160,8 +160,8 @@ class HMEBase(BaseEstimator):
             check_newton(self.mixture_.tree, self.mixture_.family, x_ND.shape[1] + 1)
         assert self.recursion_ is not None
         x_ND = self._filled(x_ND)
-        rows = Rows(x_NP=self.scale_.with_constant(x_ND), y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N)
-        check_size(rows.x_NP)
+        rows = self._rows(x_ND, y_NT, weight_N)
+        check_size(self.scale_.standard(x_ND))
         check_size(rows.y_NT)
         self.recursion_ = learn_rows(self.recursion_, rows, self._config().online)
         self.mixture_ = self.recursion_.mixture
@@ -181,13 +181,16 @@ class HMEBase(BaseEstimator):
         )
 
     def _started(self, x_ND: Floats, y_NT: Floats, weight_N: Floats) -> Rows:
-        """Sets the scales by these rows, and returns them standardized."""
+        """Sets the scales by these rows, and returns them with these."""
         if self.missing == "mean":
             self.fill_D_ = _means(x_ND, weight_N)
         x_ND = self._filled(x_ND)
         self.scale_ = Scale.of(x_ND, weight_N)
         self.target_scale_ = self._target_scale(y_NT, weight_N)
-        return Rows(x_NP=self.scale_.with_constant(x_ND), y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N)
+        return self._rows(x_ND, y_NT, weight_N)
+
+    def _rows(self, x_ND: Floats, y_NT: Floats, weight_N: Floats) -> Rows:
+        return Rows(x_NP=x_ND, y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N, scale=self.scale_)
 
     def _filled(self, x_ND: Floats) -> Floats:
         return np.where(np.isnan(x_ND), self.fill_D_, x_ND) if self.missing == "mean" else x_ND

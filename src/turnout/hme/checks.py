@@ -10,7 +10,7 @@ from turnout.hme.families import Family
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.tree import Floats, Tree
 
-PART_ROWS = 65_536  # rows whose squares are held at once
+PART_ROWS = 8192  # rows whose squares are held at once
 LARGEST, SMALLEST = 1e75, 1e-75  # products of four are finite, and above zero
 
 MOST_NEWTON_BYTES = 2 << 30  # of the matrices of a step; one larger takes minutes too
@@ -49,7 +49,7 @@ class Scale:
         return (x_ND - self.mean_D) / self.deviation_D
 
     def with_constant(self, x_ND: Floats) -> Floats:
-        """Standardized columns and a last one of ones, in the one copy that a fit makes of its rows."""
+        """Standardized columns and a last one of ones."""
         x_NP = np.empty((len(x_ND), x_ND.shape[1] + 1))
         np.subtract(x_ND, self.mean_D, out=x_NP[:, :-1])
         x_NP[:, :-1] /= self.deviation_D

@@ -54,7 +54,7 @@ def solve(
     """The likeliest of `restarts` fits, then grown and pruned if asked."""
     fits = []
     for _ in range(config.restarts):
-        start = new_mixture(tree, family, rows.y_NT.T, rows.weight_N, rows.x_NP.shape[1], random)
+        start = new_mixture(tree, family, rows.y_NT.T, rows.weight_N, rows.num_inputs, random)
         fits.append(_fitted(start, rows, config, random, watch))
     fit = max(fits, key=lambda one: loglik(rows, one.mixture)) if len(fits) > 1 else fits[0]
     # a fit has noise of its own by now, from which growth and pruning go on
