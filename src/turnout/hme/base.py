@@ -1,6 +1,7 @@
 """What `HMERegressor` and `HMEClassifier` share: settings, fitting, responsibilities."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -127,20 +128,29 @@ class HMEBase(BaseEstimator):
         """How responsible each expert is for each row before its target is seen: (N, L), rows sum to 1."""
         return self._by_block(X, lambda x_PN: self.mixture_.priors(x_PN).T)
 
-    def export_text(self, feature_names: list[str] | None = None, target_names: list[str] | None = None) -> str:
+    def export_text(self, feature_names: Sequence[str] | None = None, target_names: Sequence[str] | None = None) -> str:
         """The tree as text: what each gate asks and what each expert says, in the inputs' own units.
 
         `target_names`: of the outputs, or of all classes in the order of `classes_`.
         """
         check_is_fitted(self)
-        names = feature_names or [str(n) for n in getattr(self, "feature_names_in_", [])]
-        names = names or [f"x{i}" for i in range(self.n_features_in_)]
-        if len(names) != self.n_features_in_:
-            raise ValueError(f"{len(names)} feature_names for {self.n_features_in_} features")
-        targets = target_names or self._target_names()
+        names = self.input_names(feature_names)
+        targets = self._target_names() if target_names is None else list(target_names)
         if len(targets) != self.mixture_.family.targets:
             raise ValueError(f"{len(targets)} target_names for {self.mixture_.family.targets} targets")
         return tree_text(self.mixture_, self.scale_, self.target_scale_, names, targets)
+
+    def input_names(self, feature_names: Sequence[str] | None = None) -> list[str]:
+        """Names of the inputs: those given, those of the DataFrame that was fitted, or x0, x1 and so on.
+
+        Raises: ValueError for another number of names than of inputs.
+        """
+        check_is_fitted(self)
+        seen = getattr(self, "feature_names_in_", [f"x{i}" for i in range(self.n_features_in_)])
+        names = [str(name) for name in (seen if feature_names is None else feature_names)]
+        if len(names) != self.n_features_in_:
+            raise ValueError(f"{len(names)} feature_names for {self.n_features_in_} features")
+        return names
 
     def _partial_fit(self, X: Any, y: Any, sample_weight: Any, *, first: bool) -> Self:
         x_ND, weight_N = self._checked(X, sample_weight, reset=first)
@@ -200,7 +210,15 @@ class HMEBase(BaseEstimator):
         check_is_fitted(self)
         x_ND = self._filled(self._inputs(X))
         parts = (x_ND[start : start + PREDICT_ROWS] for start in range(0, len(x_ND), PREDICT_ROWS))
-        return np.concatenate([answer(np.ascontiguousarray(self.scale_.with_constant(part).T)) for part in parts])
+        return np.concatenate([answer(self._standard(part)) for part in parts])
+
+    def standard_inputs(self, X: Any) -> Floats:
+        """X (N, D) as gates and experts read it, standardized, with the constant last: (P, N)."""
+        check_is_fitted(self)
+        return self._standard(self._filled(self._inputs(X)))
+
+    def _standard(self, x_ND: Floats) -> Floats:
+        return np.ascontiguousarray(self.scale_.with_constant(x_ND).T)
 
     def _tree(self) -> Tree:
         check_whole("depth", self.depth)

@@ -36,12 +36,13 @@ class HMEClassifier(ClassifierMixin, HMEBase):
         first = not hasattr(self, "mixture_")
         with unchanged_by_errors(self):
             if first:
-                self._read_classes(y if classes is None else classes)
+                self._read_classes(y if classes is None else classes, are_rows=classes is None)
             return self._partial_fit(X, y, sample_weight, first=first)
 
-    def _read_classes(self, y: Any) -> None:
+    def _read_classes(self, y: Any, *, are_rows: bool = True) -> None:
         check_given(y)
-        check_classification_targets(y)
+        if are_rows:
+            check_classification_targets(y)
         self.classes_ = np.unique(column_or_1d(y, warn=True))
         if len(self.classes_) < 2:
             raise ValueError(
