@@ -166,15 +166,15 @@ def main() -> None:
     print_table(runs)
 
 
-def table(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean error with its standard error, median passes, by model."""
-    found = {}
+def table(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean error with its standard error (None of one seed), median passes, by model."""
+    found: dict[str, dict[str, float | None]] = {}
     for name in dict.fromkeys(run["model"] for run in runs):
         own = [run for run in runs if run["model"] == name]
         error = np.array([run["error"] for run in own])
         found[name] = {
             "error": float(error.mean()),
-            "standard_error": float(error.std(ddof=1) / len(error) ** 0.5) if len(error) > 1 else float("nan"),
+            "standard_error": float(error.std(ddof=1) / len(error) ** 0.5) if len(error) > 1 else None,
             "passes": float(np.median([run["passes"] for run in own])),
             "seeds": len(own),
             "cpu_s": float(np.median([run["cpu_s"] for run in own])),
@@ -210,7 +210,8 @@ def print_table(runs: list[dict[str, Any]]) -> None:
     """Ours and the paper's, side by side; the last line is JSON."""
     print(f"{'model':28} {'error':>7} {'s.e.':>7} {'passes':>7} {'CPU s':>7}   paper")
     for name, row in table(runs).items():
-        figures = "{error:7.4f} {standard_error:7.4f} {passes:7.0f} {cpu_s:7.1f}".format(**row)
+        spread = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+        figures = f"{row['error']:7.4f} {spread:>7} {row['passes']:7.0f} {row['cpu_s']:7.1f}"
         print(f"{name:28} {figures}   {PUBLISHED.get(name) or ''}")
     print(json.dumps({"table": table(runs), "against_backprop": against_backprop(runs)}))
 

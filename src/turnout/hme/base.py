@@ -1,7 +1,7 @@
 """What `HMERegressor` and `HMEClassifier` share: settings, fitting, responsibilities."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -128,7 +128,7 @@ class HMEBase(BaseEstimator):
         """How responsible each expert is for each row before its target is seen: (N, L), rows sum to 1."""
         return self._by_block(X, lambda x_PN: self.mixture_.priors(x_PN).T)
 
-    def export_text(self, feature_names: Sequence[str] | None = None, target_names: Sequence[str] | None = None) -> str:
+    def export_text(self, feature_names: Iterable[str] | None = None, target_names: Iterable[str] | None = None) -> str:
         """The tree as text: what each gate asks and what each expert says, in the inputs' own units.
 
         `target_names`: of the outputs, or of all classes in the order of `classes_`.
@@ -140,7 +140,7 @@ class HMEBase(BaseEstimator):
             raise ValueError(f"{len(targets)} target_names for {self.mixture_.family.targets} targets")
         return tree_text(self.mixture_, self.scale_, self.target_scale_, names, targets)
 
-    def input_names(self, feature_names: Sequence[str] | None = None) -> list[str]:
+    def input_names(self, feature_names: Iterable[str] | None = None) -> list[str]:
         """Names of the inputs: those given, those of the DataFrame that was fitted, or x0, x1 and so on.
 
         Raises: ValueError for another number of names than of inputs.

@@ -1,7 +1,7 @@
 """Pictures of a fitted tree with matplotlib (`turnout[plot]`): its gates, and the piecewise fit along one input."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from turnout.hme.tree import CLOSED
 GRID = 400  # points of a curve
 
 
-def plot_tree(estimator: HMEBase, feature_names: Sequence[str] | None = None, ax: Any = None) -> Any:
+def plot_tree(estimator: HMEBase, feature_names: Iterable[str] | None = None, ax: Any = None) -> Any:
     """The tree, with the direction of each gate as bars by input and experts as discs below it; returns the axes.
 
     Bars are the weights of standardized inputs towards the gate's first branch.
