@@ -1,6 +1,7 @@
 """The scikit-learn contract, and equality with scikit-learn where a tree is one expert."""
 
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,27 @@ def test_weights_count_rows() -> None:
     weighted = twice.fit(x_ND, y_N, np.full(120, 2.0)).predict(x_ND)
     repeated = twice.fit(np.tile(x_ND, (2, 1)), np.tile(y_N, 2)).predict(x_ND)
     np.testing.assert_allclose(weighted, repeated, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gaussian", "poisson", "classes"])
+@pytest.mark.parametrize("solver", ["em", "least_squares", "gradient", "online", "partial_fit"])
+def test_whole_weights_are_rows_repeated_for_every_solver_and_family(solver: str, family: str) -> None:
+    """Rows of one batch, so that their number is the same to the stochastic solvers."""
+    random = np.random.default_rng(0)
+    x_ND, weight_N = random.normal(size=(60, 2)), random.integers(1, 4, 60)
+    y_N = random.poisson(np.exp(1 + np.abs(x_ND[:, 0]))).astype(float)
+    if family == "classes":
+        y_N = (y_N > 4).astype(float)
+    kind = HMEClassifier if family == "classes" else partial(HMERegressor, family=family)
+    settings = (
+        {} if solver == "partial_fit" else {"solver": solver, "max_iter": 1 if solver == "online" else 8, "tol": 0}
+    )
+    learn = "partial_fit" if solver == "partial_fit" else "fit"
+    weighted, repeated = (kind(1, ridge=3.0, batch_size=1000, random_state=0, **settings) for _ in range(2))
+    getattr(weighted, learn)(x_ND, y_N, sample_weight=weight_N)
+    getattr(repeated, learn)(np.repeat(x_ND, weight_N, axis=0), np.repeat(y_N, weight_N))
+    answer = "predict_proba" if family == "classes" else "predict"
+    np.testing.assert_allclose(getattr(weighted, answer)(x_ND), getattr(repeated, answer)(x_ND), rtol=1e-6)
 
 
 def test_a_predictive_distribution_agrees_with_itself() -> None:
