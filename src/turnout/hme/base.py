@@ -107,15 +107,17 @@ class HMEBase(BaseEstimator):
         check_most_experts(self.max_experts, tree.num_leaves)
         family = self._family(y_NT.shape[1])
         if self.solver != "gradient":
-            check_newton(tree, family, rows.num_inputs)
+            most_experts = max(tree.num_leaves, self.max_experts or 0)
+            check_newton(most_experts, self.branching, family, rows.num_inputs)
         try:
             fit = solve(tree, family, rows, config, self._random())
         except ConfigError as error:
             raise ValueError(str(error)) from error
         self.mixture_ = fit.mixture
-        is_small = newton_bytes(fit.mixture.tree, family, rows.num_inputs) <= MOST_NEWTON_BYTES
+        step_bytes = newton_bytes(fit.mixture.tree.num_leaves, self.branching, family, rows.num_inputs)
         # what the rows taught, for `partial_fit` to go on from
-        self.recursion_ = Recursion.after(fit.mixture, rows, config.online) if is_small else None
+        fits = step_bytes <= MOST_NEWTON_BYTES
+        self.recursion_ = Recursion.after(fit.mixture, rows, config.online) if fits else None
         # densities of standardized targets, in the units of y
         unit = float(rows.weight_N.sum() * np.log(self.target_scale_.deviation_D).sum())
         self.loglik_path_ = np.array(fit.loglik_path) - unit
@@ -160,14 +162,15 @@ class HMEBase(BaseEstimator):
         if first:
             rows = self._started(x_ND, y_NT, weight_N)
             family = self._family(y_NT.shape[1])
-            check_newton(self._tree(), family, rows.num_inputs)
+            check_newton(self._tree().num_leaves, self.branching, family, rows.num_inputs)
             self.mixture_ = new_mixture(
                 self._tree(), family, rows.y_NT.T, rows.weight_N, rows.num_inputs, self._random()
             )
             self.recursion_ = Recursion.start(self.mixture_, self._config().online)
             self.n_iter_ = 0
         if self.recursion_ is None:
-            check_newton(self.mixture_.tree, self.mixture_.family, x_ND.shape[1] + 1)
+            tree = self.mixture_.tree
+            check_newton(tree.num_leaves, tree.branching, self.mixture_.family, x_ND.shape[1] + 1)
         assert self.recursion_ is not None
         x_ND = self._filled(x_ND)
         rows = self._rows(x_ND, y_NT, weight_N)

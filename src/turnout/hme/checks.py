@@ -8,7 +8,7 @@ import numpy as np
 
 from turnout.hme.families import Family
 from turnout.hme.gaussian import Gaussian
-from turnout.hme.tree import Floats, Tree
+from turnout.hme.tree import Floats
 
 PART_ROWS = 8192  # rows whose squares are held at once
 LARGEST, SMALLEST = 1e75, 1e-75  # products of four are finite, and above zero
@@ -116,22 +116,27 @@ def check_experts(num_rows: int, num_experts: int) -> None:
         )
 
 
-def newton_bytes(tree: Tree, family: Family, size: int) -> int:
+def newton_bytes(num_leaves: int, branching: int, family: Family, size: int) -> int:
     """Memory of the matrices of one Newton step of all gates and all experts; `size`: inputs and the constant."""
     expert = size * (1 if isinstance(family, Gaussian) else family.outputs)
-    gate = size * (tree.branching - 1)
-    experts, gates = tree.num_leaves * expert**2, tree.num_gates * gate**2
+    gate = size * (branching - 1)
+    experts, gates = num_leaves * expert**2, _num_gates(num_leaves, branching) * gate**2
     # a block's sums and those so far, packed; then whole, scaled, factored and copied on the way
     return 8 * (experts + gates + 4 * max(experts, gates))
 
 
-def check_newton(tree: Tree, family: Family, size: int) -> None:
+def check_newton(num_leaves: int, branching: int, family: Family, size: int) -> None:
     """Raises: ValueError where the matrices of a Newton step would take more than MOST_NEWTON_BYTES."""
-    wanted = newton_bytes(tree, family, size)
+    wanted = newton_bytes(num_leaves, branching, family, size)
     if wanted > MOST_NEWTON_BYTES:
-        parts = f"{tree.num_leaves} experts of {family.outputs} outputs and {tree.num_gates} gates"
+        gates = _num_gates(num_leaves, branching)
         raise ValueError(
-            f"{parts} over {size - 1} inputs need {wanted / 2**30:.1f} GiB for a step, more than "
-            f"{MOST_NEWTON_BYTES / 2**30:.0f}: give fewer inputs (a selection, principal components), fewer classes, "
-            "outputs or experts, or choose solver='gradient', which needs no such matrices"
+            f"{num_leaves} experts of {family.outputs} outputs and {gates} gates over {size - 1} inputs need "
+            f"{wanted / 2**30:.1f} GiB for a step, more than {MOST_NEWTON_BYTES / 2**30:.0f}: give fewer inputs (a "
+            "selection, principal components), fewer classes, outputs or experts, or choose solver='gradient', which "
+            "needs no such matrices"
         )
+
+
+def _num_gates(num_leaves: int, branching: int) -> int:
+    return -(-(num_leaves - 1) // (branching - 1))

@@ -16,7 +16,7 @@ from turnout.hme.tree import Floats
 class HMEClassifier(ClassifierMixin, HMEBase):
     """Classification by a tree of gates over logistic (two classes) or softmax experts, fitted by EM.
 
-    Settings and fitted attributes are those of `HMERegressor`.
+    Settings are those of `HMERegressor` but for family and noise; fitted attributes are the same, and `classes_`.
     """
 
     def predict_proba(self, X: Any) -> Floats:
