@@ -10,7 +10,6 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from turnout.errors import ConfigError
-from turnout.hme.ascent import AscentConfig
 from turnout.hme.checks import (
     MOST_NEWTON_BYTES,
     Scale,
@@ -18,23 +17,21 @@ from turnout.hme.checks import (
     check_experts,
     check_most_experts,
     check_newton,
-    check_positive,
     check_size,
     check_whole,
     newton_bytes,
     unchanged_by_errors,
 )
-from turnout.hme.em import EMConfig
 from turnout.hme.families import Family
 from turnout.hme.mixture import Mixture, new_mixture
-from turnout.hme.online import OnlineConfig, Recursion, learn_rows
-from turnout.hme.solve import SOLVERS, SolveConfig, solve
+from turnout.hme.online import Recursion, learn_rows
+from turnout.hme.settings import solve_config
+from turnout.hme.solve import solve
 from turnout.hme.sweep import Rows, loglik
 from turnout.hme.text import tree_text
 from turnout.hme.tree import Floats, Tree
 
 PREDICT_ROWS = 65_536  # rows predicted at once
-MOST_ITERATIONS, ONLINE_PASSES = 100, 3  # where max_iter is left open
 
 
 class HMEBase(BaseEstimator):
@@ -102,7 +99,7 @@ class HMEBase(BaseEstimator):
             kept_N = weight_N > 0
             x_ND, y_NT, weight_N = x_ND[kept_N], y_NT[kept_N], weight_N[kept_N]
         rows = self._started(x_ND, y_NT, weight_N)
-        tree, config = self._tree(), self._config()
+        tree, config = self._tree(), solve_config(self)
         check_experts(len(rows), max(tree.num_leaves, 1))
         check_most_experts(self.max_experts, tree.num_leaves)
         family = self._family(y_NT.shape[1])
@@ -166,7 +163,7 @@ class HMEBase(BaseEstimator):
             self.mixture_ = new_mixture(
                 self._tree(), family, rows.y_NT.T, rows.weight_N, rows.num_inputs, self._random()
             )
-            self.recursion_ = Recursion.start(self.mixture_, self._config().online)
+            self.recursion_ = Recursion.start(self.mixture_, solve_config(self).online)
             self.n_iter_ = 0
         if self.recursion_ is None:
             tree = self.mixture_.tree
@@ -176,7 +173,7 @@ class HMEBase(BaseEstimator):
         rows = self._rows(x_ND, y_NT, weight_N)
         check_size(self.scale_.standard(x_ND))
         check_size(rows.y_NT)
-        self.recursion_ = learn_rows(self.recursion_, rows, self._config().online)
+        self.recursion_ = learn_rows(self.recursion_, rows, solve_config(self).online)
         self.mixture_ = self.recursion_.mixture
         self.n_iter_ += 1
         return self
@@ -233,38 +230,6 @@ class HMEBase(BaseEstimator):
 
     def _random(self) -> np.random.Generator:
         return np.random.default_rng(check_random_state(self.random_state).randint(2**31))
-
-    def _config(self) -> SolveConfig:
-        check_choice("solver", self.solver, SOLVERS)
-        check_positive("ridge", self.ridge)
-        own_iter = ONLINE_PASSES if self.solver == "online" else MOST_ITERATIONS
-        max_iter = own_iter if self.max_iter is None else self.max_iter
-        for name, whole in (
-            ("max_iter", max_iter), ("newton_steps", self.newton_steps), ("n_init", self.n_init),
-            ("batch_size", self.batch_size), ("hold_noise", self.hold_noise),
-        ):  # fmt: skip
-            check_whole(name, whole)
-        check_positive("max_iter", max_iter, 1)
-        check_positive("hold_noise", self.hold_noise)
-        for name in ("tol", "learning_rate", "momentum", "forgetting"):
-            check_positive(name, getattr(self, name))
-        try:
-            return SolveConfig(
-                solver=self.solver,
-                em=EMConfig(
-                    algorithm=2 if self.solver == "least_squares" else 1, max_iter=max_iter, tol=self.tol,
-                    newton_steps=self.newton_steps, ridge=self.ridge, hold_noise=self.hold_noise,
-                ),
-                ascent=AscentConfig(
-                    error=self.error, learning_rate=self.learning_rate, momentum=self.momentum,
-                    batch_size=self.batch_size, max_iter=max_iter, tol=self.tol, ridge=self.ridge,
-                ),
-                online=OnlineConfig(forgetting=self.forgetting, block_rows=self.batch_size),
-                online_passes=max_iter,
-                restarts=self.n_init, most_leaves=self.max_experts or 0, prune=self.prune,
-            )  # fmt: skip
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
