@@ -18,7 +18,6 @@ from turnout.config import to_dict
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Sampler, count_windows
 from turnout.errors import CheckpointError, NonFiniteError
-from turnout.models import Decoder
 from turnout.models.size import sizes
 from turnout.observe.recorder import Recorder
 from turnout.observe.silent import SilentRecorder
