@@ -107,6 +107,22 @@ def test_a_users_file_is_judged_alone() -> None:
     assert report.oom == ()
 
 
+def test_a_users_rows_are_judged_whatever_they_call_themselves_and_memory_is_counted_too() -> None:
+    row = {
+        "id": "x", "model": "llama3-8b", "gpus": 8, "gpu": "H100", "layout": {"tp": 1, "fsdp": 8}, "gbs": 16,
+        "seq": 4096, "quantity": "peak_alloc", "unit": "GB", "value": 40.0,
+    }  # fmt: skip
+    named = row | {"suite": "nanotron", "quantity": "step_time", "unit": "s", "peak_mem_gib": 40, "value": 1.0}
+    unreadable = row | {"layout": {"tp": 1, "fsdp": [8]}}
+    report = validate({"rows": [row, row | {"quantity": "peak_mem"}, unreadable, named]})
+    judged = {(each.suite, each.what): each.n for each in report.memory}
+    assert judged == {("None", "peak"): 1, ("None", "reserved"): 1, ("nanotron", "reserved"): 1}
+    assert [(suite, name) for suite, name, _ in report.refusals] == [("None", "x")]
+    assert {(each.suite, each.split, each.n) for each in report.suites} == {
+        ("None", "validation", 0), ("nanotron", "validation", 1),
+    }  # fmt: skip
+
+
 def test_a_perfect_prediction_has_no_error_and_a_value_of_zero_is_refused() -> None:
     row = {
         "id": "x", "suite": "mine", "model": "llama3-8b", "gpus": 8, "gpu": "H100", "layout": {"tp": 1}, "gbs": 16,

@@ -10,7 +10,7 @@ from turnout.plan.memory import CONTEXT_BYTES, GIB, memory, memory_by_stage
 from turnout.plan.nanotron import host_of
 from turnout.plan.nanotron_step import reserved_bytes
 from turnout.plan.parameters import fitted
-from turnout.plan.predict import predict_row
+from turnout.plan.predict import MEMORY_QUANTITIES, UNREADABLE, is_reserved, predict_row
 from turnout.plan.row_fields import Row
 from turnout.plan.row_machine import cluster_of
 from turnout.plan.rows import job_of
@@ -45,9 +45,9 @@ def memory_errors(rows: Iterable[Row], models: dict[str, Row]) -> list[MemoryAcc
     for row in rows:
         try:
             for what, predicted, measured in _memory_pairs(row, models):
-                errors[str(row["suite"]), what].append(predicted / measured - 1)
-        except TurnoutError:
-            continue
+                errors[str(row.get("suite")), what].append(predicted / measured - 1)
+        except (TurnoutError, *UNREADABLE):
+            continue  # named among the refused where the row is about memory
     return [
         MemoryAccuracy(
             suite=suite, what=what, n=len(each), mape=mean(map(abs, each)), median=median(map(abs, each)),
@@ -59,14 +59,17 @@ def memory_errors(rows: Iterable[Row], models: dict[str, Row]) -> list[MemoryAcc
 
 def _memory_pairs(row: Row, models: dict[str, Row]) -> list[tuple[str, float, float]]:
     """(what, predicted, measured) GiB of a row."""
-    if str(row.get("quantity")).startswith("memory"):
+    quantity = str(row.get("quantity"))
+    if quantity.startswith(MEMORY_QUANTITIES):
         answer = predict_row(row, models, fitted())
-        return [("analytic", answer.predicted, float(row["value"]))] if answer.predicted else []
+        what = "reserved" if is_reserved(quantity) else "peak"
+        what = "analytic" if "analytic" in str(row.get("exactness")) else what
+        return [(what, answer.predicted, float(row["value"]))] if answer.predicted else []
     peak = row.get("peak_alloc_gib") or row.get("peak_mem_gib")
     if not peak or row.get("oom"):
         return []
     job = job_of(row, models)
-    if row["suite"] != "nanotron":
+    if "alloc_gib" not in row:
         needed = memory(job)
         # torchtitan prints max_memory_reserved: its components/metrics.py
         held = ("peak", needed.allocated_bytes) if row.get("peak_alloc_gib") else ("reserved", needed.reserved_bytes)
