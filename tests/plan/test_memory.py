@@ -24,6 +24,19 @@ def job(model: str = "llama3-8b", *, batch: int = 256, seq: int = 4096, **layout
     return Job(shape=SHAPES[model], strategy=Strategy(**({"dp": 8} | layout)), seq_len=seq, global_batch=batch)
 
 
+@pytest.mark.parametrize("recompute", ["none", "light", "full"])
+def test_a_block_for_a_further_token_keeps_what_the_last_block_does_and_what_it_is_joined_from(recompute: str) -> None:
+    one = job("deepseek-v3", ep=8, recompute=recompute)
+    plain, further, longer = (
+        memory(replace(one, shape=replace(one.shape, **change)))
+        for change in ({}, {"mtp_layers": 1}, {"num_layers": one.shape.num_layers + 1})
+    )
+    joined = 4 * 4096 * 2 * 7168
+    assert further.activations_bytes - joined == pytest.approx(longer.activations_bytes)
+    assert further.moe_bytes == pytest.approx(longer.moe_bytes)
+    assert further.moe_bytes > plain.moe_bytes or recompute == "full"
+
+
 @pytest.mark.parametrize("row", [r for r in rows("korthikanti_fig1_memory") if "activations" in r["quantity"]],
                          ids=lambda row: row["id"])  # fmt: skip
 def test_activations_are_those_of_korthikanti_figure_1(row: dict[str, object]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from turnout.plan.activations import GatheredBytes, KeptBytes, block_bytes, gathered_bytes, input_bytes, logit_bytes
 from turnout.plan.job import Job
 from turnout.plan.parameter_bytes import gathered_params_bytes, model_bytes, moment_bytes
-from turnout.plan.pipeline import Stage, layers_in_flight, rank_kinds, stages
+from turnout.plan.pipeline import Stage, layers_in_flight, like_blocks, rank_kinds, stages
 from turnout.plan.terms import Numbers, One, Terms, either, larger, reads
 
 GIB = 2**30
@@ -154,16 +154,26 @@ def micro_batches(job: Job) -> int:
 
 def _activation_bytes(of: Terms[Job], stage: Stage) -> tuple[Numbers, Numbers]:
     """(dense, routed) bytes kept for backward at the peak of a stage."""
-    if not stage.layers:
+    shape, strategy = of.subject.shape, of.subject.strategy
+    passes = layers_in_flight(stage, strategy, of(micro_batches)) / max(1, len(stage.layers))
+    kept: list[tuple[KeptBytes, Numbers]] = [
+        (of(block_bytes, block), passes * number) for block, number in stage.blocks
+    ]
+    further: Numbers = 0.0
+    if stage.head and shape.mtp_layers:
+        # of the last chunk, which turns round with every micro-batch
+        further = shape.mtp_layers * (passes if stage.layers and strategy.virtual_stages == 1 else 1.0)
+        kept.append((of(block_bytes, like_blocks(shape)[-1]), further))
+    if not kept:
         return 0.0, 0.0
-    passes = layers_in_flight(stage, of.subject.strategy, of(micro_batches)) / len(stage.layers)
-    kept: list[tuple[KeptBytes, int]] = [(of(block_bytes, block), number) for block, number in stage.blocks]
-    dense = passes * sum(number * each.dense_bytes for each, number in kept)
-    routed = passes * sum(number * each.routed_bytes for each, number in kept)
+    dense = sum(number * each.dense_bytes for each, number in kept)
+    routed = sum(number * each.routed_bytes for each, number in kept)
     # of one block at a time all is there again
     once = kept[0][0]
     for each, _ in kept[1:]:
         once = either(each.total_bytes > once.total_bytes, each, once)
     full = of(recomputes_all)
-    inputs = passes * len(stage.layers) * of(input_bytes)
-    return either(full, inputs + once.dense_bytes, dense), either(full, once.routed_bytes, routed)
+    inputs = (passes * len(stage.layers) + further) * of(input_bytes)
+    # the stream and the next token's row, either as it is and normed, are what a further token's block starts from
+    joined = 4 * further * of(input_bytes)
+    return either(full, inputs + once.dense_bytes, dense) + joined, either(full, once.routed_bytes, routed)
