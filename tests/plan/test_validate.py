@@ -75,6 +75,8 @@ def test_memory_and_out_of_memory_are_predicted(report: Validation) -> None:
     assert failures.f1 >= 0.93
     assert failures.precision >= 0.99
     assert failures.n > 1300
+    assert failures.refused == len({row for row, _ in failures.refusals}) <= 4
+    assert all("pp=" in why for _, why in failures.refusals)
 
 
 def test_every_row_is_counted_once(report: Validation) -> None:

@@ -35,6 +35,7 @@ class OutOfMemory:
     suite: str
     n: int
     refused: int  # layouts the planner does not model: more stages than blocks
+    refusals: tuple[tuple[str, str], ...]  # (row, why) of these
     precision: float
     recall: float
     f1: float
@@ -83,15 +84,16 @@ def _memory_pairs(row: Row, models: dict[str, Row]) -> list[tuple[str, float, fl
 
 def out_of_memory(rows: Sequence[Row]) -> OutOfMemory:
     """Runs that failed for memory against those predicted not to fit; runs that did both are left out."""
-    true = false = missed = n = refused = 0
+    true = false = missed = n = 0
+    refusals: list[tuple[str, str]] = []
     for row in rows:
         failed = row["status"] == "OOM"
         if row["oom"] and not failed:
             continue
         try:
             predicted = not memory(job_of(row, {})).fits(cluster_of(row).device.memory_bytes)
-        except TurnoutError:
-            refused += 1
+        except TurnoutError as error:
+            refusals.append((str(row["id"]), str(error)))
             continue
         n += 1
         true += predicted and failed
@@ -99,4 +101,12 @@ def out_of_memory(rows: Sequence[Row]) -> OutOfMemory:
         missed += failed and not predicted
     precision, recall = true / max(1, true + false), true / max(1, true + missed)
     f1 = 2 * precision * recall / max(1e-9, precision + recall)
-    return OutOfMemory(suite="nanotron", n=n, refused=refused, precision=precision, recall=recall, f1=f1)
+    return OutOfMemory(
+        suite="nanotron",
+        n=n,
+        refused=len(refusals),
+        refusals=tuple(refusals),
+        precision=precision,
+        recall=recall,
+        f1=f1,
+    )
