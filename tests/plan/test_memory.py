@@ -24,6 +24,16 @@ def job(model: str = "llama3-8b", *, batch: int = 256, seq: int = 4096, **layout
     return Job(shape=SHAPES[model], strategy=Strategy(**({"dp": 8} | layout)), seq_len=seq, global_batch=batch)
 
 
+def test_a_stage_on_two_ranks_of_a_pipeline_has_its_optimizer_on_both() -> None:
+    """DualPipe: every rank holds two stages, and twice the ranks share the optimizer of each."""
+    one = job("llama3-8b", pp=4, dp=8, zero=1)
+    both = replace(one, strategy=replace(one.strategy, schedule="dualpipe"))
+    plain, paired = memory_by_stage(one), memory_by_stage(both)
+    for stage, mirror, rank in zip(plain, plain[::-1], paired, strict=True):
+        assert rank.weights_bytes == stage.weights_bytes + mirror.weights_bytes
+        assert rank.optimizer_bytes == pytest.approx((stage.optimizer_bytes + mirror.optimizer_bytes) / 2)
+
+
 @pytest.mark.parametrize("recompute", ["none", "light", "full"])
 def test_a_block_for_a_further_token_keeps_what_the_last_block_does_and_what_it_is_joined_from(recompute: str) -> None:
     one = job("deepseek-v3", ep=8, recompute=recompute)

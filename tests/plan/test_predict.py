@@ -75,6 +75,13 @@ def test_a_unit_of_another_kind_is_refused(quantity: str, unit: str) -> None:
     assert re.search(rf"unit '{unit}' is (none of|no share)", why(ROW | {"quantity": quantity, "unit": unit}))
 
 
+def test_a_bandwidth_is_of_bytes_or_of_bits_as_its_unit_says() -> None:
+    row = ROW | {"quantity": "a2a_500MB_busbw", "unit": "GB/s"}
+    assert only(row | {"unit": "Gb/s"}) == pytest.approx(8 * only(row))
+    assert only(row | {"unit": "MB/s"}) == pytest.approx(1e3 * only(row))
+    assert only(row | {"unit": "GiB/s"}) == pytest.approx(1e9 / 2**30 * only(row))
+
+
 def test_an_exchange_is_of_the_size_its_row_says_and_in_its_unit() -> None:
     row = ROW | {"quantity": "a2a_8MiB_time", "unit": "us"}
     assert only(row | {"unit": "ms"}) == pytest.approx(only(row) / 1e3)
@@ -104,7 +111,15 @@ def test_a_share_of_the_peak_is_of_fp16_where_there_is_no_other() -> None:
 def test_flop_definitions_are_the_rows_own() -> None:
     plain = ROW | {"quantity": "model_tflops_per_gpu", "unit": "TFLOP/s"}
     causal = only(plain | {"notes": "causal attention"})
-    assert causal < only(plain) < only(plain | {"quantity": "achieved_tflops_per_gpu_with_recompute"})
+    again = only(plain | {"quantity": "achieved_tflops_per_gpu_with_recompute"})
+    assert causal < only(plain) < again
+    # the blocks' forward pass is counted twice, the output matrix's is not
+    shape = SHAPES["llama3-70b"]
+    forward = shape.forward_flops_per_token(8192, causal=False)
+    assert again / only(plain) == pytest.approx(
+        (4 * forward - 2 * shape.vocab_size * shape.dim) / (3 * forward), rel=1e-9
+    )
+    assert only(plain | {"quantity": "hfu", "unit": "%"}) == pytest.approx(100 * again / 989.5)
 
 
 def test_dimensions_in_the_row_stand_for_a_named_model() -> None:

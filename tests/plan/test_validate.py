@@ -37,6 +37,7 @@ def test_the_planner_beats_one_constant_mfu_on_every_validation_suite(report: Va
     rows = [each for each in report.suites if each.split == "validation" and each.skill is not None]
     assert len(rows) == 10
     assert all(each.skill > 0 for each in rows), [(each.suite, each.skill) for each in rows]
+    assert all(each.skill == pytest.approx(1 - each.mape / each.constant_mfu) for each in rows)
 
 
 def test_dense_rows_no_fit_saw_are_within_ten_percent(report: Validation) -> None:
