@@ -241,6 +241,15 @@ def test_a_product_costs_its_operations_and_the_way_of_its_operands(precision: s
     assert seconds == pytest.approx(operations + of.gemm_passes * moved / (of.memory * device.memory_bytes_per_s))
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_an_update_reads_and_writes_moments_and_master_weights(zero: int) -> None:
+    """Of 12 bytes each is read and written; the gradient is read, the weight written: 4 and 2."""
+    machine, of = CLUSTERS["dgx-h100"], fitted()
+    params = SHAPES["llama3-8b"].total_params / (8 if zero else 1)
+    seconds = params * (2 * 12 + 4 + 2) / (of.memory * machine.device.memory_bytes_per_s)
+    assert step_time(job(dp=8, zero=zero), machine).optimizer_s == pytest.approx(seconds, rel=1e-3)
+
+
 def test_a_device_waits_for_a_host_that_launches_a_third_more_to_compute_blocks_again() -> None:
     slow = replace(fitted(), layer_call_s=10.0)
     alone, again = (
