@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from turnout.contracts import ExpertBackend
 from turnout.dispatch import LocalDispatcher
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts import FFNExperts, available_backends
+from turnout.experts.fused_op import half_by_matrix_unit
 from turnout.kernels import KINDS, Kernel, build, proof, trusted_kernel
 from turnout.kernels.build import compiled
 from turnout.kernels.proof import once, prove, worst_error
@@ -340,8 +342,9 @@ def test_a_kernel_that_is_wrong_is_not_trusted(tmp_path: Path, monkeypatch: pyte
     right = kernel.backward
     monkeypatch.setattr(proof, "SIZES", proof.SIZES[-1:])
 
-    def wrong(*args, **kwargs):
+    def wrong(*args: Any, **kwargs: Any) -> Any:
         grads = right(*args, **kwargs)
+        assert grads.weight_N is not None
         return grads._replace(weight_N=grads.weight_N * 1.001)
 
     monkeypatch.setattr(kernel, "backward", wrong)
@@ -376,8 +379,12 @@ def test_two_that_compile_at_once_both_get_a_whole_library(tmp_path: Path, monke
 @with_kernel
 @pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
-def test_torch_compile_takes_the_pass_as_one_node(bias: bool) -> None:
-    experts, assignment, x_TD = drawn_experts(20, 24, 5, bias=bias), drawn(40, 5, 2), torch.randn(40, 20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile_takes_the_pass_as_one_node(bias: bool, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and isinstance(half := half_by_matrix_unit(), str):
+        pytest.skip(half)
+    experts, assignment = drawn_experts(20, 24, 5, bias=bias).to(dtype), drawn(40, 5, 2)
+    x_TD = torch.randn(40, 20, dtype=dtype)
     assert isinstance(assignment.weight_N, Tensor)
 
     def graph(x_TD: Tensor, weight_N: Tensor) -> Tensor:

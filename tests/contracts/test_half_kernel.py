@@ -12,7 +12,7 @@ from turnout import MoE
 from turnout.contracts import ExpertBackend
 from turnout.dispatch import LocalDispatcher
 from turnout.experts import FFNExperts, choose_backend
-from turnout.experts.fused_cpu import half_by_matrix_unit
+from turnout.experts.fused_op import half_by_matrix_unit
 from turnout.kernels import KINDS, Kernel, half_proof, trusted_kernel
 from turnout.kernels.half_proof import prove_half, whole_number_error
 from turnout.layers.expert_pass import pass_experts

@@ -16,8 +16,8 @@ from turnout.dispatch import LocalDispatcher
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts, QuantizedFFNExperts, available_backends, choose_backend, quantize_experts
 from turnout.experts.activations import Activation
-from turnout.experts.fused_cpu import half_by_matrix_unit
 from turnout.experts.fused_int8 import int8_by_matrix_unit, int8_weights, trusted_int8
+from turnout.experts.fused_op import half_by_matrix_unit
 from turnout.kernels import Kernel, build, int8_codes, int8_proof, trusted_kernel
 from turnout.kernels.build import compiled, has_vnni
 from turnout.kernels.int8_proof import in_halves, prove_int8, whole_number_error

@@ -67,7 +67,7 @@ def stopped(first: Trainer, world: World) -> dict[str, Any]:
 
         def hang_up(step: int) -> None:
             if step == STOPPED_AT and world.rank == world.size - 1:
-                os.kill(os.getpid(), signal.SIGHUP)
+                os.kill(os.getpid(), signal.SIGTERM)
 
         outcome = first.train(stop, on_step=lambda progress: hang_up(progress.step))
     first.close()

@@ -36,7 +36,7 @@ def test_what_one_rank_must_refuse_all_refuse_in_the_same_words(cause: str, foun
 
 def test_a_signal_to_one_rank_stops_all_at_one_step_with_its_number(found: list[dict[str, Any]]) -> None:
     for outcome in found:
-        assert outcome["stopped"] == {"outcome": "stopped", "by": signal.SIGHUP, "step": STOPPED_AT}
+        assert outcome["stopped"] == {"outcome": "stopped", "by": signal.SIGTERM, "step": STOPPED_AT}
 
 
 def test_all_ranks_go_on_with_the_settings_that_changed(found: list[dict[str, Any]], four_ranks: Path) -> None:

@@ -1,19 +1,16 @@
 """All experts in one compiled pass on the CPU: gather, products, activation, weighted sum, while rows are in cache."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, FusedBackend, Refusal
-from turnout.experts.fused_op import fused_experts, in_dtypes_of, kernel_weights, the_kernel
+from turnout.experts.fused_op import fused_experts, half_by_matrix_unit, in_dtypes_of, kernel_weights, the_kernel
 from turnout.experts.weights import FFNExperts
 from turnout.kernels import KINDS, Kernel, Routing, trusted_kernel
-from turnout.kernels.build import Library, compiled, cpu_flags
+from turnout.kernels.build import cpu_flags
 from turnout.kernels.consumed import is_last_pass, is_read_once, mapped_bytes
-from turnout.kernels.half_proof import prove_half
-from turnout.kernels.matrix_unit import by_matrix_unit
 from turnout.tensors import Admission, Assignment, Ragged, Rows, first_order
 
 LEAST_BYTES = 1 << 20  # of values saved, whose memory is given back: of less the call would be most of it
@@ -86,13 +83,13 @@ class FusedCPU(FusedBackend):
 
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         assert isinstance(experts, FFNExperts)
-        half = _half_kernel(experts, x_TD.dtype)
+        by_half = not _half_failure(experts, x_TD.dtype)
         matrices = (experts.up_EDG, experts.down_EFD)
-        if isinstance(half, Kernel):
+        if by_half:
             # under autocast they are float32
             matrices = (matrices[0].to(x_TD.dtype), matrices[1].to(x_TD.dtype))
         inputs = (
-            (x_TD if isinstance(half, Kernel) else x_TD.float()).contiguous(),
+            (x_TD if by_half else x_TD.float()).contiguous(),
             assignment.weight_N.float().contiguous(),
             *matrices,
             None if experts.up_bias_EG is None else experts.up_bias_EG.float(),
@@ -102,7 +99,7 @@ class FusedCPU(FusedBackend):
         if torch.compiler.is_compiling():
             routes = (assignment.token_N, assignment.expert_N, admission.keep_N)
             return fused_experts(*inputs, *routes, experts.kind, keep)[0].to(x_TD.dtype)
-        kernel = half if isinstance(half, Kernel) else the_kernel()
+        kernel = the_kernel(inputs[0].dtype)
         routing = kernel.sort(assignment, admission.keep_N)
         return _Fused.apply(*inputs, experts.kind, routing, kernel, keep).to(x_TD.dtype)
 
@@ -133,28 +130,22 @@ def _reason(experts: FFNExperts, dtype: torch.dtype, device: torch.device) -> st
     if dtype not in DTYPES or experts.up_EDG.dtype not in DTYPES or experts.down_EFD.dtype != experts.up_EDG.dtype:
         return f"fused_cpu computes float32 and bfloat16, not {dtype} with weights in {experts.up_EDG.dtype}"
     if dtype == torch.bfloat16 and _has_bfloat16_units():
-        half = _half_kernel(experts, dtype)
-        return "" if isinstance(half, Kernel) else f"this processor multiplies bfloat16 itself; {half}"
+        failure = _half_failure(experts, dtype)
+        return f"this processor multiplies bfloat16 itself; {failure}" if failure else ""
     return _kernel_failure()
 
 
-def _half_kernel(experts: FFNExperts, dtype: torch.dtype) -> Kernel | str:
-    """The kernel that multiplies bfloat16 as it is, or why it does not here."""
+def _half_failure(experts: FFNExperts, dtype: torch.dtype) -> str:
+    """Why the kernel does not multiply bfloat16 as it is here."""
     if dtype != torch.bfloat16 or not {experts.up_EDG.dtype, experts.down_EFD.dtype} <= set(DTYPES):
         return "fused_cpu does so only with tokens of it"
-    if torch.compiler.is_compiling():
-        return "fused_cpu does not under torch.compile"
-    return half_by_matrix_unit()
+    return _matrix_unit_failure()
 
 
-@functools.cache
-def half_by_matrix_unit() -> Kernel | str:
-    """The kernel whose pass in bfloat16, by the processor's matrix unit, is proven; or why there is none."""
-    kernel, library = trusted_kernel(), compiled()
-    if isinstance(kernel, str):
-        return kernel
-    assert isinstance(library, Library)
-    return by_matrix_unit(kernel, prove_half, library.path.with_suffix(".bf16-amx-proven"))
+@torch.compiler.assume_constant_result
+def _matrix_unit_failure() -> str:
+    half = half_by_matrix_unit()
+    return half if isinstance(half, str) else ""
 
 
 # torch.compile asks once instead of tracing how a kernel is compiled
@@ -164,6 +155,7 @@ def _kernel_failure() -> str:
     return kernel if isinstance(kernel, str) else ""
 
 
+@torch.compiler.assume_constant_result
 def _has_bfloat16_units() -> bool:
     return "bf16" in cpu_flags()
 

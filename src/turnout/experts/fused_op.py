@@ -1,5 +1,6 @@
 """The kernel as an operator that torch.compile knows: one node, whose shapes do not hang on the routing."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,9 @@ import torch
 from torch import Tensor
 
 from turnout.kernels import Gradients, Kernel, Routing, Weights, trusted_kernel
+from turnout.kernels.build import Library, compiled
+from turnout.kernels.half_proof import prove_half
+from turnout.kernels.matrix_unit import by_matrix_unit
 from turnout.tensors import Assignment
 
 
@@ -25,7 +29,7 @@ def fused_experts(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y_TD; what the backward pass wants to have back, with room for every assignment; the routes."""
-    kernel = the_kernel()
+    kernel = the_kernel(x_TD.dtype)
     weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
     assignment = Assignment(
         token_N=token_N,
@@ -56,7 +60,11 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num, num_routes = len(expert_N), 3 + len(up_EDG) + len(x_TD) + 3 * len(expert_N)
-    size = the_kernel().saved_size(kernel_weights(up_EDG, down_EFD, None, None, kind), num, x_TD.dtype) if keep else 0
+    size = (
+        the_kernel(x_TD.dtype).saved_size(kernel_weights(up_EDG, down_EFD, None, None, kind), num, x_TD.dtype)
+        if keep
+        else 0
+    )
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     return y_TD, x_TD.new_empty(size), expert_N.new_empty(num_routes, dtype=torch.int32)
 
@@ -81,9 +89,8 @@ def fused_experts_backward(
     routing = Routing(
         routes=routes, num_rows=int(routes[1 + len(up_EDG)]), num_tokens=len(x_TD), num_assignments=len(weight_N)
     )
-    found = the_kernel().backward(
-        y_grad_TD.contiguous(), x_TD.contiguous(), weight_N.contiguous(), weights, routing, saved, wanted=tuple(wanted)
-    )
+    kernel, rows = the_kernel(x_TD.dtype), (y_grad_TD.contiguous(), x_TD.contiguous())
+    found = kernel.backward(*rows, weight_N.contiguous(), weights, routing, saved, wanted=tuple(wanted))
     return [grad for grad in in_dtypes_of(weights, found) if grad is not None]
 
 
@@ -119,11 +126,21 @@ def _backward(ctx: Any, y_grad_TD: Tensor, *_: Tensor) -> tuple[Tensor | None, .
 fused_experts.register_autograd(_backward, setup_context=_remember)
 
 
-def the_kernel() -> Kernel:
-    """The kernel of a backend that did not refuse."""
-    kernel = trusted_kernel()
+def the_kernel(rows: torch.dtype = torch.float32) -> Kernel:
+    """The kernel of a backend that did not refuse, for rows of that dtype."""
+    kernel = half_by_matrix_unit() if rows == torch.bfloat16 else trusted_kernel()
     assert isinstance(kernel, Kernel)
     return kernel
+
+
+@functools.cache
+def half_by_matrix_unit() -> Kernel | str:
+    """The kernel whose pass in bfloat16, by the processor's matrix unit, is proven; or why there is none."""
+    kernel, library = trusted_kernel(), compiled()
+    if isinstance(kernel, str):
+        return kernel
+    assert isinstance(library, Library)
+    return by_matrix_unit(kernel, prove_half, library.path.with_suffix(".bf16-amx-proven"))
 
 
 def kernel_weights(

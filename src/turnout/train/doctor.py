@@ -13,8 +13,8 @@ from turnout.comm.shared_memory import why_not
 from turnout.contracts import ExpertBackend
 from turnout.errors import TurnoutError
 from turnout.experts import FFNExperts, QuantizedFFNExperts, quantize_experts
-from turnout.experts.fused_cpu import half_by_matrix_unit
 from turnout.experts.fused_int8 import int8_instructions
+from turnout.experts.fused_op import half_by_matrix_unit
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
 from turnout.routers import TopK
