@@ -130,7 +130,7 @@ def test_large_systems_are_solved_one_by_one_alike(rank: int, monkeypatch: pytes
     a_MPP = root_MPR @ root_MPR.swapaxes(1, 2)
     b_MPO = a_MPP @ random.normal(size=(4, 12, 2))
     batch_MPO = solve_symmetric(a_MPP, b_MPO)
-    monkeypatch.setattr("turnout.hme.algebra.LARGE_SYSTEM", 1)
+    monkeypatch.setattr("turnout.hme.space.LARGE_SYSTEM", 1)
     np.testing.assert_allclose(solve_symmetric(a_MPP, b_MPO), batch_MPO, rtol=1e-7, atol=1e-9)
     np.testing.assert_allclose(a_MPP @ batch_MPO, b_MPO, rtol=1e-7, atol=1e-9)
 
@@ -170,7 +170,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
 def test_blocks_are_held_up_to_a_bound_and_give_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     mixture, rows = problem(3000, 4, 2, 2)
     held = rows.held_for(mixture)
-    held_bytes = sum(b.x_PN.nbytes + b.y_TN.nbytes + b.product_QN.nbytes for b in held.held)
+    held_bytes = sum(b.x_PN.nbytes + b.y_TN.nbytes + b.products().nbytes for b in held.held)
     assert len(held.held) > 0
     with_them = fit_em(mixture, rows, EMConfig(max_iter=5, tol=0))
     monkeypatch.setattr("turnout.hme.sweep.MOST_HELD_BYTES", held_bytes)

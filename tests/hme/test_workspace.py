@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from tests.hme.problems import random_problem, stirred
-from turnout.hme.algebra import CACHE_LINE, Workspace, room
+from turnout.hme.space import CACHE_LINE, room
 from turnout.hme.sweep import Rows, sweep
+from turnout.hme.workspace import Workspace
 
 
 def test_arrays_of_a_workspace_never_overlap_and_begin_at_cache_lines() -> None:

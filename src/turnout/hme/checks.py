@@ -8,6 +8,7 @@ import numpy as np
 
 from turnout.hme.families import Family
 from turnout.hme.gaussian import Gaussian
+from turnout.hme.space import space_of
 from turnout.hme.tree import Floats
 
 PART_ROWS = 8192  # rows whose squares are held at once
@@ -50,9 +51,10 @@ class Scale:
 
     def with_constant(self, x_ND: Floats) -> Floats:
         """Standardized columns and a last one of ones."""
-        x_NP = np.empty((len(x_ND), x_ND.shape[1] + 1))
-        np.subtract(x_ND, self.mean_D, out=x_NP[:, :-1])
-        x_NP[:, :-1] /= self.deviation_D
+        space = space_of(x_ND)
+        x_NP = space.empty((len(x_ND), x_ND.shape[1] + 1))
+        space.subtract(x_ND, space.asarray(self.mean_D), out=x_NP[:, :-1])
+        x_NP[:, :-1] /= space.asarray(self.deviation_D)
         x_NP[:, -1] = 1.0
         return x_NP
 

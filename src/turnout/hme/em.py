@@ -10,6 +10,7 @@ from turnout.errors import ConfigError
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import GAINED, climbed, newton_step
 from turnout.hme.mixture import Mixture
+from turnout.hme.space import NUMPY
 from turnout.hme.sweep import Rows, Sums, longest_move, sweep
 from turnout.hme.tree import Floats
 
@@ -64,20 +65,20 @@ def fit_em(
     *,
     keep_last: bool = False,
 ) -> Fit:
-    """EM from `mixture` on; algorithm 2, which may fall, returns the best mixture it met unless `keep_last`.
+    """EM from `mixture` on, in the space of `rows`; the result's arrays are numpy's. Algorithm 2, which may fall, returns the best mixture it met unless `keep_last`.
 
     `watch` is told the iteration and its objective a row. While noise is held, experts compete by squared error in one
     unit, and the wide noise of the start keeps posteriors soft: a partition of rows forms before experts that fit their
     few rows closely repel all others. Weights alone are maximised then, which is EM still, and cannot fall.
     Source: Jordan & Jacobs 1994 (unit noise throughout); Ueda & Nakano 1998, "Deterministic annealing EM algorithm".
     """
-    ridge_P = ridge_of(config.ridge, rows.num_inputs)
+    ridge_P = rows.space.asarray(ridge_of(config.ridge, rows.num_inputs))
     total_weight = float(rows.weight_N.sum())
     logliks, objectives, passes = [], [], 0
     converged, held = False, config.hold_noise
     rows, asked = rows.held_for(mixture), mixture.tree
     tree, gate_G, leaf_L = asked.abreast()
-    best = mixture = mixture.renumbered(tree, gate_G, leaf_L)
+    best = mixture = mixture.renumbered(tree, gate_G, leaf_L).on(rows.space)
     for iteration in range(config.max_iter + 1):
         sums = sweep(rows, mixture, log_posteriors=config.algorithm == 2)
         passes += 1
@@ -98,7 +99,7 @@ def fit_em(
         if iteration < held:
             mixture = replace(mixture, experts=replace(mixture.experts, covariance_LOO=noise_LOO))
         passes += taken
-    best = best.renumbered(asked, np.argsort(gate_G), np.argsort(leaf_L))
+    best = best.on(NUMPY).renumbered(asked, np.argsort(gate_G), np.argsort(leaf_L))
     return Fit(
         mixture=best, loglik_path=tuple(logliks), objective_path=tuple(objectives), passes=passes, converged=converged
     )
@@ -121,7 +122,7 @@ def _stepped(at: Mixture, rows: Rows, sums: Sums, config: EMConfig, *, enough: f
 
     Least squares (Gaussian experts, gates of algorithm 2) is done in one step, and leaves nothing to gain.
     """
-    ridge_P = ridge_of(config.ridge, rows.num_inputs)
+    ridge_P = rows.space.asarray(ridge_of(config.ridge, rows.num_inputs))
 
     def move(step_MPO: Floats) -> Floats:
         return longest_move(rows, at, step_MPO)

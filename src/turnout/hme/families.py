@@ -6,11 +6,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.special import gammaln
 
-from turnout.hme.algebra import MakeRoom, room
+from turnout.hme.algebra import diagonals
 from turnout.hme.glim import Moments, Slopes
 from turnout.hme.shares import predictors, softmax_slopes, softmax_with_last_zero
+from turnout.hme.space import MakeRoom, NumpySpace, space_of
 from turnout.hme.tree import Floats
 
 # e ** 30 events a row: beyond any count that is taken, and no exponential of it overflows
@@ -31,22 +31,25 @@ class Experts:
 
         Twice: then the squared length of a white residual is what it takes from the log density.
         """
-        root_LOO: Floats = np.asarray(np.linalg.cholesky(2 * self.covariance_LOO), dtype=np.float64)
-        whiten_LOO: Floats = np.asarray(np.linalg.inv(root_LOO), dtype=np.float64).swapaxes(1, 2)
-        return root_LOO, whiten_LOO
+        space = space_of(self.covariance_LOO)
+        root_LOO: Floats = space.cholesky(2 * self.covariance_LOO)
+        return root_LOO, space.inv(root_LOO).swapaxes(1, 2)
 
     @cached_property
     def white_LZO(self) -> Floats:
         """Predictors of the white residuals from inputs and targets together: minus the weights, above the identity."""
         _, whiten_LOO = self.roots
-        return np.concatenate([self.weight_LPO @ -whiten_LOO, whiten_LOO], axis=1)
+        return space_of(whiten_LOO).concatenate([self.weight_LPO @ -whiten_LOO, whiten_LOO], axis=1)
 
     @cached_property
     def log_root_L(self) -> Floats:
         """Half the log determinants of the covariances."""
         root_LOO, _ = self.roots
-        diagonal_LO = np.diagonal(root_LOO, axis1=1, axis2=2) / np.sqrt(2)
-        return np.asarray(np.log(diagonal_LO).sum(axis=1), dtype=np.float64)
+        return space_of(root_LOO).log(diagonals(root_LOO) / np.sqrt(2)).sum(axis=1)
+
+    def on(self, space: NumpySpace) -> "Experts":
+        """The same in `space`."""
+        return Experts(weight_LPO=space.asarray(self.weight_LPO), covariance_LOO=space.asarray(self.covariance_LOO))
 
     def __getitem__(self, leaves: Any) -> "Experts":
         """The experts at these leaves, by anything that indexes an axis."""
@@ -97,7 +100,7 @@ class Family(ABC):
         """Experts that all say the same, so that the first posteriors are the gates' priors."""
 
     @abstractmethod
-    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom = room) -> Judgement:
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom | None = None) -> Judgement:
         """Log densities of the targets under each expert by its linear predictors, and what `slopes` needs.
 
         `make`: where the arrays of the result may stand.
@@ -116,7 +119,7 @@ class Family(ABC):
 
     def squares(self, weight_LN: Floats, judged: Judgement) -> Floats:
         """Weighted products of white residuals, (L, O, O); (L, 0, 0) unless a family has noise of its own."""
-        return np.zeros((len(judged.log_density_LN), 0, 0))
+        return space_of(weight_LN).zeros((len(judged.log_density_LN), 0, 0))
 
     def coloured(self, sums: ExpertSums, experts: Experts) -> ExpertSums:
         """Sums over white residuals of `experts` in the units of the targets; as they are unless a family whitens."""
@@ -149,7 +152,7 @@ class Softmax(Family):
         """All classes equally probable."""
         return _without_noise(np.zeros((num_leaves, size, self.outputs)))
 
-    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom = room) -> Judgement:
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom | None = None) -> Judgement:
         shares = softmax_with_last_zero(predictor_LON)
         return Judgement(log_density_LN=(y_TN * shares.log_MBN).sum(axis=1), signal_LON=shares.free_MON)
 
@@ -158,7 +161,7 @@ class Softmax(Family):
         return softmax_slopes(judged.signal_LON, weight_L1N * y_TN[:-1], weight_L1N, score_MON=out_LON)
 
     def mean(self, x_PN: Floats, experts: Experts) -> Floats:
-        return np.exp(softmax_with_last_zero(predictors(x_PN, experts.weight_LPO)).log_MBN)
+        return space_of(x_PN).exp(softmax_with_last_zero(predictors(x_PN, experts.weight_LPO)).log_MBN)
 
     def log_prior(self, experts: Experts, ridge_P: Floats) -> float:
         return ridge_log_prior(experts.weight_LPO, ridge_P)
@@ -184,18 +187,20 @@ class Poisson(Family):
         weight_LPO[:, -1] = np.log(max(float(np.average(y_TN[0], weights=weight_N)), 1e-3))
         return _without_noise(weight_LPO)
 
-    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom = room) -> Judgement:
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom | None = None) -> Judgement:
         log_rate_LN = predictor_LON[:, 0].clip(-MOST_LOG_RATE, MOST_LOG_RATE)
-        rate_LN = np.exp(log_rate_LN)
-        return Judgement(log_density_LN=y_TN * log_rate_LN - rate_LN - gammaln(y_TN + 1), signal_LON=rate_LN[:, None])
+        space = space_of(predictor_LON)
+        rate_LN = space.exp(log_rate_LN)
+        log_density_LN = y_TN * log_rate_LN - rate_LN - space.gammaln(y_TN + 1)
+        return Judgement(log_density_LN=log_density_LN, signal_LON=rate_LN[:, None])
 
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement, out_LON: Floats) -> Slopes:
         weight_L1N, rate_L1N = weight_LN[:, None], judged.signal_LON
-        np.multiply(weight_L1N, y_TN - rate_L1N, out=out_LON)
+        space_of(out_LON).multiply(weight_L1N, y_TN - rate_L1N, out=out_LON)
         return Slopes(score_MON=out_LON, curvature_MCN=weight_L1N * rate_L1N)
 
     def mean(self, x_PN: Floats, experts: Experts) -> Floats:
-        return np.exp(predictors(x_PN, experts.weight_LPO).clip(-MOST_LOG_RATE, MOST_LOG_RATE))
+        return space_of(x_PN).exp(predictors(x_PN, experts.weight_LPO).clip(-MOST_LOG_RATE, MOST_LOG_RATE))
 
     def log_prior(self, experts: Experts, ridge_P: Floats) -> float:
         return ridge_log_prior(experts.weight_LPO, ridge_P)

@@ -6,10 +6,11 @@ from typing import Literal
 import numpy as np
 
 from turnout.errors import ConfigError
-from turnout.hme.algebra import MakeRoom, room, unpack
+from turnout.hme.algebra import diagonals, unpack
 from turnout.hme.families import Experts, ExpertSums, Family, Judgement
 from turnout.hme.glim import Slopes
 from turnout.hme.shares import predictors
+from turnout.hme.space import MakeRoom, space_of
 from turnout.hme.tree import Floats
 
 
@@ -63,18 +64,21 @@ class Gaussian(Family):
         """Residuals, made white, are linear in inputs and targets."""
         return experts.white_LZO
 
-    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom = room) -> Judgement:
+    def judge(self, predictor_LON: Floats, y_TN: Floats, experts: Experts, make: MakeRoom | None = None) -> Judgement:
         """The predictors are white residuals already."""
+        space = space_of(predictor_LON)
+        make = make or space.room
         square_LN = make(len(predictor_LON), predictor_LON.shape[2])
-        np.einsum("lon,lon->ln", predictor_LON, predictor_LON, out=square_LN)
+        space.einsum("lon,lon->ln", predictor_LON, predictor_LON, out=square_LN)
         most_L = -experts.log_root_L - 0.5 * self.outputs * np.log(2 * np.pi)
-        log_density_LN = np.subtract(most_L[:, None], square_LN, out=make(*square_LN.shape))
+        log_density_LN = space.subtract(most_L[:, None], square_LN, out=make(*square_LN.shape))
         return Judgement(log_density_LN=log_density_LN, signal_LON=predictor_LON, square_LN=square_LN)
 
     def slopes(self, y_TN: Floats, weight_LN: Floats, judged: Judgement, out_LON: Floats) -> Slopes:
         """Of half the squared white residuals; all outputs of an expert share one matrix of inputs."""
         weight_L1N = weight_LN[:, None]
-        return Slopes(score_MON=np.multiply(weight_L1N, judged.signal_LON, out=out_LON), curvature_MCN=weight_L1N)
+        score_LON = space_of(weight_LN).multiply(weight_L1N, judged.signal_LON, out=out_LON)
+        return Slopes(score_MON=score_LON, curvature_MCN=weight_L1N)
 
     def squares(self, weight_LN: Floats, judged: Judgement) -> Floats:
         """Those of different outputs are summed only where the noise knows of them; else each has the mean of all."""
@@ -86,8 +90,8 @@ class Gaussian(Family):
         else:
             assert judged.square_LN is not None
             square_LO = _row_products(weight_LN, judged.square_LN)[:, None] / self.outputs
-        square_LOO = np.zeros((len(weight_LN), self.outputs, self.outputs))
-        np.einsum("loo->lo", square_LOO)[:] = square_LO
+        square_LOO = space_of(weight_LN).zeros((len(weight_LN), self.outputs, self.outputs))
+        diagonals(square_LOO)[:] = square_LO
         return square_LOO
 
     def coloured(self, sums: ExpertSums, experts: Experts) -> ExpertSums:
@@ -117,7 +121,7 @@ class Gaussian(Family):
         """The ridge counts in units of an expert's own noise, so that its weights do not depend on the noise."""
         _, whiten_LOO = experts.roots
         scatter_LOO = experts.weight_LPO.swapaxes(1, 2) @ (ridge_P[:, None] * experts.weight_LPO)
-        scatter_LOO = scatter_LOO + self.noise_rows * self.noise_floor * np.eye(self.outputs)
+        scatter_LOO = scatter_LOO + self.noise_rows * self.noise_floor * space_of(whiten_LOO).eye(self.outputs)
         half_precision_LOO = whiten_LOO @ whiten_LOO.swapaxes(1, 2)
         return float(-(half_precision_LOO * scatter_LOO).sum() - self.noise_rows * experts.log_root_L.sum())
 
@@ -125,15 +129,16 @@ class Gaussian(Family):
         """The likeliest covariances of the form that `noise` names."""
         if self.noise == "full":
             return 0.5 * (covariance_LOO + covariance_LOO.swapaxes(1, 2))
-        diagonal_LO = np.diagonal(covariance_LOO, axis1=1, axis2=2)
+        diagonal_LO = diagonals(covariance_LOO)
         if self.noise == "scalar":
             diagonal_LO = diagonal_LO.mean(axis=1, keepdims=True)
-        return diagonal_LO[:, :, None] * np.eye(self.outputs)
+        return diagonal_LO[:, :, None] * space_of(covariance_LOO).eye(self.outputs)
 
     def _covariance(self, square_LOO: Floats, weight_L: Floats) -> Floats:
-        eye_OO = np.eye(self.outputs)
+        space = space_of(square_LOO)
+        eye_OO = space.eye(self.outputs)
         if self.noise == "unit":
-            return np.broadcast_to(eye_OO, square_LOO.shape).copy()
+            return space.zeros_like(square_LOO) + eye_OO
         scatter_LOO = square_LOO + self.noise_rows * self.noise_floor * eye_OO
         return self.shaped(scatter_LOO / (weight_L + self.noise_rows)[:, None, None])
 

@@ -10,9 +10,8 @@ over the rows to see whether it did.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from turnout.hme.algebra import pairs, product, solve_symmetric, stacked, unpack, weighted_grams
+from turnout.hme.algebra import pairs_in, product, solve_symmetric, stacked, unpack, weighted_grams
+from turnout.hme.space import space_of
 from turnout.hme.tree import Floats
 
 GAINED = 1e-12  # a model whose next step promises less than this, in nats a row, is at its maximum
@@ -74,14 +73,17 @@ def moments(x_PN: Floats, product_QN: Floats | None, *slopes: Slopes) -> list[Mo
 def newton_step(moments: Moments, ridge_P: Floats) -> Floats:
     """The step to the maximum of each model's quadratic approximation, the ridge included; (M, P, O)."""
     num_models, size, outputs = moments.gradient_MPO.shape
+    space = space_of(moments.gradient_MPO)
+    ridge_PP = space.eye(size) * ridge_P
     if moments.information_MCQ.shape[1] == 1:
-        matrix_MPP = unpack(moments.information_MCQ[:, 0], size) + np.diag(ridge_P)
+        matrix_MPP = unpack(moments.information_MCQ[:, 0], size) + ridge_PP
         return solve_symmetric(matrix_MPP, moments.gradient_MPO)
-    p_C, q_C = pairs(outputs)
-    block_MOOPP = np.empty((num_models, outputs, outputs, size, size))
+    p_C, q_C = pairs_in(space, outputs)
+    block_MOOPP = space.empty((num_models, outputs, outputs, size, size))
     block_MOOPP[:, p_C, q_C] = block_MOOPP[:, q_C, p_C] = unpack(moments.information_MCQ, size)
-    matrix = block_MOOPP.transpose(0, 1, 3, 2, 4).reshape(num_models, outputs * size, outputs * size)
-    matrix += np.diag(np.tile(ridge_P, outputs))
+    for output in range(outputs):
+        block_MOOPP[:, output, output] += ridge_PP
+    matrix = space.permuted(block_MOOPP, 0, 1, 3, 2, 4).reshape(num_models, outputs * size, outputs * size)
     gradient_M1 = moments.gradient_MPO.swapaxes(1, 2).reshape(num_models, outputs * size, 1)
     return solve_symmetric(matrix, gradient_M1).reshape(num_models, outputs, size).swapaxes(1, 2)
 
@@ -94,14 +96,15 @@ def climbed(
     `move` tells how far apart a step moves the predictors of a model at any row, (M,); models that have less than
     `enough` nats to gain stay where they are.
     """
-    held = moments.with_ridge(weight_MPO, ridge_P)
+    space, held = space_of(weight_MPO), moments.with_ridge(weight_MPO, ridge_P)
     step_MPO = newton_step(held, ridge_P)
     promise_M = 0.5 * (held.gradient_MPO * step_MPO).sum(axis=(1, 2))
     move_M = move(step_MPO)
-    is_taken_M = (promise_M > enough) & np.isfinite(move_M)
-    share_M = np.where(is_taken_M, safe_share(np.where(is_taken_M, move_M, 0.0)), 0.0)
-    step_MPO = np.where(is_taken_M[:, None, None], step_MPO, 0.0)
-    return weight_MPO + share_M[:, None, None] * step_MPO, float(promise_M.max(initial=0.0, where=is_taken_M))
+    is_taken_M = (promise_M > enough) & space.isfinite(move_M)
+    share_M = space.where(is_taken_M, safe_share(space.where(is_taken_M, move_M, 0.0)), 0.0)
+    step_MPO = space.where(is_taken_M[:, None, None], step_MPO, 0.0)
+    promise = float(space.positive_max(space.where(is_taken_M, promise_M, 0.0)))
+    return weight_MPO + share_M[:, None, None] * step_MPO, promise
 
 
 def safe_share(move_M: Floats) -> Floats:
@@ -111,12 +114,15 @@ def safe_share(move_M: Floats) -> Floats:
     share t gains at least t - (exp(R t) - R t - 1) / R^2 of the squared Newton decrement, most at t = log(1 + R) / R.
     Source: Bach 2010, "Self-concordant analysis for logistic regression"; Sun & Tran-Dinh 2017, arXiv:1703.04599.
     """
-    return np.where(move_M <= WHOLE, 1.0, np.log1p(move_M) / np.maximum(move_M, WHOLE))
+    space = space_of(move_M)
+    return space.where(move_M <= WHOLE, 1.0, space.log1p(move_M) / space.maximum(move_M, WHOLE))
 
 
 def spread(move_MON: Floats) -> Floats:
     """How far apart the predictors of a model are at any row, the last one's zero among them; (M,)."""
+    space = space_of(move_MON)
     if move_MON.shape[1] == 1:
-        return np.maximum(move_MON.max(axis=(1, 2)), -move_MON.min(axis=(1, 2)))
-    high_MN, low_MN = np.maximum(move_MON.max(axis=1), 0.0), np.minimum(move_MON.min(axis=1), 0.0)
-    return (high_MN - low_MN).max(axis=1)
+        return space.maximum(space.max(move_MON, axis=(1, 2)), -space.min(move_MON, axis=(1, 2)))
+    high_MN = space.maximum(space.max(move_MON, axis=1), 0.0)
+    low_MN = space.minimum(space.min(move_MON, axis=1), 0.0)
+    return space.max(high_MN - low_MN, axis=1)

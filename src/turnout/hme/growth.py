@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from turnout.hme.algebra import diagonals
 from turnout.hme.em import EMConfig, Fit, fit_em
 from turnout.hme.families import Experts
 from turnout.hme.gaussian import Gaussian
@@ -60,7 +61,7 @@ def worst_leaf(mixture: Mixture, rows: Rows) -> int:
     """The leaf with the most squared error left (Gaussian), or the most negative log-likelihood."""
     experts = sweep(rows, mixture).experts
     if isinstance(mixture.family, Gaussian):
-        return int(np.trace(experts.square_LOO, axis1=1, axis2=2).argmax())
+        return int(diagonals(experts.square_LOO).sum(axis=1).argmax())
     return int(_deviance(mixture, rows).argmax())
 
 
@@ -98,7 +99,7 @@ def joined(first: Fit, second: Fit) -> Fit:
 
 
 def _deviance(mixture: Mixture, rows: Rows) -> Floats:
-    total_L = np.zeros(mixture.tree.num_leaves)
+    mixture, total_L = mixture.on(rows.space), rows.space.zeros((mixture.tree.num_leaves,))
     for block in rows.blocks(mixture):
         posterior = mixture.posterior(block.z_ZN)
         total_L -= (posterior.leaf_LN * posterior.reading.judged.log_density_LN) @ block.weight_N

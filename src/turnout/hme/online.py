@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from turnout.errors import ConfigError
-from turnout.hme.algebra import Workspace, pairs
+from turnout.hme.algebra import pairs
 from turnout.hme.families import Experts, ExpertSums
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import Moments, newton_step, safe_share, spread
@@ -19,6 +19,7 @@ from turnout.hme.mixture import Mixture
 from turnout.hme.shares import predictors
 from turnout.hme.sweep import Block, Rows, gathered, sweep
 from turnout.hme.tree import Floats
+from turnout.hme.workspace import Workspace
 
 LEAST_NOISE_ROWS, MOST_NOISE_ROWS = 100.0, 10_000.0  # rows that the running noise of an expert stands for
 

@@ -4,15 +4,14 @@ Nodes are rows of one array, gates before leaves, which is filled level by level
 and where the tree is complete a level is a slice.
 """
 
-import numpy as np
-
-from turnout.hme.algebra import MakeRoom, room
 from turnout.hme.shares import Shares
+from turnout.hme.space import MakeRoom, space_of
 from turnout.hme.tree import Floats, Nodes, Tree
 
 
-def log_priors(tree: Tree, shares: Shares, make: MakeRoom = room) -> Floats:
+def log_priors(tree: Tree, shares: Shares, make: MakeRoom | None = None) -> Floats:
     """Log probability of each node before y is seen, (E, N) with E = G + L: the sum along its path."""
+    make = make or space_of(shares.free_MON).room
     node_EN = make(tree.num_gates + tree.num_leaves, shares.free_MON.shape[2])
     node_EN[0] = 0.0
     for last, *others in tree.levels:
@@ -35,19 +34,20 @@ def branch_mass(tree: Tree, node_EN: Floats) -> tuple[Floats, Floats]:
     gates, outputs = tree.num_gates, tree.branching - 1
     mass_GON = node_EN[tree.free_nodes].reshape(gates, outputs, node_EN.shape[1])
     if not tree.open_GB.all():
-        mass_GON = np.where(tree.open_GB[:, :-1, None], mass_GON, 0.0)
+        space = space_of(node_EN)
+        mass_GON = space.where(space.index(tree.open_GB[:, :-1, None]), mass_GON, 0.0)
     return mass_GON, node_EN[:gates, None]
 
 
 def leaf_nodes(tree: Tree, leaf_LN: Floats) -> Floats:
     """Room for all nodes, with the leaves' rows filled; (G + L, N)."""
-    node_EN = room(tree.num_gates + tree.num_leaves, leaf_LN.shape[1])
+    node_EN = space_of(leaf_LN).room(tree.num_gates + tree.num_leaves, leaf_LN.shape[1])
     node_EN[tree.num_gates :] = leaf_LN
     return node_EN
 
 
 def _put(node_EN: Floats, at: Nodes, left_EN: Floats, right_EN: Floats) -> None:
     if isinstance(at, slice):
-        np.add(left_EN, right_EN, out=node_EN[at])
+        space_of(node_EN).add(left_EN, right_EN, out=node_EN[at])
     else:
         node_EN[at] = left_EN + right_EN

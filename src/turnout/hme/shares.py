@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from turnout.hme.algebra import MakeRoom, pairs, product, room
+from turnout.hme.algebra import pairs, pairs_in, product
 from turnout.hme.glim import Slopes
+from turnout.hme.space import MakeRoom, space_of
 from turnout.hme.tree import Floats
 
 MOST_PREDICTOR = 700.0  # its exponential is just below the largest number
@@ -23,7 +22,7 @@ class Shares:
     def log_MBN(self) -> Floats:
         """Log shares of all branches."""
         last_M1N = self.log_last_MN[:, None]
-        return np.concatenate([self.predictor_MON + last_M1N, last_M1N], axis=1)
+        return space_of(last_M1N).concatenate([self.predictor_MON + last_M1N, last_M1N], axis=1)
 
 
 def predictors(x_PN: Floats, weight_MPO: Floats) -> Floats:
@@ -34,32 +33,36 @@ def predictors(x_PN: Floats, weight_MPO: Floats) -> Floats:
 
 def by_rows(weight_MPO: Floats) -> Floats:
     """The weights of every predictor as a row, (M O, P)."""
-    return np.ascontiguousarray(weight_MPO.swapaxes(1, 2)).reshape(-1, weight_MPO.shape[1])
+    space = space_of(weight_MPO)
+    return space.ascontiguousarray(weight_MPO.swapaxes(1, 2)).reshape(-1, weight_MPO.shape[1])
 
 
-def softmax_with_last_zero(predictor_MON: Floats, make: MakeRoom = room) -> Shares:
+def softmax_with_last_zero(predictor_MON: Floats, make: MakeRoom | None = None) -> Shares:
     """Shares of O + 1 branches, the last of which has the predictor zero; -inf closes a branch."""
     if predictor_MON.shape[1] == 1:
         return _logistic(predictor_MON, make)
-    top_M1N = np.maximum(predictor_MON.max(axis=1, keepdims=True), 0.0)
-    free_MON = np.exp(predictor_MON - top_M1N)
-    sum_MN = free_MON.sum(axis=1) + np.exp(-top_M1N[:, 0])
+    space = space_of(predictor_MON)
+    top_M1N = space.maximum(space.max(predictor_MON, axis=1, keepdims=True), 0.0)
+    free_MON = space.exp(predictor_MON - top_M1N)
+    sum_MN = free_MON.sum(axis=1) + space.exp(-top_M1N[:, 0])
     free_MON /= sum_MN[:, None]
-    log_last_MN = -top_M1N[:, 0] - np.log(sum_MN)
+    log_last_MN = -top_M1N[:, 0] - space.log(sum_MN)
     return Shares(predictor_MON=predictor_MON, free_MON=free_MON, log_last_MN=log_last_MN)
 
 
-def _logistic(predictor_M1N: Floats, make: MakeRoom) -> Shares:
+def _logistic(predictor_M1N: Floats, make: MakeRoom | None) -> Shares:
     """Two branches need one exponential and one logarithm; both are exact to rounding of the predictor."""
-    is_far = predictor_M1N.max(initial=0.0) > MOST_PREDICTOR
+    space = space_of(predictor_M1N)
+    make = make or space.room
+    is_far = bool(space.positive_max(predictor_M1N) > MOST_PREDICTOR)
     free_M1N, last_M1N = make(*predictor_M1N.shape), make(*predictor_M1N.shape)
-    np.exp(np.minimum(predictor_M1N, MOST_PREDICTOR) if is_far else predictor_M1N, out=free_M1N)
-    np.add(free_M1N, 1.0, out=last_M1N)
-    np.reciprocal(last_M1N, out=last_M1N)
+    space.exp(space.minimum(predictor_M1N, MOST_PREDICTOR) if is_far else predictor_M1N, out=free_M1N)
+    space.add(free_M1N, 1.0, out=last_M1N)
+    space.reciprocal(last_M1N, out=last_M1N)
     free_M1N *= last_M1N
-    np.log(last_M1N, out=last_M1N)
+    space.log(last_M1N, out=last_M1N)
     if is_far:
-        np.minimum(last_M1N, -predictor_M1N, out=last_M1N)
+        space.minimum(last_M1N, -predictor_M1N, out=last_M1N)
     return Shares(predictor_MON=predictor_M1N, free_MON=free_M1N, log_last_MN=last_M1N[:, 0])
 
 
@@ -70,7 +73,7 @@ def softmax_slopes(
     *,
     score_MON: Floats | None = None,
     curvature_M1N: Floats | None = None,
-    make: MakeRoom = room,
+    make: MakeRoom | None = None,
 ) -> Slopes:
     """Slopes of M softmax models; gates and softmax experts are both such.
 
@@ -78,12 +81,15 @@ def softmax_slopes(
     and curvature_M1N (this of two branches alone) are where slopes go, if given; masses may stand there.
     Source: Jordan & Jacobs 1994, appendix A (IRLS); the whole Hessian, not its diagonal blocks.
     """
-    weighted_MON = np.multiply(total_M1N, share_MON, out=make(*share_MON.shape))
-    score_MON = np.subtract(mass_MON, weighted_MON, out=score_MON)
+    space = space_of(share_MON)
+    weighted_MON = space.multiply(total_M1N, share_MON, out=(make or space.room)(*share_MON.shape))
+    score_MON = space.subtract(mass_MON, weighted_MON, out=score_MON)
     if share_MON.shape[1] == 1:
-        curvature_M1N = np.subtract(1.0, share_MON, out=curvature_M1N)
+        curvature_M1N = space.subtract(1.0, share_MON, out=curvature_M1N)
         curvature_M1N *= weighted_MON
         return Slopes(score_MON=score_MON, curvature_MCN=curvature_M1N)
-    o_C, r_C = pairs(share_MON.shape[1])
-    curvature_MCN = weighted_MON[:, o_C] * ((o_C == r_C)[:, None] - share_MON[:, r_C])
+    first_C, second_C = pairs(share_MON.shape[1])
+    o_C, r_C = pairs_in(space, share_MON.shape[1])
+    is_same_C1 = space.asarray((first_C == second_C)[:, None].astype(float))
+    curvature_MCN = weighted_MON[:, o_C] * (is_same_C1 - share_MON[:, r_C])
     return Slopes(score_MON=score_MON, curvature_MCN=curvature_MCN)

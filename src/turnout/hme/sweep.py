@@ -7,7 +7,7 @@ from operator import add
 
 import numpy as np
 
-from turnout.hme.algebra import CACHE_LINE, MANY_INPUTS, MakeRoom, Workspace, pair_products, room
+from turnout.hme.algebra import MANY_INPUTS, pair_products
 from turnout.hme.checks import Scale
 from turnout.hme.families import ExpertSums
 from turnout.hme.gaussian import Gaussian
@@ -15,7 +15,9 @@ from turnout.hme.glim import Moments, Slopes, moments, spread
 from turnout.hme.mixture import Mixture
 from turnout.hme.paths import branch_mass
 from turnout.hme.shares import Shares, predictors, softmax_slopes
+from turnout.hme.space import CACHE_LINE, MakeRoom, NumpySpace, space_of
 from turnout.hme.tree import Floats, Ints
+from turnout.hme.workspace import Workspace
 
 # posteriors below this are taken as this when their logarithm is regressed on (algorithm 2)
 LEAST_POSTERIOR = 1e-3
@@ -29,7 +31,7 @@ MOST_HELD_BYTES = 16 << 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """N rows: inputs, targets, weights. May be memory maps."""
+    """N rows: inputs, targets, weights, in numpy's arrays or memory maps; what is formed of them stands in `space`."""
 
     x_NP: Floats  # with the constant as the last column; where there is a `scale`, as they were given and without it
     y_NT: Floats
@@ -37,6 +39,11 @@ class Rows:
     scale: Scale | None = None  # by which inputs are standardized, block by block, so that no copy of all is made
     held: "tuple[Block, ...]" = ()  # all rows, for passes to come; empty: each pass forms its blocks anew
     work: Workspace = field(default_factory=Workspace)
+
+    @property
+    def space(self) -> NumpySpace:
+        """Where blocks of these rows lie, and all that is computed with them."""
+        return self.work.space
 
     def __len__(self) -> int:
         return len(self.x_NP)
@@ -49,36 +56,38 @@ class Rows:
     def taken(self, row_N: Ints) -> "Rows":
         """These rows, in this order."""
         x_NP, y_NT, weight_N = self.x_NP[row_N], self.y_NT[row_N], self.weight_N[row_N]
-        return Rows(x_NP=x_NP, y_NT=y_NT, weight_N=weight_N, scale=self.scale)
+        return Rows(x_NP=x_NP, y_NT=y_NT, weight_N=weight_N, scale=self.scale, work=Workspace(self.space))
 
     def parts(self, widest: int) -> Iterator[slice]:
-        """Slices of rows, all but the last alike: an array of `widest` numbers a row takes BLOCK_BYTES at most.
+        """Slices of rows, all but the last alike: an array of `widest` numbers a row takes `block_bytes` at most.
 
         Unless that were fewer than LEAST_ROWS.
         """
-        most = max(LEAST_ROWS, BLOCK_BYTES // (8 * max(1, widest)))
+        most = max(LEAST_ROWS, self.space.block_bytes(BLOCK_BYTES) // (8 * max(1, widest)))
         alike = -(-len(self) // max(1, -(-len(self) // most)))
         step = max(1, -(-alike // CACHE_LINE) * CACHE_LINE)
         return (slice(start, start + step) for start in range(0, len(self), step))
 
     def block(self, part: slice | Ints) -> "Block":
         """These rows as columns."""
-        x_NP, y_NT = self.x_NP[part], self.y_NT[part]
+        x_NP, y_NT = self.space.asarray(self.x_NP[part]), self.space.asarray(self.y_NT[part])
         x_NP = x_NP if self.scale is None else self.scale.with_constant(x_NP)
-        z_ZN = room(x_NP.shape[1] + y_NT.shape[1], len(x_NP))
+        z_ZN = self.space.room(x_NP.shape[1] + y_NT.shape[1], len(x_NP))
         z_ZN[: x_NP.shape[1]], z_ZN[x_NP.shape[1] :] = x_NP.T, y_NT.T
-        return Block(z_ZN=z_ZN, inputs=x_NP.shape[1], weight_N=self.weight_N[part])
+        return Block(z_ZN=z_ZN, inputs=x_NP.shape[1], weight_N=self.space.asarray(self.weight_N[part]))
 
     def held_for(self, mixture: Mixture) -> "Rows":
         """The same rows with their blocks for trees of this size kept, or as they are where that takes much memory."""
         inputs, targets = self.num_inputs, self.y_NT.shape[1]
-        numbers_a_row = _pairs_held(inputs) + inputs + targets
-        if 8 * numbers_a_row * len(self) > MOST_HELD_BYTES:
-            return self
-        return replace(self, held=tuple(self.blocks(mixture)))
+        most, row_bytes = self.space.most_held_bytes(MOST_HELD_BYTES), 8 * len(self)
+        if row_bytes * (_pairs_held(inputs) + inputs + targets) <= most:
+            return replace(self, held=tuple(self.blocks(mixture)))
+        if self.space.holds_rows and row_bytes * (inputs + targets) <= most:
+            return replace(self, held=tuple(replace(block, keeps_products=False) for block in self.blocks(mixture)))
+        return self
 
     def blocks(self, mixture: Mixture) -> "Iterator[Block]":
-        """Blocks small enough that the widest array of `mixture` takes about BLOCK_BYTES."""
+        """Blocks small enough that the widest array of `mixture` takes about `block_bytes`."""
         if self.held:
             return iter(self.held)
         tree, size, outputs = mixture.tree, self.num_inputs, mixture.family.outputs
@@ -100,6 +109,7 @@ class Block:
     z_ZN: Floats
     inputs: int  # the constant among them
     weight_N: Floats
+    keeps_products: bool = True  # whether products of inputs stay from pass to pass, as long as the block does
 
     @property
     def x_PN(self) -> Floats:
@@ -110,9 +120,14 @@ class Block:
         return self.z_ZN[self.inputs :]
 
     @cached_property
-    def product_QN(self) -> Floats | None:
-        """Formed once, for every pass over a block that is held; None of many inputs, whose pairs are too many."""
-        return None if self.inputs > MANY_INPUTS else pair_products(self.x_PN)
+    def _product_QN(self) -> Floats:
+        return pair_products(self.x_PN)
+
+    def products(self) -> Floats | None:
+        """Products of pairs of inputs, (Q, N), formed once if they are kept; None of many inputs, with too many."""
+        if self.inputs > MANY_INPUTS:
+            return None
+        return self._product_QN if self.keeps_products else pair_products(self.x_PN)
 
     @cached_property
     def counts_once(self) -> bool:
@@ -139,7 +154,8 @@ def sweep(rows: Rows, believed: Mixture, at: Mixture | None = None, *, log_poste
 
     `log_posteriors`: gates regress on log posteriors (algorithm 2), instead of climbing their likelihood.
     """
-    at = believed if at is None else at
+    believed = believed.on(rows.space)
+    at = believed if at is None else at.on(rows.space)
     return gathered(rows.blocks(believed), believed, at, log_posteriors=log_posteriors, work=rows.work)
 
 
@@ -168,7 +184,7 @@ def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors:
     gate_slopes = slopes_of(reading.shares, mass_GON, mass_G1N, work.room)
     square_LOO = at.family.squares(weight_LN, reading.judged)
     expert_slopes = at.family.slopes(block.y_TN, weight_LN, reading.judged, reading.expert_LON)
-    gates, experts = moments(block.x_PN, block.product_QN, gate_slopes, expert_slopes)
+    gates, experts = moments(block.x_PN, block.products(), gate_slopes, expert_slopes)
     return Sums(
         loglik=float(block.weight_N @ posterior.loglik_N),
         gates=gates,
@@ -178,16 +194,17 @@ def _block_sums(block: Block, believed: Mixture, at: Mixture, *, log_posteriors:
 
 def longest_move(rows: Rows, mixture: Mixture, step_MPO: Floats) -> Floats:
     """How far apart a step moves the predictors of each model at any row, (M,): reads the inputs alone."""
-    most_M = np.zeros(len(step_MPO))
-    if not step_MPO.size:
+    most_M = rows.space.zeros((len(step_MPO),))
+    if 0 in step_MPO.shape:
         return most_M
     for block in rows.blocks(mixture):
-        most_M = np.maximum(most_M, spread(predictors(block.x_PN, step_MPO)))
+        most_M = rows.space.maximum(most_M, spread(predictors(block.x_PN, step_MPO)))
     return most_M
 
 
 def loglik(rows: Rows, mixture: Mixture) -> float:
     """Weighted log-likelihood of all rows, in nats."""
+    mixture = mixture.on(rows.space)
     return sum(float(b.weight_N @ mixture.posterior(b.z_ZN).loglik_N) for b in rows.blocks(mixture))
 
 
@@ -203,12 +220,13 @@ def _log_posterior_slopes(shares: Shares, mass_GON: Floats, mass_G1N: Floats, ma
     Both are taken relative to the last branch, whose predictor is zero.
     Source: Jordan & Jacobs 1994, algorithm 2; that posteriors are kept from zero is ours.
     """
-    mass_GBN = np.concatenate([mass_GON, mass_G1N - mass_GON.sum(axis=1, keepdims=True)], axis=1)
-    share_GBN = mass_GBN / np.maximum(mass_G1N, np.finfo(float).tiny)
-    target_GBN = np.log(np.maximum(share_GBN, LEAST_POSTERIOR))
+    space = space_of(mass_GON)
+    mass_GBN = space.concatenate([mass_GON, mass_G1N - mass_GON.sum(axis=1, keepdims=True)], axis=1)
+    share_GBN = mass_GBN / space.maximum(mass_G1N, np.finfo(float).tiny)
+    target_GBN = space.log(space.maximum(share_GBN, LEAST_POSTERIOR))
     predictor_GON = shares.predictor_MON
-    is_open_GON = np.isfinite(predictor_GON)
-    log_ratio_GON = np.where(is_open_GON, predictor_GON, 0.0)
-    error_GON = np.where(is_open_GON, target_GBN[:, :-1] - target_GBN[:, -1:] - log_ratio_GON, 0.0)
-    np.multiply(mass_G1N, error_GON, out=predictor_GON)
+    is_open_GON = space.isfinite(predictor_GON)
+    log_ratio_GON = space.where(is_open_GON, predictor_GON, 0.0)
+    error_GON = space.where(is_open_GON, target_GBN[:, :-1] - target_GBN[:, -1:] - log_ratio_GON, 0.0)
+    space.multiply(mass_G1N, error_GON, out=predictor_GON)
     return Slopes(score_MON=predictor_GON, curvature_MCN=mass_G1N)
