@@ -23,7 +23,7 @@ from turnout.hme.em import EMConfig, fit_em
 from turnout.hme.families import Family, Softmax
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.mixture import new_mixture
-from turnout.hme.sweep import Rows
+from turnout.hme.rows import Rows
 from turnout.hme.tree import Floats, Tree
 
 NUM_ROWS = 15_000

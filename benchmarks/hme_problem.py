@@ -8,7 +8,7 @@ import numpy as np
 
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.mixture import Mixture, new_mixture
-from turnout.hme.sweep import Rows
+from turnout.hme.rows import Rows
 from turnout.hme.tree import Floats, Tree
 
 

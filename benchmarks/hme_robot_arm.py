@@ -25,7 +25,7 @@ from turnout.hme.em import EMConfig, fit_em
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.mixture import Mixture, new_mixture
 from turnout.hme.online import OnlineConfig, Recursion, learn_rows
-from turnout.hme.sweep import Rows
+from turnout.hme.rows import Rows
 from turnout.hme.tree import Tree
 
 Progress = Iterator[tuple[int, Floats]]  # passes so far, predictions for the test rows

@@ -27,7 +27,7 @@ from turnout.hme.em import EMConfig, fit_em, ridge_of
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import WHOLE
 from turnout.hme.mixture import Mixture
-from turnout.hme.sweep import Rows
+from turnout.hme.rows import Rows
 from turnout.hme.tree import Floats
 
 RIDGE = 1e-3

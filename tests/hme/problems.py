@@ -7,7 +7,7 @@ import numpy as np
 from turnout.hme.families import Family, Poisson, Softmax
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.mixture import Mixture, new_mixture
-from turnout.hme.sweep import Block, Rows
+from turnout.hme.rows import Block, Rows
 from turnout.hme.tree import Tree
 
 NOISES = ("unit", "scalar", "diagonal", "full")

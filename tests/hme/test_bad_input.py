@@ -69,7 +69,7 @@ def test_separable_classes_give_a_finite_fit(ridge: float, steps: int) -> None:
         ({"branching": 1}, X, Y, "branching at least 2"),
         ({"noise": "huge"}, X, Y, "must be one of: unit, scalar, diagonal, full"),
         ({"solver": "magic"}, X, Y, "must be one of: em, least_squares, gradient, online"),
-        ({"error": "magic"}, X, Y, "unknown error function 'magic'; available"),
+        ({"error": "magic"}, X, Y, "error='magic' must be one of: competition, cooperation, mixture"),
         ({"ridge": -1.0}, X, Y, "ridge=-1.0 must be a finite number of at least 0"),
         ({"family": "poisson"}, X, Y, "needs one column of counts, none below 0"),
         ({"missing": "guess"}, X, Y, "must be one of: refuse, mean"),

@@ -13,12 +13,13 @@ from tests.hme.problems import as_block, random_problem, stirred
 pytest.importorskip("sklearn")
 
 from benchmarks.hme_problem import on_disk, problem
-from turnout.hme import sweep as sweeping
+from turnout.hme import rows as hme_rows
 from turnout.hme.algebra import solve_symmetric
 from turnout.hme.em import EMConfig, fit_em, ridge_of
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import GAINED, newton_step
-from turnout.hme.sweep import Rows, sweep
+from turnout.hme.rows import Rows
+from turnout.hme.sweep import sweep
 
 
 @pytest.mark.parametrize("chunk", range(4))
@@ -100,7 +101,7 @@ def test_sums_do_not_depend_on_the_size_of_blocks(
     mixture, rows = random_problem(seed)
     rows = Rows(x_NP=np.tile(rows.x_NP, (5, 1)), y_NT=np.tile(rows.y_NT, (5, 1)), weight_N=np.tile(rows.weight_N, 5))
     whole = sweep(rows, mixture, log_posteriors=log_posteriors)
-    monkeypatch.setattr(sweeping, "BLOCK_BYTES", 1)  # the least block
+    monkeypatch.setattr(hme_rows, "BLOCK_BYTES", 1)  # the least block
     parts = sweep(rows, mixture, log_posteriors=log_posteriors)
     np.testing.assert_allclose(parts.loglik, whole.loglik, rtol=1e-11)
     for name in ("gradient_MPO", "information_MCQ"):
@@ -115,7 +116,7 @@ def test_sums_do_not_depend_on_how_many_inputs_have_their_pairs_formed(
 ) -> None:
     mixture, rows = random_problem(seed)
     paired = sweep(rows, stirred(mixture, seed))
-    monkeypatch.setattr(sweeping, "MANY_INPUTS", 0)
+    monkeypatch.setattr(hme_rows, "MANY_INPUTS", 0)
     single = sweep(rows, stirred(mixture, seed))
     for one, two in ((paired.gates, single.gates), (paired.experts.moments, single.experts.moments)):
         np.testing.assert_allclose(two.information_MCQ, one.information_MCQ, rtol=1e-12, atol=1e-12)
@@ -173,9 +174,9 @@ def test_blocks_are_held_up_to_a_bound_and_give_the_same_fit(monkeypatch: pytest
     held_bytes = sum(b.x_PN.nbytes + b.y_TN.nbytes + b.products().nbytes for b in held.held)
     assert len(held.held) > 0
     with_them = fit_em(mixture, rows, EMConfig(max_iter=5, tol=0))
-    monkeypatch.setattr("turnout.hme.sweep.MOST_HELD_BYTES", held_bytes)
+    monkeypatch.setattr("turnout.hme.rows.MOST_HELD_BYTES", held_bytes)
     assert rows.held_for(mixture).held
-    monkeypatch.setattr("turnout.hme.sweep.MOST_HELD_BYTES", held_bytes - 1)
+    monkeypatch.setattr("turnout.hme.rows.MOST_HELD_BYTES", held_bytes - 1)
     assert not rows.held_for(mixture).held
     assert fit_em(mixture, rows, EMConfig(max_iter=5, tol=0)).loglik_path == with_them.loglik_path
 

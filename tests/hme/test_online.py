@@ -14,7 +14,8 @@ from turnout.hme.families import Softmax
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.mixture import new_mixture
 from turnout.hme.online import LEAST_NOISE_ROWS, OnlineConfig, Recursion, forgetting_at, learn_rows
-from turnout.hme.sweep import Rows, loglik
+from turnout.hme.rows import Rows
+from turnout.hme.sweep import loglik
 from turnout.hme.tree import Tree
 
 

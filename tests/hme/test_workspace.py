@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from tests.hme.problems import random_problem, stirred
+from turnout.hme.rows import Rows
 from turnout.hme.space import CACHE_LINE, room
-from turnout.hme.sweep import Rows, sweep
+from turnout.hme.sweep import sweep
 from turnout.hme.workspace import Workspace
 
 

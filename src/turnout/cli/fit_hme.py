@@ -39,6 +39,12 @@ def fit_hme(
         int, typer.Option("--max-experts", help="Grow to at most so many; 0: do not grow.", min=0)
     ] = 0,
     missing: Annotated[str, typer.Option(help="Missing inputs: refuse, or mean of their column.")] = "refuse",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda or cuda:1: by torch there (em, least_squares); left out: numpy.", show_default=False
+        ),
+    ] = None,
     test_share: Annotated[float, typer.Option("--test-share", help="Rows kept aside to measure the error.")] = 0.25,
     seed: Annotated[int, typer.Option(help="The same seed gives the same fit.", min=0)] = 0,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page of the fit.")] = None,
@@ -60,7 +66,7 @@ def fit_hme(
     kind = _task(task, table, data)
     settings: dict[str, Any] = {
         "depth": depth, "branching": branching, "solver": solver, "max_iter": max_iter, "n_init": restarts,
-        "max_experts": max_experts or None, "missing": missing, "random_state": seed,
+        "max_experts": max_experts or None, "missing": missing, "device": device, "random_state": seed,
     }  # fmt: skip
     if kind == "classification":
         if noise_start != 1 or hold_noise:

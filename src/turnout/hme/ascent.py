@@ -12,7 +12,8 @@ from turnout.hme.gaussian import Gaussian
 from turnout.hme.local_errors import ERRORS
 from turnout.hme.mixture import Mixture
 from turnout.hme.paths import branch_mass, leaf_nodes
-from turnout.hme.sweep import Block, Rows, loglik, sweep
+from turnout.hme.rows import Block, Rows
+from turnout.hme.sweep import loglik, sweep
 from turnout.hme.tree import Floats
 
 
@@ -114,7 +115,8 @@ def fit_ascent(
     total, speed = float(rows.weight_N.sum()), Speed.zero(mixture)
     # the ridge counts in rows, as weights do; no step takes more than the weights themselves
     decay_P1 = np.minimum(1.0, config.learning_rate * ridge_of(config.ridge, rows.num_inputs)[:, None] / total)
-    best, values, logliks = mixture, [value(rows, mixture, config.error)], [loglik(rows, mixture)]
+    best, best_loglik = mixture, loglik(rows, mixture)
+    values, logliks = [value(rows, mixture, config.error)], [best_loglik]
     for iteration in range(config.max_iter):
         for chosen in np.array_split(random.permutation(len(rows)), max(1, len(rows) // config.batch_size)):
             block = rows.block(chosen)
@@ -124,13 +126,18 @@ def fit_ascent(
             mixture = speed.moved(mixture)
         values.append(value(rows, mixture, config.error))
         logliks.append(loglik(rows, mixture))
-        best = mixture if keep_last or values[-1] >= max(values) else best
+        if keep_last or values[-1] >= max(values):
+            best, best_loglik = mixture, logliks[-1]
         if watch is not None:
             watch(iteration + 1, values[-1] / total)
         if len(values) > 10 and abs(values[-1] - values[-11]) < config.tol * total:
             break
+    if config.error != "mixture":
+        best = with_noise(best, rows)
+        best_loglik = loglik(rows, best)
     return Fit(
-        mixture=best if config.error == "mixture" else with_noise(best, rows),
+        mixture=best,
+        loglik=best_loglik,
         loglik_path=tuple(logliks),
         objective_path=tuple(values),
         passes=len(values) - 1,

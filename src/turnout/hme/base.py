@@ -5,15 +5,13 @@ from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 import numpy as np
-from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from turnout.errors import ConfigError
 from turnout.hme.checks import (
     MOST_NEWTON_BYTES,
     Scale,
-    check_choice,
     check_experts,
     check_most_experts,
     check_newton,
@@ -23,24 +21,30 @@ from turnout.hme.checks import (
     unchanged_by_errors,
 )
 from turnout.hme.families import Family
-from turnout.hme.mixture import Mixture, new_mixture
+from turnout.hme.mixture import new_mixture
 from turnout.hme.online import Recursion, learn_rows
+from turnout.hme.reading import TableReader
+from turnout.hme.rows import Rows
 from turnout.hme.settings import solve_config
 from turnout.hme.solve import solve
-from turnout.hme.sweep import Rows, loglik
+from turnout.hme.space import NUMPY, NumpySpace
 from turnout.hme.text import tree_text
 from turnout.hme.tree import Floats, Tree
 
-PREDICT_ROWS = 65_536  # rows predicted at once
+
+def learns_on_line(estimator: Any) -> bool:
+    """Whether `partial_fit` is there: rows are learned a few at a time, which is for numpy alone."""
+    if estimator.device is not None:
+        raise AttributeError(
+            f"partial_fit learns by numpy alone, not on device={estimator.device!r}: set_params(device=None) first; "
+            "what was fitted is kept"
+        )
+    return True
 
 
-class HMEBase(BaseEstimator):
+class HMEBase(TableReader):
     """A tree of gates and experts with scikit-learn's contract; the family of the experts is left open."""
 
-    n_features_in_: int
-    mixture_: Mixture
-    scale_: Scale
-    target_scale_: Scale
     recursion_: Recursion | None
     hold_noise: int = 0  # a setting of the regressor alone: other experts have no noise
 
@@ -63,6 +67,7 @@ class HMEBase(BaseEstimator):
         batch_size: int = 32,
         forgetting: float = 0.99,
         missing: Literal["refuse", "mean"] = "refuse",
+        device: str | None = None,
         random_state: Any = None,
     ) -> None:
         self.depth = depth
@@ -80,14 +85,15 @@ class HMEBase(BaseEstimator):
         self.momentum = momentum
         self.batch_size = batch_size
         self.forgetting = forgetting
-        self.missing = missing
+        self.missing: Literal["refuse", "mean"] = missing
+        self.device = device
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Fit the tree to X (N, D) and y; rows count `sample_weight` times.
 
-        Raises: ValueError for NaN or infinite input, one class, fewer rows than experts, or a setting out of range; the
-        estimator is then as it was.
+        Raises: ValueError for NaN or infinite input, one class, fewer rows than experts, a setting out of range, or
+        a device that is not there; the estimator is then as it was.
         """
         with unchanged_by_errors(self):
             return self._fit(X, y, sample_weight)
@@ -98,8 +104,8 @@ class HMEBase(BaseEstimator):
         if not weight_N.all():
             kept_N = weight_N > 0
             x_ND, y_NT, weight_N = x_ND[kept_N], y_NT[kept_N], weight_N[kept_N]
-        rows = self._started(x_ND, y_NT, weight_N)
-        tree, config = self._tree(), solve_config(self)
+        tree, config, space = self._tree(), solve_config(self), self._space()
+        rows = self._started(x_ND, y_NT, weight_N, space)
         check_experts(len(rows), max(tree.num_leaves, 1))
         check_most_experts(self.max_experts, tree.num_leaves)
         family = self._family(y_NT.shape[1])
@@ -114,18 +120,18 @@ class HMEBase(BaseEstimator):
         step_bytes = newton_bytes(fit.mixture.tree.num_leaves, self.branching, family, rows.num_inputs)
         # what the rows taught, for `partial_fit` to go on from
         fits = step_bytes <= MOST_NEWTON_BYTES
-        self.recursion_ = Recursion.after(fit.mixture, rows, config.online) if fits else None
+        self.recursion_ = Recursion.after(fit.mixture, rows, config.online, fit.sums) if fits else None
         # densities of standardized targets, in the units of y
         unit = float(rows.weight_N.sum() * np.log(self.target_scale_.deviation_D).sum())
         self.loglik_path_ = np.array(fit.loglik_path) - unit
         self.objective_path_ = np.array(fit.objective_path) - unit
-        self.loglik_ = loglik(rows, fit.mixture) - unit
+        self.loglik_ = fit.loglik - unit
         self.n_iter_, self.n_passes_, self.converged_ = max(1, len(fit.loglik_path) - 1), fit.passes, fit.converged
         return self
 
     def apply(self, X: Any) -> Floats:
         """How responsible each expert is for each row before its target is seen: (N, L), rows sum to 1."""
-        return self._by_block(X, lambda x_PN: self.mixture_.priors(x_PN).T)
+        return self._by_block(X, lambda mixture, x_PN: mixture.priors(x_PN))
 
     def export_text(self, feature_names: Iterable[str] | None = None, target_names: Iterable[str] | None = None) -> str:
         """The tree as text: what each gate asks and what each expert says, in the inputs' own units.
@@ -139,25 +145,13 @@ class HMEBase(BaseEstimator):
             raise ValueError(f"{len(targets)} target_names for {self.mixture_.family.targets} targets")
         return tree_text(self.mixture_, self.scale_, self.target_scale_, names, targets)
 
-    def input_names(self, feature_names: Iterable[str] | None = None) -> list[str]:
-        """Names of the inputs: those given, those of the DataFrame that was fitted, or x0, x1 and so on.
-
-        Raises: ValueError for another number of names than of inputs.
-        """
-        check_is_fitted(self)
-        seen = getattr(self, "feature_names_in_", [f"x{i}" for i in range(self.n_features_in_)])
-        names = [str(name) for name in (seen if feature_names is None else feature_names)]
-        if len(names) != self.n_features_in_:
-            raise ValueError(f"{len(names)} feature_names for {self.n_features_in_} features")
-        return names
-
     def _partial_fit(self, X: Any, y: Any, sample_weight: Any, *, first: bool) -> Self:
         x_ND, weight_N = self._checked(X, sample_weight, reset=first)
         y_NT = self._targets(y, len(x_ND), reset=False)
         if not first and y_NT.shape[1] != self.mixture_.family.targets:
             raise ValueError(f"y has {y_NT.shape[1]} columns; the rows before had {self.mixture_.family.targets}")
         if first:
-            rows = self._started(x_ND, y_NT, weight_N)
+            rows = self._started(x_ND, y_NT, weight_N, NUMPY)
             family = self._family(y_NT.shape[1])
             check_newton(self._tree().num_leaves, self.branching, family, rows.num_inputs)
             self.mixture_ = new_mixture(
@@ -170,7 +164,7 @@ class HMEBase(BaseEstimator):
             check_newton(tree.num_leaves, tree.branching, self.mixture_.family, x_ND.shape[1] + 1)
         assert self.recursion_ is not None
         x_ND = self._filled(x_ND)
-        rows = self._rows(x_ND, y_NT, weight_N)
+        rows = self._rows(x_ND, y_NT, weight_N, NUMPY)
         check_size(self.scale_.standard(x_ND))
         check_size(rows.y_NT)
         self.recursion_ = learn_rows(self.recursion_, rows, solve_config(self).online)
@@ -178,47 +172,11 @@ class HMEBase(BaseEstimator):
         self.n_iter_ += 1
         return self
 
-    def _checked(self, X: Any, sample_weight: Any, *, reset: bool) -> tuple[Floats, Floats]:
-        x_ND = self._inputs(X, reset=reset)
-        weight_N = _check_sample_weight(sample_weight, x_ND, dtype=np.float64, ensure_non_negative=True)
-        return x_ND, weight_N
-
-    def _inputs(self, X: Any, *, reset: bool = False) -> Floats:
-        check_choice("missing", self.missing, ("refuse", "mean"))
-        finite = True if self.missing == "refuse" else "allow-nan"
-        return np.asarray(
-            validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite=finite), dtype=np.float64
-        )
-
-    def _started(self, x_ND: Floats, y_NT: Floats, weight_N: Floats) -> Rows:
+    def _started(self, x_ND: Floats, y_NT: Floats, weight_N: Floats, space: NumpySpace) -> Rows:
         """Sets the scales by these rows, and returns them with these."""
-        if self.missing == "mean":
-            self.fill_D_ = _means(x_ND, weight_N)
-        x_ND = self._filled(x_ND)
-        self.scale_ = Scale.of(x_ND, weight_N)
+        x_ND = self._set_input_scale(x_ND, weight_N)
         self.target_scale_ = self._target_scale(y_NT, weight_N)
-        return self._rows(x_ND, y_NT, weight_N)
-
-    def _rows(self, x_ND: Floats, y_NT: Floats, weight_N: Floats) -> Rows:
-        return Rows(x_NP=x_ND, y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N, scale=self.scale_)
-
-    def _filled(self, x_ND: Floats) -> Floats:
-        return np.where(np.isnan(x_ND), self.fill_D_, x_ND) if self.missing == "mean" else x_ND
-
-    def _by_block(self, X: Any, answer: Any) -> Floats:
-        """`answer` of (P, N) standardized inputs, gathered over blocks of rows."""
-        check_is_fitted(self)
-        x_ND = self._filled(self._inputs(X))
-        parts = (x_ND[start : start + PREDICT_ROWS] for start in range(0, len(x_ND), PREDICT_ROWS))
-        return np.concatenate([answer(self._standard(part)) for part in parts])
-
-    def standard_inputs(self, X: Any) -> Floats:
-        """X (N, D) as gates and experts read it, standardized, with the constant last: (P, N)."""
-        check_is_fitted(self)
-        return self._standard(self._filled(self._inputs(X)))
-
-    def _standard(self, x_ND: Floats) -> Floats:
-        return np.ascontiguousarray(self.scale_.with_constant(x_ND).T)
+        return self._rows(x_ND, y_NT, weight_N, space)
 
     def _tree(self) -> Tree:
         check_whole("depth", self.depth)
@@ -230,11 +188,6 @@ class HMEBase(BaseEstimator):
 
     def _random(self) -> np.random.Generator:
         return np.random.default_rng(check_random_state(self.random_state).randint(2**31))
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.allow_nan = self.missing == "mean"
-        return tags
 
     @abstractmethod
     def _targets(self, y: Any, num_rows: int, *, reset: bool) -> Floats:
@@ -248,10 +201,3 @@ class HMEBase(BaseEstimator):
 
     @abstractmethod
     def _target_names(self) -> list[str]: ...
-
-
-def _means(x_ND: Floats, weight_N: Floats) -> Floats:
-    """Weighted means of what is there in each column; 0 for a column of which nothing is."""
-    known_ND = ~np.isnan(x_ND)
-    weight_D = weight_N @ known_ND
-    return weight_N @ np.where(known_ND, x_ND, 0.0) / np.where(weight_D > 0, weight_D, 1.0)

@@ -105,7 +105,7 @@ def check_most_experts(most: object, num_experts: int) -> None:
 
 def check_choice(name: str, value: object, legal: tuple[str, ...]) -> None:
     """Raises: ValueError naming the legal values."""
-    if value not in legal:
+    if not isinstance(value, str) or value not in legal:
         raise ValueError(f"{name}={value!r} must be one of: {', '.join(legal)}")
 
 

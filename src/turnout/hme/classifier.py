@@ -4,10 +4,11 @@ from typing import Any, Self
 
 import numpy as np
 from sklearn.base import ClassifierMixin
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
-from turnout.hme.base import HMEBase
+from turnout.hme.base import HMEBase, learns_on_line
 from turnout.hme.checks import Scale, check_given, unchanged_by_errors
 from turnout.hme.families import Family, Softmax
 from turnout.hme.tree import Floats
@@ -21,13 +22,14 @@ class HMEClassifier(ClassifierMixin, HMEBase):
 
     def predict_proba(self, X: Any) -> Floats:
         """Probability of each class of `classes_`, (N, K); rows sum to 1."""
-        return self._by_block(X, lambda x_PN: self.mixture_.mean(x_PN).T)
+        return self._by_block(X, lambda mixture, x_PN: mixture.mean(x_PN))
 
     def predict(self, X: Any) -> Any:
         """The likeliest class of each row."""
         check_is_fitted(self)
         return self.classes_[self.predict_proba(X).argmax(axis=1)]
 
+    @available_if(learns_on_line)
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
         """Learn more rows on-line, by recursive Newton steps; after `fit` it goes on from the fit.
 

@@ -1,6 +1,8 @@
 """What a mixture predicts for a row: a whole distribution, with mean, variance, quantiles."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtr, ndtri, pdtr, pdtrik
@@ -38,13 +40,18 @@ class Predictive:
             below_NLO = ndtr((y_NO[:, None] - self.mean_NLO) / np.sqrt(self.variance_NLO))
         return np.einsum("nl,nlo->no", self.weight_NL, below_NLO)
 
-    def quantile(self, level: float) -> Floats:
-        """The value that `level` of the distribution lies below; returns (N, O).
+    def quantile(self, level: float | Sequence[float] | Floats) -> Floats:
+        """The value that `level` of the distribution lies below; returns (N, O), or (K, N, O) for a list of K levels.
 
-        Raises: ValueError unless level is between 0 and 1, both excluded.
+        Raises: ValueError unless every level is a number between 0 and 1, both excluded.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level={level!r} must be between 0 and 1, both excluded")
+        if np.ndim(level) == 1:
+            return np.stack([self._quantile(one) for one in np.asarray(level).tolist()])
+        return self._quantile(level)
+
+    def _quantile(self, level: Any) -> Floats:
+        if not isinstance(level, int | float | np.number) or not 0 < level < 1:
+            raise ValueError(f"level={level!r} must be between 0 and 1, both excluded, or a list of such numbers")
         # a mixture's quantile lies among those of its parts
         part_NLO = self._part_quantiles(level)
         low_NO, high_NO = part_NLO.min(axis=1), part_NLO.max(axis=1)

@@ -10,8 +10,9 @@ from turnout.errors import ConfigError
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import GAINED, climbed, newton_step
 from turnout.hme.mixture import Mixture
+from turnout.hme.rows import Rows
 from turnout.hme.space import NUMPY
-from turnout.hme.sweep import Rows, Sums, longest_move, sweep
+from turnout.hme.sweep import Sums, longest_move, sweep
 from turnout.hme.tree import Floats
 
 
@@ -46,10 +47,12 @@ class Fit:
     """A fitted mixture and the way to it."""
 
     mixture: Mixture
+    loglik: float  # of the mixture itself, in nats
     loglik_path: tuple[float, ...]  # log-likelihood before each iteration and after the last, in nats
     objective_path: tuple[float, ...]  # the same with the log prior, which EM never lowers
     passes: int  # over the rows
     converged: bool
+    sums: Sums | None = None  # of a pass over the rows at this mixture, where the solver made one
 
 
 def ridge_of(ridge: float, size: int) -> Floats:
@@ -65,8 +68,9 @@ def fit_em(
     *,
     keep_last: bool = False,
 ) -> Fit:
-    """EM from `mixture` on, in the space of `rows`; the result's arrays are numpy's. Algorithm 2, which may fall, returns the best mixture it met unless `keep_last`.
+    """EM from `mixture` on, where `rows` says; the arrays of the result are numpy's.
 
+    Algorithm 2, which may fall, returns the best mixture it met unless `keep_last`.
     `watch` is told the iteration and its objective a row. While noise is held, experts compete by squared error in one
     unit, and the wide noise of the start keeps posteriors soft: a partition of rows forms before experts that fit their
     few rows closely repel all others. Weights alone are maximised then, which is EM still, and cannot fall.
@@ -78,6 +82,7 @@ def fit_em(
     converged, held = False, config.hold_noise
     rows, asked = rows.held_for(mixture), mixture.tree
     tree, gate_G, leaf_L = asked.abreast()
+    best_loglik, best_sums = -np.inf, None
     best = mixture = mixture.renumbered(tree, gate_G, leaf_L).on(rows.space)
     for iteration in range(config.max_iter + 1):
         sums = sweep(rows, mixture, log_posteriors=config.algorithm == 2)
@@ -86,7 +91,8 @@ def fit_em(
         objectives.append(sums.loglik + mixture.log_prior(ridge_P))
         if watch is not None:
             watch(iteration, objectives[-1] / total_weight)
-        best = mixture if keep_last or objectives[-1] >= max(objectives) else best
+        if keep_last or objectives[-1] >= max(objectives):
+            best, best_loglik, best_sums = mixture, sums.loglik, sums
         # the first iteration leaves experts that are all alike, and may gain nothing by it
         gained = objectives[-1] - objectives[-2] if iteration > 1 else np.inf
         converged = abs(gained) < config.tol * total_weight
@@ -99,9 +105,17 @@ def fit_em(
         if iteration < held:
             mixture = replace(mixture, experts=replace(mixture.experts, covariance_LOO=noise_LOO))
         passes += taken
-    best = best.on(NUMPY).renumbered(asked, np.argsort(gate_G), np.argsort(leaf_L))
+    own_G, own_L = np.argsort(gate_G), np.argsort(leaf_L)
+    # those of algorithm 2 are about log posteriors
+    is_told = best_sums is not None and config.algorithm == 1
     return Fit(
-        mixture=best, loglik_path=tuple(logliks), objective_path=tuple(objectives), passes=passes, converged=converged
+        mixture=best.on(NUMPY).renumbered(asked, own_G, own_L),
+        loglik=best_loglik,
+        loglik_path=tuple(logliks),
+        objective_path=tuple(objectives),
+        passes=passes,
+        converged=converged,
+        sums=best_sums.on(NUMPY).renumbered(own_G, own_L) if is_told else None,
     )
 
 

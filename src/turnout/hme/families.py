@@ -80,6 +80,20 @@ class ExpertSums:
             square_LOO=self.square_LOO + other.square_LOO,
         )
 
+    def __getitem__(self, leaves: Any) -> "ExpertSums":
+        """Those of the experts at these leaves."""
+        return ExpertSums(
+            moments=self.moments[leaves], weight_L=self.weight_L[leaves], square_LOO=self.square_LOO[leaves]
+        )
+
+    def on(self, space: NumpySpace) -> "ExpertSums":
+        """The same in `space`."""
+        return ExpertSums(
+            moments=self.moments.on(space),
+            weight_L=space.asarray(self.weight_L),
+            square_LOO=space.asarray(self.square_LOO),
+        )
+
 
 class Family(ABC):
     """Densities of one kind. `targets` are columns of y, `outputs` linear predictors of an expert."""

@@ -9,9 +9,10 @@ over the rows to see whether it did.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from turnout.hme.algebra import pairs_in, product, solve_symmetric, stacked, unpack, weighted_grams
-from turnout.hme.space import space_of
+from turnout.hme.space import NumpySpace, space_of
 from turnout.hme.tree import Floats
 
 GAINED = 1e-12  # a model whose next step promises less than this, in nats a row, is at its maximum
@@ -34,6 +35,15 @@ class Moments:
             gradient_MPO=self.gradient_MPO + other.gradient_MPO,
             information_MCQ=self.information_MCQ + other.information_MCQ,
         )
+
+    def __getitem__(self, models: Any) -> "Moments":
+        """Those of these models, by anything that indexes an axis."""
+        return Moments(gradient_MPO=self.gradient_MPO[models], information_MCQ=self.information_MCQ[models])
+
+    def on(self, space: NumpySpace) -> "Moments":
+        """The same in `space`."""
+        gradient_MPO, information_MCQ = space.asarray(self.gradient_MPO), space.asarray(self.information_MCQ)
+        return Moments(gradient_MPO=gradient_MPO, information_MCQ=information_MCQ)
 
     def with_ridge(self, weight_MPO: Floats, ridge_P: Floats) -> "Moments":
         """The same for the objective minus half the ridge times squared weights."""

@@ -10,7 +10,8 @@ from turnout.hme.em import EMConfig, Fit, fit_em
 from turnout.hme.families import Experts
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.mixture import Mixture
-from turnout.hme.sweep import Rows, loglik, sweep
+from turnout.hme.rows import Rows
+from turnout.hme.sweep import sweep
 from turnout.hme.tree import Floats
 
 TRIALS = 3  # random gates tried for a split
@@ -35,7 +36,7 @@ def grow(
         starts = [fit_em(trial, rows, replace(config, max_iter=TRIAL_ITERATIONS)) for trial in trials]
         best = max(starts, key=lambda start: start.objective_path[-1])
         larger = joined(best, fit_em(best.mixture, rows, config, watch))
-        if criterion(larger.mixture, rows) >= criterion(fit.mixture, rows):
+        if criterion(larger, rows) >= criterion(fit, rows):
             return fit
         fit = joined(fit, larger)
     return fit
@@ -46,15 +47,15 @@ def prune(fit: Fit, rows: Rows, config: EMConfig, watch: Callable[[int, float], 
     while fit.mixture.tree.num_leaves > 1:
         leaf = int(sweep(rows, fit.mixture).experts.weight_L.argmin())
         smaller = fit_em(without(fit.mixture, leaf), rows, config, watch)
-        if criterion(smaller.mixture, rows) >= criterion(fit.mixture, rows):
+        if criterion(smaller, rows) >= criterion(fit, rows):
             return fit
         fit = joined(fit, smaller)
     return fit
 
 
-def criterion(mixture: Mixture, rows: Rows) -> float:
+def criterion(fit: Fit, rows: Rows) -> float:
     """Schwarz's information criterion: -2 log-likelihood + parameters * log(rows); less is better."""
-    return -2 * loglik(rows, mixture) + mixture.num_parameters * float(np.log(rows.weight_N.sum()))
+    return -2 * fit.loglik + fit.mixture.num_parameters * float(np.log(rows.weight_N.sum()))
 
 
 def worst_leaf(mixture: Mixture, rows: Rows) -> int:

@@ -12,8 +12,8 @@ from turnout.errors import ConfigError
 from turnout.hme.families import Poisson
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.mixture import Mixture
+from turnout.hme.rows import Block
 from turnout.hme.shares import Shares
-from turnout.hme.sweep import Block
 from turnout.hme.tree import Floats
 from turnout.registry import Table
 

@@ -16,8 +16,10 @@ from turnout.hme.families import Experts, ExpertSums
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import Moments, newton_step, safe_share, spread
 from turnout.hme.mixture import Mixture
+from turnout.hme.rows import Block, Rows
 from turnout.hme.shares import predictors
-from turnout.hme.sweep import Block, Rows, gathered, sweep
+from turnout.hme.space import NUMPY
+from turnout.hme.sweep import Sums, gathered, sweep
 from turnout.hme.tree import Floats
 from turnout.hme.workspace import Workspace
 
@@ -85,9 +87,14 @@ class Recursion:
         )
 
     @classmethod
-    def after(cls, mixture: Mixture, rows: Rows, config: OnlineConfig) -> "Recursion":
-        """The state of a mixture that was fitted to `rows`: what they tell is remembered, and they count as seen."""
-        fresh, sums = cls.start(mixture, config), sweep(rows, mixture, log_posteriors=config.gates == "log_posteriors")
+    def after(cls, mixture: Mixture, rows: Rows, config: OnlineConfig, sums: Sums | None = None) -> "Recursion":
+        """The state of a mixture that was fitted to `rows`: what they tell is remembered, and they count as seen.
+
+        `sums`: what a pass of algorithm 1 over the rows at this mixture has told already.
+        """
+        fresh, regresses = cls.start(mixture, config), config.gates == "log_posteriors"
+        if sums is None or regresses:
+            sums = sweep(rows, mixture, log_posteriors=regresses).on(NUMPY)
         return cls(
             mixture=mixture,
             expert_LCQ=fresh.expert_LCQ + sums.experts.moments.information_MCQ,

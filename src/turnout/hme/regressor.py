@@ -4,10 +4,11 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from sklearn.base import RegressorMixin
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from turnout.errors import ConfigError
-from turnout.hme.base import HMEBase
+from turnout.hme.base import HMEBase, learns_on_line
 from turnout.hme.checks import Scale, check_choice, check_given, check_positive, unchanged_by_errors
 from turnout.hme.distribution import Predictive
 from turnout.hme.families import MOST_COUNT, Family, Poisson
@@ -22,8 +23,9 @@ class HMERegressor(RegressorMixin, HMEBase):
     each expert's covariance (unit, scalar, diagonal, full), which starts at `noise_start` variances of the targets and
     stays there for the first `hold_noise` iterations of EM: with some 25 held at 0.3, many experts on smooth data find
     far better partitions than with none. `family="poisson"` takes counts. `max_experts` grows the tree, `prune` shrinks
-    it. `max_iter` None is 100 iterations, or 3 passes on-line. `batch_size` rows are learned
-    from at once by gradient and on-line.
+    it. `max_iter` None is 100 iterations, or 3 passes on-line. `batch_size` rows are learned from at once by gradient
+    and on-line. `device` None computes by numpy, 'cpu', 'cuda' or 'cuda:1' by torch in float64 there: EM and prediction,
+    not gradient and on-line learning, which are refused there; what is fitted is numpy's arrays in any case.
     Fitted: `mixture_`; `loglik_path_` (nats, before each iteration and after the last) and `loglik_` of the mixture
     itself; `objective_path_` (with the log prior of ridge and noise, which EM never lowers); `n_iter_`, `n_passes_`
     (over the rows), `converged_`.
@@ -53,13 +55,14 @@ class HMERegressor(RegressorMixin, HMEBase):
         batch_size: int = 32,
         forgetting: float = 0.99,
         missing: Literal["refuse", "mean"] = "refuse",
+        device: str | None = None,
         random_state: Any = None,
     ) -> None:
         super().__init__(
             depth, branching, solver=solver, max_iter=max_iter, tol=tol, newton_steps=newton_steps, ridge=ridge,
             n_init=n_init, max_experts=max_experts, prune=prune, error=error, learning_rate=learning_rate,
             momentum=momentum, batch_size=batch_size, forgetting=forgetting, missing=missing,
-            random_state=random_state,
+            device=device, random_state=random_state,
         )  # fmt: skip
         self.family = family
         self.noise: Literal["unit", "scalar", "diagonal", "full"] = noise
@@ -70,14 +73,14 @@ class HMERegressor(RegressorMixin, HMEBase):
         """Mean of the mixture: (N,), or (N, O) where y had columns."""
         check_is_fitted(self)
         scale = self.target_scale_
-        mean_NO = self._by_block(X, lambda x_PN: self.mixture_.mean(x_PN).T) * scale.deviation_D + scale.mean_D
+        mean_NO = self._by_block(X, lambda mixture, x_PN: mixture.mean(x_PN)) * scale.deviation_D + scale.mean_D
         return mean_NO[:, 0] if self.is_column_ else mean_NO
 
     def predict_dist(self, X: Any) -> Predictive:
         """The mixture itself, for mean, variance and quantiles of each row."""
         check_is_fitted(self)
         scale, mixture = self.target_scale_, self.mixture_
-        mean_NLO = self._by_block(X, lambda x_PN: mixture.family.mean(x_PN, mixture.experts).transpose(2, 0, 1))
+        mean_NLO = self._by_block(X, lambda mixture, x_PN: mixture.family.mean(x_PN, mixture.experts))
         mean_NLO = mean_NLO * scale.deviation_D + scale.mean_D
         is_poisson = isinstance(mixture.family, Poisson)
         variance_LO = np.diagonal(mixture.experts.covariance_LOO, axis1=1, axis2=2) * scale.deviation_D**2
@@ -88,6 +91,7 @@ class HMERegressor(RegressorMixin, HMEBase):
             is_poisson=is_poisson,
         )
 
+    @available_if(learns_on_line)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Learn more rows on-line: recursive least squares (Gaussian experts), recursive Newton steps (Poisson).
 

@@ -6,6 +6,7 @@ from turnout.errors import ConfigError
 from turnout.hme.ascent import AscentConfig
 from turnout.hme.checks import check_choice, check_positive, check_whole
 from turnout.hme.em import EMConfig
+from turnout.hme.local_errors import ERRORS
 from turnout.hme.online import OnlineConfig
 from turnout.hme.solve import SOLVERS, SolveConfig
 
@@ -18,6 +19,12 @@ def solve_config(settings: Any) -> SolveConfig:
     Raises: ValueError for a setting that is no number, out of range, or not for this solver.
     """
     check_choice("solver", settings.solver, SOLVERS)
+    check_choice("error", settings.error, tuple(ERRORS.names()))
+    if settings.device is not None and settings.solver not in ("em", "least_squares"):
+        raise ValueError(
+            f"device={settings.device!r} needs solver='em' or 'least_squares', not {settings.solver!r}, which learns "
+            "a few rows at a time and is for numpy alone (device=None)"
+        )
     check_positive("ridge", settings.ridge)
     own_iter = ONLINE_PASSES if settings.solver == "online" else MOST_ITERATIONS
     max_iter = own_iter if settings.max_iter is None else settings.max_iter

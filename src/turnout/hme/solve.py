@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,8 @@ from turnout.hme.families import Family
 from turnout.hme.growth import grow, prune
 from turnout.hme.mixture import Mixture, new_mixture
 from turnout.hme.online import OnlineConfig, Recursion, learn_rows
-from turnout.hme.sweep import Rows, loglik
+from turnout.hme.rows import Rows
+from turnout.hme.sweep import loglik
 from turnout.hme.tree import Tree
 
 SOLVERS = ("em", "least_squares", "gradient", "online")
@@ -52,16 +54,20 @@ def solve(
     tree: Tree, family: Family, rows: Rows, config: SolveConfig, random: np.random.Generator, watch: Watch | None = None
 ) -> Fit:
     """The likeliest of `restarts` fits, then grown and pruned if asked."""
-    fits = []
-    for _ in range(config.restarts):
-        start = new_mixture(tree, family, rows.y_NT.T, rows.weight_N, rows.num_inputs, random)
-        fits.append(_fitted(start, rows, config, random, watch))
-    fit = max(fits, key=lambda one: loglik(rows, one.mixture)) if len(fits) > 1 else fits[0]
+    starts = (
+        new_mixture(tree, family, rows.y_NT.T, rows.weight_N, rows.num_inputs, random) for _ in range(config.restarts)
+    )
+    # each forgotten as soon as a likelier one is there: sums of many inputs are large
+    fit = reduce(_likelier, (_fitted(start, rows, config, random, watch) for start in starts))
     # a fit has noise of its own by now, from which growth and pruning go on
     later = replace(config.em, hold_noise=0)
     if config.most_leaves:
         fit = grow(fit, rows, later, config.most_leaves, random, watch)
     return prune(fit, rows, later, watch) if config.prune else fit
+
+
+def _likelier(first: Fit, second: Fit) -> Fit:
+    return second if second.loglik > first.loglik else first
 
 
 def _fitted(start: Mixture, rows: Rows, config: SolveConfig, random: np.random.Generator, watch: Watch | None) -> Fit:
@@ -75,6 +81,6 @@ def _fitted(start: Mixture, rows: Rows, config: SolveConfig, random: np.random.G
         state = learn_rows(state, shuffled, config.online)
         path.append(loglik(rows, state.mixture))
     return Fit(
-        mixture=state.mixture, loglik_path=tuple(path), objective_path=tuple(path), passes=config.online_passes,
-        converged=False,
+        mixture=state.mixture, loglik=path[-1], loglik_path=tuple(path), objective_path=tuple(path),
+        passes=config.online_passes, converged=False,
     )  # fmt: skip

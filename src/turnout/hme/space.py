@@ -17,7 +17,7 @@ from scipy.linalg import cho_solve, cholesky
 from scipy.special import gammaln
 
 from turnout.errors import ConfigError
-from turnout.hme.tree import Floats, Ints
+from turnout.hme.tree import Floats
 
 # where an array of a shape is to stand: a space's `room`, or that of a workspace
 MakeRoom = Callable[..., Floats]
