@@ -24,7 +24,7 @@ class HMERegressor(RegressorMixin, HMEBase):
     stays there for the first `hold_noise` iterations of EM: with some 25 held at 0.3, many experts on smooth data find
     far better partitions than with none. `family="poisson"` takes counts. `max_experts` grows the tree, `prune` shrinks
     it. `max_iter` None is 100 iterations, or 3 passes on-line. `batch_size` rows are learned from at once by gradient
-    and on-line. `device` None computes by numpy, 'cpu', 'cuda' or 'cuda:1' by torch in float64 there: EM and prediction,
+    and on-line. `device` None computes by numpy, 'cpu', 'cuda' or 'cuda:1' by torch in float64: EM and prediction,
     not gradient and on-line learning, which are refused there; what is fitted is numpy's arrays in any case.
     Fitted: `mixture_`; `loglik_path_` (nats, before each iteration and after the last) and `loglik_` of the mixture
     itself; `objective_path_` (with the log prior of ridge and noise, which EM never lowers); `n_iter_`, `n_passes_`

@@ -14,7 +14,7 @@ from turnout.hme.workspace import Workspace
 
 # of the widest array of a block: smaller blocks cost more calls, larger ones leave a core's cache, and their memory is
 # given back to the system and taken from it page by page
-BLOCK_BYTES = 3 << 20
+BLOCK_BYTES = 4 << 20
 LEAST_ROWS = 128  # of a block, however wide its arrays
 # of all blocks of a fit with their products of inputs: up to this they are kept from pass to pass, else formed anew
 MOST_HELD_BYTES = 16 << 20

@@ -21,6 +21,7 @@ from turnout.hme.tree import Floats
 
 # where an array of a shape is to stand: a space's `room`, or that of a workspace
 MakeRoom = Callable[..., Floats]
+Call = Callable[..., Any]
 CACHE_LINE = 8  # numbers of eight bytes in a line of a core's cache
 # multiplications of a product from which on torch is asked for it
 LEAST_FOR_TORCH = 400_000
@@ -46,18 +47,35 @@ def room(*shape: int) -> Floats:
 class NumpySpace:
     """Arrays of numpy; `TorchSpace` stands in for it where they are tensors."""
 
-    add, subtract, multiply = staticmethod(np.add), staticmethod(np.subtract), staticmethod(np.multiply)
-    exp, log, log1p = staticmethod(np.exp), staticmethod(np.log), staticmethod(np.log1p)
-    sqrt, reciprocal = staticmethod(np.sqrt), staticmethod(np.reciprocal)
-    minimum, maximum, where = staticmethod(np.minimum), staticmethod(np.maximum), staticmethod(np.where)
-    isfinite, gammaln = staticmethod(np.isfinite), staticmethod(gammaln)
+    add: Call = staticmethod(np.add)
+    subtract: Call = staticmethod(np.subtract)
+    multiply: Call = staticmethod(np.multiply)
+    exp: Call = staticmethod(np.exp)
+    log: Call = staticmethod(np.log)
+    log1p: Call = staticmethod(np.log1p)
+    sqrt: Call = staticmethod(np.sqrt)
+    reciprocal: Call = staticmethod(np.reciprocal)
+    minimum: Call = staticmethod(np.minimum)
+    maximum: Call = staticmethod(np.maximum)
+    where: Call = staticmethod(np.where)
+    isfinite: Call = staticmethod(np.isfinite)
+    gammaln: Call = staticmethod(gammaln)
+    einsum: Call = staticmethod(np.einsum)
+    concatenate: Call = staticmethod(np.concatenate)
+    ascontiguousarray: Call = staticmethod(np.ascontiguousarray)
+    eye: Call = staticmethod(np.eye)
+    zeros: Call = staticmethod(np.zeros)
+    zeros_like: Call = staticmethod(np.zeros_like)
+    empty: Call = staticmethod(np.empty)
+    room: Call = staticmethod(room)
+    cholesky: Call = staticmethod(np.linalg.cholesky)
+    inv: Call = staticmethod(np.linalg.inv)
+    eigh: Call = staticmethod(np.linalg.eigh)
     # over one axis or several, which hold at least one number
-    max, min = staticmethod(np.max), staticmethod(np.min)
-    einsum, concatenate = staticmethod(np.einsum), staticmethod(np.concatenate)
-    eye, zeros, zeros_like = staticmethod(np.eye), staticmethod(np.zeros), staticmethod(np.zeros_like)
-    ascontiguousarray = staticmethod(np.ascontiguousarray)
-    room, empty = staticmethod(room), staticmethod(np.empty)
-    cholesky, inv, eigh = staticmethod(np.linalg.cholesky), staticmethod(np.linalg.inv), staticmethod(np.linalg.eigh)
+    max: Call = staticmethod(np.max)
+    min: Call = staticmethod(np.min)
+
+    holds_rows = False  # whether rows are worth keeping even without their products, since the way here is long
 
     def block_bytes(self, usual: int) -> int:
         """How large the widest array of a block of rows is to be; `usual`: what suits a core's cache."""
@@ -66,8 +84,6 @@ class NumpySpace:
     def most_held_bytes(self, usual: int) -> int:
         """How much of the rows may be kept from pass to pass; `usual`: what suits a host."""
         return usual
-
-    holds_rows = False  # whether rows are worth keeping here even without their products, since the way is long
 
     def asarray(self, array: Any) -> Floats:
         """The same numbers here; the array itself if it is here."""
