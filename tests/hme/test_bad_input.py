@@ -70,6 +70,8 @@ def test_separable_classes_give_a_finite_fit(ridge: float, steps: int) -> None:
         ({"noise": "huge"}, X, Y, "must be one of: unit, scalar, diagonal, full"),
         ({"solver": "magic"}, X, Y, "must be one of: em, least_squares, gradient, online"),
         ({"error": "magic"}, X, Y, "error='magic' must be one of: competition, cooperation, mixture"),
+        ({"error": ["mixture"]}, X, Y, r"error=\['mixture'\] must be one of: competition, cooperation, mixture"),
+        ({"solver": ["em"]}, X, Y, r"solver=\['em'\] must be one of: em"),
         ({"ridge": -1.0}, X, Y, "ridge=-1.0 must be a finite number of at least 0"),
         ({"family": "poisson"}, X, Y, "needs one column of counts, none below 0"),
         ({"missing": "guess"}, X, Y, "must be one of: refuse, mean"),

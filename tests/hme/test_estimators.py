@@ -14,6 +14,9 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from turnout.hme import HMEClassifier, HMERegressor
+from turnout.hme.online import OnlineConfig, Recursion
+from turnout.hme.space import NUMPY
+from turnout.hme.sweep import loglik
 
 
 @parametrize_with_checks(
@@ -99,8 +102,32 @@ def test_a_predictive_distribution_agrees_with_itself() -> None:
         np.testing.assert_allclose(predicted.cdf(predicted.quantile(level)), level, rtol=1e-9)
     assert (predicted.quantile(0.9) > predicted.quantile(0.1)).all()
     assert (predicted.variance > 0).all()
-    with pytest.raises(ValueError, match=r"level=1\.5 must be between 0 and 1"):
-        predicted.quantile(1.5)
+    for level in (1.5, [0.5, 1.5], "0.5", None, [[0.5]], ["a"]):
+        with pytest.raises(ValueError, match=r"level=.* must be between 0 and 1"):
+            predicted.quantile(level)  # pyright: ignore[reportArgumentType]
+
+
+def test_quantiles_of_several_levels_stand_one_after_the_other() -> None:
+    x_ND, y_N = _bent()
+    predicted = HMERegressor(1, max_iter=5, random_state=0).fit(x_ND, y_N).predict_dist(x_ND[:7])
+    levels = [0.1, 0.5, 0.9]
+    want = np.stack([predicted.quantile(level) for level in levels])
+    assert want.shape == (3, 7, 1)
+    np.testing.assert_array_equal(predicted.quantile(levels), want)
+    np.testing.assert_array_equal(predicted.quantile(np.array(levels)), want)
+
+
+def test_what_a_fit_says_last_is_of_the_mixture_it_keeps() -> None:
+    """Without further passes: the likelihood and what `partial_fit` goes on from are those of passes made anew."""
+    x_ND, y_N = _bent()
+    for solver in ("em", "least_squares", "gradient", "online"):
+        fitted = HMERegressor(2, solver=solver, max_iter=6, tol=0, random_state=0, n_init=2).fit(x_ND, y_N)
+        rows = fitted._rows(x_ND, y_N[:, None], np.ones(len(y_N)), NUMPY)
+        unit = len(y_N) * np.log(fitted.target_scale_.deviation_D).sum()
+        assert fitted.loglik_ == pytest.approx(loglik(rows, fitted.mixture_) - unit, rel=1e-12)
+        again = Recursion.after(fitted.mixture_, rows, OnlineConfig(forgetting=0.99))
+        np.testing.assert_allclose(fitted.recursion_.expert_LCQ, again.expert_LCQ, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(fitted.recursion_.gate_GCQ, again.gate_GCQ, rtol=1e-9, atol=1e-9)
 
 
 def test_counts_are_predicted_by_their_rate_and_quantiles_are_counts() -> None:

@@ -53,6 +53,15 @@ def test_a_fit_ends_in_one_line_of_json_and_a_page_that_needs_nothing(
     assert _stands_alone(text)
 
 
+def test_a_device_is_a_setting_and_one_that_is_not_there_is_refused(fit_hme: Turnout, table: Path) -> None:
+    fits = [fit_hme(str(table), "--target", "size", "--json", *device) for device in ([], ["--device", "cpu"])]
+    assert [done.code for done in fits] == [0, 0]
+    assert fits[0].last["log_likelihood"] == pytest.approx(fits[1].last["log_likelihood"], rel=1e-9)
+    done = fit_hme(str(table), "--target", "size", "--device", "abacus")
+    assert done.code == 1
+    assert "device='abacus' must be None (numpy), 'cpu', 'cuda' or 'cuda:1'" in done.message
+
+
 def test_noise_that_is_held_is_a_setting(fit_hme: Turnout, table: Path) -> None:
     fits = [
         fit_hme(str(table), "--target", "size", "--depth", "3", "--max-iter", "12", "--json", *settings)

@@ -50,7 +50,7 @@ class Predictive:
         return self._quantile(level)
 
     def _quantile(self, level: Any) -> Floats:
-        if not isinstance(level, int | float | np.number) or not 0 < level < 1:
+        if not isinstance(level, float | np.floating) or not 0 < level < 1:
             raise ValueError(f"level={level!r} must be between 0 and 1, both excluded, or a list of such numbers")
         # a mixture's quantile lies among those of its parts
         part_NLO = self._part_quantiles(level)

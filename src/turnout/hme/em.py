@@ -107,7 +107,7 @@ def fit_em(
         passes += taken
     own_G, own_L = np.argsort(gate_G), np.argsort(leaf_L)
     # those of algorithm 2 are about log posteriors
-    is_told = best_sums is not None and config.algorithm == 1
+    told = None if best_sums is None or config.algorithm == 2 else best_sums.on(NUMPY).renumbered(own_G, own_L)
     return Fit(
         mixture=best.on(NUMPY).renumbered(asked, own_G, own_L),
         loglik=best_loglik,
@@ -115,7 +115,7 @@ def fit_em(
         objective_path=tuple(objectives),
         passes=passes,
         converged=converged,
-        sums=best_sums.on(NUMPY).renumbered(own_G, own_L) if is_told else None,
+        sums=told,
     )
 
 

@@ -73,12 +73,11 @@ class ExpertSums:
     weight_L: Floats
     square_LOO: Floats
 
-    def __add__(self, other: "ExpertSums") -> "ExpertSums":
-        return ExpertSums(
-            moments=self.moments + other.moments,
-            weight_L=self.weight_L + other.weight_L,
-            square_LOO=self.square_LOO + other.square_LOO,
-        )
+    def __iadd__(self, other: "ExpertSums") -> "ExpertSums":
+        moments = self.moments
+        moments += other.moments
+        weight_L, square_LOO = self.weight_L + other.weight_L, self.square_LOO + other.square_LOO
+        return ExpertSums(moments=moments, weight_L=weight_L, square_LOO=square_LOO)
 
     def __getitem__(self, leaves: Any) -> "ExpertSums":
         """Those of the experts at these leaves."""

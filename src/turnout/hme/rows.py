@@ -49,12 +49,12 @@ class Rows:
         x_NP, y_NT, weight_N = self.x_NP[row_N], self.y_NT[row_N], self.weight_N[row_N]
         return Rows(x_NP=x_NP, y_NT=y_NT, weight_N=weight_N, scale=self.scale, work=Workspace(self.space))
 
-    def parts(self, widest: int) -> Iterator[slice]:
+    def parts(self, widest: int, least: int = LEAST_ROWS) -> Iterator[slice]:
         """Slices of rows, all but the last alike: an array of `widest` numbers a row takes `block_bytes` at most.
 
-        Unless that were fewer than LEAST_ROWS.
+        Unless that were fewer than `least`.
         """
-        most = max(LEAST_ROWS, self.space.block_bytes(BLOCK_BYTES) // (8 * max(1, widest)))
+        most = max(least, self.space.block_bytes(BLOCK_BYTES) // (8 * max(1, widest)))
         alike = -(-len(self) // max(1, -(-len(self) // most)))
         step = max(1, -(-alike // CACHE_LINE) * CACHE_LINE)
         return (slice(start, start + step) for start in range(0, len(self), step))
@@ -86,7 +86,10 @@ class Rows:
         expert = tree.num_leaves * max(1, outputs, curvatures)
         gate = tree.num_gates * tree.branching * max(2, tree.branching - 1) // 2
         widest = max(_pairs_held(size), size, expert, tree.child_GB.size, gate)
-        return (self.block(part) for part in self.parts(widest))
+        # of many classes sums are far larger than a block: as many rows as pairs of inputs take no more memory
+        wide = _pairs_held(size)
+        least = max(LEAST_ROWS, min(wide, BLOCK_BYTES // (8 * max(1, wide))))
+        return (self.block(part) for part in self.parts(widest, least))
 
 
 def _pairs_held(inputs: int) -> int:

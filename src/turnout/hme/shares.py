@@ -1,8 +1,9 @@
 """Softmax over branches, for gates and for experts alike: shares, and the sums their Newton steps need."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from turnout.hme.algebra import pairs, pairs_in, product
+from turnout.hme.algebra import product
 from turnout.hme.glim import Slopes
 from turnout.hme.space import MakeRoom, space_of
 from turnout.hme.tree import Floats
@@ -71,8 +72,8 @@ def softmax_slopes(
     mass_MON: Floats,
     total_M1N: Floats,
     *,
-    score_MON: Floats | None = None,
-    curvature_M1N: Floats | None = None,
+    score_MON: Any = None,
+    curvature_M1N: Any = None,
     make: MakeRoom | None = None,
 ) -> Slopes:
     """Slopes of M softmax models; gates and softmax experts are both such.
@@ -82,14 +83,25 @@ def softmax_slopes(
     Source: Jordan & Jacobs 1994, appendix A (IRLS); the whole Hessian, not its diagonal blocks.
     """
     space = space_of(share_MON)
-    weighted_MON = space.multiply(total_M1N, share_MON, out=(make or space.room)(*share_MON.shape))
+    make = make or space.room
+    weighted_MON = space.multiply(total_M1N, share_MON, out=make(*share_MON.shape))
     score_MON = space.subtract(mass_MON, weighted_MON, out=score_MON)
     if share_MON.shape[1] == 1:
         curvature_M1N = space.subtract(1.0, share_MON, out=curvature_M1N)
         curvature_M1N *= weighted_MON
         return Slopes(score_MON=score_MON, curvature_MCN=curvature_M1N)
-    first_C, second_C = pairs(share_MON.shape[1])
-    o_C, r_C = pairs_in(space, share_MON.shape[1])
-    is_same_C1 = space.asarray((first_C == second_C)[:, None].astype(float))
-    curvature_MCN = weighted_MON[:, o_C] * (is_same_C1 - share_MON[:, r_C])
-    return Slopes(score_MON=score_MON, curvature_MCN=curvature_MCN)
+    return Slopes(score_MON=score_MON, curvature_MCN=_curvatures(share_MON, weighted_MON, make))
+
+
+def _curvatures(share_MON: Floats, weighted_MON: Floats, make: MakeRoom) -> Floats:
+    """Of all pairs of branches o <= r, each written once: of 150 classes they are the widest array by far."""
+    space, (models, outputs, num_rows) = space_of(share_MON), share_MON.shape
+    curvature_MCN = make(models, outputs * (outputs + 1) // 2, num_rows)
+    rest_MON, less_MON, start = 1.0 - share_MON, -weighted_MON, 0
+    for output in range(outputs):
+        end = start + outputs - output
+        space.multiply(weighted_MON[:, output], rest_MON[:, output], out=curvature_MCN[:, start])
+        pair_M1N, others_MRN = less_MON[:, output, None], share_MON[:, output + 1 :]
+        space.multiply(pair_M1N, others_MRN, out=curvature_MCN[:, start + 1 : end])
+        start = end
+    return curvature_MCN

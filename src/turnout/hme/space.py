@@ -117,7 +117,7 @@ class NumpySpace:
         torch.mm(torch.from_numpy(left_EP), torch.from_numpy(right_PN), out=torch.from_numpy(out_EN))
         return out_EN
 
-    def solutions(self, unit_MPP: Floats, right_MPO: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+    def solutions(self, unit_MPP: Floats, right_MPO: Floats) -> tuple[Any, NDArray[np.bool_]]:
         """Of systems with unit diagonals, and which of them were regular; what the others have is no solution."""
         if unit_MPP.shape[1] >= LARGE_SYSTEM:
             return _in_turn(unit_MPP, right_MPO)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
-from operator import add
+from operator import iadd
 
 import numpy as np
 
@@ -29,10 +29,11 @@ class Sums:
     gates: Moments
     experts: ExpertSums
 
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(
-            loglik=self.loglik + other.loglik, gates=self.gates + other.gates, experts=self.experts + other.experts
-        )
+    def __iadd__(self, other: "Sums") -> "Sums":
+        gates, experts = self.gates, self.experts
+        gates += other.gates
+        experts += other.experts
+        return Sums(loglik=self.loglik + other.loglik, gates=gates, experts=experts)
 
     def on(self, space: NumpySpace) -> "Sums":
         """The same in `space`."""
@@ -56,7 +57,7 @@ def sweep(rows: Rows, believed: Mixture, at: Mixture | None = None, *, log_poste
 def gathered(blocks: Iterable[Block], believed: Mixture, at: Mixture, *, log_posteriors: bool, work: Workspace) -> Sums:
     """`sweep` of these blocks, of which there is at least one."""
     sums = (_block_sums(block, believed, at, log_posteriors=log_posteriors, work=work) for block in blocks)
-    total = reduce(add, sums)
+    total = reduce(iadd, sums)
     return replace(total, experts=at.family.coloured(total.experts, at.experts))
 
 

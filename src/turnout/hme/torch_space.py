@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from turnout.errors import ConfigError
-from turnout.hme.space import DEVICES, RANK_TOLERANCE, NumpySpace
+from turnout.hme.space import DEVICES, RANK_TOLERANCE, Call, NumpySpace
 
 MOST_BLOCK_BYTES = 1 << 30  # of the widest array of a block on a GPU, whose calls cost more than its cache saves
 BLOCK_SHARE, HELD_SHARE = 64, 2  # such an array is at most this part of a GPU's memory, held rows of what is free
@@ -48,13 +48,21 @@ def named(device: Any) -> NumpySpace:
 class TorchSpace:
     """Stands in for `NumpySpace`, whose names it has, in numpy's meaning."""
 
-    add, multiply, exp, log, log1p = (
-        staticmethod(one) for one in (torch.add, torch.multiply, torch.exp, torch.log, torch.log1p)
-    )
-    sqrt, reciprocal, where = (staticmethod(one) for one in (torch.sqrt, torch.reciprocal, torch.where))
-    isfinite, gammaln, zeros_like = (staticmethod(one) for one in (torch.isfinite, torch.lgamma, torch.zeros_like))
-    concatenate = staticmethod(torch.concatenate)
-    cholesky, inv, eigh = (staticmethod(one) for one in (torch.linalg.cholesky, torch.linalg.inv, torch.linalg.eigh))
+    add: Call = staticmethod(torch.add)
+    multiply: Call = staticmethod(torch.multiply)
+    exp: Call = staticmethod(torch.exp)
+    log: Call = staticmethod(torch.log)
+    log1p: Call = staticmethod(torch.log1p)
+    sqrt: Call = staticmethod(torch.sqrt)
+    reciprocal: Call = staticmethod(torch.reciprocal)
+    where: Call = staticmethod(torch.where)
+    isfinite: Call = staticmethod(torch.isfinite)
+    zeros_like: Call = staticmethod(torch.zeros_like)
+    concatenate: Call = staticmethod(torch.concatenate)
+    gammaln: Call = staticmethod(torch.lgamma)
+    cholesky: Call = staticmethod(torch.linalg.cholesky)
+    inv: Call = staticmethod(torch.linalg.inv)
+    eigh: Call = staticmethod(torch.linalg.eigh)
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -95,9 +103,10 @@ class TorchSpace:
 
     @staticmethod
     def subtract(left: Tensor | float, right: Tensor, out: Tensor | None = None) -> Tensor:
-        # torch takes a number on the right alone; a tensor of one number stays on the host
-        first = left if isinstance(left, Tensor) else torch.tensor(left, dtype=torch.float64)
-        return torch.subtract(first, right, out=out)
+        if isinstance(left, Tensor):
+            return torch.subtract(left, right, out=out)
+        # torch takes a number on the right alone
+        return torch.neg(right, out=out).add_(left)
 
     @staticmethod
     def maximum(left: Tensor, right: Tensor | float, out: Tensor | None = None) -> Tensor:
