@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu_times import LAYERS, Layer
 from turnout.bench.experts_race import drawn_assignment
 from turnout.kernels import Weights
-from turnout.kernels.gpu import launcher, proof_failure
+from turnout.kernels.gpu import gates_failure, launcher, proof_failure
 from turnout.kernels.gpu.configs import FEW_ROWS, MANY_ROWS, Config
 
 PROOFS = (
@@ -29,7 +29,7 @@ def jobs() -> list[str]:
     """What `build` takes."""
     configs = {"many": MANY_ROWS, "few": FEW_ROWS}
     found = [f"{name}/{kind}/{i}" for kind, rows in configs.items() for name in LAYERS for i in range(len(rows))]
-    return found + [f"proof/{name}" for name in PROOFS]
+    return found + [f"proof/{name}" for name in PROOFS] + [f"gates/{number}" for number in range(4)]
 
 
 def build_all(script: Path, *, most_s: float) -> dict[str, Any]:
@@ -61,6 +61,11 @@ def build(job: str) -> None:
     if name == "proof":
         kind, dtype = rest.split()
         failure = proof_failure(kind, getattr(torch, dtype), torch.device("cuda"))
+        if failure:
+            raise RuntimeError(failure)
+        return
+    if name == "gates":
+        failure = gates_failure(torch.device("cuda"), int(rest) >= 2, int(rest) % 2 == 1)
         if failure:
             raise RuntimeError(failure)
         return

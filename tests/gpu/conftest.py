@@ -9,7 +9,8 @@ import pytest
 import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = [] if INTERPRETING or torch.cuda.is_available() else ["test_fused_triton.py"]
+WITH_KERNELS = ["test_fused_triton.py", "test_triton_gates.py"]
+collect_ignore = [] if INTERPRETING or torch.cuda.is_available() else WITH_KERNELS
 
 if INTERPRETING:
     from triton.runtime import interpreter

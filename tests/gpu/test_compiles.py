@@ -1,5 +1,6 @@
 """Every launch of the layers of docs/gpu.md, compiled for compute capability 9.0 where there need be no GPU."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from turnout.kernels import Weights
-from turnout.kernels.gpu import configs, launcher
+from turnout.kernels.gpu import chooser, configs, launcher
 from turnout.kernels.gpu.configs import Config
 
 pytestmark = [
@@ -41,7 +42,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Built:
     def type_of(value: Any) -> str:
         if isinstance(value, torch.Tensor):
             return POINTERS[value.dtype]
-        return "i32" if isinstance(value, int) else f"tensordesc<bf16{list(value.block_shape)}>"
+        if isinstance(value, int | float):
+            return "i32" if isinstance(value, int) else "fp32"
+        return f"tensordesc<bf16{list(value.block_shape)}>"
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
         options = {name: named.pop(name) for name in OPTIONS & named.keys()}
@@ -104,3 +107,22 @@ def test_few_rows_fit_too(config: Config, built: Built) -> None:
     launch_all("fine-grained", config, num_tokens=16, train=False)
     assert {"up_kernel", "rows_kernel", "combine_kernel"} <= {kernel for kernel, _ in built}
     assert all(compiled.metadata.shared <= MOST_SHARED for compiled in built.values())
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_routers_kernels_compile_and_hold_a_row_in_registers(layer: str, sigmoid: bool, built: Built) -> None:
+    _, _, num_experts, top_k = LAYERS[layer]
+    with torch.device("meta"):
+        logits_RE, token_R = torch.empty(4096, num_experts), torch.empty(4096, dtype=torch.int64)
+        weight_N = torch.empty(4096 * top_k)
+    gate = chooser().Gate(k=top_k, sigmoid=sigmoid, renormalize=True, scale=1.0)
+    chosen, count_BE = chooser().choose(logits_RE, token_R, logits_RE[0] if sigmoid else None, gate)
+    chooser().choose_backward(logits_RE, *chosen[:3], chosen.scores_RE, weight_N, gate)
+    order = importlib.import_module("turnout.kernels.gpu.order")
+    rest = {"num_tokens": 4096, "num_experts": num_experts, "rows": 128, "top_k": top_k}
+    order.sort(chosen.expert_N, chosen.token_N, None, **rest, count_BE=count_BE)
+    names = {kernel for kernel, _ in built}
+    assert names == {"choose_kernel", "choose_grad_kernel", "before_kernel", "start_kernel", "counted_kernel"}
+    for (kernel, _), compiled in built.items():
+        assert compiled.metadata.shared <= 8 << 10, (kernel, compiled.metadata.shared)

@@ -1,4 +1,4 @@
-"""Triton's kernels for the experts of a layer on a GPU: loaded when asked for, proven there, only then trusted."""
+"""Triton's kernels for router and experts of a layer on a GPU: loaded when asked for, proven there, then trusted."""
 
 import functools
 import hashlib
@@ -33,6 +33,19 @@ def device_failure(device: torch.device) -> str:
 def proof_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
     """Why the kernels of such experts are not trusted there, or nothing; the first call on a machine takes a while."""
     return importlib.import_module("turnout.kernels.gpu.proof").prove_once(kind, dtype, device)
+
+
+@functools.cache
+def gates_failure(device: torch.device, sigmoid: bool, renormalize: bool) -> str:
+    """Why the kernels of such a router are not trusted there, or nothing; the first call on a machine takes a while."""
+    gate = chooser().Gate(k=1, sigmoid=sigmoid, renormalize=renormalize, scale=2.5)
+    return importlib.import_module("turnout.kernels.gpu.gates_proof").prove_once(gate, device)
+
+
+@functools.cache
+def chooser() -> ModuleType:
+    """The module that calls the kernels of a router; as `launcher`."""
+    return importlib.import_module("turnout.kernels.gpu.choose")
 
 
 @functools.cache

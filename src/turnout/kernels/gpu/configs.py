@@ -126,3 +126,8 @@ def candidates(num_assignments: int, num_experts: int, dtype: torch.dtype) -> tu
     if per_expert <= 16:
         return FEW_ROWS
     return SOME_ROWS if per_expert <= 128 else MANY_ROWS
+
+
+def counted_rows(k: int) -> int:
+    """Rows of logits, each with k choices, whose choices are counted together: up to 256 choices and 64 rows."""
+    return min(64, 1 << ((256 // k).bit_length() - 1))

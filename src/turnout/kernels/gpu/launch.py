@@ -27,6 +27,7 @@ def forward(
     *,
     top_k: int,
     keep: bool,
+    count_BE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Routes]:
     """y_TD; what was before the activation, (N, G), or nothing without `keep`; and the routes. All is contiguous."""
     routes = sort(
@@ -37,6 +38,7 @@ def forward(
         num_experts=len(weights.up_EDG),
         rows=config.rows,
         top_k=top_k,
+        count_BE=count_BE,
     )
     num_experts, hidden, dim = weights.down_EFD.shape
     num, width = len(weight_N), weights.up_EDG.shape[2]
