@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_fp8
 from benchmarks.gpu_times import LAYERS, Layer
 from turnout.bench.experts_race import drawn_assignment
 from turnout.kernels import Weights
@@ -27,7 +28,7 @@ PROOFS = (
 
 def jobs() -> list[str]:
     """What `build` takes."""
-    configs = {"many": MANY_ROWS, "few": FEW_ROWS}
+    configs = {"many": MANY_ROWS, "few": FEW_ROWS, **gpu_fp8.CONFIGS}
     found = [f"{name}/{kind}/{i}" for kind, rows in configs.items() for name in LAYERS for i in range(len(rows))]
     return found + [f"proof/{name}" for name in PROOFS] + [f"gates/{number}" for number in range(4)]
 
@@ -70,6 +71,10 @@ def build(job: str) -> None:
             raise RuntimeError(failure)
         return
     rows, _, index = rest.partition("/")
+    if rows in gpu_fp8.CONFIGS:
+        num_tokens = 16 if rows == "codes-few" else 2048
+        gpu_fp8.build(LAYERS[name], gpu_fp8.CONFIGS[rows][int(index)], num_tokens)
+        return
     is_few = rows == "few"
     _launch(LAYERS[name], (FEW_ROWS if is_few else MANY_ROWS)[int(index)], 16 if is_few else 2048, train=not is_few)
 

@@ -11,22 +11,24 @@ from types import ModuleType
 import torch
 
 LEAST_CAPABILITY = (8, 0)  # of which every dtype here has matrix units
+CODES_CAPABILITY = (8, 9)  # and 8-bit floating point too
 MOST_EXPERTS = 1024  # one program adds up their counts
 
 
-def device_failure(device: torch.device) -> str:
-    """Why no kernel of Triton runs there, or nothing."""
+def device_failure(device: torch.device, name: str = "fused_triton", least: tuple[int, int] = LEAST_CAPABILITY) -> str:
+    """Why no kernel of Triton that wants such a capability runs there, or nothing; `name`: who wants to know."""
     if device.type != "cuda":
         is_interpreted = device.type == "cpu" and is_interpreting()
-        return _triton_failure() if is_interpreted else f"fused_triton computes on CUDA, not on {device.type}"
+        return _triton_failure(name) if is_interpreted else f"{name} computes on CUDA, not on {device.type}"
     if not torch.cuda.is_available():
-        return "fused_triton computes on CUDA, and torch finds no such device here"
+        return f"{name} computes on CUDA, and torch finds no such device here"
     if torch.version.hip:
-        return "fused_triton is written for NVIDIA's GPUs and was never tried on others"
+        return f"{name} is written for NVIDIA's GPUs and was never tried on others"
     capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
-        return f"fused_triton needs compute capability 8.0 or later; this device has {'.'.join(map(str, capability))}"
-    return _triton_failure()
+    if capability < least:
+        wanted, there = (".".join(map(str, each)) for each in (least, capability))
+        return f"{name} needs compute capability {wanted} or later; this device has {there}"
+    return _triton_failure(name)
 
 
 @functools.cache
@@ -49,6 +51,18 @@ def chooser() -> ModuleType:
 
 
 @functools.cache
+def codes_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
+    """As `proof_failure`, of experts in 8-bit floating point; `dtype` is that of the tokens."""
+    return importlib.import_module("turnout.kernels.gpu.fp8_proof").prove_once(kind, dtype, device)
+
+
+@functools.cache
+def codes_launcher() -> ModuleType:
+    """The module that calls the kernels of experts in 8-bit floating point; as `launcher`."""
+    return importlib.import_module("turnout.kernels.gpu.fp8_launch")
+
+
+@functools.cache
 def launcher() -> ModuleType:
     """The module that calls the kernels; it imports Triton, which not every installation has."""
     return importlib.import_module("turnout.kernels.gpu.launch")
@@ -66,7 +80,7 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_failure() -> str:
+def _triton_failure(name: str) -> str:
     if importlib.util.find_spec("triton") is None:
-        return "fused_triton needs Triton, which torch brings along where it is built for CUDA: pip install triton"
+        return f"{name} needs Triton, which torch brings along where it is built for CUDA: pip install triton"
     return ""
