@@ -31,7 +31,8 @@ from turnout.plan.nanotron import nanotron_cases
 from turnout.plan.parameters import Parameters, fitted
 from turnout.plan.predict import answer_of_step
 from turnout.plan.row_machine import cluster_of
-from turnout.plan.rows import job_of, precision_of
+from turnout.plan.row_words import precision_of
+from turnout.plan.rows import job_of
 from turnout.plan.shapes import SHAPES
 from turnout.plan.time import step_time
 from turnout.strategy import Strategy

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,13 @@ from turnout.placement import Placement
 from turnout.routers import DeepSeekV3, ExpertChoice, TopK, TopP
 
 DIM, HIDDEN = 6, 5
+# ep, etp and r of four ranks
+LAYOUTS = (
+    *((4, 1, parts) for parts in (-1, 0)),
+    *((2, 2, parts) for parts in (0, 1, 2)),
+    *((1, 4, parts) for parts in (0, 1, 2, 4)),
+    *((2, 1, parts) for parts in (-1, 0)),
+)
 UNEVEN, EMPTY = (5, 7, 3, 6), (5, 0, 3, 6)
 PROGRAMS = ("flat", "hierarchical", "node_dedup", "rank_dedup", "coordinated")
 VOCAB, LENGTH = 50, 10
@@ -155,6 +163,16 @@ def adaptive_cases() -> Iterator[LayerCase]:
         yield replace(sliced, ep=1, backend="auto", dtype=torch.float32)
     yield LayerCase(adaptive_r=0, num_experts=6, local=2)
     yield LayerCase(adaptive_r=0, ep=2, tokens=(0, 0, 0, 0))
+
+
+def crossed_cases() -> Iterator[LayerCase]:
+    """Everything with everything: layouts and r, programs, chunks, ragged and padded, one node and two."""
+    for (ep, etp, parts), program, overlap, local in product(LAYOUTS, PROGRAMS, (1, 2, 4, 8), (2, 4)):
+        case = LayerCase(ep=ep, etp=etp, adaptive_r=parts, program=program, overlap=overlap, local=local, hidden=8)
+        # experts that ranks do not divide, and ranks with fewer tokens than chunks
+        case = replace(case, num_experts=6 if overlap == 4 else 8, tokens=(11, 0, 3, 6))
+        yield case
+        yield replace(case, capacity=FixedCapacity(factor=1.0), backend="padded_bmm")
 
 
 def placed_cases() -> Iterator[LayerCase]:

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.distributed import _symmetric_memory
 
 from tests.distributed.agreements import agreements
-from tests.distributed.cases import PROGRAMS as PROGRAM_NAMES
 from tests.distributed.cases import (
+    LAYOUTS,
     LayerCase,
     TrainCase,
     build,
     by_world,
     config_of,
+    crossed_cases,
     cuts_of,
     decoder,
     inputs_of,
@@ -38,6 +39,7 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
+from tests.distributed.cases import PROGRAMS as PROGRAM_NAMES
 from tests.distributed.held import Held
 from tests.distributed.reshard import reshard
 from tests.distributed.runs import run_part
@@ -47,7 +49,7 @@ from turnout.comm.kernel_count import Connection, received
 from turnout.comm.ledger import Kind, Phase
 from turnout.comm.processes import start_ranks
 from turnout.contracts import ExpertCall
-from turnout.dispatch import plan_dispatch
+from turnout.dispatch import Dropless, FixedCapacity, plan_dispatch
 from turnout.errors import TransportError
 from turnout.models import Decoder
 from turnout.parallel import ExpertParallel, Parallel, Shards, apply, check_replicas, reduce_gradients
@@ -174,14 +176,32 @@ def run_many(world: World, folder: Path) -> None:
     torch.save(run_random(world, MANY_PASSES), folder / f"rank-{world.rank}.pt")
 
 
+def run_crossed(world: World, folder: Path) -> None:
+    """Every layout with every program, number of chunks and packing."""
+    found = {}
+    for case in crossed_cases():
+        found[case.name] = run_layer(case, replace(world, local_size=case.local))
+    torch.save(found, folder / f"rank-{world.rank}.pt")
+
+
 def run_random(world: World, steps: int) -> Outcome:
-    """Passes with random programs and token counts, often zero; returns the worst errors against this rank alone."""
+    """Passes with random layouts, programs, chunks and token counts, often zero; returns the worst errors against this
+    rank alone."""
     worst_y = worst_grad = 0.0
     for step in range(steps):
         draw = random.Random(step)
+        ep, etp, parts = draw.choice(LAYOUTS)
+        capacity = draw.choice((Dropless(), FixedCapacity(factor=1.0)))
         case = LayerCase(
+            ep=ep,
+            etp=etp,
+            adaptive_r=parts,
+            hidden=8,
+            overlap=draw.choice((1, 1, 2, 4, 8)),
+            capacity=capacity,
+            backend=draw.choice(("loop", "padded_bmm")),
             program=draw.choice(PROGRAM_NAMES),
-            local=draw.choice((1, 2, 4)),
+            local=draw.choice((1, 2, 4) if etp == 1 else (2, 4) if etp == 2 else (4,)),
             tokens=tuple(draw.choice((0, 0, 1, 2, 9)) for _ in range(world.size)),
             num_experts=draw.choice((4, 5, 8)),
             crowded=draw.random() < 0.3,

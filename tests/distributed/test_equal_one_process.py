@@ -16,6 +16,7 @@ from tests.distributed.cases import (
     LayerCase,
     TrainCase,
     build,
+    crossed_cases,
     cuts_of,
     decoder,
     in_turn,
@@ -30,7 +31,7 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
-from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_many, spawn, summary
+from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_crossed, run_many, spawn, summary
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
 from turnout.balance import turns
 from turnout.comm import expert_mesh, kernel_count
@@ -73,7 +74,18 @@ def test_every_case_has_a_name_of_its_own() -> None:
 
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 def test_a_layer_equals_one_process(case: LayerCase, outcomes: Outcomes) -> None:
-    found = of_ranks(outcomes, case)
+    assert_equals_one_process(case, of_ranks(outcomes, case))
+
+
+@pytest.mark.exhaustive
+def test_every_layout_with_every_program_chunks_and_packing_equals_one_process(tmp_path: Path) -> None:
+    spawn(run_crossed, 4, tmp_path)
+    found = _read(tmp_path)
+    for case in crossed_cases():
+        assert_equals_one_process(case, [outcome[case.name] for outcome in found])
+
+
+def assert_equals_one_process(case: LayerCase, found: list[Outcome]) -> None:
     layer = build(case)
     limit = tolerance(case.dtype)
     for rank, got in enumerate(found):

@@ -4,7 +4,9 @@ import gc
 import os
 import random
 import re
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from torch import Tensor
 from tests.distributed.cases import EMPTY, PROGRAMS, LayerCase
 from tests.distributed.ranks import _groups, run_layer, run_random, spawn
 from turnout.comm import World, lines, shared_memory
-from turnout.comm.lines import SETTING, open_lines, shared_line
+from turnout.comm.lines import SETTING, Wanted, open_lines, shared_line
 from turnout.comm.shared_memory import SharedLine
 from turnout.dispatch import FixedCapacity
 from turnout.errors import ConfigError
 
 CALLS = 60
+LATE_S = 3.0
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8)
 HERE = pytest.mark.skipif(bool(shared_memory.why_not()), reason=shared_memory.why_not())
 
@@ -49,22 +52,30 @@ def work(world: World, folder: Path) -> None:
     outcomes["differ"] = differing_calls(line, world)
     outcomes["sums"] = differing_sums(line, world)
     outcomes["refused"] = {flaw: refused(world, flaw) for flaw in FLAWS}
+    outcomes["unequal"] = {name: unequal(world, wants) for name, wants in UNEQUAL.items()}
     outcomes["kept"] = kept(line, world)
     outcomes["segments"] = len(os.listdir("/proc/self/fd"))
     for _ in range(CALLS):
         one_call(line, world, torch.zeros(world.size, 50_000))
     outcomes["segments_after"] = len(os.listdir("/proc/self/fd"))
     torch.save(outcomes, folder / f"rank-{world.rank}.pt")
+    few = dist.new_group([1, 2, 3])
+    line_of_few = None if world.rank == 0 else shared_line(few, timeout_s=30)
     dist.barrier()
     if world.rank == 1:
         os._exit(0)
-    (folder / f"said-{world.rank}").write_text(said_of_the_dead(line, world), encoding="utf-8")
+    said = said_of_the_dead(line, world)
+    if line_of_few is not None:
+        # the other comes late: one that waits for it is to say who will never come
+        time.sleep(LATE_S if world.rank == 3 else 0)
+        said += "\n" + said_of_the_dead(line_of_few, world)
+    (folder / f"said-{world.rank}").write_text(said, encoding="utf-8")
     # not again through a group with a rank less
     os._exit(0)
 
 
 def one_call(line: SharedLine, world: World, tensor: Tensor) -> Tensor:
-    each = [len(tensor) // world.size] * world.size
+    each = [len(tensor) // line.size] * line.size
     return line.all_to_all(tensor, each, each)
 
 
@@ -129,7 +140,35 @@ def _wrong_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SharedLine, "all_to_all", lambda self, tensor, *splits: right(self, tensor + 1, *splits))
 
 
-FLAWS = {"no memory on this one": _no_memory, "FileNotFoundError": _no_file, "something else": _wrong_rows}
+def _no_call(patch: pytest.MonkeyPatch) -> None:
+    patch.delattr(os, "pidfd_open")
+
+
+def _unreadable_host(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lines, "host", lambda: Path("/nowhere/to/tell").read_text(encoding="ascii"))
+
+
+FLAWS = {
+    "no memory on this one": _no_memory,
+    "FileNotFoundError": _no_file,
+    "something else": _wrong_rows,
+    "Python has no os.pidfd_open": _no_call,
+    "nowhere/to/tell": _unreadable_host,
+}
+UNEQUAL: dict[str, tuple[Wanted, ...]] = {
+    "at odds": ("always", "never", "if proven", "if proven"),
+    "one alone does not want it": ("if proven", "if proven", "never", "if proven"),
+    "one alone insists": ("if proven", "if proven", "if proven", "always"),
+}
+
+
+def unequal(world: World, wants: Sequence[Wanted]) -> tuple[str, int]:
+    """What is said where ranks were told different things, and how many groups then share memory."""
+    try:
+        found = open_lines([dist.group.WORLD], world, timeout_s=30, want=wants[world.rank], cuda=False)
+    except ConfigError as error:
+        return str(error), 0
+    return found.reason, len(found.of_group)
 
 
 def kept(line: SharedLine, world: World) -> bool:
@@ -144,7 +183,7 @@ def kept(line: SharedLine, world: World) -> bool:
 def said_of_the_dead(line: SharedLine, world: World) -> str:
     started = time.monotonic()
     try:
-        one_call(line, world, torch.zeros(world.size, 2))
+        one_call(line, world, torch.zeros(line.size, 2))
     except RuntimeError as error:
         return f"{error} after {time.monotonic() - started:.0f} s"
     return "nothing"
@@ -194,9 +233,50 @@ def test_memory_is_used_again_only_when_nothing_lies_in_it(outcomes: list[dict[s
 @HERE
 def test_who_waits_for_a_rank_that_ended_says_which(outcomes: list[dict[str, Any]]) -> None:
     for rank in (0, 2, 3):
-        # those that wait for a survivor which gave up wait no longer than it did
-        assert outcomes[rank]["said"].startswith("rank "), outcomes[rank]["said"]
-        assert "of the group has ended after" in outcomes[rank]["said"]
+        # by its number in the job, be it another in the group; at once, whoever else is waited for
+        said = outcomes[rank]["said"].splitlines()
+        assert said[0] == "rank 1 has ended after 0 s"
+        if rank == 2:
+            assert said[1] == said[0]
+        if rank == 3:
+            # it comes after rank 2 has given up
+            assert re.match(r"rank 1 (has|and rank 2 have) ended after 0 s", said[1])
+
+
+@HERE
+def test_memory_that_went_with_its_process_is_no_error_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes = [shared_memory.mailbox(2) for _ in range(2)]
+    cards = [(os.getpid(), box.descriptor) for box in boxes]
+    first, second = (SharedLine(box, cards, rank, 30, names=(4, 7)) for rank, box in enumerate(boxes))
+    monkeypatch.setattr(shared_memory, "mapped", lambda *_: Path("/proc/1/fd/none").read_bytes())
+    said = []
+
+    def call(line: SharedLine) -> None:
+        with pytest.raises(RuntimeError, match=r"the memory of rank [47] cannot be reached: ") as raised:
+            line.all_to_all(torch.zeros(2, 3), [1, 1], [1, 1])
+        said.append(str(raised.value))
+
+    threads = [threading.Thread(target=call, args=(line,)) for line in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(said) == 2
+
+
+@HERE
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_ranks_that_were_told_different_things_agree(name: str, outcomes: list[dict[str, Any]]) -> None:
+    said = [outcome["unequal"][name] for outcome in outcomes]
+    assert said == said[:1] * 4
+    words, num_lines = said[0]
+    if name == "one alone insists":
+        assert said[0] == ("", 1)
+    elif name == "at odds":
+        assert num_lines == 0
+        assert re.match(rf"{SETTING}=1 on rank 0 and {SETTING}=0 on rank 1: .*nearest legal", words)
+    else:
+        assert said[0] == (f"{SETTING}=0 on rank 2", 0)
 
 
 @HERE

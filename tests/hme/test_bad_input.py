@@ -1,5 +1,6 @@
 """Ugly data: a clear error or a sane fit, and never a parameter that is no number."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from turnout.hme import HMEClassifier, HMERegressor
+from turnout.hme.checks import newton_bytes
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(60, 3))
@@ -35,6 +37,7 @@ def _finite(fitted: Any) -> bool:
         ("rows thirty times", np.repeat(X[:5], 12, axis=0), np.repeat(Y[:5], 12)),
         ("an exact fit", X, X @ (1, 2, 3)),
         ("huge and tiny units", X * (1e12, 1e-12, 1), Y * 1e9),
+        ("a constant column of tiny numbers", np.column_stack([X, np.full(60, 1e-200)]), Y),
         ("an outlier", X, np.where(np.arange(60) == 3, 1e8, Y)),
         ("as many rows as experts", X[:4], Y[:4]),
     ],
@@ -73,10 +76,28 @@ def test_separable_classes_give_a_finite_fit(ridge: float, steps: int) -> None:
         ({"max_experts": 8, "solver": "online"}, X, Y, "growth and pruning need solver='em'"),
         ({"max_experts": 3}, X, Y, "max_experts=3 must be at least the 4 experts that depth and branching start with"),
         ({"max_experts": -8}, X, Y, "max_experts=-8 must be at least"),
+        ({"max_iter": 2.5}, X, Y, r"max_iter=2\.5 must be a whole number"),
+        ({"n_init": 1.5}, X, Y, r"n_init=1\.5 must be a whole number"),
+        ({"newton_steps": "2"}, X, Y, "newton_steps='2' must be a whole number"),
+        ({"batch_size": 1.5, "solver": "online"}, X, Y, r"batch_size=1\.5 must be a whole number"),
+        ({"hold_noise": 1.5}, X, Y, r"hold_noise=1\.5 must be a whole number"),
+        ({"tol": "small"}, X, Y, "tol='small' must be a finite number"),
+        ({"momentum": None}, X, Y, "momentum=None must be a finite number"),
+        ({"forgetting": "x"}, X, Y, "forgetting='x' must be a finite number"),
+        ({"learning_rate": float("inf"), "solver": "gradient"}, X, Y, "learning_rate=inf must be a finite number"),
+        ({"error": "competition"}, X, Y, "error='competition' is what solver='gradient' can climb, not 'em'"),
         ({"depth": 1.5}, X, Y, "depth=1.5 must be a whole number"),
         ({"branching": "2"}, X, Y, "branching='2' must be a whole number"),
         ({}, X * 1e200, Y, "vary by more than 1e.75, and their squares overflow: divide"),
         ({}, X, Y * 1e200, "their squares overflow"),
+        ({}, X * (1, 1e-200, 1), Y, "vary by less than 1e-75, and their squares vanish: multiply"),
+        ({}, X, Y * 1e-200, "their squares vanish"),
+        (
+            {"family": "poisson"},
+            X,
+            np.where(Y > 0, 1e15, 3),
+            r"counts of up to 1e\+12, not 1e\+15; .*family='gaussian'",
+        ),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_by_name(
@@ -84,6 +105,35 @@ def test_what_cannot_be_fitted_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         HMERegressor(**settings).fit(x_ND, y_N)
+
+
+def test_what_would_need_matrices_of_many_gigabytes_is_refused_and_gradients_need_none() -> None:
+    wide_ND = RANDOM.normal(size=(60, 4000))
+    with pytest.raises(
+        ValueError, match=r"4 experts of 1 outputs and 3 gates over 4000 inputs need 2\.7 GiB for a step"
+    ):
+        HMERegressor().fit(wide_ND, Y)
+    with pytest.raises(ValueError, match="fewer classes"):
+        HMEClassifier().partial_fit(X, np.arange(60) % 7, classes=np.arange(2000))
+    with pytest.raises(ValueError, match="solver='gradient', which needs no such matrices"):
+        HMEClassifier(6, 2, max_iter=1).fit(np.repeat(wide_ND[:, :400], 5, axis=0), np.arange(300) % 20)
+    with pytest.raises(ValueError, match="64 experts of 1 outputs and 63 gates over 1000 inputs"):
+        HMERegressor(0, max_experts=64).fit(wide_ND[:, :1000], Y)
+    fitted = HMERegressor(solver="gradient", max_iter=3, random_state=0).fit(wide_ND, Y)
+    assert _finite(fitted)
+    with pytest.raises(ValueError, match="GiB for a step"):
+        fitted.partial_fit(wide_ND, Y)
+
+
+def test_memory_of_many_inputs_is_that_of_the_matrices_of_a_step() -> None:
+    """Products of pairs of 700 inputs would be 251 MB for 128 rows."""
+    wide_ND = RANDOM.normal(size=(200, 700))
+    tracemalloc.start()
+    fitted = HMERegressor(1, max_iter=2, random_state=0).fit(wide_ND, wide_ND[:, 0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * newton_bytes(2, 2, fitted.mixture_.family, 701) + 2 * wide_ND.nbytes
+    assert fitted.score(wide_ND, wide_ND[:, 0]) > 0.99
 
 
 def test_one_class_is_refused_and_so_are_weights_of_zero() -> None:
@@ -99,6 +149,29 @@ def test_rows_beyond_squares_leave_what_was_learned() -> None:
     with pytest.raises(ValueError, match="their squares overflow"):
         fitted.partial_fit(X * 1e200, Y)
     np.testing.assert_array_equal(fitted.predict(X), before)
+
+
+@pytest.mark.parametrize("refused", [(100 * X[:3], Y[:3]), (X[:, :2], np.column_stack([Y, Y])[:59]), (X, None)])
+def test_a_fit_that_is_refused_leaves_the_one_before(refused: tuple[Any, Any]) -> None:
+    for estimator in (HMERegressor(random_state=0, max_iter=3), HMEClassifier(random_state=0, max_iter=3)):
+        fitted = estimator.fit(X, Y > 0)
+        before = fitted.predict(X)
+        for again in (fitted.fit, fitted.partial_fit):
+            if again is fitted.fit or refused[1] is None:
+                with pytest.raises(
+                    ValueError, match=r"cannot fit 4 experts|inconsistent|y has|but the target y is None"
+                ):
+                    again(*refused)
+        np.testing.assert_array_equal(fitted.predict(X), before)
+
+
+@pytest.mark.parametrize("refused", [np.column_stack([Y, Y]), np.where(Y > 2, np.nan, Y)])
+def test_targets_that_are_refused_leave_the_shape_of_predictions(refused: np.ndarray) -> None:
+    fitted = HMERegressor(random_state=0, max_iter=3).fit(X, Y)
+    with pytest.raises(ValueError, match=r"y has 2 columns|NaN or infinity"):
+        fitted.partial_fit(X, refused)
+    assert fitted.predict(X).shape == (60,)
+    assert fitted.partial_fit(X, Y[:, None]).predict(X).shape == (60,)
 
 
 def test_missing_inputs_are_taken_as_the_mean_when_asked() -> None:

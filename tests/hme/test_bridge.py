@@ -43,6 +43,17 @@ def test_a_deep_tree_starts_a_flat_router_near_its_own_predictions() -> None:
         to_moe(fitted)
 
 
+def test_rows_for_the_router_are_read_as_the_tree_reads_them() -> None:
+    x_ND, y_NO = _data()
+    holes_ND = np.where(np.random.default_rng(1).random(x_ND.shape) < 0.1, np.nan, x_ND)
+    fitted = HMERegressor(3, missing="mean", random_state=0, max_iter=5).fit(holes_ND, y_NO)
+    assert all(parameter.isfinite().all() for parameter in to_moe(fitted, holes_ND).parameters())
+    with pytest.raises(ValueError, match="X has 2 features, but HMERegressor is expecting 4"):
+        to_moe(fitted, x_ND[:, :2])
+    with pytest.raises(ConfigError, match=r"y has shape \(500, 2\); 500 rows of 3 targets are needed"):
+        to_moe(fitted, x_ND, y_NO[:, :2])
+
+
 def test_training_goes_on_from_the_tree() -> None:
     x_ND, y_NO = _data()
     fitted = HMERegressor(1, 4, random_state=0, max_iter=20).fit(x_ND, y_NO)

@@ -14,7 +14,9 @@ pytest.importorskip("sklearn")
 
 from benchmarks.hme_problem import on_disk, problem
 from turnout.hme import sweep as sweeping
+from turnout.hme.algebra import solve_symmetric
 from turnout.hme.em import EMConfig, fit_em, ridge_of
+from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import GAINED, newton_step
 from turnout.hme.sweep import Rows, sweep
 
@@ -38,6 +40,29 @@ def _climb(seeds: range) -> None:
         fit = fit_em(mixture, rows, EMConfig(max_iter=4 if exact else 8, tol=0, newton_steps=50 if exact else 1))
         path = np.array(fit.objective_path)
         assert np.isfinite(path).all(), seed
+        assert (np.diff(path) >= -1e-9 * np.abs(path[1:])).all(), (seed, path)
+
+
+@pytest.mark.parametrize("chunk", range(4))
+def test_without_priors_exact_m_steps_never_lower_the_log_likelihood_itself(chunk: int) -> None:
+    _climb_plainly(range(25 * chunk, 25 * chunk + 25))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("chunk", range(10))
+def test_without_priors_the_log_likelihood_itself_never_falls_on_1000_random_problems(chunk: int) -> None:
+    _climb_plainly(range(100 * chunk, 100 * chunk + 100))
+
+
+def _climb_plainly(seeds: range) -> None:
+    """No ridge, and of the noise prior what keeps an exact fit's noise above zero: a billionth of a row."""
+    for seed in seeds:
+        mixture, rows = random_problem(seed)
+        if isinstance(mixture.family, Gaussian):
+            mixture = replace(mixture, family=replace(mixture.family, noise_rows=1e-9))
+        fit = fit_em(mixture, rows, EMConfig(max_iter=4, tol=0, ridge=0.0, newton_steps=50))
+        path = np.array(fit.loglik_path)
+        assert path[-1] > path[0] or mixture.tree.num_leaves == 1, seed
         assert (np.diff(path) >= -1e-9 * np.abs(path[1:])).all(), (seed, path)
 
 
@@ -82,6 +107,32 @@ def test_sums_do_not_depend_on_the_size_of_blocks(
         for of in ("gates", "experts"):
             one, two = (getattr(s.gates if of == "gates" else s.experts.moments, name) for s in (whole, parts))
             np.testing.assert_allclose(two, one, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_sums_do_not_depend_on_how_many_inputs_have_their_pairs_formed(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture, rows = random_problem(seed)
+    paired = sweep(rows, stirred(mixture, seed))
+    monkeypatch.setattr(sweeping, "MANY_INPUTS", 0)
+    single = sweep(rows, stirred(mixture, seed))
+    for one, two in ((paired.gates, single.gates), (paired.experts.moments, single.experts.moments)):
+        np.testing.assert_allclose(two.information_MCQ, one.information_MCQ, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(two.gradient_MPO, one.gradient_MPO, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [3, 12])
+def test_large_systems_are_solved_one_by_one_alike(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regular or singular: of those the solution of least length."""
+    random = np.random.default_rng(rank)
+    root_MPR = random.normal(size=(4, 12, rank))
+    a_MPP = root_MPR @ root_MPR.swapaxes(1, 2)
+    b_MPO = a_MPP @ random.normal(size=(4, 12, 2))
+    batch_MPO = solve_symmetric(a_MPP, b_MPO)
+    monkeypatch.setattr("turnout.hme.algebra.LARGE_SYSTEM", 1)
+    np.testing.assert_allclose(solve_symmetric(a_MPP, b_MPO), batch_MPO, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(a_MPP @ batch_MPO, b_MPO, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(18))

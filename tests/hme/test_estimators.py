@@ -1,5 +1,8 @@
 """The scikit-learn contract, and equality with scikit-learn where a tree is one expert."""
 
+import tracemalloc
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +69,27 @@ def test_weights_count_rows() -> None:
     np.testing.assert_allclose(weighted, repeated, rtol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["gaussian", "poisson", "classes"])
+@pytest.mark.parametrize("solver", ["em", "least_squares", "gradient", "online", "partial_fit"])
+def test_whole_weights_are_rows_repeated_for_every_solver_and_family(solver: str, family: str) -> None:
+    """Rows of one batch, so that their number is the same to the stochastic solvers."""
+    random = np.random.default_rng(0)
+    x_ND, weight_N = random.normal(size=(60, 2)), random.integers(1, 4, 60)
+    y_N = random.poisson(np.exp(1 + np.abs(x_ND[:, 0]))).astype(float)
+    if family == "classes":
+        y_N = (y_N > 4).astype(float)
+    kind = HMEClassifier if family == "classes" else partial(HMERegressor, family=family)
+    settings = (
+        {} if solver == "partial_fit" else {"solver": solver, "max_iter": 1 if solver == "online" else 8, "tol": 0}
+    )
+    learn = "partial_fit" if solver == "partial_fit" else "fit"
+    weighted, repeated = (kind(1, ridge=3.0, batch_size=1000, random_state=0, **settings) for _ in range(2))
+    getattr(weighted, learn)(x_ND, y_N, sample_weight=weight_N)
+    getattr(repeated, learn)(np.repeat(x_ND, weight_N, axis=0), np.repeat(y_N, weight_N))
+    answer = "predict_proba" if family == "classes" else "predict"
+    np.testing.assert_allclose(getattr(weighted, answer)(x_ND), getattr(repeated, answer)(x_ND), rtol=1e-6)
+
+
 def test_a_predictive_distribution_agrees_with_itself() -> None:
     x_ND, y_N = _bent()
     fitted = HMERegressor(2, random_state=0).fit(x_ND, y_N)
@@ -130,6 +154,23 @@ def test_classes_learned_on_line_come_near_to_the_batch(seed: int) -> None:
     online = HMEClassifier(1, solver="online", max_iter=3, n_init=3, random_state=seed).fit(x_ND, is_high_N)
     batch = HMEClassifier(1, n_init=3, random_state=seed).fit(x_ND, is_high_N)
     assert online.score(x_ND, is_high_N) > batch.score(x_ND, is_high_N) - 0.05
+
+
+def test_a_fit_of_a_memory_map_copies_no_more_than_a_few_columns_of_it(tmp_path: Path) -> None:
+    """60 columns in a file of 48 MB; y, the weights and standardized targets are columns, blocks take 3 MiB."""
+    random, path = np.random.default_rng(0), tmp_path / "x.npy"
+    x_ND = np.lib.format.open_memmap(path, mode="w+", dtype=np.float64, shape=(100_000, 60))
+    x_ND[:] = random.normal(size=x_ND.shape)
+    y_N = np.abs(x_ND[:, 0]) + x_ND[:, 1]
+    mapped_ND = np.load(path, mmap_mode="r")
+    HMERegressor(1, max_iter=1).fit(x_ND[:2000], y_N[:2000])  # imports
+    tracemalloc.start()
+    fitted = HMERegressor(1, max_iter=2, random_state=0).fit(mapped_ND, y_N)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.6 * mapped_ND.nbytes
+    small = HMERegressor(1, max_iter=2, random_state=0).fit(np.array(mapped_ND), y_N)
+    np.testing.assert_array_equal(fitted.predict(x_ND[:50]), small.predict(x_ND[:50]))
 
 
 def test_rows_after_a_fit_refine_it() -> None:

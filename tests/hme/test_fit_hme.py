@@ -107,6 +107,14 @@ def test_bad_use_is_one_line(fit_hme: Turnout, table: Path, arguments: list[str]
         ("a,y\n1,2\n-inf,3\n", "line 3: column 'a' is infinite"),
         ("a,y\n1,Infinity\n2,3\n", "line 2: column 'y' is infinite"),
         ("a,y\n1,2\n,3\n4,5\n6,7\n8,9\n1,3\n", "line 3: column 'a' is missing; use --missing mean"),
+        ("a,y\n\n1,2\n1\n", "line 4 has 1 cells"),
+        ('a,c,y\n1,"two\nlines",3\n,b,3\n1,b,2\n', "line 4: column 'a' is missing"),
+        ("a,y\n1,2\n\n-inf,3\n", "line 4: column 'a' is infinite"),
+        ("a,y\n1,2\n3,\n", "line 3: the target 'y' is missing"),
+        (
+            "a,y\n" + "".join(f"{i},{'x' if i == 30 else i}\n" for i in range(40)),
+            "line 32: the target 'y' has 'x', which is no number, and 40 different values; for so many classes",
+        ),
     ],
 )
 def test_a_file_that_is_no_table_is_refused_by_line(fit_hme: Turnout, tmp_path: Path, text: str, message: str) -> None:
@@ -132,6 +140,28 @@ def test_settings_that_cannot_be_honoured_are_refused(
     done = fit_hme(str(table), "--target", "size", *settings)
     assert done.code != 0
     assert message in done.err.replace("\n", " ") or message in done.message
+
+
+def test_a_word_that_is_missing_is_a_word_and_a_column_without_a_name_gets_one(
+    fit_hme: Turnout, tmp_path: Path
+) -> None:
+    """As pandas writes them: the index has no name, and what is missing is an empty cell."""
+    path = tmp_path / "frame.csv"
+    words = ("red", "", "blue", "NA")
+    path.write_text("\n".join([",colour,y", *(f"{n},{words[n % 4]},{n % 4 + n / 100}" for n in range(80))]))
+    done = fit_hme(str(path), "--target", "y", "--depth", "0")
+    assert done.code == 0, done.err
+    assert "colour: 3 words, a column each; missing is one of them (40 rows)" in done.out
+    assert "colour=(missing)" in done.out
+    assert "column 1 has no name in the first line" in done.out
+
+
+def test_a_file_in_another_encoding_says_which_is_wanted(fit_hme: Turnout, tmp_path: Path) -> None:
+    path = tmp_path / "latin.csv"
+    path.write_bytes("gr\xf6\xdfe,y\n1,2\n".encode("latin-1"))
+    done = fit_hme(str(path), "--target", "y")
+    assert done.code == 1
+    assert "save it as UTF-8" in done.message
 
 
 def test_neither_turnout_nor_the_estimators_import_what_they_do_not_need() -> None:

@@ -96,6 +96,19 @@ def test_what_ifs_are_steps_of_the_changed_job() -> None:
         assert saved >= 0
 
 
+@pytest.mark.parametrize("query", [MIXTRAL, V3], ids=["mixtral", "deepseek-v3"])
+def test_a_faster_network_is_asked_about_on_the_machine_it_names(query: Query) -> None:
+    rows = {row.change: row.step_s for row in what_ifs(query)}
+    machine = query.machine
+    card = replace(machine.inter, bytes_per_s=2 * machine.inter.bytes_per_s)
+    for change, other in (
+        ("network cards twice as fast", replace(machine, inter=card)),
+        ("NVL72: a scale-up domain of 72", replace(machine, devices_per_node=72)),
+    ):
+        assert rows[change] == pytest.approx(step_time(query.job(), other).step_s, rel=1e-12)
+        assert rows[change] < step_time(query.job(), machine).step_s
+
+
 def test_what_ifs_that_do_not_apply_say_why_and_those_in_force_are_undone() -> None:
     rows = {row.change: row for row in what_ifs(V3)}
     for undone in ("each copy sent by itself (flat)", "routing not limited to 4 of 8 nodes"):

@@ -24,6 +24,59 @@ def job(model: str = "llama3-8b", *, batch: int = 256, seq: int = 4096, **layout
     return Job(shape=SHAPES[model], strategy=Strategy(**({"dp": 8} | layout)), seq_len=seq, global_batch=batch)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_zero_shards_the_optimizer_then_gradients_then_parameters(zero: int) -> None:
+    """12 bytes of optimizer, 4 of gradient, 2 of weight a parameter: arXiv:1910.02054, figure 1, gradients in fp32."""
+    rank = memory(job(tp=2, dp=8, zero=zero))
+    params = SHAPES["llama3-8b"].total_params / 2
+    assert rank.optimizer_bytes == pytest.approx(12 * params / (8 if zero >= 1 else 1), rel=1e-3)
+    assert rank.gradients_bytes == pytest.approx(4 * params / (8 if zero >= 2 else 1), rel=1e-3)
+    assert rank.weights_bytes == pytest.approx(2 * params / (8 if zero >= 3 else 1), rel=1e-3)
+
+
+def test_zero_3_gathers_two_layers_and_the_gradients_of_one() -> None:
+    shape = SHAPES["llama3-8b"]
+    two, three = (memory(job(dp=8, zero=zero)) for zero in (2, 3))
+    layer, table = shape.block_params(0), shape.vocab_size * shape.dim
+    assert table > layer  # so that beside a layer lies the output matrix, and its gradients are the largest
+    assert three.framework_bytes - two.framework_bytes == pytest.approx(2 * (layer + table + table))
+    deep = replace(job(dp=8), shape=replace(shape, vocab_size=1024))
+    two, three = (memory(replace(deep, strategy=replace(deep.strategy, zero=zero))) for zero in (2, 3))
+    assert three.framework_bytes - two.framework_bytes == pytest.approx(2 * (2 * layer + layer))
+
+
+def test_light_recomputation_keeps_what_it_starts_from() -> None:
+    """Inputs of norms, of heads and of the gated activation, attention's output and its sums: nothing else."""
+    shape = SHAPES["llama3-8b"]
+    heads, width = shape.num_heads, shape.head_dim
+    kept = 2 * 2 * shape.dim + 2 * (heads + 2 * shape.num_kv_heads) * width + 2 * heads * width + 4 * heads
+    kept += 2 * 2 * shape.ffn_hidden
+    assert memory(job(recompute="light")).activations_bytes == pytest.approx(32 * 4096 * kept)
+
+
+def test_a_stage_on_two_ranks_of_a_pipeline_has_its_optimizer_on_both() -> None:
+    """DualPipe: every rank holds two stages, and twice the ranks share the optimizer of each."""
+    one = job("llama3-8b", pp=4, dp=8, zero=1)
+    both = replace(one, strategy=replace(one.strategy, schedule="dualpipe"))
+    plain, paired = memory_by_stage(one), memory_by_stage(both)
+    for stage, mirror, rank in zip(plain, plain[::-1], paired, strict=True):
+        assert rank.weights_bytes == stage.weights_bytes + mirror.weights_bytes
+        assert rank.optimizer_bytes == pytest.approx((stage.optimizer_bytes + mirror.optimizer_bytes) / 2)
+
+
+@pytest.mark.parametrize("recompute", ["none", "light", "full"])
+def test_a_block_for_a_further_token_keeps_what_the_last_block_does_and_what_it_is_joined_from(recompute: str) -> None:
+    one = job("deepseek-v3", ep=8, recompute=recompute)
+    plain, further, longer = (
+        memory(replace(one, shape=replace(one.shape, **change)))
+        for change in ({}, {"mtp_layers": 1}, {"num_layers": one.shape.num_layers + 1})
+    )
+    joined = 4 * 4096 * 2 * 7168
+    assert further.activations_bytes - joined == pytest.approx(longer.activations_bytes)
+    assert further.moe_bytes == pytest.approx(longer.moe_bytes)
+    assert further.moe_bytes > plain.moe_bytes or recompute == "full"
+
+
 @pytest.mark.parametrize("row", [r for r in rows("korthikanti_fig1_memory") if "activations" in r["quantity"]],
                          ids=lambda row: row["id"])  # fmt: skip
 def test_activations_are_those_of_korthikanti_figure_1(row: dict[str, object]) -> None:

@@ -133,11 +133,26 @@ def test_points_lie_where_they_should() -> None:
 
 def test_a_page_shows_words_as_they_are() -> None:
     grid = Grid(title="<b>", headings=(("a&b", "left"), ("n", "right")), rows=(("<script>", "1"),))
-    page = render("T<", "lead {{body}}", (), (grid, "line > 1"))
+    layout = Grid(title="", headings=(("layout", "left"),), rows=(("tp=1,pp=2",), ("a, b",)))
+    page = render("T<", "lead {{body}}", (), (grid, "line > 1", layout))
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "lead {{body}}" in page
-    assert page.count("<td") == 2
+    assert page.count("<td") == 4
+    # a long layout goes on in the next line of a narrow screen
+    assert '<td class="left">tp=1,<wbr>pp=2</td>' in page
+    assert "a, b" in page
+
+
+def test_pictures_keep_the_size_of_their_words_on_a_narrow_screen() -> None:
+    figure = Bars(title="T", unit="s", series=("x",), colours=(BLUE,), rows=(Bar(label="tp", values=(1.0,), note=""),))
+    page = render("T", "", (figure,), ())
+    (rules,) = re.findall(r"@media \(max-width: 700px\) \{(.*?)\n\}", page, re.DOTALL)
+    assert re.search(r"\.drawing \{ overflow-x: auto; \}\s*\.drawing svg \{ width: \d+px; \}", rules)
+    assert '<div class="drawing"><svg' in page
+    # short labels take little of the picture
+    (box,) = re.findall(r"<rect x=\"([\d.]+)\"", page)
+    assert float(box) < 40
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -157,7 +172,9 @@ def test_every_verb_draws_and_writes_what_it_answers(verb: str, plan: Turnout, t
     (drawn,) = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     ElementTree.fromstring(drawn)
     # every line the terminal shows is in the page, but for what was written where
-    words = " ".join(re.sub(r"<[^>]*>", " ", text).replace("&#x27;", "'").replace("&lt;", "<").split())
+    words = " ".join(
+        re.sub(r"<[^>]*>", " ", text.replace("<wbr>", "")).replace("&#x27;", "'").replace("&lt;", "<").split()
+    )
     for line in result.err.splitlines():
         first = re.split(r"\s{2,}", line.strip())[0]
         assert first in words or line.strip().startswith("wrote"), line

@@ -44,11 +44,63 @@ def test_quantities_agree_with_each_other() -> None:
     assert only(ROW | {"quantity": "mfu", "unit": ""}) == pytest.approx(tflops / 989.5)
 
 
+@pytest.mark.parametrize(
+    ("quantity", "unit", "times"),
+    [
+        ("step_time", "us", 1e6), ("step_time", "min", 1 / 60), ("step_time", "seconds", 1.0),
+        ("step_time_ms", None, 1e3),
+        ("tokens_per_s_per_gpu", "ktok/s/GPU", 1e-3), ("tokens_per_s_per_gpu", "tokens/sec/device", 1.0),
+        ("tokens_per_s", "tokens/s/chip", 1.0), ("tokens_per_s", "tokens per second", 64.0),
+        ("samples_per_s", "samples/s", 64 / 8192), ("model_tflops_per_gpu", "PFLOP/s", 1e-3),
+        ("model_tflops_per_gpu", "TFLOPS/GPU", 1.0), ("tflops", None, 1.0), ("mfu", "fraction", 0.01),
+    ],
+)  # fmt: skip
+def test_a_unit_is_read_however_it_is_spelled(quantity: str, unit: str | None, times: float) -> None:
+    plain = {
+        "step": ("step_time", "s"), "mfu": ("mfu", "%"), "tokens": ("tokens_per_s_per_gpu", "tok/s/GPU"),
+        "samples": ("tokens_per_s_per_gpu", "tok/s/GPU"),
+    }.get(quantity.split("_")[0], ("model_tflops_per_gpu", "TFLOP/s"))  # fmt: skip
+    base = only(ROW | dict(zip(("quantity", "unit"), plain, strict=True)))
+    assert only(ROW | {"quantity": quantity, "unit": unit}) == pytest.approx(times * base)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "unit"),
+    [
+        ("step_time", "fortnights"), ("step_time", "tok/s"), ("tokens_per_s", "s"), ("mfu", "TFLOP/s"), ("tflops", "%"),
+        ("memory_peak", "Gb"), ("dispatch_fp8_logical_bw", "s"), ("a2a_8MiB_time", "GB/s"), ("a2a_8MiB_busbw", "us"),
+    ],
+)  # fmt: skip
+def test_a_unit_of_another_kind_is_refused(quantity: str, unit: str) -> None:
+    assert re.search(rf"unit '{unit}' is (none of|no share)", why(ROW | {"quantity": quantity, "unit": unit}))
+
+
+def test_a_bandwidth_is_of_bytes_or_of_bits_as_its_unit_says() -> None:
+    row = ROW | {"quantity": "a2a_500MB_busbw", "unit": "GB/s"}
+    assert only(row | {"unit": "Gb/s"}) == pytest.approx(8 * only(row))
+    assert only(row | {"unit": "MB/s"}) == pytest.approx(1e3 * only(row))
+    assert only(row | {"unit": "GiB/s"}) == pytest.approx(1e9 / 2**30 * only(row))
+
+
+def test_an_exchange_is_of_the_size_its_row_says_and_in_its_unit() -> None:
+    row = ROW | {"quantity": "a2a_8MiB_time", "unit": "us"}
+    assert only(row | {"unit": "ms"}) == pytest.approx(only(row) / 1e3)
+    assert only(row) < only(row | {"quantity": "a2a_16MiB_time"}) < 2 * only(row)
+    assert "does not say of how many bytes" in why(row | {"quantity": "a2a_time"})
+
+
+def test_a_peak_is_of_what_is_held_or_of_what_is_allocated_as_its_name_says() -> None:
+    row = ROW | {"unit": "GiB"}
+    allocated = only(row | {"quantity": "peak_alloc_gib"})
+    assert only(row | {"quantity": "max_allocated_bytes", "unit": None}) == pytest.approx(allocated * 2**30)
+    assert only(row | {"quantity": "peak_mem_gib"}) == only(row | {"quantity": "peak_reserved"}) > allocated
+
+
 def test_memory_is_answered_in_the_rows_own_unit() -> None:
     row = ROW | {"quantity": "memory_peak", "unit": "GiB"}
     assert only(row | {"unit": "GB"}) == pytest.approx(only(row) * 2**30 / 1e9)
     assert only(row | {"unit": None}) == pytest.approx(only(row))
-    assert "is none of memory; known: GiB, GB" in why(row | {"unit": "pages"})
+    assert "unit 'pages' is none of 'memory_peak'; known: GiB, GB" in why(row | {"unit": "pages"})
 
 
 def test_a_share_of_the_peak_is_of_fp16_where_there_is_no_other() -> None:
@@ -59,7 +111,15 @@ def test_a_share_of_the_peak_is_of_fp16_where_there_is_no_other() -> None:
 def test_flop_definitions_are_the_rows_own() -> None:
     plain = ROW | {"quantity": "model_tflops_per_gpu", "unit": "TFLOP/s"}
     causal = only(plain | {"notes": "causal attention"})
-    assert causal < only(plain) < only(ROW | {"quantity": "achieved_tflops_per_gpu_with_recompute"})
+    again = only(plain | {"quantity": "achieved_tflops_per_gpu_with_recompute"})
+    assert causal < only(plain) < again
+    # the blocks' forward pass is counted twice, the output matrix's is not
+    shape = SHAPES["llama3-70b"]
+    forward = shape.forward_flops_per_token(8192, causal=False)
+    assert again / only(plain) == pytest.approx(
+        (4 * forward - 2 * shape.vocab_size * shape.dim) / (3 * forward), rel=1e-9
+    )
+    assert only(plain | {"quantity": "hfu", "unit": "%"}) == pytest.approx(100 * again / 989.5)
 
 
 def test_dimensions_in_the_row_stand_for_a_named_model() -> None:
@@ -96,6 +156,17 @@ def test_records_of_the_file_stand_for_unknown_names() -> None:
         ({"dims": [1]}, "is not an object"),
         ({"precision": "fp8", "gpu": "A100-SXM80"}, "precision='fp8' is not one"),
         ({"skew": float("nan")}, "skew=nan is not a number"),
+        ({"precision": "int8"}, "precision='int8' is not known; known: fp4, fp8, bf16"),
+        ({"schedule": "chimera"}, "schedule='chimera' is not known; known: .*1f1b"),
+        ({"recompute": True}, "recompute=True is not known; known: full, selective, light, none"),
+        (
+            {"model": "mixtral-8x7b", "layout": {"tp": 1, "ep": 8}, "dispatcher": "allgather"},
+            "dispatcher='allgather' is",
+        ),
+        ({"layout": {"tp": 8, "hsdp": 2}}, "layout.hsdp=2 is not known; known: tp, pp"),
+        ({"gpu": "GH200"}, "gpu='GH200' has no cluster description"),
+        ({"gpu": "H100 PCIe"}, "gpu='H100 PCIe' has no cluster description"),
+        ({"gpu": "V100 16GB"}, "gpu='V100 16GB' has no cluster description"),
     ],
 )
 def test_a_row_that_cannot_be_answered_is_refused_with_the_reason(change: dict[str, object], reason: str) -> None:
@@ -149,7 +220,35 @@ def test_a_measured_fabric_replaces_the_data_sheet_and_never_beats_it() -> None:
     assert cluster_of(ROW | {"all_reduce_gb_per_s": 200.0, "all_gather_gb_per_s": 390.0}).inter.latency_s == 3.7e-6
 
 
+@pytest.mark.parametrize(
+    ("gpu", "cluster"),
+    [
+        ("h100 sxm5 80GB", "dgx-h100"), ("A100-SXM4-40GB", "dgx-a100-40"), ("A100-SXM4-80GB", "dgx-a100"),
+        ("NVIDIA GB200 NVL72", "gb200-nvl72"), ("B200 192GB", "dgx-b200"), ("H200-SXM141", "dgx-h200"),
+    ],
+)  # fmt: skip
+def test_a_machine_is_known_by_any_of_its_names(gpu: str, cluster: str) -> None:
+    assert cluster_of(ROW | {"gpu": gpu}) == CLUSTERS[cluster]
+
+
+def test_schedules_and_sequence_parallelism_are_what_the_row_says() -> None:
+    row = ROW | {"gbs": 256, "layout": {"tp": 4, "pp": 4}}
+    said = {"zero_bubble": "Zero bubble", "dualpipe": "DualPipe", "interleaved": "Interleaved1F1B", "1f1b": "1F1B"}
+    assert {job_of(row | {"schedule": words}, {}).strategy.schedule for words in said.values()} == set(said)
+    assert job_of(row, {}).strategy.sequence_parallel
+    assert not job_of(row | {"layout": {"tp": 4, "pp": 4, "sp": False}}, {}).strategy.sequence_parallel
+
+
+def test_experts_under_fsdp_alone_are_on_every_rank() -> None:
+    row = ROW | {"model": "mixtral-8x22b", "layout": {"tp": 8, "fsdp": 8}}
+    strategy = job_of(row, {}).strategy
+    assert (strategy.ep, strategy.etp, strategy.zero) == (1, 1, 3)
+
+
 def test_recomputation_is_what_the_row_says() -> None:
+    assert job_of(ROW | {"recompute": "moe_act layernorm"}, {}).strategy.recompute == "light"
+    assert job_of(ROW | {"recompute": "none", "notes": "full causal attention"}, {}).strategy.recompute == "none"
+    assert job_of(ROW | {"recompute": False}, {}).strategy.recompute == "none"
     assert job_of(ROW | {"recompute": "full"}, {}).strategy.recompute == "full"
     assert job_of(ROW | {"recompute": "selective+sequence parallel"}, {}).strategy.recompute == "selective"
     assert job_of(ROW | {"notes": "full recompute assumed"}, {}).strategy.recompute == "full"

@@ -21,6 +21,7 @@ from turnout.plan.memory import memory
 from turnout.plan.model import ModelShape
 from turnout.plan.parameters import fitted
 from turnout.plan.query import Query
+from turnout.plan.rank import TIE
 from turnout.plan.search import search, undominated
 from turnout.plan.shapes import SHAPES
 from turnout.plan.space import Legal, Space, as_listed, divisors, powers
@@ -172,6 +173,13 @@ def test_the_front_trades_memory_for_time() -> None:
     needs = [each.memory_gib for each in result.pareto]
     assert needs == sorted(needs, reverse=True)
     assert undominated(result.pareto) == result.pareto
+
+
+def test_of_equals_but_for_rounding_one_is_on_the_front() -> None:
+    (pick,) = search(ASKED, space=SMALL, top=1).best
+    twin = replace(pick, step_s=pick.step_s * (1 + TIE / 2))
+    slower_and_smaller = replace(pick, step_s=1.1 * pick.step_s, memory_gib=pick.memory_gib / 2)
+    assert undominated((pick, twin, slower_and_smaller)) == (pick, slower_and_smaller)
 
 
 def test_a_result_prints_the_documented_keys() -> None:

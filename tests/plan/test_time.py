@@ -231,6 +231,69 @@ def test_products_of_experts_reach_their_share_of_the_rate_of_one() -> None:
     assert one == pytest.approx(fitted().grouped * grouped)
 
 
+@pytest.mark.parametrize(("precision", "element"), [("bf16", 2), ("fp8", 1)])
+def test_a_product_costs_its_operations_and_the_way_of_its_operands(precision: str, element: int) -> None:
+    device, of = CLUSTERS["dgx-h100"].device, fitted()
+    seconds = Engine(device=device, parameters=of).product_s(512, 1024, 256, precision)
+    # operands in the precision of the product, the result in bf16
+    moved = element * (512 * 256 + 256 * 1024) + 2 * 512 * 1024
+    operations = 2 * 512 * 1024 * 256 / (of.gemm_hopper * device.flops_per_s(precision))
+    assert seconds == pytest.approx(operations + of.gemm_passes * moved / (of.memory * device.memory_bytes_per_s))
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_an_update_reads_and_writes_moments_and_master_weights(zero: int) -> None:
+    """Of 12 bytes each is read and written; the gradient is read, the weight written: 4 and 2."""
+    machine, of = CLUSTERS["dgx-h100"], fitted()
+    params = SHAPES["llama3-8b"].total_params / (8 if zero else 1)
+    seconds = params * (2 * 12 + 4 + 2) / (of.memory * machine.device.memory_bytes_per_s)
+    assert step_time(job(dp=8, zero=zero), machine).optimizer_s == pytest.approx(seconds, rel=1e-3)
+
+
+def test_a_device_waits_for_a_host_that_launches_a_third_more_to_compute_blocks_again() -> None:
+    slow = replace(fitted(), layer_call_s=10.0)
+    alone, again = (
+        step_time(job(dp=1, batch=4, recompute=recompute), CLUSTERS["dgx-h100"], slow) for recompute in ("none", "full")
+    )
+    launched = 4 * 32 * 10.0
+    for step, calls in ((alone, launched), (again, 4 / 3 * launched)):
+        assert step.launch_s > 0.9 * calls
+        assert step.launch_s + step.compute_s == pytest.approx(calls)
+
+
+def test_a_ring_of_keys_hides_behind_scores_of_all_passes_and_no_more() -> None:
+    """3.5 times the forward pass's scores: once there, 2.5 times back; 4.5 where the forward pass is repeated."""
+    machine = CLUSTERS["dgx-h100"]
+    slow = replace(machine, intra=replace(machine.intra, bytes_per_s=1e8))
+    one = job(dp=1, cp=8, batch=4, zero=0)
+    share = 20 / machine.device.units
+    # what is hidden taxes computation; gradients are sent in one piece at the end
+    plain, again = (
+        step_time(replace(one, framework=replace(one.framework, overlap_dp=False),
+                          strategy=replace(one.strategy, recompute=recompute)), slow)
+        for recompute in ("none", "full")
+    )  # fmt: skip
+    scores = 4 * 32 * block_time(one, 0, Engine(device=machine.device, parameters=fitted())).scores_s
+    assert (plain.tax_s / share, again.tax_s / share) == (pytest.approx(3.5 * scores), pytest.approx(4.5 * scores))
+
+
+def test_gradients_hidden_behind_a_pass_tax_it_and_none_are_lost() -> None:
+    one = job(dp=8, batch=64)
+    late = replace(one, framework=replace(one.framework, overlap_dp=False))
+    hidden, exposed = (step_time(each, CLUSTERS["dgx-h100"]) for each in (one, late))
+    share = 20 / CLUSTERS["dgx-h100"].device.units
+    assert 0 < hidden.dp_s < exposed.dp_s
+    assert hidden.dp_s + hidden.tax_s / share == pytest.approx(exposed.dp_s)
+    assert exposed.tax_s == 0
+
+
+def test_a_limit_to_groups_reaches_as_many_nodes_as_they_are_on() -> None:
+    """Three of eight groups, two to a node: two nodes at most, not one and a half."""
+    asked = job("deepseek-v2", dp=32, ep=32, folded=True)
+    assert node_limit(asked, CLUSTERS["dgx-h100"]) == 2
+    assert node_limit(replace(asked, strategy=replace(asked.strategy, ep=8)), CLUSTERS["dgx-h100"]) == 0
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_layer_alone_takes_less_than_its_block_and_twice_as_long_backward(layer: int) -> None:
     engine = Engine(device=CLUSTERS["dgx-h100"].device, parameters=fitted())

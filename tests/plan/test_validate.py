@@ -37,6 +37,7 @@ def test_the_planner_beats_one_constant_mfu_on_every_validation_suite(report: Va
     rows = [each for each in report.suites if each.split == "validation" and each.skill is not None]
     assert len(rows) == 10
     assert all(each.skill > 0 for each in rows), [(each.suite, each.skill) for each in rows]
+    assert all(each.skill == pytest.approx(1 - each.mape / each.constant_mfu) for each in rows)
 
 
 def test_dense_rows_no_fit_saw_are_within_ten_percent(report: Validation) -> None:
@@ -75,6 +76,8 @@ def test_memory_and_out_of_memory_are_predicted(report: Validation) -> None:
     assert failures.f1 >= 0.93
     assert failures.precision >= 0.99
     assert failures.n > 1300
+    assert failures.refused == len({row for row, _ in failures.refusals}) <= 4
+    assert all("pp=" in why for _, why in failures.refusals)
 
 
 def test_every_row_is_counted_once(report: Validation) -> None:
@@ -105,6 +108,22 @@ def test_a_users_file_is_judged_alone() -> None:
     report = validate({"rows": rows, "models": {}})
     assert {each.suite for each in report.suites} == {"megatron_2020"}
     assert report.oom == ()
+
+
+def test_a_users_rows_are_judged_whatever_they_call_themselves_and_memory_is_counted_too() -> None:
+    row = {
+        "id": "x", "model": "llama3-8b", "gpus": 8, "gpu": "H100", "layout": {"tp": 1, "fsdp": 8}, "gbs": 16,
+        "seq": 4096, "quantity": "peak_alloc", "unit": "GB", "value": 40.0,
+    }  # fmt: skip
+    named = row | {"suite": "nanotron", "quantity": "step_time", "unit": "s", "peak_mem_gib": 40, "value": 1.0}
+    unreadable = row | {"layout": {"tp": 1, "fsdp": [8]}}
+    report = validate({"rows": [row, row | {"quantity": "peak_mem"}, unreadable, named]})
+    judged = {(each.suite, each.what): each.n for each in report.memory}
+    assert judged == {("None", "peak"): 1, ("None", "reserved"): 1, ("nanotron", "reserved"): 1}
+    assert [(suite, name) for suite, name, _ in report.refusals] == [("None", "x")]
+    assert {(each.suite, each.split, each.n) for each in report.suites} == {
+        ("None", "validation", 0), ("nanotron", "validation", 1),
+    }  # fmt: skip
 
 
 def test_a_perfect_prediction_has_no_error_and_a_value_of_zero_is_refused() -> None:

@@ -57,7 +57,7 @@ def fit_hme(
         line, column = table.first_missing
         place = f"{data} line {line}: column {column!r}"
         raise DataError(f"{place} is missing; use --missing mean, or leave such lines out")
-    kind = _task(task, table)
+    kind = _task(task, table, data)
     settings: dict[str, Any] = {
         "depth": depth, "branching": branching, "solver": solver, "max_iter": max_iter, "n_init": restarts,
         "max_experts": max_experts or None, "missing": missing, "random_state": seed,
@@ -86,14 +86,25 @@ def fit_hme(
         print_json({name: value for name, value in fitted.items() if not name.startswith("_")})
 
 
-def _task(task: str, table: Any) -> str:
+def _task(task: str, table: Any, data: Path) -> str:
+    from turnout.hme.table import MOST_VALUES
+
     if task not in ("auto", "regression", "classification", "counts"):
         raise ConfigError(f"--task {task!r} must be one of: auto, regression, classification, counts")
     if task in ("regression", "counts") and not table.is_numeric:
         raise DataError(f"--task {task} needs numbers in column {table.target!r}; use --task classification")
-    if task == "auto":
-        return "regression" if table.is_numeric else "classification"
-    return task
+    if task != "auto":
+        return task
+    if table.first_word is None:
+        return "regression"
+    # a number that was mistyped, or names of rows, would make nearly every row a class
+    (line, word), classes = table.first_word, len(set(table.y_text))
+    if classes > MOST_VALUES:
+        raise DataError(
+            f"{data} line {line}: the target {table.target!r} has {word!r}, which is no number, and {classes} "
+            "different values; for so many classes, say --task classification"
+        )
+    return "classification"
 
 
 def _fit(estimator: Any, table: Any, kind: str, test_share: float, seed: int) -> dict[str, Any]:

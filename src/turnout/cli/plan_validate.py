@@ -122,7 +122,11 @@ def _refusals(report: Any) -> Any:
     from turnout.cli.console import table
 
     headings = {"suite": "left", "row": "left", "refused because": "left"}
-    return table("Refused", headings, [list(each) for each in report.refusals])
+    # of runs out of memory some are refused as runs that were timed, too
+    failed = [(f"{each.suite}, out of memory", *row) for each in report.oom for row in each.refusals]
+    named = {row for _, row, _ in report.refusals}
+    cells = [*report.refusals, *(row for row in failed if row[1] not in named)]
+    return table("Refused", headings, [list(row) for row in cells])
 
 
 def _number(value: float | None) -> str:

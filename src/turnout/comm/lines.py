@@ -5,7 +5,7 @@ those that can, and where they cannot gloo does as it would have done.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -89,7 +89,9 @@ def try_here() -> str:
     try:
         boxes = [mailbox(2) for _ in range(2)]
         cards = [(os.getpid(), box.descriptor) for box in boxes]
-        ends = [SharedLine(box, cards, rank, _PROOF_S, is_crowded=True) for rank, box in enumerate(boxes)]
+        ends = [
+            SharedLine(box, cards, rank, _PROOF_S, names=range(2), is_crowded=True) for rank, box in enumerate(boxes)
+        ]
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     with ThreadPoolExecutor(max_workers=2) as threads:
@@ -101,11 +103,13 @@ def open_lines(
 ) -> Lines:
     """Every rank calls it with its groups, which it made in the same order as all others.
 
-    Raises: ConfigError on all ranks if memory is wanted "always" and cannot be shared.
+    Raises: ConfigError on all ranks of a group if memory is wanted "always" and cannot be shared, and on all ranks of
+    the job if one wants it always and another never.
     """
+    want, reason = _agreed(world.all(want))
     if want == "never" or (want == "if proven" and cuda):
-        return Lines()
-    of_group, reason = {}, ""
+        return Lines(reason=reason)
+    of_group = {}
     for group in dict.fromkeys(groups):
         if group is None or not _on_one_node(group, world) or "gloo" not in dist.get_backend_config(group):
             continue
@@ -120,26 +124,45 @@ def open_lines(
     return Lines(of_group=of_group, reason=reason)
 
 
+def _agreed(wants: Sequence[Wanted]) -> tuple[Wanted, str]:
+    """What ranks want that may have been told different things, and why they share none that others were ready to.
+
+    One that shared while another did not would wait for it forever.
+    """
+    if len(set(wants)) == 1:
+        return wants[0], ""
+    if "never" not in wants:
+        return "always", ""
+    against = f"{SETTING}=0 on rank {wants.index('never')}"
+    if "always" in wants:
+        raise ConfigError(
+            f"{SETTING}=1 on rank {wants.index('always')} and {against}: ranks share memory together or not at all; "
+            f"nearest legal: {SETTING}=0 on all"
+        )
+    return "never", against
+
+
 def shared_line(group: ProcessGroup, *, timeout_s: float, is_crowded: bool = False) -> SharedLine | None:
     """The shared memory of a group's ranks; None if they are not all on one host. Every rank of the group calls it.
 
     Raises: ConfigError on all ranks if one of them cannot share, or what it then receives is not what was sent.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    box, reason = None, why_not()
+    box, here, reason = None, None, why_not()
     try:
-        box = None if reason else mailbox(size)
+        if not reason:
+            box, here = mailbox(size), host()
     except OSError as error:
         reason = str(error)
-    card = (reason, *(("", 0, 0) if box is None else (host(), os.getpid(), box.descriptor)))
-    cards = _all(card, group)
+    cards = _all((reason, here, os.getpid(), -1 if box is None else box.descriptor), group)
     _settle([each[0] for each in cards])
     assert box is not None
     if len({each[1] for each in cards}) > 1:
         return None
     line = None
     try:
-        line = SharedLine(box, [each[2:] for each in cards], rank, _PROOF_S, is_crowded=is_crowded)
+        names = dist.get_process_group_ranks(group)
+        line = SharedLine(box, [each[2:] for each in cards], rank, _PROOF_S, names=names, is_crowded=is_crowded)
     except OSError as error:
         reason = f"{type(error).__name__}: {error}"
     # nobody's box may go before all have it, and nobody begins before all can

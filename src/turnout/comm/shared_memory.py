@@ -25,6 +25,7 @@ _LINE = 8
 _CALL, _SLAB, _START, _BYTES = range(4)
 _SPINS, _YIELDS_S = 100, 2e-3
 _LOOK_S = 0.1  # how often one that waits looks whether its peer is alive
+_CALLS = ("memfd_create", "pidfd_open")
 _AT_ONCE_BYTES = 1 << 15  # a sum of so many bytes is worth one exchange, of more two
 
 
@@ -32,6 +33,8 @@ def why_not() -> str:
     """Why this machine cannot do it; empty if it can."""
     if sys.platform != "linux":
         return f"memory without a name is Linux's; this is {sys.platform}"
+    if missing := [name for name in _CALLS if not hasattr(os, name)]:
+        return f"this Python has no os.{missing[0]}: it was built for an older Linux"
     # a flag is written after the rows it speaks of: on other processors that takes a fence, which Python has not
     return "" if platform.machine() == "x86_64" else f"{platform.machine()} may reorder writes; x86_64 does not"
 
@@ -40,9 +43,16 @@ class SharedLine:
     """One rank's end of it. Calls are the same in number and order on all ranks of the group, as of any collective."""
 
     def __init__(
-        self, box: Slab, peers: Sequence[tuple[int, int]], rank: int, timeout_s: float, *, is_crowded: bool = False
+        self,
+        box: Slab,
+        peers: Sequence[tuple[int, int]],
+        rank: int,
+        timeout_s: float,
+        *,
+        names: Sequence[int],
+        is_crowded: bool = False,
     ) -> None:
-        """`peers`: process and descriptor of every rank's mailbox, this one's among them.
+        """`peers`: process and descriptor of every rank's mailbox, this one's too; `names`: what errors call them.
 
         `is_crowded`: ranks are more than cores, so that one that waits for another may be in its way.
         Raises: OSError if a peer's memory cannot be reached.
@@ -51,12 +61,17 @@ class SharedLine:
         self._busy_s = 0.0 if is_crowded else _YIELDS_S
         self._slabs = Slabs()
         self._pids = [pid for pid, _ in peers]
-        self._lives = {peer: os.pidfd_open(pid) for peer, pid in enumerate(self._pids) if peer != rank}
+        self._names = names
+        lives = {os.pidfd_open(pid): peer for peer, pid in enumerate(self._pids) if peer != rank}
+        # select knows no descriptor beyond 1,023
+        self._lives, self._ended = lives, select.poll()
+        for life in lives:
+            self._ended.register(life, select.POLLIN)
         maps = [box.memory if peer == rank else mapped(*where) for peer, where in enumerate(peers)]
         self._boxes = [memoryview(each).cast("q") for each in maps]
         self._bases = [ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in maps]
         self._known: dict[tuple[int, int], Tensor] = {}  # (rank, descriptor) -> its segment, as bytes
-        self._slabs.descriptors += [box.descriptor, *self._lives.values()]
+        self._slabs.descriptors += [box.descriptor, *lives]
         # what was received stays mapped for as long as it is wanted, whatever is closed
         weakref.finalize(self, _close, self._slabs.descriptors).atexit = False
 
@@ -107,7 +122,10 @@ class SharedLine:
     def _exchange(self, like: Tensor, pieces: Sequence[Tensor], from_peer: Sequence[int], rows: int) -> Tensor:
         """So many bytes from every peer, and for each a piece: as a tensor of so many rows like those of `like`."""
         self._call += 1
-        slab, out = self._slabs.tensor(sum(from_peer), like, rows)
+        try:
+            slab, out = self._slabs.tensor(sum(from_peer), like, rows)
+        except OSError as error:
+            raise RuntimeError(f"no memory for {sum(from_peer):,} bytes that come here: {error}") from error
         starts_in = starts(from_peer)
         for peer in self._others():
             self._give(peer, slab, starts_in[peer], from_peer[peer])
@@ -136,7 +154,7 @@ class SharedLine:
         self._wait(peer, at + _CALL, peer)
         if box[at + _BYTES] != len(piece):
             raise RuntimeError(
-                f"rank {self._rank} of the group has {len(piece)} bytes for rank {peer}, "
+                f"rank {self._names[self._rank]} has {len(piece)} bytes for rank {self._names[peer]}, "
                 f"which expects {box[at + _BYTES]}"
             )
         if len(piece):
@@ -149,8 +167,13 @@ class SharedLine:
     def _segment_of(self, peer: int, descriptor: int) -> Tensor:
         found = self._known.get((peer, descriptor))
         if found is None:
-            found = torch.frombuffer(mapped(self._pids[peer], descriptor), dtype=torch.uint8)
-            self._known[peer, descriptor] = found
+            try:
+                memory = mapped(self._pids[peer], descriptor)
+            except OSError as error:
+                # it went with its process
+                self._require_alive()
+                raise RuntimeError(f"the memory of rank {self._names[peer]} cannot be reached: {error}") from error
+            found = self._known[peer, descriptor] = torch.frombuffer(memory, dtype=torch.uint8)
         return found
 
     @staticmethod
@@ -175,18 +198,20 @@ class SharedLine:
             if waited_s < self._busy_s:
                 os.sched_yield()
                 continue
-            if self._has_ended(peer) and box[at] < self._call:
-                raise RuntimeError(f"rank {peer} of the group has ended")
+            self._require_alive()
             if waited_s > self._timeout_s:
-                raise RuntimeError(f"rank {peer} of the group was not there within {self._timeout_s:.0f} s")
+                raise RuntimeError(f"rank {self._names[peer]} was not there within {self._timeout_s:.0f} s")
             # the lower half of the number, which is the first in memory; it changes with every call
             futex.wait(self._bases[owner] + 8 * at, seen, _LOOK_S)
 
-    def _has_ended(self, peer: int) -> bool:
-        # select knows no descriptor beyond 1,023
-        asked = select.poll()
-        asked.register(self._lives[peer], select.POLLIN)
-        return bool(asked.poll(0))
+    def _require_alive(self) -> None:
+        """Raises: RuntimeError if a rank has ended and owes this call its rows, whoever is waited for."""
+        ended = [self._lives[life] for life, _ in self._ended.poll(0)]
+        # asked second: what one did before it ended is there
+        owing = [peer for peer in ended if self._boxes[self._rank][self._answer(peer)] < self._call]
+        if owing:
+            ranks = " and ".join(f"rank {self._names[peer]}" for peer in sorted(owing))
+            raise RuntimeError(f"{ranks} {'has' if len(owing) == 1 else 'have'} ended")
 
 
 def mailbox(size: int) -> Slab:

@@ -32,16 +32,15 @@ class _Fused(torch.autograd.Function):
         kind: str,
         routing: Routing,
         kernel: Kernel,
-        keep: bool,
     ) -> Tensor:
         weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
-        saved_rows, mapped = (routing.num_rows, mapped_bytes()) if keep else (None, 0)
-        y_TD, saved = kernel.forward(x_TD, weight_N, weights, routing, saved_rows=saved_rows)
-        if saved is not None:
-            own = saved.nbytes >= LEAST_BYTES and mapped_bytes() - mapped >= saved.nbytes
-            ctx.may_give_back = own and is_read_once()
-            ctx.save_for_backward(x_TD, weight_N, weights.up_EDG, weights.down_EFD, up_bias_EG, down_bias_ED, saved)
-            ctx.kind, ctx.routing, ctx.kernel = kind, routing, kernel
+        mapped = mapped_bytes()
+        y_TD, saved = kernel.forward(x_TD, weight_N, weights, routing, saved_rows=routing.num_rows)
+        assert saved is not None
+        own = saved.nbytes >= LEAST_BYTES and mapped_bytes() - mapped >= saved.nbytes
+        ctx.may_give_back = own and is_read_once()
+        ctx.save_for_backward(x_TD, weight_N, weights.up_EDG, weights.down_EFD, up_bias_EG, down_bias_ED, saved)
+        ctx.kind, ctx.routing, ctx.kernel = kind, routing, kernel
         return y_TD
 
     @staticmethod
@@ -59,7 +58,7 @@ class _Fused(torch.autograd.Function):
             wanted=ctx.needs_input_grad[:6],
             give_back=ctx.may_give_back and is_last_pass(),
         )
-        return (*in_dtypes_of(weights, found), None, None, None, None)
+        return (*in_dtypes_of(weights, found), None, None, None)
 
 
 class FusedCPU(FusedBackend):
@@ -101,7 +100,11 @@ class FusedCPU(FusedBackend):
             return fused_experts(*inputs, *routes, experts.kind, keep)[0].to(x_TD.dtype)
         kernel = the_kernel(inputs[0].dtype)
         routing = kernel.sort(assignment, admission.keep_N)
-        return _Fused.apply(*inputs, experts.kind, routing, kernel, keep).to(x_TD.dtype)
+        if keep:
+            return _Fused.apply(*inputs, experts.kind, routing, kernel).to(x_TD.dtype)
+        # of few tokens a node that nobody asks for takes time beside the kernel
+        weights = kernel_weights(*inputs[2:], experts.kind)
+        return kernel.forward(*inputs[:2], weights, routing, saved_rows=None)[0].to(x_TD.dtype)
 
 
 def rows_as_tokens(backend: FusedBackend, experts: nn.Module, rows: Ragged) -> Ragged:

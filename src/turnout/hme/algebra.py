@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cho_solve, cholesky
 
 from turnout.hme.tree import Floats, Ints
 
@@ -16,6 +17,10 @@ MakeRoom = Callable[..., Floats]
 CACHE_LINE = 8  # numbers of eight bytes in a line of a core's cache
 # multiplications of a product from which on torch is asked for it
 LEAST_FOR_TORCH = 400_000
+# inputs from which on products of pairs would take more memory than the rows are worth: 128 rows, 64 MiB
+MANY_INPUTS = 360
+# rows of a matrix from which on solving one after the other by its Cholesky factor beats a batch by LU
+LARGE_SYSTEM = 256
 
 
 @lru_cache(maxsize=64)
@@ -70,6 +75,15 @@ def pair_products(x_PN: Floats) -> Floats:
         np.multiply(x_PN[p], x_PN[p:], out=product_QN[start : start + size - p])
         start += size - p
     return product_QN
+
+
+def weighted_grams(x_PN: Floats, weight_EN: Floats) -> Floats:
+    """The sums of w x x^T as packed pairs p <= q, (E, Q), one after the other: memory for one matrix beside them."""
+    p_Q, q_Q = pairs(len(x_PN))
+    gram_EQ = np.empty((len(weight_EN), len(p_Q)))
+    for gram_Q, weight_N in zip(gram_EQ, weight_EN, strict=True):
+        gram_Q[:] = product(x_PN * weight_N, x_PN.T)[p_Q, q_Q]
+    return gram_EQ
 
 
 def product(left_EP: Floats, right_PN: Floats, out_EN: Floats | None = None) -> Floats:
@@ -130,6 +144,9 @@ def solve_symmetric(a_MPP: Floats, b_MPO: Floats) -> Floats:
     scale_MP = 1 / np.sqrt(np.where(diagonal_MP > 0, diagonal_MP, 1.0))
     unit_MPP = a_MPP * scale_MP[:, :, None] * scale_MP[:, None, :]
     right_MPO = b_MPO * scale_MP[:, :, None]
+    if a_MPP.shape[1] >= LARGE_SYSTEM:
+        solved = [_solved(unit_PP, right_PO) for unit_PP, right_PO in zip(unit_MPP, right_MPO, strict=True)]
+        return np.stack(solved) * scale_MP[:, :, None]
     is_regular_M = _is_regular(unit_MPP)
     solved_MPO = np.empty_like(b_MPO)
     if is_regular_M.all():
@@ -138,6 +155,17 @@ def solve_symmetric(a_MPP: Floats, b_MPO: Floats) -> Floats:
         solved_MPO[is_regular_M] = np.linalg.solve(unit_MPP[is_regular_M], right_MPO[is_regular_M])
         solved_MPO[~is_regular_M] = _least_length(unit_MPP[~is_regular_M], right_MPO[~is_regular_M])
     return solved_MPO * scale_MP[:, :, None]
+
+
+def _solved(unit_PP: Floats, right_PO: Floats) -> Floats:
+    """As `solve_symmetric`, for one matrix of unit diagonal: its Cholesky factor says whether it is regular."""
+    try:
+        factor_PP = cholesky(unit_PP, lower=True, check_finite=False)
+    except np.linalg.LinAlgError:
+        factor_PP = np.zeros_like(unit_PP)
+    if np.diagonal(factor_PP).min() > RANK_TOLERANCE:
+        return np.asarray(cho_solve((factor_PP, True), right_PO, check_finite=False), dtype=np.float64)
+    return _least_length(unit_PP[None], right_PO[None])[0]
 
 
 def _is_regular(unit_MPP: Floats) -> NDArray[np.bool_]:

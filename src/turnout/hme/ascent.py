@@ -112,7 +112,8 @@ def fit_ascent(
     are no measure of rows to come). Errors that know no noise get theirs from the residuals at the end.
     """
     total, speed = float(rows.weight_N.sum()), Speed.zero(mixture)
-    decay_P1 = config.learning_rate * ridge_of(config.ridge, rows.x_NP.shape[1])[:, None] / len(rows)
+    # the ridge counts in rows, as weights do; no step takes more than the weights themselves
+    decay_P1 = np.minimum(1.0, config.learning_rate * ridge_of(config.ridge, rows.num_inputs)[:, None] / total)
     best, values, logliks = mixture, [value(rows, mixture, config.error)], [loglik(rows, mixture)]
     for iteration in range(config.max_iter):
         for chosen in np.array_split(random.permutation(len(rows)), max(1, len(rows) // config.batch_size)):

@@ -1,6 +1,7 @@
 """What `HMERegressor` and `HMEClassifier` share: settings, fitting, responsibilities."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -9,27 +10,28 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from turnout.errors import ConfigError
-from turnout.hme.ascent import AscentConfig
 from turnout.hme.checks import (
+    MOST_NEWTON_BYTES,
     Scale,
     check_choice,
     check_experts,
     check_most_experts,
-    check_positive,
+    check_newton,
     check_size,
     check_whole,
+    newton_bytes,
+    unchanged_by_errors,
 )
-from turnout.hme.em import EMConfig
 from turnout.hme.families import Family
 from turnout.hme.mixture import Mixture, new_mixture
-from turnout.hme.online import OnlineConfig, Recursion, learn_rows
-from turnout.hme.solve import SOLVERS, SolveConfig, solve
+from turnout.hme.online import Recursion, learn_rows
+from turnout.hme.settings import solve_config
+from turnout.hme.solve import solve
 from turnout.hme.sweep import Rows, loglik
 from turnout.hme.text import tree_text
 from turnout.hme.tree import Floats, Tree
 
 PREDICT_ROWS = 65_536  # rows predicted at once
-MOST_ITERATIONS, ONLINE_PASSES = 100, 3  # where max_iter is left open
 
 
 class HMEBase(BaseEstimator):
@@ -39,7 +41,7 @@ class HMEBase(BaseEstimator):
     mixture_: Mixture
     scale_: Scale
     target_scale_: Scale
-    recursion_: Recursion
+    recursion_: Recursion | None
     hold_noise: int = 0  # a setting of the regressor alone: other experts have no noise
 
     def __init__(
@@ -84,22 +86,35 @@ class HMEBase(BaseEstimator):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Fit the tree to X (N, D) and y; rows count `sample_weight` times.
 
-        Raises: ValueError for NaN or infinite input, one class, fewer rows than experts, or a setting out of range.
+        Raises: ValueError for NaN or infinite input, one class, fewer rows than experts, or a setting out of range; the
+        estimator is then as it was.
         """
+        with unchanged_by_errors(self):
+            return self._fit(X, y, sample_weight)
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
         x_ND, weight_N = self._checked(X, sample_weight, reset=True)
         y_NT = self._targets(y, len(x_ND), reset=True)
         if not weight_N.all():
             kept_N = weight_N > 0
             x_ND, y_NT, weight_N = x_ND[kept_N], y_NT[kept_N], weight_N[kept_N]
         rows = self._started(x_ND, y_NT, weight_N)
-        tree, config = self._tree(), self._config()
+        tree, config = self._tree(), solve_config(self)
         check_experts(len(rows), max(tree.num_leaves, 1))
         check_most_experts(self.max_experts, tree.num_leaves)
+        family = self._family(y_NT.shape[1])
+        if self.solver != "gradient":
+            most_experts = max(tree.num_leaves, self.max_experts or 0)
+            check_newton(most_experts, self.branching, family, rows.num_inputs)
         try:
-            fit = solve(tree, self._family(y_NT.shape[1]), rows, config, self._random())
+            fit = solve(tree, family, rows, config, self._random())
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        self.mixture_, self.recursion_ = fit.mixture, Recursion.after(fit.mixture, rows, config.online)
+        self.mixture_ = fit.mixture
+        step_bytes = newton_bytes(fit.mixture.tree.num_leaves, self.branching, family, rows.num_inputs)
+        # what the rows taught, for `partial_fit` to go on from
+        fits = step_bytes <= MOST_NEWTON_BYTES
+        self.recursion_ = Recursion.after(fit.mixture, rows, config.online) if fits else None
         # densities of standardized targets, in the units of y
         unit = float(rows.weight_N.sum() * np.log(self.target_scale_.deviation_D).sum())
         self.loglik_path_ = np.array(fit.loglik_path) - unit
@@ -112,20 +127,29 @@ class HMEBase(BaseEstimator):
         """How responsible each expert is for each row before its target is seen: (N, L), rows sum to 1."""
         return self._by_block(X, lambda x_PN: self.mixture_.priors(x_PN).T)
 
-    def export_text(self, feature_names: list[str] | None = None, target_names: list[str] | None = None) -> str:
+    def export_text(self, feature_names: Iterable[str] | None = None, target_names: Iterable[str] | None = None) -> str:
         """The tree as text: what each gate asks and what each expert says, in the inputs' own units.
 
         `target_names`: of the outputs, or of all classes in the order of `classes_`.
         """
         check_is_fitted(self)
-        names = feature_names or [str(n) for n in getattr(self, "feature_names_in_", [])]
-        names = names or [f"x{i}" for i in range(self.n_features_in_)]
-        if len(names) != self.n_features_in_:
-            raise ValueError(f"{len(names)} feature_names for {self.n_features_in_} features")
-        targets = target_names or self._target_names()
+        names = self.input_names(feature_names)
+        targets = self._target_names() if target_names is None else list(target_names)
         if len(targets) != self.mixture_.family.targets:
             raise ValueError(f"{len(targets)} target_names for {self.mixture_.family.targets} targets")
         return tree_text(self.mixture_, self.scale_, self.target_scale_, names, targets)
+
+    def input_names(self, feature_names: Iterable[str] | None = None) -> list[str]:
+        """Names of the inputs: those given, those of the DataFrame that was fitted, or x0, x1 and so on.
+
+        Raises: ValueError for another number of names than of inputs.
+        """
+        check_is_fitted(self)
+        seen = getattr(self, "feature_names_in_", [f"x{i}" for i in range(self.n_features_in_)])
+        names = [str(name) for name in (seen if feature_names is None else feature_names)]
+        if len(names) != self.n_features_in_:
+            raise ValueError(f"{len(names)} feature_names for {self.n_features_in_} features")
+        return names
 
     def _partial_fit(self, X: Any, y: Any, sample_weight: Any, *, first: bool) -> Self:
         x_ND, weight_N = self._checked(X, sample_weight, reset=first)
@@ -135,16 +159,21 @@ class HMEBase(BaseEstimator):
         if first:
             rows = self._started(x_ND, y_NT, weight_N)
             family = self._family(y_NT.shape[1])
+            check_newton(self._tree().num_leaves, self.branching, family, rows.num_inputs)
             self.mixture_ = new_mixture(
-                self._tree(), family, rows.y_NT.T, rows.weight_N, rows.x_NP.shape[1], self._random()
+                self._tree(), family, rows.y_NT.T, rows.weight_N, rows.num_inputs, self._random()
             )
-            self.recursion_ = Recursion.start(self.mixture_, self._config().online)
+            self.recursion_ = Recursion.start(self.mixture_, solve_config(self).online)
             self.n_iter_ = 0
+        if self.recursion_ is None:
+            tree = self.mixture_.tree
+            check_newton(tree.num_leaves, tree.branching, self.mixture_.family, x_ND.shape[1] + 1)
+        assert self.recursion_ is not None
         x_ND = self._filled(x_ND)
-        rows = Rows(x_NP=self.scale_.with_constant(x_ND), y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N)
-        check_size(rows.x_NP)
+        rows = self._rows(x_ND, y_NT, weight_N)
+        check_size(self.scale_.standard(x_ND))
         check_size(rows.y_NT)
-        self.recursion_ = learn_rows(self.recursion_, rows, self._config().online)
+        self.recursion_ = learn_rows(self.recursion_, rows, solve_config(self).online)
         self.mixture_ = self.recursion_.mixture
         self.n_iter_ += 1
         return self
@@ -162,13 +191,16 @@ class HMEBase(BaseEstimator):
         )
 
     def _started(self, x_ND: Floats, y_NT: Floats, weight_N: Floats) -> Rows:
-        """Sets the scales by these rows, and returns them standardized."""
+        """Sets the scales by these rows, and returns them with these."""
         if self.missing == "mean":
             self.fill_D_ = _means(x_ND, weight_N)
         x_ND = self._filled(x_ND)
         self.scale_ = Scale.of(x_ND, weight_N)
         self.target_scale_ = self._target_scale(y_NT, weight_N)
-        return Rows(x_NP=self.scale_.with_constant(x_ND), y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N)
+        return self._rows(x_ND, y_NT, weight_N)
+
+    def _rows(self, x_ND: Floats, y_NT: Floats, weight_N: Floats) -> Rows:
+        return Rows(x_NP=x_ND, y_NT=self.target_scale_.standard(y_NT), weight_N=weight_N, scale=self.scale_)
 
     def _filled(self, x_ND: Floats) -> Floats:
         return np.where(np.isnan(x_ND), self.fill_D_, x_ND) if self.missing == "mean" else x_ND
@@ -178,7 +210,15 @@ class HMEBase(BaseEstimator):
         check_is_fitted(self)
         x_ND = self._filled(self._inputs(X))
         parts = (x_ND[start : start + PREDICT_ROWS] for start in range(0, len(x_ND), PREDICT_ROWS))
-        return np.concatenate([answer(np.ascontiguousarray(self.scale_.with_constant(part).T)) for part in parts])
+        return np.concatenate([answer(self._standard(part)) for part in parts])
+
+    def standard_inputs(self, X: Any) -> Floats:
+        """X (N, D) as gates and experts read it, standardized, with the constant last: (P, N)."""
+        check_is_fitted(self)
+        return self._standard(self._filled(self._inputs(X)))
+
+    def _standard(self, x_ND: Floats) -> Floats:
+        return np.ascontiguousarray(self.scale_.with_constant(x_ND).T)
 
     def _tree(self) -> Tree:
         check_whole("depth", self.depth)
@@ -190,31 +230,6 @@ class HMEBase(BaseEstimator):
 
     def _random(self) -> np.random.Generator:
         return np.random.default_rng(check_random_state(self.random_state).randint(2**31))
-
-    def _config(self) -> SolveConfig:
-        check_choice("solver", self.solver, SOLVERS)
-        check_positive("ridge", self.ridge)
-        own_iter = ONLINE_PASSES if self.solver == "online" else MOST_ITERATIONS
-        max_iter = own_iter if self.max_iter is None else self.max_iter
-        check_positive("max_iter", max_iter, 1)
-        check_positive("hold_noise", self.hold_noise)
-        try:
-            return SolveConfig(
-                solver=self.solver,
-                em=EMConfig(
-                    algorithm=2 if self.solver == "least_squares" else 1, max_iter=max_iter, tol=self.tol,
-                    newton_steps=self.newton_steps, ridge=self.ridge, hold_noise=self.hold_noise,
-                ),
-                ascent=AscentConfig(
-                    error=self.error, learning_rate=self.learning_rate, momentum=self.momentum,
-                    batch_size=self.batch_size, max_iter=max_iter, tol=self.tol, ridge=self.ridge,
-                ),
-                online=OnlineConfig(forgetting=self.forgetting, block_rows=self.batch_size),
-                online_passes=max_iter,
-                restarts=self.n_init, most_leaves=self.max_experts or 0, prune=self.prune,
-            )  # fmt: skip
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

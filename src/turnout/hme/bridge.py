@@ -50,7 +50,7 @@ def to_moe(
     With `top_k` None every expert answers, and for depth 1 and 2 the layer's output is the tree's prediction; deeper
     trees need rows `X` to fit a router to their responsibilities, to the posteriors where `y` is given.
     Raises: ConfigError for experts that are not Gaussian, more outputs than inputs, a hidden width that is too small,
-    a gated expert, or rows that are missing.
+    a gated expert, rows that are missing or targets of another shape; ValueError for rows X that the tree refuses.
     """
     check_is_fitted(estimator)
     mixture = estimator.mixture_
@@ -159,10 +159,15 @@ def _flat_gate(estimator: HMERegressor, X: Floats | None, y: Floats | None) -> F
     if X is None:
         raise ConfigError("one linear router for a tree of several levels needs rows X, to be fitted to its gates")
     mixture = estimator.mixture_
-    x_PN = np.ascontiguousarray(estimator.scale_.with_constant(np.asarray(X, dtype=np.float64)).T)
+    x_PN = estimator.standard_inputs(X)
     target_LN = mixture.priors(x_PN)
     if y is not None:
-        y_NT = estimator.target_scale_.standard(np.asarray(y, dtype=np.float64).reshape(x_PN.shape[1], -1))
+        y_NT = np.asarray(y, dtype=np.float64)
+        if len(y_NT) != x_PN.shape[1] or y_NT.size != len(y_NT) * mixture.family.targets:
+            raise ConfigError(
+                f"y has shape {y_NT.shape}; {x_PN.shape[1]} rows of {mixture.family.targets} targets are needed"
+            )
+        y_NT = estimator.target_scale_.standard(y_NT.reshape(x_PN.shape[1], -1))
         target_LN = mixture.posterior(np.vstack([x_PN, y_NT.T])).leaf_LN
     return _softmax_regression(x_PN, target_LN)
 

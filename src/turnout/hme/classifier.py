@@ -8,7 +8,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from turnout.hme.base import HMEBase
-from turnout.hme.checks import Scale
+from turnout.hme.checks import Scale, check_given, unchanged_by_errors
 from turnout.hme.families import Family, Softmax
 from turnout.hme.tree import Floats
 
@@ -16,7 +16,7 @@ from turnout.hme.tree import Floats
 class HMEClassifier(ClassifierMixin, HMEBase):
     """Classification by a tree of gates over logistic (two classes) or softmax experts, fitted by EM.
 
-    Settings and fitted attributes are those of `HMERegressor`.
+    Settings are those of `HMERegressor` but for family and noise; fitted attributes are the same, and `classes_`.
     """
 
     def predict_proba(self, X: Any) -> Floats:
@@ -34,14 +34,15 @@ class HMEClassifier(ClassifierMixin, HMEBase):
         A first call needs all `classes`, and sets the scale of columns.
         """
         first = not hasattr(self, "mixture_")
-        if first:
-            self._read_classes(y if classes is None else classes)
-        return self._partial_fit(X, y, sample_weight, first=first)
+        with unchanged_by_errors(self):
+            if first:
+                self._read_classes(y if classes is None else classes, are_rows=classes is None)
+            return self._partial_fit(X, y, sample_weight, first=first)
 
-    def _read_classes(self, y: Any) -> None:
-        if y is None:
-            raise ValueError("requires y to be passed, but the target y is None")
-        check_classification_targets(y)
+    def _read_classes(self, y: Any, *, are_rows: bool = True) -> None:
+        check_given(y)
+        if are_rows:
+            check_classification_targets(y)
         self.classes_ = np.unique(column_or_1d(y, warn=True))
         if len(self.classes_) < 2:
             raise ValueError(
@@ -51,6 +52,7 @@ class HMEClassifier(ClassifierMixin, HMEBase):
     def _targets(self, y: Any, num_rows: int, *, reset: bool) -> Floats:
         if reset:
             self._read_classes(y)
+        check_given(y)
         y_N = column_or_1d(y)
         if y_N.shape != (num_rows,):
             raise ValueError(f"X has {num_rows} rows and y shape {y_N.shape}: inconsistent numbers of samples")

@@ -71,7 +71,7 @@ def fit_em(
     few rows closely repel all others. Weights alone are maximised then, which is EM still, and cannot fall.
     Source: Jordan & Jacobs 1994 (unit noise throughout); Ueda & Nakano 1998, "Deterministic annealing EM algorithm".
     """
-    ridge_P = ridge_of(config.ridge, rows.x_NP.shape[1])
+    ridge_P = ridge_of(config.ridge, rows.num_inputs)
     total_weight = float(rows.weight_N.sum())
     logliks, objectives, passes = [], [], 0
     converged, held = False, config.hold_noise
@@ -121,7 +121,7 @@ def _stepped(at: Mixture, rows: Rows, sums: Sums, config: EMConfig, *, enough: f
 
     Least squares (Gaussian experts, gates of algorithm 2) is done in one step, and leaves nothing to gain.
     """
-    ridge_P = ridge_of(config.ridge, rows.x_NP.shape[1])
+    ridge_P = ridge_of(config.ridge, rows.num_inputs)
 
     def move(step_MPO: Floats) -> Floats:
         return longest_move(rows, at, step_MPO)

@@ -13,8 +13,9 @@ from turnout.hme.glim import Moments, Slopes
 from turnout.hme.shares import predictors, softmax_slopes, softmax_with_last_zero
 from turnout.hme.tree import Floats
 
-# e ** 30 events a row: beyond any count, and no exponential of it overflows
+# e ** 30 events a row: beyond any count that is taken, and no exponential of it overflows
 MOST_LOG_RATE = 30.0
+MOST_COUNT = 1e12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turnout.hme.algebra import pairs, product, solve_symmetric, stacked, unpack
+from turnout.hme.algebra import pairs, product, solve_symmetric, stacked, unpack, weighted_grams
 from turnout.hme.tree import Floats
 
 GAINED = 1e-12  # a model whose next step promises less than this, in nats a row, is at its maximum
@@ -51,19 +51,21 @@ class Slopes:
     curvature_MCN: Floats  # minus the second ones, for pairs of predictors; C = 1 as in `Moments`
 
 
-def moments(x_PN: Floats, product_QN: Floats, *slopes: Slopes) -> list[Moments]:
+def moments(x_PN: Floats, product_QN: Floats | None, *slopes: Slopes) -> list[Moments]:
     """Moments of several kinds of models: every weighted sum of x x^T, of all of them, in one matrix product.
 
-    Nothing is copied where scores and curvatures of all kinds stand one after another in one array each.
+    Nothing is copied where scores and curvatures of all kinds stand one after another in one array each. Without
+    `product_QN`, which of many inputs is large, sums are formed a model at a time.
     """
-    # this way round it takes a sixth less time: models are fewer than pairs of inputs
-    information_EQ = product(product_QN, stacked([one.curvature_MCN for one in slopes]).T).T
+    curvature_EN = stacked([one.curvature_MCN for one in slopes])
+    # by products of pairs this way round it takes a sixth less time: models are fewer than pairs of inputs
+    information_EQ = weighted_grams(x_PN, curvature_EN) if product_QN is None else product(product_QN, curvature_EN.T).T
     gradient_EP = product(stacked([one.score_MON for one in slopes]), x_PN.T)
     found = []
     for one in slopes:
         (models, outputs, _), crossed = one.score_MON.shape, one.curvature_MCN.shape[1]
         gradient_MOP = gradient_EP[: models * outputs].reshape(models, outputs, len(x_PN))
-        information_MCQ = information_EQ[: models * crossed].reshape(models, crossed, len(product_QN))
+        information_MCQ = information_EQ[: models * crossed].reshape(models, crossed, information_EQ.shape[1])
         found.append(Moments(gradient_MPO=gradient_MOP.swapaxes(1, 2), information_MCQ=information_MCQ))
         gradient_EP, information_EQ = gradient_EP[models * outputs :], information_EQ[models * crossed :]
     return found

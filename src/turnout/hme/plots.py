@@ -1,6 +1,7 @@
 """Pictures of a fitted tree with matplotlib (`turnout[plot]`): its gates, and the piecewise fit along one input."""
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,16 @@ from turnout.hme.tree import CLOSED
 GRID = 400  # points of a curve
 
 
-def plot_tree(estimator: HMEBase, feature_names: list[str] | None = None, ax: Any = None) -> Any:
+def plot_tree(estimator: HMEBase, feature_names: Iterable[str] | None = None, ax: Any = None) -> Any:
     """The tree, with the direction of each gate as bars by input and experts as discs below it; returns the axes.
 
     Bars are the weights of standardized inputs towards the gate's first branch.
-    Raises: ConfigError without matplotlib; NotFittedError before fit.
+    Raises: ConfigError without matplotlib; NotFittedError before fit; ValueError for another number of names.
     """
     check_is_fitted(estimator)
     mixture = estimator.mixture_
     ax = _axes(ax)
-    names = feature_names or [f"x{i}" for i in range(estimator.n_features_in_)]
+    names = estimator.input_names(feature_names)
     place, depth = placed(mixture.tree)
     for gate in range(mixture.tree.num_gates):
         x, level = place[gate]
@@ -47,12 +48,18 @@ def plot_tree(estimator: HMEBase, feature_names: list[str] | None = None, ax: An
 def plot_fit(estimator: HMERegressor, X: Any, y: Any, feature: int = 0, ax: Any = None) -> Any:
     """The fit along one input, others at their means: mean, 90 % band, and each expert where it answers; returns axes.
 
-    Raises: ConfigError without matplotlib; NotFittedError before fit.
+    Shapes: X (N, D), where NaN is left out; y (N,). `feature`: the column of X.
+    Raises: ConfigError without matplotlib, for several outputs or a feature that X lacks; NotFittedError before fit.
     """
     check_is_fitted(estimator)
-    ax, x_ND = _axes(ax), np.asarray(X, dtype=np.float64)
-    grid_N = np.linspace(x_ND[:, feature].min(), x_ND[:, feature].max(), GRID)
-    at_ND = np.tile(x_ND.mean(axis=0), (GRID, 1))
+    x_ND = np.asarray(X, dtype=np.float64)
+    if len(estimator.target_scale_.mean_D) > 1:
+        raise ConfigError(f"plot_fit draws one output, not {len(estimator.target_scale_.mean_D)}: fit them one by one")
+    if not 0 <= feature < estimator.n_features_in_:
+        raise ConfigError(f"feature={feature} must be 0 to {estimator.n_features_in_ - 1}")
+    ax = _axes(ax)
+    grid_N = np.linspace(np.nanmin(x_ND[:, feature]), np.nanmax(x_ND[:, feature]), GRID)
+    at_ND = np.tile(np.nanmean(x_ND, axis=0), (GRID, 1))
     at_ND[:, feature] = grid_N
     predicted = estimator.predict_dist(at_ND)
     ax.scatter(x_ND[:, feature], np.asarray(y), s=8, color="0.6")

@@ -8,9 +8,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from turnout.errors import ConfigError
 from turnout.hme.base import HMEBase
-from turnout.hme.checks import Scale, check_choice, check_positive
+from turnout.hme.checks import Scale, check_choice, check_given, check_positive, unchanged_by_errors
 from turnout.hme.distribution import Predictive
-from turnout.hme.families import Family, Poisson
+from turnout.hme.families import MOST_COUNT, Family, Poisson
 from turnout.hme.gaussian import Gaussian
 from turnout.hme.tree import Floats
 
@@ -93,19 +93,29 @@ class HMERegressor(RegressorMixin, HMEBase):
 
         After `fit` it goes on from the fit; a first call sets the scale of all columns.
         """
-        return self._partial_fit(X, y, sample_weight, first=not hasattr(self, "mixture_"))
+        first = not hasattr(self, "mixture_")
+        with unchanged_by_errors(self):
+            if first:
+                self.is_column_ = np.ndim(y) == 1
+            return self._partial_fit(X, y, sample_weight, first=first)
 
     def _targets(self, y: Any, num_rows: int, *, reset: bool) -> Floats:
         check_choice("family", self.family, ("gaussian", "poisson"))
-        if y is None:
-            raise ValueError("requires y to be passed, but the target y is None")
-        y_NT = _numbers(y)
-        self.is_column_ = y_NT.ndim == 1
-        y_NT = y_NT.reshape(len(y_NT), -1)
+        check_given(y)
+        numbers = _numbers(y)
+        y_NT = numbers.reshape(len(numbers), -1)
         if len(y_NT) != num_rows:
             raise ValueError(f"X has {num_rows} rows and y {len(y_NT)}: inconsistent numbers of samples")
-        if self.family == "poisson" and (y_NT.shape[1] > 1 or (y_NT < 0).any()):
-            raise ValueError("family='poisson' needs one column of counts, none below 0")
+        if self.family == "poisson":
+            if y_NT.shape[1] > 1 or (y_NT < 0).any():
+                raise ValueError("family='poisson' needs one column of counts, none below 0")
+            if (y_NT > MOST_COUNT).any():
+                raise ValueError(
+                    f"family='poisson' needs counts of up to {MOST_COUNT:g}, not {y_NT.max():g}; "
+                    "family='gaussian' takes numbers of any size"
+                )
+        if reset:
+            self.is_column_ = numbers.ndim == 1
         return y_NT
 
     def _family(self, targets: int) -> Family:

@@ -40,6 +40,8 @@ class SolveConfig:
             raise ConfigError(f"n_init={self.restarts} must be at least 1")
         if (self.most_leaves or self.prune) and self.solver in ("gradient", "online"):
             raise ConfigError(f"growth and pruning need solver='em' or 'least_squares', not {self.solver!r}")
+        if self.ascent.error != "mixture" and self.solver != "gradient":
+            raise ConfigError(f"error={self.ascent.error!r} is what solver='gradient' can climb, not {self.solver!r}")
         if self.em.hold_noise and self.solver in ("gradient", "online"):
             raise ConfigError(
                 f"hold_noise={self.em.hold_noise} needs solver='em' or 'least_squares', not {self.solver!r}"
@@ -52,7 +54,7 @@ def solve(
     """The likeliest of `restarts` fits, then grown and pruned if asked."""
     fits = []
     for _ in range(config.restarts):
-        start = new_mixture(tree, family, rows.y_NT.T, rows.weight_N, rows.x_NP.shape[1], random)
+        start = new_mixture(tree, family, rows.y_NT.T, rows.weight_N, rows.num_inputs, random)
         fits.append(_fitted(start, rows, config, random, watch))
     fit = max(fits, key=lambda one: loglik(rows, one.mixture)) if len(fits) > 1 else fits[0]
     # a fit has noise of its own by now, from which growth and pruning go on

@@ -7,8 +7,10 @@ from operator import add
 
 import numpy as np
 
-from turnout.hme.algebra import CACHE_LINE, MakeRoom, Workspace, pair_products, room
+from turnout.hme.algebra import CACHE_LINE, MANY_INPUTS, MakeRoom, Workspace, pair_products, room
+from turnout.hme.checks import Scale
 from turnout.hme.families import ExpertSums
+from turnout.hme.gaussian import Gaussian
 from turnout.hme.glim import Moments, Slopes, moments, spread
 from turnout.hme.mixture import Mixture
 from turnout.hme.paths import branch_mass
@@ -27,20 +29,27 @@ MOST_HELD_BYTES = 16 << 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """N rows: inputs with the constant as their last column, targets, weights. May be memory maps."""
+    """N rows: inputs, targets, weights. May be memory maps."""
 
-    x_NP: Floats
+    x_NP: Floats  # with the constant as the last column; where there is a `scale`, as they were given and without it
     y_NT: Floats
     weight_N: Floats
+    scale: Scale | None = None  # by which inputs are standardized, block by block, so that no copy of all is made
     held: "tuple[Block, ...]" = ()  # all rows, for passes to come; empty: each pass forms its blocks anew
     work: Workspace = field(default_factory=Workspace)
 
     def __len__(self) -> int:
         return len(self.x_NP)
 
+    @property
+    def num_inputs(self) -> int:
+        """P: inputs and the constant."""
+        return self.x_NP.shape[1] + (self.scale is not None)
+
     def taken(self, row_N: Ints) -> "Rows":
         """These rows, in this order."""
-        return Rows(x_NP=self.x_NP[row_N], y_NT=self.y_NT[row_N], weight_N=self.weight_N[row_N])
+        x_NP, y_NT, weight_N = self.x_NP[row_N], self.y_NT[row_N], self.weight_N[row_N]
+        return Rows(x_NP=x_NP, y_NT=y_NT, weight_N=weight_N, scale=self.scale)
 
     def parts(self, widest: int) -> Iterator[slice]:
         """Slices of rows, all but the last alike: an array of `widest` numbers a row takes BLOCK_BYTES at most.
@@ -55,14 +64,15 @@ class Rows:
     def block(self, part: slice | Ints) -> "Block":
         """These rows as columns."""
         x_NP, y_NT = self.x_NP[part], self.y_NT[part]
+        x_NP = x_NP if self.scale is None else self.scale.with_constant(x_NP)
         z_ZN = room(x_NP.shape[1] + y_NT.shape[1], len(x_NP))
         z_ZN[: x_NP.shape[1]], z_ZN[x_NP.shape[1] :] = x_NP.T, y_NT.T
         return Block(z_ZN=z_ZN, inputs=x_NP.shape[1], weight_N=self.weight_N[part])
 
     def held_for(self, mixture: Mixture) -> "Rows":
         """The same rows with their blocks for trees of this size kept, or as they are where that takes much memory."""
-        inputs, targets = self.x_NP.shape[1], self.y_NT.shape[1]
-        numbers_a_row = inputs * (inputs + 1) // 2 + inputs + targets
+        inputs, targets = self.num_inputs, self.y_NT.shape[1]
+        numbers_a_row = _pairs_held(inputs) + inputs + targets
         if 8 * numbers_a_row * len(self) > MOST_HELD_BYTES:
             return self
         return replace(self, held=tuple(self.blocks(mixture)))
@@ -71,9 +81,16 @@ class Rows:
         """Blocks small enough that the widest array of `mixture` takes about BLOCK_BYTES."""
         if self.held:
             return iter(self.held)
-        tree, size = mixture.tree, self.x_NP.shape[1]
-        widest = max(size * (size + 1) // 2, tree.num_leaves * max(1, mixture.family.outputs), tree.child_GB.size)
+        tree, size, outputs = mixture.tree, self.num_inputs, mixture.family.outputs
+        curvatures = 1 if isinstance(mixture.family, Gaussian) else outputs * (outputs + 1) // 2
+        expert = tree.num_leaves * max(1, outputs, curvatures)
+        gate = tree.num_gates * tree.branching * max(2, tree.branching - 1) // 2
+        widest = max(_pairs_held(size), size, expert, tree.child_GB.size, gate)
         return (self.block(part) for part in self.parts(widest))
+
+
+def _pairs_held(inputs: int) -> int:
+    return 0 if inputs > MANY_INPUTS else inputs * (inputs + 1) // 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,9 +110,9 @@ class Block:
         return self.z_ZN[self.inputs :]
 
     @cached_property
-    def product_QN(self) -> Floats:
-        """Formed once, for every pass over a block that is held."""
-        return pair_products(self.x_PN)
+    def product_QN(self) -> Floats | None:
+        """Formed once, for every pass over a block that is held; None of many inputs, whose pairs are too many."""
+        return None if self.inputs > MANY_INPUTS else pair_products(self.x_PN)
 
     @cached_property
     def counts_once(self) -> bool:

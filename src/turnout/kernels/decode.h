@@ -13,22 +13,22 @@ template <int M, int K, class W>
 inline void add_products(const float* x, long x_step, const W* w, long w_step, long columns, float* out, long out_step,
                          bool fetch) {
   vec factor[M][K];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < K; k++) factor[i][k] = splat(x[i * x_step + k]);
   long c = 0;
   for (; c + LANES <= columns; c += LANES) {
     vec row[K];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < K; k++) {
       row[k] = load(w + k * w_step + c);
       if (fetch) __builtin_prefetch(w + (K + k) * w_step + c, 0, 2);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < M; i++) {
       vec sum = load(out + i * out_step + c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < K; k++) sum += factor[i][k] * row[k];
       store(out + i * out_step + c, sum);
     }
@@ -41,15 +41,19 @@ inline void add_products(const float* x, long x_step, const W* w, long w_step, l
 template <int K, class W>
 inline void add_rows_of(int rows, const float* x, long x_step, const W* w, long w_step, long columns, float* out,
                         long out_step) {
-  for (int i = 0; i < rows; i += 4) {
+  for (int i = 0; i < rows; i += 8) {
     const float* from = x + i * x_step;
     float* to = out + i * out_step;
     const bool fetch = i == 0;
-    switch (std::min(4, rows - i)) {
+    switch (std::min(8, rows - i)) {
       case 1: add_products<1, K>(from, x_step, w, w_step, columns, to, out_step, fetch); break;
       case 2: add_products<2, K>(from, x_step, w, w_step, columns, to, out_step, fetch); break;
       case 3: add_products<3, K>(from, x_step, w, w_step, columns, to, out_step, fetch); break;
-      default: add_products<4, K>(from, x_step, w, w_step, columns, to, out_step, fetch);
+      case 4: add_products<4, K>(from, x_step, w, w_step, columns, to, out_step, fetch); break;
+      case 5: add_products<5, K>(from, x_step, w, w_step, columns, to, out_step, fetch); break;
+      case 6: add_products<6, K>(from, x_step, w, w_step, columns, to, out_step, fetch); break;
+      case 7: add_products<7, K>(from, x_step, w, w_step, columns, to, out_step, fetch); break;
+      default: add_products<8, K>(from, x_step, w, w_step, columns, to, out_step, fetch);
     }
   }
 }
@@ -58,10 +62,13 @@ inline void add_rows_of(int rows, const float* x, long x_step, const W* w, long 
 template <class W>
 void multiply_few(int rows, const float* x, long x_step, const W* w, long w_step, long depth, long columns, float* out,
                   long out_step) {
-  const long most = std::max(1024, 8192 / rows / LANES * LANES);
+  const long most = rows <= 2 ? 8192 : rows <= 6 ? 4096 : 1024;
   for (long c = 0; c < columns; c += most) {
     const long width = std::min(most, columns - c);
     long k = 0;
+    // three and four sums read and written again are worth more rows of w each time; of more, factors lie in memory
+    for (; (rows == 3 || rows == 4) && k + 8 <= depth; k += 8)
+      add_rows_of<8>(rows, x + k, x_step, w + k * w_step + c, w_step, width, out + c, out_step);
     for (; k + 4 <= depth; k += 4)
       add_rows_of<4>(rows, x + k, x_step, w + k * w_step + c, w_step, width, out + c, out_step);
     for (; k < depth; k++)
@@ -80,6 +87,7 @@ class Decode {
 
   // Up to so many rows, reading an expert's weights takes longer than the products with them.
   static constexpr int MOST_ROWS = 16;
+  static constexpr long MOST_WIDTH = 2048;  // of the hidden layer at a time, so that its values stay in cache
 
   bool fits() const {
     for (int e = 0; e < job_.experts; e++)
@@ -89,7 +97,7 @@ class Decode {
 
   void run() {
     plan_slices();
-    const size_t x_size = MOST_ROWS * job_.dim, before_size = act_.parts * MOST_ROWS * slice_;
+    const size_t x_size = MOST_ROWS * job_.dim, before_size = act_.parts * MOST_ROWS * MOST_WIDTH;
     const size_t partial_size = size_t(slices_) * routes_.start[job_.experts] * job_.dim;
     Workspace space(job_.threads * (Workspace::padded(x_size) + Workspace::padded(before_size)) +
                     Workspace::padded(partial_size));
@@ -114,30 +122,36 @@ class Decode {
   };
   struct Slice {
     int expert, number;
+    long width;
   };
 
-  // Slices of the hidden width, so that threads share what is to be read also where few experts have tokens.
+  // Whole experts, which are read fastest, as many for each thread; those left over are shared, each by all threads.
   void plan_slices() {
-    int touched = 0;
-    for (int e = 0; e < job_.experts; e++) touched += routes_.start[e + 1] > routes_.start[e];
-    for (slice_ = 2048; slice_ > 64 && touched * count() < 5 * job_.threads;) slice_ /= 2;
-    slices_ = int(count());
+    std::vector<int> touched;
     for (int e = 0; e < job_.experts; e++)
-      if (routes_.start[e + 1] > routes_.start[e])
-        for (int number = 0; number < slices_; number++) units_.push_back({e, number});
+      if (routes_.start[e + 1] > routes_.start[e]) touched.push_back(e);
+    const long experts = touched.size(), shared = experts % job_.threads;
+    const long share = (job_.hidden + job_.threads - 1) / job_.threads;
+    slices_of_.assign(job_.experts, 0);
+    for (long i = 0; i < experts; i++) {
+      const long width = i < experts - shared ? MOST_WIDTH : std::clamp((share + 63) / 64 * 64, 64l, MOST_WIDTH);
+      const int slices = int((job_.hidden + width - 1) / width);
+      for (int number = 0; number < slices; number++) units_.push_back({touched[i], number, width});
+      slices_of_[touched[i]] = slices;
+      slices_ = std::max(slices_, slices);
+    }
   }
-  long count() const { return (job_.hidden + slice_ - 1) / slice_; }
 
   void slice(const Slice& unit, const Scratch& s) const {
-    const long dim = job_.dim, hidden = job_.hidden, f = unit.number * slice_;
-    const long columns = std::min(slice_, hidden - f);
+    const long dim = job_.dim, hidden = job_.hidden, width = unit.width, f = unit.number * width;
+    const long columns = std::min(width, hidden - f);
     const int first = routes_.start[unit.expert], rows = routes_.start[unit.expert + 1] - first;
     for (int r = 0; r < rows; r++)
       std::memcpy(s.x + r * dim, job_.x + routes_.token[first + r] * dim, dim * sizeof(float));
     // of a whole expert the parts lie side by side, and are read as one
     const bool whole = columns == hidden && hidden % LANES == 0;
-    const long step = whole ? before_ : slice_, second = whole ? hidden : rows * slice_;
-    std::memset(s.before, 0, act_.parts * rows * (whole ? hidden : slice_) * sizeof(float));
+    const long step = whole ? before_ : width, second = whole ? hidden : rows * width;
+    std::memset(s.before, 0, act_.parts * rows * (whole ? hidden : width) * sizeof(float));
     for (int part = 0; part < act_.parts; part++) {
       float* before = s.before + part * second;
       if (job_.up_bias)
@@ -145,7 +159,7 @@ class Decode {
           std::memcpy(before + r * step, job_.up_bias + unit.expert * before_ + part * hidden + f,
                       columns * sizeof(float));
       const W* up = static_cast<const W*>(job_.up) + unit.expert * dim * before_ + part * hidden + f;
-      if (!whole) multiply_few(rows, s.x, dim, up, before_, dim, columns, before, slice_);
+      if (!whole) multiply_few(rows, s.x, dim, up, before_, dim, columns, before, width);
     }
     float* h = s.before;
     if (whole) {
@@ -154,7 +168,7 @@ class Decode {
       for (int r = 0; r < rows; r++, h += before_) act_.line(h, h + (act_.parts - 1) * hidden, h, int(hidden));
       h = s.before;
     } else {
-      act_.line(h, s.before + (act_.parts - 1) * second, h, int(rows * slice_));
+      act_.line(h, s.before + (act_.parts - 1) * second, h, int(rows * width));
     }
     float* out = partial_ + (long(unit.number) * routes_.start[job_.experts] + first) * dim;
     for (int r = 0; r < rows; r++) {
@@ -175,7 +189,8 @@ class Decode {
       for (int i = routes_.token_start[t]; i < routes_.token_start[t + 1]; i++) {
         const long row = routes_.row[i];
         const float weight = job_.weight[routes_.assignment[row]];
-        for (int number = 0; number < slices_; number++) {
+        const int expert = int(std::upper_bound(routes_.start, routes_.start + job_.experts, row) - routes_.start) - 1;
+        for (int number = 0; number < slices_of_[expert]; number++) {
           const float* __restrict__ from = partial_ + (long(number) * routes_.start[job_.experts] + row) * dim;
           for (long d = 0; d < dim; d++) sum[d] += weight * from[d];
         }
@@ -187,8 +202,8 @@ class Decode {
   const Routes routes_;
   const Activation& act_;
   const long before_;
-  long slice_ = 2048;
-  int slices_ = 1, chunks_ = 1;
+  int slices_ = 1, chunks_ = 1;  // slices: of an expert, at most
+  std::vector<int> slices_of_;
   std::vector<Slice> units_;
   std::vector<Scratch> scratch_;
   float* partial_ = nullptr;

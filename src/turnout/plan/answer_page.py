@@ -37,7 +37,7 @@ def _grid(grid: Grid) -> str:
     sides = [side for _, side in grid.headings]
     rows = (
         "<tr>"
-        + "".join(f'<td class="{side}">{escape(cell)}</td>' for side, cell in zip(sides, row, strict=True))
+        + "".join(f'<td class="{side}">{_cell(cell)}</td>' for side, cell in zip(sides, row, strict=True))
         + "</tr>"
         for row in grid.rows
     )
@@ -45,3 +45,8 @@ def _grid(grid: Grid) -> str:
     return (
         f'{caption}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
+
+
+def _cell(words: str) -> str:
+    """The words of a cell; a layout may go on in the next line after a comma."""
+    return escape(words).replace(",", ",<wbr>") if "=" in words else escape(words)

@@ -1,8 +1,8 @@
 """Rows that measure a part of a step: one MoE layer, one exchange of rows."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from turnout.alltoall import PROGRAMS, UniformRouting, round_trip, traffic_of
 from turnout.errors import ConfigError
@@ -13,12 +13,13 @@ from turnout.plan.expert_volume import FP8_SCALE_BYTES, row_size
 from turnout.plan.job import Job
 from turnout.plan.model import ModelShape
 from turnout.plan.parameters import Parameters
+from turnout.plan.row_fields import Refused, Row, count
+from turnout.plan.row_units import BYTES, BYTES_PER_S, SECONDS, unit_of
+from turnout.plan.row_words import dispatcher_of
 from turnout.plan.shapes import SHAPES
 from turnout.plan.time import collective_s
 from turnout.strategy import Precision, Strategy
 from turnout.topology import Cluster
-
-MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,22 +29,26 @@ class MicroCase:
     answer: Callable[[Parameters], float]
 
 
-def micro_case(row: dict[str, Any], cluster: Cluster, precision: Precision) -> MicroCase | None:
+def micro_case(row: Row, cluster: Cluster, precision: Precision) -> MicroCase | None:
     """The case of a row, or none if the row is not of this kind."""
     quantity = str(row.get("quantity"))
     if quantity in ("forward_ms", "backward_ms"):
-        return MicroCase(answer=lambda parameters: _layer_ms(row, cluster, parameters, precision))
+        per_s = unit_of(row, SECONDS, "ms").per_ours
+        return MicroCase(answer=lambda parameters: per_s * _layer_s(row, cluster, parameters, precision))
     if quantity.endswith("_logical_bw"):
-        return MicroCase(answer=lambda _: _logical_gb_per_s(row, cluster))
+        per_rate = unit_of(row, BYTES_PER_S, "GB/s").per_ours
+        return MicroCase(answer=lambda _: per_rate * _logical_bytes_per_s(row, cluster))
     if quantity.startswith(("low_latency_", "dispatch_time", "combine_time")):
-        return MicroCase(answer=lambda _: _rows_us(row, cluster))
+        per_s = unit_of(row, SECONDS, "us").per_ours
+        return MicroCase(answer=lambda _: per_s * _rows_s(row, cluster))
     if quantity.startswith("a2a_"):
-        return MicroCase(answer=lambda _: _exchange(row, cluster))
+        unit = unit_of(row, BYTES_PER_S if quantity.endswith(("bw", "bw_per_gpu")) else SECONDS, "").per_ours
+        return MicroCase(answer=lambda _: unit * _exchange(row, cluster))
     return None
 
 
-def _layer_ms(row: dict[str, Any], cluster: Cluster, parameters: Parameters, precision: Precision) -> float:
-    """Milliseconds of the forward or backward pass of one MoE layer without attention and norms.
+def _layer_s(row: Row, cluster: Cluster, parameters: Parameters, precision: Precision) -> float:
+    """Seconds of the forward or backward pass of one MoE layer without attention and norms.
 
     Megatron-LM's moe_perf builds its layers with the library's defaults: an expert has two matrices, and the shared
     expert that its list of cases names is not built (tests/functional_tests/test_cases/common/moe_perf).
@@ -56,10 +61,9 @@ def _layer_ms(row: dict[str, Any], cluster: Cluster, parameters: Parameters, pre
         num_experts=int(dims["experts"]), top_k=int(dims["top_k"]), expert_hidden=int(dims["expert_ffn"]),
         shared_hidden=0 if plain else int(dims.get("shared_ffn") or 0), gated=not plain,
     )  # fmt: skip
-    dedup = str(row.get("dispatcher")).lower() in ("deepep", "hybridep")
     strategy = Strategy(
         dp=int(row["gpus"]), ep=ep, etp=etp, folded=True, micro_batch=int(row.get("mbs") or 1), precision=precision,
-        alltoall="rank_dedup" if dedup else "flat",
+        alltoall="rank_dedup" if dispatcher_of(row) == "deepep" else "flat",
     )  # fmt: skip
     job = Job(shape=shape, strategy=strategy, seq_len=int(row["seq"]), global_batch=int(row["gpus"]))
     engine = Engine(device=cluster.device, parameters=parameters)
@@ -71,10 +75,10 @@ def _layer_ms(row: dict[str, Any], cluster: Cluster, parameters: Parameters, pre
     moves = round_trip(PROGRAMS[strategy.alltoall], mesh)
     exchange = collective("ep", "ep", mesh, traffic_of(moves, routing, row_size(strategy, shape.dim)))
     wire = collective_s(exchange, cluster)
-    return 1e3 * (wire + (forward_s if row["quantity"] == "forward_ms" else backward_s))
+    return wire + (forward_s if row["quantity"] == "forward_ms" else backward_s)
 
 
-def _dims(row: dict[str, Any]) -> dict[str, Any]:
+def _dims(row: Row) -> Row:
     dims = row.get("dims") or {}
     missing = [name for name in ("hidden", "experts", "top_k", "expert_ffn") if not isinstance(dims.get(name), int)]
     missing += [name for name in ("gpus", "seq") if not isinstance(row.get(name), int)]
@@ -83,7 +87,7 @@ def _dims(row: dict[str, Any]) -> dict[str, Any]:
     return dims
 
 
-def _logical_gb_per_s(row: dict[str, Any], cluster: Cluster) -> float:
+def _logical_bytes_per_s(row: Row, cluster: Cluster) -> float:
     """DeepEP's bandwidth: bytes of all rows, those that stay on their own rank or node included, over the time.
 
     Source: https://github.com/deepseek-ai/DeepEP README; a token reaches at most 4 nodes there.
@@ -93,12 +97,12 @@ def _logical_gb_per_s(row: dict[str, Any], cluster: Cluster) -> float:
         raise ConfigError(f"gpus={ranks!r} must be at least 2 for an exchange of rows")
     mesh = group(ranks, 1, cluster.devices_per_node)
     if mesh.nodes == 1:
-        return cluster.alltoall_intra(ranks).bytes_per_s * ranks / (ranks - 1) / 1e9
-    return cluster.inter.bytes_per_s * mesh.nodes / (mesh.nodes - 1) / 1e9
+        return cluster.alltoall_intra(ranks).bytes_per_s * ranks / (ranks - 1)
+    return cluster.inter.bytes_per_s * mesh.nodes / (mesh.nodes - 1)
 
 
-def _rows_us(row: dict[str, Any], cluster: Cluster) -> float:
-    """Microseconds to send every routed row of `seq` tokens a rank, or to return them; each row apart, none merged.
+def _rows_s(row: Row, cluster: Cluster) -> float:
+    """Seconds to send every routed row of `seq` tokens a rank, or to return them; each row apart, none merged.
 
     DeepEP's low-latency kernels dispatch in fp8 with a scale for 128 elements and return bf16.
     """
@@ -111,18 +115,20 @@ def _rows_us(row: dict[str, Any], cluster: Cluster) -> float:
     size = tokens * shape.top_k * shape.dim * (1 + FP8_SCALE_BYTES if narrow else 2.0)
     # all sends are under way at once
     traffic = replace(all_to_all(mesh, size), intra_messages=1, inter_messages=1)
-    return 1e6 * collective_s(collective("ep", "ep", mesh, traffic), cluster)
+    return collective_s(collective("ep", "ep", mesh, traffic), cluster)
 
 
-def _exchange(row: dict[str, Any], cluster: Cluster) -> float:
-    """An all-to-all of a given size: its time, or its bus bandwidth."""
-    ranks = int(row.get("gpus") or 2 * cluster.devices_per_node)
-    mesh = group(ranks, 1, cluster.devices_per_node)
-    size = 8 * MIB if "8MiB" in row["quantity"] else 500e6
-    seconds = collective_s(collective("ep", "ep", mesh, all_to_all(mesh, size)), cluster)
-    if "internode" in row["quantity"]:
+def _exchange(row: Row, cluster: Cluster) -> float:
+    """Seconds of an all-to-all of the size in the quantity's name, or its bus bandwidth in bytes a second."""
+    quantity = str(row["quantity"])
+    if "internode" in quantity:
         # what one device's card carries, whatever stays in the node
-        return cluster.inter.bytes_per_s / 1e9
-    if row.get("unit") == "us":
-        return seconds * 1e6
-    return size * (ranks - 1) / ranks / seconds / 1e9
+        return cluster.inter.bytes_per_s
+    said = re.search(r"_(\d+)(GiB|GB|MiB|MB)_", quantity)
+    if said is None:
+        raise Refused(f"quantity {quantity!r} does not say of how many bytes; such as a2a_8MiB_time, a2a_500MB_busbw")
+    size = int(said[1]) / BYTES[said[2]]
+    ranks = count(row, "gpus", 2 * cluster.devices_per_node)
+    mesh = group(ranks, 1, cluster.devices_per_node)
+    seconds = collective_s(collective("ep", "ep", mesh, all_to_all(mesh, size)), cluster)
+    return seconds if quantity.endswith("_time") else size * (ranks - 1) / ranks / seconds

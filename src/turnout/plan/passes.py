@@ -14,8 +14,8 @@ from turnout.plan.block_wire import (
 )
 from turnout.plan.compute import BlockTime, block_time, head_time
 from turnout.plan.data_volume import dense_stage_params
-from turnout.plan.memory import stage_params
 from turnout.plan.model import ModelShape
+from turnout.plan.parameter_bytes import stage_params
 from turnout.plan.pipeline import Stage, like_blocks
 from turnout.plan.step_wire import SLOTS, Reduced, dense_reduced, routed_reduced
 from turnout.plan.terms import Numbers, Terms, either, larger, reads, smaller

@@ -1,6 +1,5 @@
 """Answers rows in the schema of published_cases.json, each in its own quantity and unit, or refuses and says why."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -12,14 +11,29 @@ from turnout.plan.micro import micro_case
 from turnout.plan.parameters import Parameters, fitted
 from turnout.plan.row_fields import Refused, Row
 from turnout.plan.row_machine import cluster_of
-from turnout.plan.rows import job_of, precision_of
+from turnout.plan.row_units import (
+    BYTES,
+    FLOPS_PER_S,
+    SECONDS,
+    SEQUENCES_PER_S,
+    TOKENS_PER_S,
+    Unit,
+    share_of,
+    unit_of,
+)
+from turnout.plan.row_words import precision_of
+from turnout.plan.rows import job_of
 from turnout.plan.time import StepTime, step_time
 from turnout.plan.waterfall import peak_flops_per_s
 from turnout.topology import Cluster
 
-STEP_QUANTITIES = ("step_time", "tokens_per_s", "achieved_tflops", "model_tflops", "mfu", "hfu")
-MEMORY_QUANTITIES = ("memory", "peak_mem", "peak_alloc")
-_SIZES = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "B": 1, "bytes": 1}
+TOKEN_RATES, SEQUENCE_RATES = ("tokens_per_s",), ("samples_per_s", "sequences_per_s")
+FLOP_RATES, SHARES = ("achieved_tflops", "model_tflops", "tflops"), ("mfu", "hfu")
+RATES = (*TOKEN_RATES, *SEQUENCE_RATES, *FLOP_RATES, *SHARES)  # a shorter step has more of these
+STEP_QUANTITIES = ("step_time", *RATES)
+MEMORY_QUANTITIES = ("memory", "peak_mem", "peak_alloc", "peak_reserved", "max_allocated", "max_reserved")
+# what a row that nothing here expects may raise
+UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +65,7 @@ def predict_row(row: Row, models: dict[str, Row], parameters: Parameters) -> Ans
         return Answer(id=name, predicted=predicted, unit=unit)
     except TurnoutError as error:
         return Answer(id=name, predicted=None, unit=unit, refused=str(error))
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+    except UNREADABLE as error:
         # a field of a kind that no code here expects is the row's fault, and other rows still have answers
         return Answer(id=name, predicted=None, unit=unit, refused=f"the row cannot be read: {error!r}")
 
@@ -63,7 +77,8 @@ def _answer(row: Row, models: dict[str, Row], parameters: Parameters) -> float:
     if part is not None:
         return part.answer(parameters)
     if quantity.startswith(MEMORY_QUANTITIES):
-        return _memory_bytes(row, job_of(row, models)) / _size(str(row.get("unit") or "GiB"))
+        size = unit_of(row, BYTES, "B" if quantity.endswith("_bytes") else "GiB")
+        return _memory_bytes(row, job_of(row, models)) * size.per_ours
     if not quantity.startswith(STEP_QUANTITIES):
         known = ", ".join((*STEP_QUANTITIES, *MEMORY_QUANTITIES))
         raise Refused(f"quantity {quantity!r} is not modelled; modelled: {known}, parts of a step")
@@ -76,18 +91,24 @@ def _answer(row: Row, models: dict[str, Row], parameters: Parameters) -> float:
 
 def answer_of_step(row: Row, job: Job, step: StepTime, cluster: Cluster) -> float:
     """A predicted step in the quantity and unit of a row."""
-    quantity, unit = str(row["quantity"]), str(row.get("unit"))
-    tokens_per_s = step.tokens_per_s(job)
+    quantity, tokens_per_s = str(row["quantity"]), step.tokens_per_s(job)
     if quantity.startswith("step_time"):
-        return step.step_s * (1e3 if unit == "ms" else 1.0)
-    if quantity.startswith("tokens_per_s"):
-        return tokens_per_s / (job.world if "per_gpu" in quantity or "GPU" in unit else 1)
-    tflops = flops_per_token(row, job) * tokens_per_s / job.world / 1e12
-    if quantity.startswith(("achieved_tflops", "model_tflops")):
-        return tflops
-    peak = re.search(r"of ([\d.]+)", unit)
-    share = tflops / (float(peak[1]) if peak else peak_flops_per_s(cluster) / 1e12)
-    return 100 * share if "%" in unit else share
+        return step.step_s * unit_of(row, SECONDS, "ms" if quantity.endswith("_ms") else "s").per_ours
+    if quantity.startswith(TOKEN_RATES):
+        return _of_devices(row, tokens_per_s, unit_of(row, TOKENS_PER_S, "tok/s"), job.world)
+    if quantity.startswith(SEQUENCE_RATES):
+        return _of_devices(row, tokens_per_s / job.seq_len, unit_of(row, SEQUENCES_PER_S, "seq/s"), job.world)
+    flops_per_s = flops_per_token(row, job) * tokens_per_s / job.world
+    if quantity.startswith(FLOP_RATES):
+        return flops_per_s * unit_of(row, FLOPS_PER_S, "TFLOP/s").per_ours
+    whole, peak = share_of(row)
+    return whole * flops_per_s / (peak * 1e12 if peak else peak_flops_per_s(cluster))
+
+
+def _of_devices(row: Row, rate: float, unit: Unit, devices: int) -> float:
+    """A rate of all devices as the row counts it: of all, or of one."""
+    one = unit.per_device or "per_gpu" in str(row["quantity"])
+    return rate * unit.per_ours / (devices if one else 1)
 
 
 def flops_per_token(row: Row, job: Job) -> float:
@@ -104,20 +125,19 @@ def flops_per_token(row: Row, job: Job) -> float:
     return 3 * forward
 
 
-def _size(unit: str) -> int:
-    """Bytes of a unit of memory."""
-    if unit not in _SIZES:
-        raise Refused(f"unit {unit!r} is none of memory; known: {', '.join(_SIZES)}")
-    return _SIZES[unit]
-
-
 def _memory_bytes(row: Row, job: Job) -> float:
     quantity = str(row["quantity"])
     if "weights_optimizer" in quantity:
         return memory_by_stage(job)[0].model_bytes
     if "activations" not in quantity:
-        return memory(job).allocated_bytes
+        needed = memory(job)
+        return needed.reserved_bytes if is_reserved(quantity) else needed.allocated_bytes
     sequence = "sp" in quantity.split("_")
     recompute = "selective" if "selective" in quantity else "none"
     strategy = replace(job.strategy, sequence_parallel=sequence, recompute=recompute)
     return memory_by_stage(replace(job, strategy=strategy))[0].activations_bytes
+
+
+def is_reserved(quantity: str) -> bool:
+    """Whether a peak of that name is of what the allocator holds, as torchtitan prints it, or of what is allocated."""
+    return quantity.startswith("peak_mem") or "reserved" in quantity

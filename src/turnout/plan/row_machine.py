@@ -1,18 +1,23 @@
 """The machine that a row in the schema of published_cases.json ran on."""
 
+import re
 from dataclasses import replace
 
 from turnout.clusters import CLUSTERS
 from turnout.plan.row_fields import Refused, Row, count, number
 from turnout.topology import Cluster
 
-# words of a row's `gpu`, the first that is found deciding
+# words of a row's `gpu`, the first that is found deciding; not H200 in GH200
 _MACHINES = (
     ("GB300", "gb300-nvl72"), ("GB200", "gb200-nvl72"), ("B300", "dgx-b300"), ("B200", "dgx-b200"),
     ("H100-96", "h100-hbm2e"), ("H100-EFA", "aws-p5"), ("H200", "dgx-h200"), ("H100", "dgx-h100"), ("H800", "h800"),
-    ("A800", "a800"), ("A100-40", "dgx-a100-40"), ("A100", "dgx-a100"), ("V100", "dgx2-v100"), ("TPUv4", "tpu-v4"),
-    ("TPUv5p", "tpu-v5p"), ("MI300", "mi300x"), ("910B", "ascend-910b"),
+    ("A800", "a800"), (r"A100.*\b40", "dgx-a100-40"), ("A100", "dgx-a100"), ("V100", "dgx2-v100"),
+    ("TPU ?v4(?!i)", "tpu-v4"), ("TPU ?v5p", "tpu-v5p"), ("MI300X", "mi300x"), ("910B", "ascend-910b"),
 )  # fmt: skip
+# of the same name, but with other clocks and links; and half of a TPU's chip
+_OTHERS = r"PCI-?e|\bNVL\b|\bcore\b"
+# memory that a row gives may differ by so much from the description's: vendors round
+_ROUNDING = 0.12
 # an all-reduce inside a node below this share of what the link carries did not run on it
 NVLINK_IN_USE = 0.5
 # of the buffer that runs measured their bandwidths with; not published: 1 GiB taken
@@ -22,10 +27,16 @@ TESTED_BYTES = 2**30
 def cluster_of(row: Row) -> Cluster:
     """The machine a row ran on. Raises: Refused if no description fits."""
     gpu = str(row.get("gpu"))
-    for words, name in _MACHINES:
-        if words in gpu and "core" not in gpu:
+    for words, name in () if re.search(_OTHERS, gpu, re.IGNORECASE) else _MACHINES:
+        if re.search(f"(?<!G){words}", gpu, re.IGNORECASE) and _has_memory(gpu, CLUSTERS[name]):
             return _measured_fabric(row, CLUSTERS[name])
     raise Refused(f"gpu={gpu!r} has no cluster description; known: {', '.join(CLUSTERS.names())}")
+
+
+def _has_memory(gpu: str, cluster: Cluster) -> bool:
+    """Whether the memory in a device's name, if there is any, is that of the description."""
+    said = re.search(r"(\d+) ?GB", gpu, re.IGNORECASE)
+    return said is None or abs(float(said[1]) * 1e9 / cluster.device.memory_bytes - 1) < _ROUNDING
 
 
 def _measured_fabric(row: Row, cluster: Cluster) -> Cluster:

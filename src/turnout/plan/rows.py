@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from typing import Literal
 
 from turnout.plan.framework import FRAMEWORKS, Framework
 from turnout.plan.job import Job
@@ -11,12 +10,12 @@ from turnout.plan.model import ModelShape
 from turnout.plan.row_fields import Refused, Row, count, number
 from turnout.plan.row_machine import cluster_of
 from turnout.plan.row_model import shape_of
-from turnout.strategy import Precision, Strategy
+from turnout.plan.row_words import Schedule, dispatcher_of, precision_of, recompute_of, schedule_of
+from turnout.strategy import Strategy
 from turnout.topology import Cluster
 
-_PRECISIONS: tuple[tuple[str, Precision], ...] = (
-    ("fp4", "fp4"), ("fp8", "fp8"), ("float8", "fp8"), ("fp16", "fp16"), ("fp32", "fp32"),
-)  # fmt: skip
+# fields of a row's layout; edp follows from the others
+_LAYOUT = ("tp", "pp", "cp", "vp", "ep", "etp", "edp", "dp", "fsdp", "zero", "sp")
 # year and month since which torchtitan compiles its loss: https://github.com/pytorch/torchtitan/pull/1033
 _COMPILED_LOSS = 202504
 # flash attention (arXiv:2205.14135) is of May 2022; what was published before it kept scores in memory
@@ -45,15 +44,6 @@ def _torchtitan(row: Row) -> str:
     return "torchtitan-2024" if before or "eager" in str(row.get("precision")) else "torchtitan"
 
 
-def precision_of(row: Row) -> Precision:
-    """Precision of matrix products."""
-    words = str(row.get("precision", "bf16")).lower()
-    for name, precision in _PRECISIONS:
-        if name in words:
-            return precision
-    return "bf16"
-
-
 def job_of(row: Row, models: dict[str, Row]) -> Job:
     """The training job of a row. Raises: Refused or ConfigError naming what is missing or does not fit."""
     framework = framework_of(row)
@@ -62,7 +52,9 @@ def job_of(row: Row, models: dict[str, Row]) -> Job:
     layout = row.get("layout") or {}
     if not isinstance(layout, dict) or "tp" not in layout:
         raise Refused("layout is not complete: tp is not given")
-    if shape.num_experts and "ep" not in layout:
+    _check_known(layout)
+    if shape.num_experts and layout.get("ep") is None and count(layout, "fsdp", 0) < 2:
+        # FSDP alone shards experts as it does all else
         raise Refused("layout is not complete: ep is not given for a model with experts")
     if row.get("async_tp"):
         framework = replace(framework, overlap_tp=True)
@@ -73,7 +65,7 @@ def job_of(row: Row, models: dict[str, Row]) -> Job:
         shape=shape, strategy=strategy, seq_len=length, global_batch=batch, framework=framework,
         skew=number(row, "skew", 1.0),
     )  # fmt: skip
-    if _recompute(row) or framework.flash_attention:
+    if recompute_of(row) or framework.flash_attention:
         return job
     return _least_recompute(job, cluster_of(row))
 
@@ -89,6 +81,13 @@ def _trained(shape: ModelShape, row: Row, framework: Framework) -> ModelShape:
     return replace(shape, mtp_layers=1) if bridge and shape.name.startswith("deepseek-v3") and not said else shape
 
 
+def _check_known(layout: Row) -> None:
+    """Raises: Refused for a field of a layout that would be passed over."""
+    unknown = [name for name, value in layout.items() if name not in _LAYOUT and value is not None]
+    if unknown:
+        raise Refused(f"layout.{unknown[0]}={layout[unknown[0]]!r} is not known; known: {', '.join(_LAYOUT)}")
+
+
 def _check_replicas(layout: Row, strategy: Strategy, gpus: int) -> None:
     """Raises: Refused if a row's dp, with or without the context-parallel ranks in it, is not what its devices have."""
     said, dense = count(layout, "dp", 0), strategy.tp * strategy.pp
@@ -101,14 +100,16 @@ def _check_replicas(layout: Row, strategy: Strategy, gpus: int) -> None:
 
 def _strategy(row: Row, layout: Row, shape: ModelShape, framework: Framework) -> Strategy:
     tp, pp, virtual = (count(layout, key, 1) for key in ("tp", "pp", "vp"))
-    if row.get("schedule") == "interleaved":
+    asked = schedule_of(row)
+    if asked == "interleaved":
         virtual = max(2, virtual)
-    if layout.get("vp") is None and pp >= 4 and framework.overlap_pp and not row.get("schedule"):
+    if layout.get("vp") is None and pp >= 4 and framework.overlap_pp and not asked:
         # published Megatron-Core recipes interleave deep pipelines, most with one block a chunk
         virtual = max(1, shape.all_layers // pp)
     # recipes may count embedding and output matrix as blocks to cut
     virtual = 1 if pp == 1 else min(virtual, max(1, shape.all_layers // pp))
-    sequence = tp > 1 and (framework.sequence_parallel or "sequence" in str(row.get("recompute") or ""))
+    sequence = framework.sequence_parallel or "sequence" in str(row.get("recompute") or "")
+    sequence = tp > 1 and (sequence if layout.get("sp") is None else bool(layout["sp"]))
     fsdp = count(layout, "fsdp", 0)
     zero = layout.get("zero")
     if zero is None:
@@ -120,8 +121,8 @@ def _strategy(row: Row, layout: Row, shape: ModelShape, framework: Framework) ->
         micro_batch = max(1, micro_batch // (pp * virtual))
     return Strategy(
         tp=tp, pp=pp, cp=count(layout, "cp", 1), virtual_stages=virtual, ep=count(layout, "ep", 1), etp=etp,
-        schedule="interleaved" if virtual > 1 else "1f1b", sequence_parallel=sequence, folded=bool(shape.num_experts),
-        zero=zero, recompute=_recompute(row) or "none", micro_batch=micro_batch, precision=precision_of(row),
+        schedule=_schedule(asked, pp, virtual), sequence_parallel=sequence, folded=bool(shape.num_experts),
+        zero=zero, recompute=recompute_of(row) or "none", micro_batch=micro_batch, precision=precision_of(row),
         overlap=2 if "overlap on" in str(row.get("dispatcher")) else 1,
         scatter_gather=framework.scatter_gather and pp > 1,
         alltoall=_alltoall(row, shape, count(layout, "ep", 1) * etp) if shape.num_experts else "flat",
@@ -129,26 +130,22 @@ def _strategy(row: Row, layout: Row, shape: ModelShape, framework: Framework) ->
     )  # fmt: skip
 
 
+def _schedule(asked: Schedule | None, pp: int, virtual: int) -> Schedule:
+    if pp > 1 and asked in ("zero_bubble", "dualpipe", "gpipe"):
+        return asked
+    return "interleaved" if virtual > 1 else "1f1b"
+
+
 def _alltoall(row: Row, shape: ModelShape, ranks: int) -> str:
     """The all-to-all program: what the row says; else what routing limited to nodes is made for, or a flat one.
 
     `ranks` that share the experts of a layer; on one node there is nothing to merge.
     """
-    dispatcher = str(row.get("dispatcher") or "").lower()
-    if "deepep" in dispatcher or "hybridep" in dispatcher:
+    said = dispatcher_of(row)
+    if said == "deepep":
         return "node_dedup"
     spread = ranks > cluster_of(row).devices_per_node
-    return "node_dedup" if not dispatcher and shape.expert_groups and spread else "flat"
-
-
-def _recompute(row: Row) -> Literal["", "none", "selective", "full"]:
-    """What the row says of recomputation; empty if nothing."""
-    words = f"{row.get('recompute') or ''} {row.get('notes') or ''}".lower()
-    if row.get("recompute") is None and "recompute" not in words:
-        return ""
-    if "full" in words or "rematerial" in words:
-        return "full"
-    return "selective" if "selective" in words else "none"
+    return "node_dedup" if not said and shape.expert_groups and spread else "flat"
 
 
 def _least_recompute(job: Job, cluster: Cluster) -> Job:

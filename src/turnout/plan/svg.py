@@ -5,7 +5,8 @@ from math import floor, log10
 
 from turnout.plan.figures import COLOURS, LEAST_SHARE, Bars, Figure, Points
 
-WIDTH, LABELS, NOTES, ROW = 960, 190, 110, 26  # of the picture, of words left and right of the bars, of a bar
+WIDTH, NOTES, ROW = 960, 110, 26  # of the picture, of words right of the bars, of a bar
+LETTER, LABELS = 7.5, 190  # of a letter left of the bars, and of all of them at most
 PLOT_HEIGHT = 420
 
 
@@ -29,24 +30,25 @@ def ticks(longest: float, most: int = 6) -> list[float]:
 
 def _bars(figure: Bars) -> str:
     longest = max([figure.limit, *(bar.start + sum(bar.values) for bar in figure.rows)], default=0.0) or 1.0
-    scale, bottom = (WIDTH - LABELS - NOTES) / longest, ROW * len(figure.rows) + 8
-    parts = [_axis(LABELS + tick * scale, bottom, f"{tick:g}") for tick in ticks(longest)]
+    left = min(LABELS, 16 + LETTER * max((len(bar.label) for bar in figure.rows), default=0))
+    scale, bottom = (WIDTH - left - NOTES) / longest, ROW * len(figure.rows) + 8
+    parts = [_axis(left + tick * scale, bottom, f"{tick:g}") for tick in ticks(longest)]
     for row, bar in enumerate(figure.rows):
         at, top = bar.start, ROW * row + 4
-        parts.append(_text(LABELS - 8, top + 15, bar.label, "end"))
+        parts.append(_text(left - 8, top + 15, bar.label, "end"))
         for name, value, colour in zip(figure.series, bar.values, figure.colours, strict=True):
             if value > LEAST_SHARE * longest:
-                box = f'x="{LABELS + at * scale:.1f}" y="{top}" width="{value * scale:.1f}" height="{ROW - 8}"'
+                box = f'x="{left + at * scale:.1f}" y="{top}" width="{value * scale:.1f}" height="{ROW - 8}"'
                 parts.append(
                     f'<rect {box} fill="{colour}">{_title(f"{bar.label}: {name} {value:.3g} {figure.unit}")}</rect>'
                 )
             at += value
-        parts.append(_text(LABELS + at * scale + 6, top + 15, bar.note, kind="note"))
+        parts.append(_text(left + at * scale + 6, top + 15, bar.note, kind="note"))
     if figure.limit:
-        x = LABELS + figure.limit * scale
+        x = left + figure.limit * scale
         parts.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom}"/>')
         parts.append(_text(x, bottom + 34, f"{figure.limit_name}: {figure.limit:,.1f} {figure.unit}", "end", "note"))
-    parts.append(_text(LABELS, bottom + 34, figure.unit, kind="note"))
+    parts.append(_text(left, bottom + 34, figure.unit, kind="note"))
     legend = _legend(list(zip(figure.series, figure.colours, strict=True))) if len(figure.series) > 1 else ""
     return legend + _picture(figure.title, bottom + 42, parts)
 
@@ -82,7 +84,7 @@ def _points(figure: Points) -> str:
 
 def _picture(title: str, height: float, parts: list[str]) -> str:
     box = f'viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{"".join(parts)}</svg>'
+    return f'<div class="drawing"><svg xmlns="http://www.w3.org/2000/svg" {box}>{"".join(parts)}</svg></div>'
 
 
 def _axis(x: float, bottom: float, words: str) -> str:

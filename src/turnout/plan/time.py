@@ -7,7 +7,7 @@ from turnout.plan.collectives import pipeline_sends
 from turnout.plan.compute import optimizer_s
 from turnout.plan.dualpipe import Waits, waits
 from turnout.plan.job import Job
-from turnout.plan.memory import stage_params
+from turnout.plan.parameter_bytes import stage_params
 from turnout.plan.parameters import Parameters, fitted
 from turnout.plan.passes import Pass, mean_pass, micro_batches, stage_pass, tax_of
 from turnout.plan.pipeline import Stage, idle_passes, rank_kinds, stages

@@ -17,7 +17,7 @@ from turnout.plan.data import published_cases, vtrain_one_node_rows
 from turnout.plan.job import Job
 from turnout.plan.nanotron import nanotron_cases
 from turnout.plan.parameters import Parameters, fitted
-from turnout.plan.predict import STEP_QUANTITIES, answer_of_step, predict_row
+from turnout.plan.predict import MEMORY_QUANTITIES, RATES, STEP_QUANTITIES, answer_of_step, predict_row
 from turnout.plan.row_fields import Row
 from turnout.plan.row_machine import cluster_of
 from turnout.plan.rows import job_of
@@ -126,7 +126,7 @@ def validate(document: dict[str, Any] | None = None, parameters: Parameters | No
 
 def _split(row: Row) -> str:
     split = str(row.get("split") or "validation")
-    if row.get("suite") == "nanotron":
+    if row.get("suite") == "nanotron" and "nodes" in row:
         split = "calibration" if row["nodes"] == 1 else "validation"
     return split if row.get("primary", True) else OLDER
 
@@ -134,14 +134,14 @@ def _split(row: Row) -> str:
 def _result(row: Row, models: dict[str, Row], parameters: Parameters, mfu: float) -> _Result | str | None:
     """The row's errors; why it is refused; nothing if it is about memory."""
     quantity = str(row.get("quantity"))
-    if quantity.startswith(("memory", "peak_")):
-        return None
     answer = predict_row(row, models, parameters)
     if answer.predicted is None:
         return answer.refused
     measured = row.get("value")
     if not _is_measurement(measured):
         return f"value={measured!r} is not a measurement to compare with"
+    if quantity.startswith(MEMORY_QUANTITIES):
+        return None
     constant, dense = None, False
     if quantity.startswith(STEP_QUANTITIES):
         job, cluster = job_of(row, models), cluster_of(row)
@@ -161,12 +161,11 @@ def _may_be_judged(row: Any) -> bool:
     """Whether a row's memory, if it is about memory, can be compared."""
     if not isinstance(row, dict):
         return False
-    return not str(row.get("quantity")).startswith("memory") or _is_measurement(row.get("value"))
+    return not str(row.get("quantity")).startswith(MEMORY_QUANTITIES) or _is_measurement(row.get("value"))
 
 
 def _time_ratio(quantity: str, ratio: float) -> float:
-    is_rate = quantity.startswith(("tokens_per_s", "achieved", "model_tflops", "mfu", "hfu")) or "bw" in quantity
-    return 1 / ratio if is_rate else ratio
+    return 1 / ratio if quantity.startswith(RATES) or "bw" in quantity else ratio
 
 
 # --- the baseline ---

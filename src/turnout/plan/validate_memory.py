@@ -10,7 +10,7 @@ from turnout.plan.memory import CONTEXT_BYTES, GIB, memory, memory_by_stage
 from turnout.plan.nanotron import host_of
 from turnout.plan.nanotron_step import reserved_bytes
 from turnout.plan.parameters import fitted
-from turnout.plan.predict import predict_row
+from turnout.plan.predict import MEMORY_QUANTITIES, UNREADABLE, is_reserved, predict_row
 from turnout.plan.row_fields import Row
 from turnout.plan.row_machine import cluster_of
 from turnout.plan.rows import job_of
@@ -35,6 +35,7 @@ class OutOfMemory:
     suite: str
     n: int
     refused: int  # layouts the planner does not model: more stages than blocks
+    refusals: tuple[tuple[str, str], ...]  # (row, why) of these
     precision: float
     recall: float
     f1: float
@@ -45,9 +46,9 @@ def memory_errors(rows: Iterable[Row], models: dict[str, Row]) -> list[MemoryAcc
     for row in rows:
         try:
             for what, predicted, measured in _memory_pairs(row, models):
-                errors[str(row["suite"]), what].append(predicted / measured - 1)
-        except TurnoutError:
-            continue
+                errors[str(row.get("suite")), what].append(predicted / measured - 1)
+        except (TurnoutError, *UNREADABLE):
+            continue  # named among the refused where the row is about memory
     return [
         MemoryAccuracy(
             suite=suite, what=what, n=len(each), mape=mean(map(abs, each)), median=median(map(abs, each)),
@@ -59,14 +60,17 @@ def memory_errors(rows: Iterable[Row], models: dict[str, Row]) -> list[MemoryAcc
 
 def _memory_pairs(row: Row, models: dict[str, Row]) -> list[tuple[str, float, float]]:
     """(what, predicted, measured) GiB of a row."""
-    if str(row.get("quantity")).startswith("memory"):
+    quantity = str(row.get("quantity"))
+    if quantity.startswith(MEMORY_QUANTITIES):
         answer = predict_row(row, models, fitted())
-        return [("analytic", answer.predicted, float(row["value"]))] if answer.predicted else []
+        what = "reserved" if is_reserved(quantity) else "peak"
+        what = "analytic" if "analytic" in str(row.get("exactness")) else what
+        return [(what, answer.predicted, float(row["value"]))] if answer.predicted else []
     peak = row.get("peak_alloc_gib") or row.get("peak_mem_gib")
     if not peak or row.get("oom"):
         return []
     job = job_of(row, models)
-    if row["suite"] != "nanotron":
+    if "alloc_gib" not in row:
         needed = memory(job)
         # torchtitan prints max_memory_reserved: its components/metrics.py
         held = ("peak", needed.allocated_bytes) if row.get("peak_alloc_gib") else ("reserved", needed.reserved_bytes)
@@ -80,15 +84,16 @@ def _memory_pairs(row: Row, models: dict[str, Row]) -> list[tuple[str, float, fl
 
 def out_of_memory(rows: Sequence[Row]) -> OutOfMemory:
     """Runs that failed for memory against those predicted not to fit; runs that did both are left out."""
-    true = false = missed = n = refused = 0
+    true = false = missed = n = 0
+    refusals: list[tuple[str, str]] = []
     for row in rows:
         failed = row["status"] == "OOM"
         if row["oom"] and not failed:
             continue
         try:
             predicted = not memory(job_of(row, {})).fits(cluster_of(row).device.memory_bytes)
-        except TurnoutError:
-            refused += 1
+        except TurnoutError as error:
+            refusals.append((str(row["id"]), str(error)))
             continue
         n += 1
         true += predicted and failed
@@ -96,4 +101,12 @@ def out_of_memory(rows: Sequence[Row]) -> OutOfMemory:
         missed += failed and not predicted
     precision, recall = true / max(1, true + false), true / max(1, true + missed)
     f1 = 2 * precision * recall / max(1e-9, precision + recall)
-    return OutOfMemory(suite="nanotron", n=n, refused=refused, precision=precision, recall=recall, f1=f1)
+    return OutOfMemory(
+        suite="nanotron",
+        n=n,
+        refused=len(refusals),
+        refusals=tuple(refusals),
+        precision=precision,
+        recall=recall,
+        f1=f1,
+    )

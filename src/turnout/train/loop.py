@@ -15,11 +15,9 @@ import torch
 
 from turnout.comm import World
 from turnout.config import to_dict
-from turnout.contracts import Router
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Sampler, count_windows
 from turnout.errors import CheckpointError, NonFiniteError
-from turnout.models import Decoder
 from turnout.models.size import sizes
 from turnout.observe.recorder import Recorder
 from turnout.observe.silent import SilentRecorder
@@ -39,6 +37,7 @@ from turnout.train.recipe import Recipe, sequences_per_rank
 from turnout.train.record import open_record, record_token_view
 from turnout.train.resume import changed_settings
 from turnout.train.saving import Saver
+from turnout.train.shown_text import show_text_to_routers
 from turnout.train.signals import StopRequest
 from turnout.train.state import RunState
 from turnout.train.step import StepResult, train_step
@@ -73,9 +72,6 @@ class Trainer:
         )
         self.tuner = open_tuner(recipe, self.model, self.parallel, run, self.device)
         self.rebalancer = open_rebalancer(recipe, self.model, self.parallel, self.device)
-        # the weights are everybody's, what routers draw at random is not
-        if stream := self.parallel.random_stream[0]:
-            torch.manual_seed((recipe.seed + _GOLDEN * stream) % 2**32)
         has_copies = self.parallel.strategy.expert_copies > 0
         self.optimizer = build_optimizer(self.model, recipe.optimizer, has_copies=has_copies)
         count_windows(dataset.val, loop.seq_len)  # refuses too short a validation text before anything is trained
@@ -380,9 +376,12 @@ class Trainer:
         begins = self.world.first(not (resume and checkpoint.exists(self.run)))
         changes: tuple[str, ...] = ()
         if begins:
-            _show_text_to_routers(self.model, self.dataset)
+            show_text_to_routers(self.model, self.dataset)
             self.notes += (f"{self.run} ended before its first checkpoint: it starts again",) if resume else ()
-        else:
+        # what a run begins with is everybody's, what routers draw at random from here on is not
+        if stream := self.parallel.random_stream[0]:
+            torch.manual_seed((self.recipe.seed + _GOLDEN * stream) % 2**32)
+        if not begins:
             changes = self._resume()
         check_replicas(self.model, self.parallel)
         resumed_at = self.counters.step if resume else None
@@ -421,13 +420,3 @@ class Trainer:
         self.counters = Counters(**counters)
         self.notes += loaded.notes + notes
         return changes
-
-
-def _show_text_to_routers(model: Decoder, dataset: Dataset) -> None:
-    layers = model.moe_blocks()
-    if not layers:
-        return
-    token_counts_V = torch.from_numpy(dataset.train.token_counts())
-    for _, layer in layers:
-        if isinstance(layer.router, Router):
-            layer.router.before_training(token_counts_V)

@@ -158,7 +158,9 @@ function tierRows(mixedParts, plainParts, mixed, plain, perByte) {
 
 // the all-to-all alone over tensor parallelism, against k, for both ways to send
 function chart() {
-  const wide = 720, high = 250, left = 44, right = 128, top = 14, bottom = 34;
+  // as wide as the screen, so that words stay as large as the page's
+  const narrow = (globalThis.innerWidth || 720) <= 560;
+  const wide = narrow ? 350 : 720, high = 250, left = narrow ? 24 : 44, right = narrow ? 88 : 128, top = 14, bottom = 34;
   const most = Math.min(dial.num_experts, Math.max(8, 2 * dial.top_k)), ks = Array.from({ length: most }, (_, i) => i + 1);
   const at = (k, shared) => {
     const setting = { ...dial, top_k: k, shared };
@@ -179,7 +181,7 @@ function chart() {
     ...marks.map((mark) => svg("line", { class: "grid", x1: left, x2: wide - right, y1: y(mark), y2: y(mark) })),
     ...marks.map((mark) => svg("text", { x: left - 8, y: y(mark) + 4, "text-anchor": "end" }, short(mark))),
     svg("line", { class: "one", x1: left, x2: wide - right, y1: y(1), y2: y(1) }),
-    ...ks.map((k) => svg("text", { x: x(k), y: high - bottom + 18, "text-anchor": "middle" }, String(k))),
+    ...ks.filter((k) => !narrow || most <= 10 || k === 1 || k % Math.ceil(most / 8) === 0).map((k) => svg("text", { x: x(k), y: high - bottom + 18, "text-anchor": "middle" }, String(k))),
     svg("text", { x: (left + wide - right) / 2, y: high - 2, "text-anchor": "middle" }, "experts a token meets"),
     line(false), line(true), end(false, "whole tokens"), end(true, "a share each"),
     svg("circle", { class: "dot", colour: dial.shared ? "tp" : "ep", r: 6, cx: x(here), cy: y(ratio) }),
