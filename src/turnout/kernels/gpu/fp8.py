@@ -98,9 +98,8 @@ def up_codes_kernel(
             up += tl.load(bias, mask=is_f, other=0.0).to(tl.float32)[None, :]
             if PARTS == 2:
                 value += tl.load(bias + F, mask=is_f, other=0.0).to(tl.float32)[None, :]
-        # columns past the last are another's where they were fetched as a box
-        h = tl.where(is_f[None, :], activated(up, value, KIND), 0.0)
-        codes, scale = rounded(h)
+        # columns past the last are zeros, which no scale heeds
+        codes, scale = rounded(activated(up, value, KIND))
         wide_row = first_row.to(tl.int64)
         at_h = h_MF + wide_row * F + (place[:, None] * F + f[None, :])
         tl.store(at_h, codes, mask=is_row[:, None] & is_f[None, :])

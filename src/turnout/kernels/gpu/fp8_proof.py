@@ -5,6 +5,7 @@ format; and y of the kernel's own h, which is exact in float64.
 """
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -82,7 +83,8 @@ def codes_of(up_EDG: Tensor, down_EFD: Tensor, biases: list[Tensor], kind: str) 
 
 def on_device(codes: Codes, device: torch.device) -> Codes:
     """The same there."""
-    return Codes(**{n: v.to(device) if isinstance(v, Tensor) else v for n, v in vars(codes).items()})
+    moved = {name: value.to(device) for name, value in vars(codes).items() if isinstance(value, Tensor)}
+    return replace(codes, **moved)
 
 
 def excess(
