@@ -37,6 +37,24 @@ Rate = Annotated[float, typer.Option(help="Mbit/s of a host's card, each way; 0:
 Delay = Annotated[float, typer.Option(help="Milliseconds one way between hosts. Needs --lab and iptables.")]
 
 
+def words(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def whole_numbers(name: str, text: str, *, example: str) -> tuple[int, ...]:
+    """Of an option called `name`.
+
+    Raises: ConfigError if something else than positive whole numbers stands between the commas, or nothing.
+    """
+    from turnout.errors import ConfigError
+
+    found = words(text)
+    if not found or not all(word.isascii() and word.isdigit() and int(word) for word in found):
+        raise ConfigError(f"{name} {text!r} must be whole numbers with commas between them, such as {example}")
+    return tuple(map(int, found))
+
+
 def check_links(*, lab: bool, rate: float, delay: float) -> None:
     """Raises: ConfigError if links are described that only a lab has."""
     from turnout.errors import ConfigError

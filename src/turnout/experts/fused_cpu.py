@@ -103,8 +103,9 @@ class FusedCPU(FusedBackend):
         if keep:
             return _Fused.apply(*inputs, experts.kind, routing, kernel).to(x_TD.dtype)
         # of few tokens a node that nobody asks for takes time beside the kernel
-        weights = kernel_weights(*inputs[2:], experts.kind)
-        return kernel.forward(*inputs[:2], weights, routing, saved_rows=None)[0].to(x_TD.dtype)
+        rows_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED = inputs
+        weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, experts.kind)
+        return kernel.forward(rows_TD, weight_N, weights, routing, saved_rows=None)[0].to(x_TD.dtype)
 
 
 def rows_as_tokens(backend: FusedBackend, experts: nn.Module, rows: Ragged) -> Ragged:
