@@ -13,7 +13,7 @@ from benchmarks import gpu_fp8
 from benchmarks.gpu_times import LAYERS, Layer
 from turnout.bench.experts_race import drawn_assignment
 from turnout.kernels import Weights
-from turnout.kernels.gpu import gates_failure, launcher, proof_failure
+from turnout.kernels.gpu import codes_failure, gates_failure, launcher, proof_failure
 from turnout.kernels.gpu.configs import FEW_ROWS, MANY_ROWS, Config
 
 PROOFS = (
@@ -30,7 +30,8 @@ def jobs() -> list[str]:
     """What `build` takes."""
     configs = {"many": MANY_ROWS, "few": FEW_ROWS, **gpu_fp8.CONFIGS}
     found = [f"{name}/{kind}/{i}" for kind, rows in configs.items() for name in LAYERS for i in range(len(rows))]
-    return found + [f"proof/{name}" for name in PROOFS] + [f"gates/{number}" for number in range(4)]
+    found += [f"proof/{name}" for name in PROOFS] + [f"codes/{name}" for name in gpu_fp8.PROOFS]
+    return found + [f"gates/{number}" for number in range(4)]
 
 
 def build_all(script: Path, *, most_s: float) -> dict[str, Any]:
@@ -59,9 +60,11 @@ def build_all(script: Path, *, most_s: float) -> dict[str, Any]:
 def build(job: str) -> None:
     """One job, in this process. Raises: what Triton raises."""
     name, _, rest = job.partition("/")
-    if name == "proof":
+    if name in ("proof", "codes"):
         kind, dtype = rest.split()
-        failure = proof_failure(kind, getattr(torch, dtype), torch.device("cuda"))
+        failure = (proof_failure if name == "proof" else codes_failure)(
+            kind, getattr(torch, dtype), torch.device("cuda")
+        )
         if failure:
             raise RuntimeError(failure)
         return
