@@ -22,7 +22,7 @@ from turnout.bench.routers import SHAPES as ROUTED_SHAPES
 from turnout.bench.routers import Shape
 from turnout.bench.run import check_gate, ratio_keys, result, row
 from turnout.errors import ConfigError
-from turnout.experts import PRECISIONS, FFNExperts, QuantizedFFNExperts, available_backends
+from turnout.experts import INT8_BITS, FFNExperts, QuantizedFFNExperts, available_backends
 from turnout.routers import TopK
 
 Mode = Literal["forward", "train"]
@@ -166,7 +166,7 @@ def _peers(shape: Shape, mode: str, dtype: torch.dtype, asked: Sequence[str]) ->
     experts.to(dtype)
     with torch.set_grad_enabled(mode == "train"):
         refused = available_backends(experts, dtype=dtype, device=torch.device("cpu"))
-    refused |= dict.fromkeys(PRECISIONS, "it has no backward pass" if mode == "train" else _int8_refusal(dtype))
+    refused |= dict.fromkeys(INT8_BITS, "it has no backward pass" if mode == "train" else _int8_refusal(dtype))
     ours = [f"{OURS}{name}" for name, reason in refused.items() if not reason]
     theirs = [f"{THEIRS}{name}" for name in IMPLEMENTATIONS if name != "batched_mm" or shape.tokens <= FEW]
     legal = [*ours, *theirs, DENSE, LIMIT, *([READ] if shape.tokens <= FEW else [])]

@@ -11,7 +11,7 @@ from turnout.bench.routers import Shape
 from turnout.contracts import ExpertBackend
 from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.errors import ConfigError
-from turnout.experts import PRECISIONS, FFNExperts, quantize_experts
+from turnout.experts import INT8_BITS, FFNExperts, quantize_experts
 from turnout.experts.activations import Activation
 from turnout.kernels.pages import on_large_pages
 from turnout.layers import MoE
@@ -117,9 +117,9 @@ class _Output(nn.Module):
 
 
 def _ours(shape: Shape, name: str, choices_TK: Tensor | None) -> nn.Module:
-    backend = "fused_int8" if name in PRECISIONS else name
+    backend = "fused_int8" if name in INT8_BITS else name
     layer = _layer(shape, backend, choices_TK)
-    return quantize_experts(layer, activation_bits=PRECISIONS[name]) if name in PRECISIONS else layer
+    return quantize_experts(layer, precision=name) if name in INT8_BITS else layer
 
 
 def _layer(shape: Shape, backend: str, choices_TK: Tensor | None) -> nn.Module:

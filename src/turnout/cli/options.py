@@ -24,7 +24,8 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this 
 Quantize = Annotated[
     str,
     typer.Option(
-        help="Experts in 8 bits: int8, or int8-a8 with activations of 8 bits too, less exact and, without AMX, faster."
+        help="Experts in 8 bits: int8, or int8-a8 with activations of 8 bits too, less exact and, without AMX, faster; "
+        "fp8 for a GPU."
     ),
 ]
 Hosts = Annotated[int, typer.Option(help="Hosts; without --lab only groups of ranks.", min=1)]
