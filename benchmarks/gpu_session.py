@@ -94,9 +94,17 @@ def main() -> int:
     for name in gpu_times.LAYERS:
         session.section(f"{name} fp8", 20, lambda left_s, name=name: gpu_fp8.layer(name))
         session.section(f"{name} fp8 decode", 15, lambda left_s, name=name: gpu_fp8.decode(name))
+    session.section("hme", 60, lambda left_s: _hme())
     print("\n".join(_table(session.result())), flush=True)
     print(f"wrote {path.name} after {time.monotonic() - session.started:.0f} s", flush=True)
     return 0
+
+
+def _hme() -> dict[str, Any]:
+    """EM of a mixture of experts, which needs scipy beside what kernels need."""
+    from benchmarks import hme_device
+
+    return hme_device.beside_numpy("cuda")
 
 
 def _environment() -> dict[str, Any]:

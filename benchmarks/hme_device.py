@@ -1,8 +1,8 @@
 """How long an EM iteration takes by torch on a device, beside numpy's.
 
-Usage: python -m benchmarks.hme_device [--device cuda] [--rows 1000000]. 50 inputs, 64 experts, one output; wall clock of
-whole iterations (the difference of fits of 1 and 1 + MORE), after a first fit that is not counted. numpy's side has a
-tenth of the rows, with as many threads as it takes. Ends in one line of JSON.
+Usage: python -m benchmarks.hme_device [--device cuda] [--rows 1000000]. 50 inputs, 64 experts, one output; wall clock
+of whole iterations (the difference of fits of 1 and 1 + MORE), after a first fit that is not counted. numpy's side has
+a tenth of the rows, with as many threads as it takes. Ends in one line of JSON.
 """
 
 import argparse
