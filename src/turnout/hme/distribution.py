@@ -53,7 +53,7 @@ class Predictive:
         if not isinstance(level, float | np.floating) or not 0 < level < 1:
             raise ValueError(f"level={level!r} must be between 0 and 1, both excluded, or a list of such numbers")
         # a mixture's quantile lies among those of its parts
-        part_NLO = self._part_quantiles(level)
+        part_NLO = self._part_quantiles(float(level))
         low_NO, high_NO = part_NLO.min(axis=1), part_NLO.max(axis=1)
         for _ in range(HALVINGS):
             middle_NO = 0.5 * (low_NO + high_NO)
