@@ -40,6 +40,7 @@ from tests.distributed.cases import (
     worst,
 )
 from tests.distributed.cases import PROGRAMS as PROGRAM_NAMES
+from tests.distributed.crossed import crossed_trainings, few_trainings
 from tests.distributed.held import Held
 from tests.distributed.reshard import reshard
 from tests.distributed.runs import run_part
@@ -104,7 +105,7 @@ def join(rank: int, ranks: int, folder: Path) -> None:
 def run_cases(world: World, folder: Path) -> None:
     """All layer and training cases, those of most ranks first; each rank writes down what came out."""
     outcomes: Outcome = {}
-    cases = by_world([*layer_cases(), *train_cases()])
+    cases = by_world([*layer_cases(), *train_cases(), *few_trainings()])
     for size, mine in cases.items():
         if world.rank >= size:
             break
@@ -184,6 +185,12 @@ def run_crossed(world: World, folder: Path) -> None:
     torch.save(found, folder / f"rank-{world.rank}.pt")
 
 
+def run_trainings(world: World, folder: Path) -> None:
+    """Steps in which every two values of two settings meet."""
+    found = {case.name: run_training(case, replace(world, local_size=case.local)) for case in crossed_trainings()}
+    torch.save(found, folder / f"rank-{world.rank}.pt")
+
+
 def run_random(world: World, steps: int) -> Outcome:
     """Passes with random layouts, programs, chunks and token counts, often zero; returns the worst errors against this
     rank alone."""
@@ -258,7 +265,7 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         results.append(result)
     # copies are alike to the bit, or this says where not
     check_replicas(model, parallel)
-    whole = parallel.shards.whole(model.state_dict())
+    whole = parallel.whole(model.state_dict())
     return {
         "results": [summary(result) for result in results],
         "stats": [[numbers(stats) for stats in result.stats] for result in results],
