@@ -53,6 +53,7 @@ def work(world: World, folder: Path) -> None:
     outcomes["sums"] = differing_sums(line, world)
     outcomes["refused"] = {flaw: refused(world, flaw) for flaw in FLAWS}
     outcomes["unequal"] = {name: unequal(world, wants) for name, wants in UNEQUAL.items()}
+    outcomes["elsewhere"] = refused_elsewhere(world)
     outcomes["kept"] = kept(line, world)
     outcomes["segments"] = len(os.listdir("/proc/self/fd"))
     for _ in range(CALLS):
@@ -125,6 +126,19 @@ def refused(world: World, flaw: str) -> tuple[str, str, int]:
             said = str(error)
         found = open_lines([dist.group.WORLD], world, timeout_s=30, want="if proven", cuda=False)
     return said, found.reason, len(found.of_group)
+
+
+def refused_elsewhere(world: World) -> str:
+    """What is said on every rank where one group of two has a rank that cannot share, and memory is wanted always."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 3:
+            _no_memory(patch)
+        try:
+            open_lines([pairs[world.rank // 2]], world, timeout_s=30, want="always", cuda=False)
+        except ConfigError as error:
+            return str(error)
+    return "nothing"
 
 
 def _no_memory(patch: pytest.MonkeyPatch) -> None:
@@ -289,9 +303,18 @@ def test_sums_and_gathers_are_those_of_gloo_and_alike_on_all_ranks(outcomes: lis
 def test_what_one_rank_cannot_no_rank_does(flaw: str, outcomes: list[dict[str, Any]]) -> None:
     for outcome in outcomes:
         said, reason, num_lines = outcome["refused"][flaw]
-        assert re.match(rf"ranks of one host cannot share memory here: rank \d of 4: .*{flaw}", said)
+        assert re.match(rf"ranks of one host cannot share memory here: rank \d of \[0, 1, 2, 3\]: .*{flaw}", said)
         assert f"nearest legal: {SETTING}=0" in said
         assert (reason, num_lines) == (said, 0)
+
+
+@HERE
+def test_a_group_that_cannot_share_where_it_must_ends_the_whole_job(outcomes: list[dict[str, Any]]) -> None:
+    said = {outcome["elsewhere"] for outcome in outcomes}
+    assert said == {
+        "ranks of one host cannot share memory here: rank 3 of [2, 3]: no memory on this one; "
+        f"nearest legal: {SETTING}=0"
+    }
 
 
 @pytest.mark.parametrize(("system", "processor"), [("darwin", "arm64"), ("linux", "aarch64")])
