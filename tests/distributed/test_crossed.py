@@ -8,7 +8,7 @@ import torch
 
 from tests.distributed.alone import assert_trains_like_one_process
 from tests.distributed.cases import TrainCase
-from tests.distributed.crossed import NAMES, crossed_trainings, few_trainings, pairs_left
+from tests.distributed.crossed import crossed_trainings, few_trainings, pairs_left
 from tests.distributed.pairs import Pair, all_pairs, crossed, pairs_of
 from tests.distributed.ranks import run_trainings, spawn
 

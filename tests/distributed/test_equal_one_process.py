@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,11 +18,9 @@ from tests.distributed.cases import (
     crossed_cases,
     cuts_of,
     decoder,
-    in_turn,
     inputs_of,
     kernel_cases,
     layer_cases,
-    optimizer,
     passed,
     placement_of,
     texts,
@@ -31,7 +28,7 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
-from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_crossed, run_many, spawn, summary
+from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_crossed, run_many, spawn
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
 from turnout.balance import turns
 from turnout.comm import expert_mesh, kernel_count
@@ -42,8 +39,6 @@ from turnout.plan.shapes import SHAPES
 from turnout.plan.step import Step
 from turnout.plan.volume import tensor_volume
 from turnout.topology import Mesh
-from turnout.train.device import autocast_for
-from turnout.train.step import train_step
 
 ROOM = 2048  # bytes of small tensors: counts, marks, what groups are warmed with
 LAYERS, TRAININGS, PLAIN = list(layer_cases()), list(train_cases()), TrainCase()
