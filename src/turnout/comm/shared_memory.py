@@ -5,6 +5,7 @@ without a name, which the kernel frees with the last process that has it, howeve
 """
 
 import ctypes
+import mmap
 import os
 import platform
 import select
@@ -12,8 +13,9 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from turnout.comm import futex
@@ -23,6 +25,7 @@ from turnout.comm.slabs import Slab, Slabs, mapped, segment
 # of a mailbox, in numbers of 8 bytes, a cache line each: what the owner gives a sender, and what the sender answers
 _LINE = 8
 _CALL, _SLAB, _START, _BYTES = range(4)
+Piece = tuple[int, int]  # address and bytes
 _SPINS, _YIELDS_S = 100, 2e-3
 _LOOK_S = 0.1  # how often one that waits looks whether its peer is alive
 _CALLS = ("memfd_create", "pidfd_open")
@@ -70,7 +73,7 @@ class SharedLine:
         maps = [box.memory if peer == rank else mapped(*where) for peer, where in enumerate(peers)]
         self._boxes = [memoryview(each).cast("q") for each in maps]
         self._bases = [ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in maps]
-        self._known: dict[tuple[int, int], Tensor] = {}  # (rank, descriptor) -> its segment, as bytes
+        self._known: dict[tuple[int, int], tuple[int, mmap.mmap]] = {}  # (rank, descriptor) -> where its segment is
         self._slabs.descriptors += [box.descriptor, *lives]
         # what was received stays mapped for as long as it is wanted, whatever is closed
         weakref.finalize(self, _close, self._slabs.descriptors).atexit = False
@@ -87,21 +90,27 @@ class SharedLine:
     def all_to_all(self, tensor: Tensor, received: Sequence[int], sent: Sequence[int]) -> Tensor:
         """What the peers send here, peer by peer.
 
-        Shapes: tensor (sum(sent), ...) contiguous, on the CPU; returns (sum(received), ...).
+        Shapes: tensor (sum(sent), ...), on the CPU; returns (sum(received), ...).
         Raises: RuntimeError if a peer has ended, is not here in time, or expects another number of bytes.
         """
+        tensor = tensor.contiguous()
         entry_bytes = tensor.element_size() * tensor.shape[1:].numel()
-        pieces = _as_bytes(tensor).split([entry_bytes * number for number in sent])
+        to_peer = [entry_bytes * number for number in sent]
+        if sum(to_peer) != tensor.nbytes:
+            raise RuntimeError(f"{sum(to_peer)} bytes are to be sent of a tensor that has {tensor.nbytes}")
+        first = tensor.data_ptr()
+        pieces = [(first + start, size) for start, size in zip(starts(to_peer), to_peer, strict=True)]
         return self._exchange(tensor, pieces, [entry_bytes * number for number in received], sum(received))
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """What every rank has, rank by rank.
 
-        Shapes: tensor (N, ...) contiguous, on the CPU, alike on all ranks; returns (size * N, ...).
+        Shapes: tensor (N, ...), on the CPU, alike on all ranks; returns (size * N, ...).
         Raises: as `all_to_all`.
         """
-        pieces = [_as_bytes(tensor)] * self.size
-        return self._exchange(tensor, pieces, [len(pieces[0])] * self.size, self.size * len(tensor))
+        tensor = tensor.contiguous()
+        pieces = [(tensor.data_ptr(), tensor.nbytes)] * self.size
+        return self._exchange(tensor, pieces, [tensor.nbytes] * self.size, self.size * len(tensor))
 
     def all_reduce(self, flat: Tensor, *, at_once_bytes: int = _AT_ONCE_BYTES) -> Tensor:
         """The sum over ranks, added in their order: every rank has the same bits.
@@ -116,10 +125,10 @@ class SharedLine:
         shares = [len(part) for part in flat.tensor_split(self.size)]
         mine = shares[self._rank]
         total = self.all_to_all(flat, [mine] * self.size, shares).view(self.size, mine).sum(dim=0, dtype=flat.dtype)
-        pieces = [_as_bytes(total)] * self.size
+        pieces = [(total.data_ptr(), total.nbytes)] * self.size
         return self._exchange(total, pieces, [flat.element_size() * share for share in shares], len(flat))
 
-    def _exchange(self, like: Tensor, pieces: Sequence[Tensor], from_peer: Sequence[int], rows: int) -> Tensor:
+    def _exchange(self, like: Tensor, pieces: Sequence[Piece], from_peer: Sequence[int], rows: int) -> Tensor:
         """So many bytes from every peer, and for each a piece: as a tensor of so many rows like those of `like`."""
         self._call += 1
         try:
@@ -129,7 +138,9 @@ class SharedLine:
         starts_in = starts(from_peer)
         for peer in self._others():
             self._give(peer, slab, starts_in[peer], from_peer[peer])
-        self._write(_as_bytes(out), starts_in[self._rank], pieces[self._rank])
+        address, size = pieces[self._rank]
+        self._require_equal(size, self._rank, from_peer[self._rank])
+        _copy()(out.data_ptr() + starts_in[self._rank], address, size)
         for peer in self._others():
             self._send(peer, pieces[peer])
         for peer in self._others():
@@ -149,22 +160,25 @@ class SharedLine:
             box[at + _SLAB], box[at + _START] = slab.descriptor, slab.start + start
         self._say(self._rank, at + _CALL)
 
-    def _send(self, peer: int, piece: Tensor) -> None:
+    def _send(self, peer: int, piece: Piece) -> None:
         box, at = self._boxes[peer], self._rank * _LINE
         self._wait(peer, at + _CALL, peer)
-        if box[at + _BYTES] != len(piece):
-            raise RuntimeError(
-                f"rank {self._names[self._rank]} has {len(piece)} bytes for rank {self._names[peer]}, "
-                f"which expects {box[at + _BYTES]}"
-            )
-        if len(piece):
-            self._write(self._segment_of(peer, box[at + _SLAB]), box[at + _START], piece)
+        address, size = piece
+        self._require_equal(size, peer, box[at + _BYTES])
+        if size:
+            _copy()(self._segment_of(peer, box[at + _SLAB]) + box[at + _START], address, size)
         self._say(peer, self._answer(self._rank))
+
+    def _require_equal(self, has: int, peer: int, expects: int) -> None:
+        if has != expects:
+            raise RuntimeError(
+                f"rank {self._names[self._rank]} has {has} bytes for rank {self._names[peer]}, which expects {expects}"
+            )
 
     def _answer(self, sender: int) -> int:
         return (len(self._boxes) + sender) * _LINE
 
-    def _segment_of(self, peer: int, descriptor: int) -> Tensor:
+    def _segment_of(self, peer: int, descriptor: int) -> int:
         found = self._known.get((peer, descriptor))
         if found is None:
             try:
@@ -173,13 +187,9 @@ class SharedLine:
                 # it went with its process
                 self._require_alive()
                 raise RuntimeError(f"the memory of rank {self._names[peer]} cannot be reached: {error}") from error
-            found = self._known[peer, descriptor] = torch.frombuffer(memory, dtype=torch.uint8)
-        return found
-
-    @staticmethod
-    def _write(to: Tensor, start: int, piece: Tensor) -> None:
-        if len(piece):
-            to[start : start + len(piece)].copy_(piece)
+            base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            found = self._known[peer, descriptor] = base, memory
+        return found[0]
 
     def _say(self, owner: int, at: int) -> None:
         """The number of this call, in the box of that rank, and to who waits for it there."""
@@ -231,5 +241,14 @@ def _close(descriptors: Sequence[int]) -> None:
         os.close(descriptor)
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+@cache
+def _copy() -> Any:
+    """The C library's memcpy: for pieces below a megabyte up to three times as fast as torch's copy, and no call first.
+
+    However it stores, what is written after it is seen after it: Intel's manual, volume 3, 11.2.4, of string
+    operations; of stores past the caches the library fences itself.
+    """
+    call = ctypes.CDLL(None).memcpy
+    call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    call.restype = ctypes.c_void_p
+    return call
