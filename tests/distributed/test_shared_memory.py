@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.distributed.cases import EMPTY, PROGRAMS, LayerCase
 from tests.distributed.ranks import _groups, run_layer, run_random, spawn
-from turnout.comm import World, lines, shared_memory
+from turnout.comm import World, lines, mailboxes, shared_memory
 from turnout.comm.lines import SETTING, Wanted, open_lines, shared_line
 from turnout.comm.shared_memory import SharedLine
 from turnout.dispatch import FixedCapacity
@@ -146,7 +146,7 @@ def _no_memory(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_file(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(shared_memory, "mapped", lambda *_: Path("/nowhere/at/all").read_bytes())
+    patch.setattr(mailboxes, "mapped", lambda *_: Path("/nowhere/at/all").read_bytes())
 
 
 def _wrong_rows(patch: pytest.MonkeyPatch) -> None:
@@ -259,10 +259,10 @@ def test_who_waits_for_a_rank_that_ended_says_which(outcomes: list[dict[str, Any
 
 @HERE
 def test_memory_that_went_with_its_process_is_no_error_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes = [shared_memory.mailbox(2) for _ in range(2)]
+    boxes = [mailboxes.mailbox(2) for _ in range(2)]
     cards = [(os.getpid(), box.descriptor) for box in boxes]
     first, second = (SharedLine(box, cards, rank, 30, names=(4, 7)) for rank, box in enumerate(boxes))
-    monkeypatch.setattr(shared_memory, "mapped", lambda *_: Path("/proc/1/fd/none").read_bytes())
+    monkeypatch.setattr(mailboxes, "mapped", lambda *_: Path("/proc/1/fd/none").read_bytes())
     said = []
 
     def call(line: SharedLine) -> None:
@@ -280,7 +280,7 @@ def test_memory_that_went_with_its_process_is_no_error_of_a_file(monkeypatch: py
 
 @HERE
 def test_no_byte_is_read_that_a_tensor_has_not_or_written_where_none_is_expected() -> None:
-    box = shared_memory.mailbox(1)
+    box = mailboxes.mailbox(1)
     line = SharedLine(box, [(os.getpid(), box.descriptor)], 0, 30, names=(5,))
     with pytest.raises(RuntimeError, match="36 bytes are to be sent of a tensor that has 24"):
         line.all_to_all(torch.zeros(2, 3), [3], [3])

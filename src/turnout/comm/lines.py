@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from turnout.comm.mailboxes import mailbox
 from turnout.comm.scattered import all_gather_single, reduce_scatter
-from turnout.comm.shared_memory import SharedLine, host, mailbox, why_not
+from turnout.comm.shared_memory import SharedLine, host, why_not
 from turnout.comm.world import World
 from turnout.errors import ConfigError
 
