@@ -52,7 +52,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
     "precision": {"float64": {}, "float32": {"dtype": torch.float32}},
     "text": {"all": {}, "not the last": {"idle_rank": True}},
 }
-_FEW = 6
+_FEW = 4
 NAMES = {axis: tuple(values) for axis, values in AXES.items()}
 
 

@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -105,7 +105,7 @@ def join(rank: int, ranks: int, folder: Path) -> None:
 def run_cases(world: World, folder: Path) -> None:
     """All layer and training cases, those of most ranks first; each rank writes down what came out."""
     outcomes: Outcome = {}
-    cases = by_world([*layer_cases(), *train_cases(), *few_trainings()])
+    cases = by_world([*layer_cases(), *train_cases()])
     for size, mine in cases.items():
         if world.rank >= size:
             break
@@ -185,9 +185,18 @@ def run_crossed(world: World, folder: Path) -> None:
     torch.save(found, folder / f"rank-{world.rank}.pt")
 
 
-def run_trainings(world: World, folder: Path) -> None:
+def run_crossed_trainings(world: World, folder: Path) -> None:
     """Steps in which every two values of two settings meet."""
-    found = {case.name: run_training(case, replace(world, local_size=case.local)) for case in crossed_trainings()}
+    _run_trainings(crossed_trainings(), world, folder)
+
+
+def run_few_trainings(world: World, folder: Path) -> None:
+    """The first of them."""
+    _run_trainings(few_trainings(), world, folder)
+
+
+def _run_trainings(cases: Iterable[TrainCase], world: World, folder: Path) -> None:
+    found = {case.name: run_training(case, replace(world, local_size=case.local)) for case in cases}
     torch.save(found, folder / f"rank-{world.rank}.pt")
 
 
