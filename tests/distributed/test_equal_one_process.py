@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.distributed.alone import assert_trains_like_one_process
 from tests.distributed.cases import (
     DIM,
     LayerCase,
