@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_fp8
 from benchmarks.gpu_times import LAYERS, Layer
 from turnout.bench.experts_race import drawn_assignment
 from turnout.kernels import Weights
-from turnout.kernels.gpu import launcher, proof_failure
+from turnout.kernels.gpu import codes_failure, gates_failure, launcher, proof_failure
 from turnout.kernels.gpu.configs import FEW_ROWS, MANY_ROWS, Config
 
 PROOFS = (
@@ -27,9 +28,10 @@ PROOFS = (
 
 def jobs() -> list[str]:
     """What `build` takes."""
-    configs = {"many": MANY_ROWS, "few": FEW_ROWS}
+    configs = {"many": MANY_ROWS, "few": FEW_ROWS, **gpu_fp8.CONFIGS}
     found = [f"{name}/{kind}/{i}" for kind, rows in configs.items() for name in LAYERS for i in range(len(rows))]
-    return found + [f"proof/{name}" for name in PROOFS]
+    found += [f"proof/{name}" for name in PROOFS] + [f"codes/{name}" for name in gpu_fp8.PROOFS]
+    return found + [f"gates/{number}" for number in range(4)]
 
 
 def build_all(script: Path, *, most_s: float) -> dict[str, Any]:
@@ -58,13 +60,24 @@ def build_all(script: Path, *, most_s: float) -> dict[str, Any]:
 def build(job: str) -> None:
     """One job, in this process. Raises: what Triton raises."""
     name, _, rest = job.partition("/")
-    if name == "proof":
+    if name in ("proof", "codes"):
         kind, dtype = rest.split()
-        failure = proof_failure(kind, getattr(torch, dtype), torch.device("cuda"))
+        failure = (proof_failure if name == "proof" else codes_failure)(
+            kind, getattr(torch, dtype), torch.device("cuda")
+        )
+        if failure:
+            raise RuntimeError(failure)
+        return
+    if name == "gates":
+        failure = gates_failure(torch.device("cuda"), int(rest) >= 2, int(rest) % 2 == 1)
         if failure:
             raise RuntimeError(failure)
         return
     rows, _, index = rest.partition("/")
+    if rows in gpu_fp8.CONFIGS:
+        num_tokens = 16 if rows == "codes-few" else 2048
+        gpu_fp8.build(LAYERS[name], gpu_fp8.CONFIGS[rows][int(index)], num_tokens)
+        return
     is_few = rows == "few"
     _launch(LAYERS[name], (FEW_ROWS if is_few else MANY_ROWS)[int(index)], 16 if is_few else 2048, train=not is_few)
 

@@ -3,9 +3,10 @@
 Usage: PYTHONPATH=src python benchmarks/gpu_session.py [--out RESULT.json] [--minutes 7.5]
 
 It builds every kernel (in processes side by side), compares them with the oracle on the device, measures the limits
-(dense products, a copy in memory), lets the configs race, and times both layers of docs/gpu.md and decoding against
-them, against torch's grouped_mm, and against MegaBlocks, SonicMoE and ScatterMoE where they can be imported. Needs
-torch, triton, numpy and jaxtyping. What there was no time for is named. The last thing printed is a short table.
+(dense products, a copy in memory), times the router, lets the configs race, and times both layers of docs/gpu.md and
+decoding against them, against torch's grouped_mm, and against MegaBlocks, SonicMoE and ScatterMoE where they can be
+imported; then both in 8-bit floating point, for inference. Needs torch, triton, numpy and jaxtyping. What there was no
+time for is named. The last thing printed is a short table.
 """
 
 import argparse
@@ -24,7 +25,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "src")]
 
 import torch  # noqa: E402
 
-from benchmarks import gpu_build, gpu_checks, gpu_times  # noqa: E402
+from benchmarks import gpu_build, gpu_checks, gpu_fp8, gpu_router, gpu_times  # noqa: E402
 from turnout.kernels.gpu import device_failure  # noqa: E402
 
 PACKAGES = ("torch", "triton", "numpy", "megablocks", "sonic-moe", "scattermoe")
@@ -84,11 +85,15 @@ def main() -> int:
     print(json.dumps(environment, indent=1), flush=True)
     session.section("build", 20, lambda left_s: gpu_build.build_all(Path(__file__), most_s=min(left_s - 60, 170)))
     session.section("limits", 10, lambda left_s: gpu_times.limits())
-    session.section("proof", 20, lambda left_s: gpu_checks.proofs())
-    session.section("checks", 30, lambda left_s: gpu_checks.checks())
+    session.section("proof", 30, lambda left_s: {**gpu_checks.proofs(), **gpu_router.proofs(), **gpu_fp8.proofs()})
+    session.section("checks", 30, lambda left_s: {**gpu_checks.checks(), **gpu_fp8.checks()})
+    session.section("router", 15, lambda left_s: gpu_router.router())
     for name in gpu_times.LAYERS:
         session.section(name, 40, lambda left_s, name=name: gpu_times.layer(name))
         session.section(f"{name} decode", 20, lambda left_s, name=name: gpu_times.decode(name))
+    for name in gpu_times.LAYERS:
+        session.section(f"{name} fp8", 20, lambda left_s, name=name: gpu_fp8.layer(name))
+        session.section(f"{name} fp8 decode", 15, lambda left_s, name=name: gpu_fp8.decode(name))
     print("\n".join(_table(session.result())), flush=True)
     print(f"wrote {path.name} after {time.monotonic() - session.started:.0f} s", flush=True)
     return 0

@@ -76,12 +76,12 @@ class Router(nn.Module, ABC):
         if mask_T is not None:
             x_TD = x_TD[token_R]
             token_ids_T = None if token_ids_T is None else token_ids_T[token_R]
-        x_RD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        x_RD = x_TD if x_TD.dtype.itemsize >= 4 else x_TD.float()
         with _full_precision(x_TD.device.type):
             return self.route(
                 RouterInput(
                     # one reader of x: its gradients add up in the same order with and without a mask
-                    x_RD=x_RD.view_as(x_RD),
+                    x_RD=x_RD.view_as(x_RD) if torch.is_grad_enabled() else x_RD,
                     token_ids_R=token_ids_T,
                     token_R=token_R,
                     num_tokens=num_tokens,

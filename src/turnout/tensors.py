@@ -17,13 +17,21 @@ from functools import cached_property, wraps
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from turnout.errors import ConfigError, ShapeError
 
 Scope = Literal["micro_batch", "sequence", "data_parallel", "global"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCounts:
+    """Choices of each expert among every so many tokens, counted by the kernel that made the choices."""
+
+    expert_N: Int64[Tensor, "N"]  # the choices themselves: of others these are not the counts
+    count_BE: Int32[Tensor, "blocks E"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +51,19 @@ class Assignment:
     top_k: int | None = None  # K, when rows are token-major and every routed token has exactly K choices
     priority_N: Float[Tensor, "N"] | None = None  # what a capacity by score keeps first; None: the weights
     least_capacity: Int64[Tensor, ""] | None = None  # rows the router wants an expert to have room for, at least
+    block_counts: BlockCounts | None = None  # where the choices were counted as they were made
 
     @cached_property
     def counts_E(self) -> Int64[Tensor, "E"]:
         """Assignments per expert, counted once; a declined choice counts, a padding token has none."""
-        return counted(self.expert_N, self.num_experts)
+        count_BE = self.count_BE
+        return counted(self.expert_N, self.num_experts) if count_BE is None else count_BE.sum(dim=0)
+
+    @property
+    def count_BE(self) -> "Int32[Tensor, 'blocks E'] | None":
+        """Counts of blocks of these very choices; None where nobody counted, or counted others than these."""
+        found = self.block_counts
+        return found.count_BE if found is not None and found.expert_N is self.expert_N else None
 
     def first_choice_counts_E(self) -> Int64[Tensor, "E"]:
         """First choices per expert."""

@@ -22,6 +22,7 @@ from turnout.dispatch import AffinityThreshold, Dropless, FixedCapacity, TutelCa
 from turnout.errors import ConfigError, NonFiniteError, ShapeError, TurnoutError
 from turnout.experts import (
     FFNExperts,
+    Float8FFNExperts,
     ModuleExperts,
     QuantizedFFNExperts,
     available_backends,
@@ -91,10 +92,10 @@ def untyped_factor(factor: Any) -> object:
     return MoE(4, 4, 3, capacity=FixedCapacity())(torch.zeros(2, 4), capacity_factor=factor)
 
 
-def quantize_nan() -> object:
+def quantize_nan(precision: str = "int8") -> object:
     layer = MoE(4, 4, 2)
     layer.experts.down_EFD.data[1, 2, 3] = NAN  # type: ignore[union-attr, index]
-    return quantize_experts(layer)
+    return quantize_experts(layer, precision=precision)
 
 
 def train_quantized() -> object:
@@ -376,6 +377,21 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
         ConfigError,
         r"Linear has no feed-forward experts to quantise; give it",
     ),
+    (
+        lambda: quantize_experts(MoE(4, 4, 2), precision="fp4"),
+        ConfigError,
+        r"unknown precision 'fp4'; available: int8, int8-a8, fp8",
+    ),
+    (
+        lambda: quantize_experts(MoE(4, 4, 2), precision="fp8", activation_bits=16),
+        ConfigError,
+        r"precision='fp8' rounds activations to 8 bits; activation_bits=16 is for 'int8'",
+    ),
+    (
+        lambda: quantize_nan(precision="fp8"),
+        NonFiniteError,
+        r"experts\.down_EFD has NaN or infinite values; no scale brings them into 8 bits",
+    ),
     (quantize_nan, NonFiniteError, r"experts\.down_EFD has NaN or infinite values; 8 bits have no code"),
     (train_quantized, ConfigError, r"quantised experts are for inference alone: call the layer under torch"),
     (lambda: FFNExperts(4, 4, 2, init_std=-1.0), ConfigError, r"init_std=-1\.0 must be at least 0 and finite"),
@@ -653,7 +669,7 @@ def test_every_row_is_checked_as_it_is_made() -> None:
 
 
 def test_every_refusal_names_a_backend_that_does_not_refuse() -> None:
-    for experts in (FFNExperts(4, 4, 2), QuantizedFFNExperts(4, 4, 2), modules()):
+    for experts in (FFNExperts(4, 4, 2), QuantizedFFNExperts(4, 4, 2), Float8FFNExperts(4, 4, 2), modules()):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             for device in (CPU, torch.device("cuda")):
                 answers = available_backends(experts, dtype=dtype, device=device)

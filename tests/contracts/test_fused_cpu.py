@@ -407,3 +407,13 @@ def test_torch_compile_takes_the_pass_as_one_node(bias: bool, dtype: torch.dtype
         y_TD = function(x, assignment.weight_N)
         results.append([y_TD, *torch.autograd.grad(y_TD.sum(), [x, assignment.weight_N, *experts.parameters()])])
     assert all(map(torch.equal, *results))
+
+
+@with_kernel
+def test_a_layer_on_the_cpu_takes_its_own_memory_there_whatever_the_default_device() -> None:
+    layer, x_TD = MoE(8, 16, 4, backend="fused_cpu"), torch.randn(5, 8)
+    with torch.no_grad():
+        want = layer(x_TD).y
+        with torch.device("meta"):
+            got = layer(x_TD).y
+    assert torch.equal(got, want)

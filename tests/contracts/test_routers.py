@@ -273,6 +273,7 @@ def test_hash_gives_one_id_the_same_experts_everywhere_and_k_different_ones(k: i
 
 
 def test_hash_spreads_ids_evenly_and_differently_in_each_layer() -> None:
+    torch.manual_seed(0)
     routers = [Hash(k=2).build(4, 8) for _ in range(2)]
     ids_T = torch.arange(20_000)
     first, second = (router(torch.zeros(20_000, 4), ids_T).assignment.as_topk()[0] for router in routers)

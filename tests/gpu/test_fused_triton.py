@@ -263,7 +263,7 @@ def test_the_operator_is_what_its_fake_says(top_k: int, device: torch.device) ->
     assignment = to(side_by_side(7, 3, 2), device)
     experts = drawn_experts(20, 12, 3, bias=True).to(device)
     x_TD = torch.randn(7, 20, device=device, requires_grad=True)
-    inputs = (x_TD, assignment.weight_N, *experts.parameters(), assignment.token_N, assignment.expert_N, None)
+    inputs = (x_TD, assignment.weight_N, *experts.parameters(), assignment.token_N, assignment.expert_N, None, None)
     torch.library.opcheck(
         fused_triton_op.triton_experts,
         (*inputs, "swiglu", top_k, True),

@@ -9,8 +9,8 @@ from tests.contracts.test_fused_cpu import drawn, run
 from turnout import MoE
 from turnout.contracts import ExpertBackend
 from turnout.dispatch import LocalDispatcher
-from turnout.experts import FFNExperts
-from turnout.kernels.gpu import device_failure
+from turnout.experts import FFNExperts, choose_backend, quantize_experts
+from turnout.kernels.gpu import CODES_CAPABILITY, device_failure
 from turnout.layers.expert_pass import pass_experts
 from turnout.routers import TopK
 from turnout.tensors import Admission, Assignment
@@ -91,6 +91,22 @@ def test_a_step_of_decoding_is_one_cuda_graph() -> None:
         got = step()
     graph.replay()
     assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(bool(device_failure(CUDA, "fused_fp8", CODES_CAPABILITY)), reason="no units for 8 bits")
+@torch.no_grad()
+def test_a_layer_of_8_bits_asks_the_device_for_nothing_and_repeats_itself() -> None:
+    layer = quantize_experts(MoE(256, 384, 8, router=TopK(k=2)), precision="fp8").to(CUDA, torch.bfloat16).eval()
+    x_TD = torch.randn(600, 256, device=CUDA, dtype=torch.bfloat16)
+    want = layer(x_TD).y
+    assert choose_backend(layer.experts, "auto", dtype=torch.bfloat16, device=CUDA) is ExpertBackend.TABLE["fused_fp8"]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = [layer(x_TD).y for _ in range(9)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(each, want) for each in again)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="a cached property has a lock before Python 3.12")

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.contracts.cases import takers
-from turnout.bench import layer, routers, train_step
+from turnout.bench import layer, layer_peers, routers, train_step
 from turnout.bench.gemms import products
 from turnout.bench.memory import call_memory, peak_mib
 from turnout.bench.mixtral import differences, mixtral, routed_like_mixtral
@@ -477,6 +478,24 @@ def test_one_layer_against_its_peers(turnout, monkeypatch: pytest.MonkeyPatch) -
         ("b", "train"): everybody,
         ("d1", "forward"): inferring | {"transformers-batched_mm", "read-limit"},
     }
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_all_layers_meet_the_experts_whose_weights_are_read(tokens: int) -> None:
+    shape = Shape(tokens=tokens, dim=64, hidden=32, experts=32, k=4, seq_len=1)
+    x_TD, _ = layer_peers.batch(shape, torch.float32)
+    met: list[list[int]] = []
+
+    def remember(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        met.append(args[1].unique().tolist())
+
+    ours, _ = layer_peers.forward_of("turnout-loop", shape, None, torch.float32)
+    met.append(ours.layer(x_TD).assignment.expert_N.unique().tolist())
+    theirs, _ = layer_peers.forward_of("transformers-eager", shape, None, torch.float32)
+    theirs.block.experts.register_forward_pre_hook(remember)
+    theirs(x_TD)
+    assert met[0] == met[1]
+    assert len(met[0]) == layer_peers.experts_met(shape, None)
 
 
 def test_experts_of_8_bits_are_refused_where_there_is_a_backward_pass(turnout) -> None:

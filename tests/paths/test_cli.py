@@ -18,11 +18,13 @@ import torch
 from rich.console import Console
 
 from tests.contracts.cases import takers
+from turnout.cli import options
 from turnout.cli.compare_print import print_comparison
 from turnout.comm import shared_memory
 from turnout.comm.shared_memory import SharedLine
 from turnout.config import describe, dump_toml, from_dict, to_dict
 from turnout.data.prepare import Dataset
+from turnout.errors import ConfigError
 from turnout.kernels import trusted_kernel
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
@@ -530,3 +532,10 @@ def test_a_path_with_brackets_is_shown_as_it_is(turnout, recipe_file: Path, tmp_
     result = turnout("train", str(recipe_file), "--out", str(run))
     assert result.code == 0, result.err
     assert str(run) in result.out
+
+
+@pytest.mark.parametrize("text", ["", ",", "1,two", "0,1", "-1", "1.5", "²"])
+def test_a_list_of_whole_numbers_is_that_or_refused(text: str) -> None:
+    assert options.whole_numbers("--bytes", " 16, 4096,", example="1,2") == (16, 4096)
+    with pytest.raises(ConfigError, match=r"--bytes .* must be whole numbers with commas between them, such as 1,2"):
+        options.whole_numbers("--bytes", text, example="1,2")

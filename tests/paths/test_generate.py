@@ -208,7 +208,7 @@ def trained_run(small_recipe: Recipe, small_dataset: Dataset, tmp_path_factory: 
     return run
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int8-a8"])
+@pytest.mark.parametrize("quantize", ["int8", "int8-a8", "fp8"])
 def test_a_trained_model_speaks_with_experts_of_8_bits(turnout, trained_run: Path, quantize: str) -> None:
     result = turnout("generate", str(trained_run), "--prompt", "a", "--quantize", quantize, "--max-new-tokens", "5")
     assert result.code == 0, result.err
@@ -230,7 +230,7 @@ def test_another_tokenizer_than_the_models_is_refused(turnout, trained_run: Path
 def test_an_unknown_precision_is_refused_with_those_there_are(turnout, trained_run: Path) -> None:
     result = turnout("generate", str(trained_run), "--prompt", "a", "--quantize", "int4")
     assert result.code == 2
-    assert "unknown --quantize 'int4'; available: int8, int8-a8; did you mean 'int8'?" in result.err
+    assert "unknown --quantize 'int4'; available: int8, int8-a8, fp8; did you mean 'int8'?" in result.err
 
 
 def test_a_prompt_that_is_too_long_does_not_end_the_conversation(

@@ -428,7 +428,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         r"none of \d+ layouts fits 8 x H100-SXM-80GB: .* give more devices, or a --layout",
     ),
     "unknown rank": (("search", "tiny", "--devices", "1", "--rank", "speed"), r"rank='speed' must be one of: time"),
-    "nodes to try": (("search", "tiny", "--try-nodes", "8,many"), r"--try-nodes '8,many' must be numbers of nodes"),
+    "nodes to try": (("search", "tiny", "--try-nodes", "8,many"), r"--try-nodes '8,many' must be whole numbers"),
     "dimensions": (("memory", "dims.toml", "--nodes", "1"), r"unknown field 'model\.layers'.*did you mean"),
     "unknown verb": (("volumes",), r"No such command 'volumes'"),
 }

@@ -15,15 +15,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from turnout.bench.layer_peers import DENSE, LIMIT, OURS, READ, THEIRS, forward_of, products, reading
+from turnout.bench.layer_peers import (
+    DENSE,
+    LIMIT,
+    OURS,
+    READ,
+    THEIRS,
+    batch,
+    experts_met,
+    forward_of,
+    products,
+    reading,
+)
 from turnout.bench.memory import call_memory
 from turnout.bench.race import race, ratio
 from turnout.bench.routers import SHAPES as ROUTED_SHAPES
 from turnout.bench.routers import Shape
 from turnout.bench.run import check_gate, ratio_keys, result, row
 from turnout.errors import ConfigError
-from turnout.experts import PRECISIONS, FFNExperts, QuantizedFFNExperts, available_backends
-from turnout.routers import TopK
+from turnout.experts import INT8_BITS, FFNExperts, QuantizedFFNExperts, available_backends
 
 Mode = Literal["forward", "train"]
 MODES: tuple[Mode, ...] = ("forward", "train")
@@ -70,9 +80,8 @@ def contestant(name: str, *, shape: str, mode: str, dtype: str, skew: float) -> 
     if name == LIMIT:
         return products(sizes, train=train, dtype=DTYPES[dtype])
     if name == READ:
-        return reading(sizes, _experts_met(sizes, skew), DTYPES[dtype])
-    generator = torch.Generator().manual_seed(0)
-    x_TD, y_grad_TD = (torch.randn(sizes.tokens, sizes.dim, generator=generator).to(DTYPES[dtype]) for _ in range(2))
+        return reading(sizes, experts_met(sizes, skewed(sizes, skew) if skew else None), DTYPES[dtype])
+    x_TD, y_grad_TD = batch(sizes, DTYPES[dtype])
     forward, parameters = forward_of(name, sizes, skewed(sizes, skew) if skew else None, DTYPES[dtype])
 
     @torch.no_grad()
@@ -94,15 +103,6 @@ def made_alone(name: str, settings: dict[str, Any]) -> Callable[[], object]:
     # threads and workspaces of torch's own products are no part of a layer
     torch.mm(torch.ones(512, 512), torch.ones(512, 512))
     return contestant(name, **settings)
-
-
-def _experts_met(shape: Shape, skew: float) -> int:
-    """Experts that the tokens of the batch go to; transformers' own router may send them to others."""
-    if skew:
-        return len(skewed(shape, skew).unique())
-    torch.manual_seed(0)
-    router = TopK(k=shape.k, renormalize=shape.k > 1).build(shape.dim, shape.experts)
-    return len(router(torch.randn(shape.tokens, shape.dim)).assignment.expert_N.unique())
 
 
 def skewed(shape: Shape, skew: float) -> Tensor:
@@ -166,7 +166,7 @@ def _peers(shape: Shape, mode: str, dtype: torch.dtype, asked: Sequence[str]) ->
     experts.to(dtype)
     with torch.set_grad_enabled(mode == "train"):
         refused = available_backends(experts, dtype=dtype, device=torch.device("cpu"))
-    refused |= dict.fromkeys(PRECISIONS, "it has no backward pass" if mode == "train" else _int8_refusal(dtype))
+    refused |= dict.fromkeys(INT8_BITS, "it has no backward pass" if mode == "train" else _int8_refusal(dtype))
     ours = [f"{OURS}{name}" for name, reason in refused.items() if not reason]
     theirs = [f"{THEIRS}{name}" for name in IMPLEMENTATIONS if name != "batched_mm" or shape.tokens <= FEW]
     legal = [*ours, *theirs, DENSE, LIMIT, *([READ] if shape.tokens <= FEW else [])]

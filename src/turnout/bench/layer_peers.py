@@ -11,7 +11,7 @@ from turnout.bench.routers import Shape
 from turnout.contracts import ExpertBackend
 from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.errors import ConfigError
-from turnout.experts import PRECISIONS, FFNExperts, quantize_experts
+from turnout.experts import INT8_BITS, FFNExperts, quantize_experts
 from turnout.experts.activations import Activation
 from turnout.kernels.pages import on_large_pages
 from turnout.layers import MoE
@@ -37,6 +37,26 @@ def forward_of(name: str, shape: Shape, choices_TK: Tensor | None, dtype: torch.
         layer = _theirs(shape, name.removeprefix(THEIRS), choices_TK)
     layer.to(dtype)
     return layer, list(layer.parameters())
+
+
+def batch(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tokens and the gradient of what a layer makes of them, (T, D) each; the same for everybody."""
+    generator = torch.Generator().manual_seed(0)
+    x_TD, y_grad_TD = (torch.randn(shape.tokens, shape.dim, generator=generator).to(dtype) for _ in range(2))
+    return x_TD, y_grad_TD
+
+
+def router_weight(shape: Shape) -> Tensor:
+    """(E, D), of everybody's router: with few tokens one that meets fewer experts has less to read."""
+    return torch.randn(shape.experts, shape.dim, generator=torch.Generator().manual_seed(1)) * 0.02
+
+
+def experts_met(shape: Shape, choices_TK: Tensor | None) -> int:
+    """Experts that the tokens of the batch go to."""
+    if choices_TK is None:
+        x_TD, _ = batch(shape, torch.float32)
+        choices_TK = (x_TD @ router_weight(shape).t()).topk(shape.k, dim=1).indices
+    return len(choices_TK.unique())
 
 
 def products(shape: Shape, *, train: bool, dtype: torch.dtype) -> Callable[[], None]:
@@ -117,9 +137,9 @@ class _Output(nn.Module):
 
 
 def _ours(shape: Shape, name: str, choices_TK: Tensor | None) -> nn.Module:
-    backend = "fused_int8" if name in PRECISIONS else name
+    backend = "fused_int8" if name in INT8_BITS else name
     layer = _layer(shape, backend, choices_TK)
-    return quantize_experts(layer, activation_bits=PRECISIONS[name]) if name in PRECISIONS else layer
+    return quantize_experts(layer, precision=name) if name in INT8_BITS else layer
 
 
 def _layer(shape: Shape, backend: str, choices_TK: Tensor | None) -> nn.Module:
@@ -127,6 +147,8 @@ def _layer(shape: Shape, backend: str, choices_TK: Tensor | None) -> nn.Module:
         return _Routed(shape, backend, choices_TK)
     router = TopK(k=shape.k, renormalize=shape.k > 1)
     layer = MoE(shape.dim, shape.hidden, shape.experts, router=router, expert=shape.expert, losses=(), backend=backend)
+    with torch.no_grad():
+        layer.router.get_parameter("score.weight_ED").copy_(router_weight(shape))
     return _Output(layer)
 
 
@@ -150,6 +172,8 @@ def _theirs(shape: Shape, implementation: str, choices_TK: Tensor | None) -> nn.
         block.experts = _two_matrix_experts()(config)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
+    with torch.no_grad():
+        block.get_parameter("gate.weight").copy_(router_weight(shape))
     return _Block(block, choices_TK)
 
 

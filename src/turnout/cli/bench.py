@@ -48,7 +48,7 @@ def train_step(
     process = own_process(threads)
     chosen = load_recipe(recipe)
     result = run(
-        chosen, load_recipe(dense), peers=_names(peers), rounds=rounds, warmup=warmup, memory=memory, split=split
+        chosen, load_recipe(dense), peers=options.words(peers), rounds=rounds, warmup=warmup, memory=memory, split=split
     )
     screen = console(as_json=as_json)
     screen.print(_measured_on(process, result))
@@ -84,9 +84,9 @@ def routers(
     from turnout.cli.process import own_process
 
     changes = {"tokens": tokens, "dim": dim, "hidden": hidden, "experts": experts, "k": k, "seq_len": seq_len}
-    chosen = _shapes(_names(shapes), {name: value for name, value in changes.items() if value})
+    chosen = _shapes(options.words(shapes), {name: value for name, value in changes.items() if value})
     process = own_process(threads)
-    result = run(chosen, names=_names(only), rounds=rounds, warmup=warmup)
+    result = run(chosen, names=options.words(only), rounds=rounds, warmup=warmup)
     screen = console(as_json=as_json)
     screen.print(_measured_on(process, result))
     for shape in chosen:
@@ -122,9 +122,9 @@ def layer(
 
     process = own_process(threads)
     result = run(
-        _names(shapes),
-        modes=_names(modes),
-        peers=_names(peers),
+        options.words(shapes),
+        modes=options.words(modes),
+        peers=options.words(peers),
         dtype=dtype,
         skew=skew,
         rounds=rounds,
@@ -138,10 +138,6 @@ def layer(
         screen.print(_layer_times(f"Layer {name}, {mode}, {dtype}: everybody in turns in one process", rows))
     if as_json:
         print_json(result)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _shapes(names: tuple[str, ...], changes: dict[str, int]) -> list[Any]:

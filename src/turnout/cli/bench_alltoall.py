@@ -52,8 +52,8 @@ def alltoall(
         ranks=ranks,
         lab=lab,
         links=Links(rate_mbit=rate, packet_us=packet_us, delay_ms=delay),
-        programs=_names(programs),
-        row_bytes=_sizes(row_bytes),
+        programs=options.words(programs),
+        row_bytes=options.whole_numbers("--bytes", row_bytes, example="16,4096"),
         tokens=tokens,
         experts=experts,
         k=k,
@@ -75,20 +75,6 @@ def alltoall(
         screen.print(f"  measured: {measured}; planned: {planned}; a percent off: {off}", soft_wrap=True)
     if as_json:
         print_json(result)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    from turnout.errors import ConfigError
-
-    words = _names(text)
-    wrong = next((word for word in words if not word.isdigit()), None)
-    if wrong is not None or not words:
-        raise ConfigError(f"--bytes {text!r} must be whole numbers with commas between them, as 16,4096")
-    return tuple(int(word) for word in words)
 
 
 def _times(size: int, result: dict[str, Any]) -> Any:

@@ -29,11 +29,8 @@ def copies(
     """A layer with a skewed load on ranks of this machine: experts in order, searched, and with copies."""
     from turnout.bench.copies import CopiesCase, run
     from turnout.cli.process import own_process
-    from turnout.errors import ConfigError
 
-    words = [word.strip() for word in number.split(",") if word.strip()]
-    if not all(word.isascii() and word.isdigit() for word in words):
-        raise ConfigError(f"--copies {number!r} must be numbers with commas between them, as 4,8")
+    numbers = options.whole_numbers("--copies", number, example="4,8") if number else ()
     case = CopiesCase(
         ranks=ranks,
         tokens=tokens,
@@ -42,7 +39,7 @@ def copies(
         experts=experts,
         k=k,
         skew=skew,
-        copies=tuple(dict.fromkeys(map(int, words))),
+        copies=tuple(dict.fromkeys(numbers)),
     )
     process = own_process(threads)
     result = run(case, rounds=rounds, warmup=warmup, threads=threads)

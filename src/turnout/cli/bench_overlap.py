@@ -51,8 +51,8 @@ def overlap(
         hidden=hidden,
         experts=experts,
         k=k,
-        chunks=_numbers(chunks),
-        modes=tuple(name.strip() for name in modes.split(",") if name.strip()),
+        chunks=options.whole_numbers("--chunks", chunks, example="1,4"),
+        modes=options.words(modes),
         rounds=rounds,
         warmup=warmup,
         tune=tune,
@@ -69,15 +69,6 @@ def overlap(
         screen.print(_tuned(result["tuner"]))
     if as_json:
         print_json(result)
-
-
-def _numbers(words: str) -> tuple[int, ...]:
-    from turnout.errors import ConfigError
-
-    try:
-        return tuple(int(word) for word in words.split(","))
-    except ValueError:
-        raise ConfigError(f"--chunks {words!r} must be whole numbers with commas between them, as 1,4") from None
 
 
 def _table(mode: str, rows: list[dict[str, Any]]) -> Any:

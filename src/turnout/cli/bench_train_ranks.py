@@ -27,7 +27,7 @@ def train_ranks(
 
     process = own_process(threads)
     chosen = load_recipe(recipe, options.recipe_overrides(settings, None))
-    names = tuple(name.strip() for name in peers.split(",") if name.strip())
+    names = options.words(peers)
     result = run(chosen, ranks, peers=names, threads=threads, rounds=rounds, warmup=warmup)
     screen = console(as_json=as_json)
     machine = result["machine"]

@@ -24,7 +24,8 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this 
 Quantize = Annotated[
     str,
     typer.Option(
-        help="Experts in 8 bits: int8, or int8-a8 with activations of 8 bits too, less exact and, without AMX, faster."
+        help="Experts in 8 bits: int8, or int8-a8 with activations of 8 bits too, less exact and, without AMX, faster; "
+        "fp8 for a GPU."
     ),
 ]
 Hosts = Annotated[int, typer.Option(help="Hosts; without --lab only groups of ranks.", min=1)]
@@ -34,6 +35,24 @@ Lab = Annotated[
 ]
 Rate = Annotated[float, typer.Option(help="Mbit/s of a host's card, each way; 0: unlimited. Needs --lab.")]
 Delay = Annotated[float, typer.Option(help="Milliseconds one way between hosts. Needs --lab and iptables.")]
+
+
+def words(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def whole_numbers(name: str, text: str, *, example: str) -> tuple[int, ...]:
+    """Of an option called `name`.
+
+    Raises: ConfigError if something else than positive whole numbers stands between the commas, or nothing.
+    """
+    from turnout.errors import ConfigError
+
+    found = words(text)
+    if not found or not all(word.isascii() and word.isdigit() and int(word) for word in found):
+        raise ConfigError(f"{name} {text!r} must be whole numbers with commas between them, such as {example}")
+    return tuple(map(int, found))
 
 
 def check_links(*, lab: bool, rate: float, delay: float) -> None:

@@ -56,7 +56,7 @@ def search(
     from turnout.plan.bill import priced
     from turnout.plan.search import search as find
 
-    sizes = _sizes(try_nodes)
+    sizes = options.whole_numbers("--try-nodes", try_nodes, example="8,16,32") if try_nodes else ()
     query = plan_options.query_of(
         model, cluster=cluster, nodes=nodes or (0 if devices else max(sizes, default=0)), devices=devices, seq_len=seq,
         global_batch=batch, framework=framework, skew=skew, layout=layout,
@@ -82,15 +82,6 @@ def search(
         print_json(document | {"model": query.shape.name, "cluster": query.machine.name})
     if not result.best:
         raise typer.Exit(1)
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    from turnout.errors import ConfigError
-
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise ConfigError(f"--try-nodes {text!r} must be numbers of nodes with commas between, such as 8,16,32")
-    return tuple(map(int, parts))
 
 
 def _space(layout: str) -> Any:

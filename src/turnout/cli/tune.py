@@ -73,7 +73,7 @@ def _measured(
     from turnout.train.tuning import Plan, tune, tune_here
 
     recipe, known = load_recipe(name, settings), out.read_text(encoding="utf-8") if out.exists() else ""
-    asked = Plan(loads=_numbers(plan[0]), most_steps=plan[1])
+    asked = Plan(loads=options.whole_numbers("--loads", plan[0], example="1,2,4"), most_steps=plan[1])
     screen, is_first = console(as_json=as_json), True
     if is_launched():
         cuda = pick_device(recipe.loop.device).type == "cuda"
@@ -87,15 +87,6 @@ def _measured(
     save_dictionary(found, out.absolute())
     screen.print(f"  written: {out}")
     return found
-
-
-def _numbers(words: str) -> tuple[int, ...]:
-    from turnout.errors import ConfigError
-
-    try:
-        return tuple(int(word) for word in words.split(","))
-    except ValueError:
-        raise ConfigError(f"--loads {words!r} must be whole numbers with commas between them, such as 1,2,4") from None
 
 
 def _show(found: "Dictionary", screen: Console, *, as_json: bool) -> None:

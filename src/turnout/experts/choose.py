@@ -5,12 +5,12 @@ from torch import nn
 
 from turnout.contracts import ExpertBackend
 from turnout.errors import ConfigError
-from turnout.experts import fused_cpu, fused_int8, fused_triton, grouped_mm, loop, padded_bmm, threaded_mm
+from turnout.experts import fused_cpu, fused_fp8, fused_int8, fused_triton, grouped_mm, loop, padded_bmm, threaded_mm
 
 # tried in this order by "auto"
-PREFERENCE = ("fused_int8", "fused_cpu", "fused_triton", "threaded_mm", "grouped_mm", "padded_bmm", "loop")
+PREFERENCE = ("fused_int8", "fused_fp8", "fused_cpu", "fused_triton", "threaded_mm", "grouped_mm", "padded_bmm", "loop")
 # importing a backend's file adds its row
-_IMPORTED = (fused_cpu, fused_int8, fused_triton, grouped_mm, loop, padded_bmm, threaded_mm)
+_IMPORTED = (fused_cpu, fused_fp8, fused_int8, fused_triton, grouped_mm, loop, padded_bmm, threaded_mm)
 
 
 def available_backends(experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> dict[str, str]:

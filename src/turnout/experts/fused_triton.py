@@ -52,7 +52,7 @@ class FusedTriton(FusedBackend):
             *(None if bias is None else bias.to(x_TD.dtype).contiguous() for bias in biases),
         )
         keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        routes = (assignment.token_N, assignment.expert_N, admission.keep_N)
+        routes = (assignment.token_N, assignment.expert_N, admission.keep_N, assignment.count_BE)
         return triton_experts(*inputs, *routes, experts.kind, assignment.top_k or 0, keep)[0]
 
 

@@ -26,13 +26,15 @@ def triton_experts(
     token_N: Tensor,
     expert_N: Tensor,
     keep_N: Tensor | None,
+    count_BE: Tensor | None,
     kind: str,
     top_k: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y_TD; with `keep` what was before the activation; the routes.
 
-    `top_k`: choices of each token, which then lie side by side; 0 where tokens differ in their number.
+    `top_k`: choices of each token, which then lie side by side; 0 where tokens differ in their number. `count_BE`:
+    what the router's kernel counted of them.
     Bit for bit the same each time: a token's rows are written first and then added up by one program, in their order.
     Compared with atomic additions that is one write and one read of (N, D) more.
     """
@@ -49,6 +51,7 @@ def triton_experts(
             config,
             top_k=top_k,
             keep=keep,
+            count_BE=count_BE,
         )
     return y_TD, up_MG, *routes
 
@@ -64,6 +67,7 @@ def _(
     token_N: Tensor,
     expert_N: Tensor,
     keep_N: Tensor | None,
+    count_BE: Tensor | None,
     kind: str,
     top_k: int,
     keep: bool,
@@ -136,7 +140,7 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, _, kind, top_k, _ = inputs
+    *tensors, _, _, _, kind, top_k, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.kind, ctx.top_k = kind, top_k
 
@@ -146,7 +150,7 @@ def _backward(ctx: Any, y_grad_TD: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     wanted = list(ctx.needs_input_grad[:6])
     routes = list(ctx.saved_tensors[8:])
     found = triton_experts_backward(y_grad_TD, *tensors, up_MG, routes, ctx.kind, ctx.top_k, wanted)
-    return (*at_wanted(found, wanted), None, None, None, None, None, None)
+    return (*at_wanted(found, wanted), *[None] * 7)
 
 
 triton_experts.register_autograd(first_order(_backward), setup_context=_remember)

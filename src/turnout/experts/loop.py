@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, Refusal
 from turnout.errors import ShapeError
-from turnout.experts.quantized import QuantizedFFNExperts
+from turnout.experts.rounded import RoundedExperts
 from turnout.experts.weights import FFNExperts
 from turnout.tensors import Ragged, Rows
 
@@ -23,7 +23,7 @@ class Loop(ExpertBackend):
         parts = rows.x_MD.split(rows.counts_L.tolist())
         if isinstance(experts, FFNExperts):
             outputs = _ffn(experts, parts)
-        elif isinstance(experts, QuantizedFFNExperts):
+        elif isinstance(experts, RoundedExperts):
             outputs = _quantized(experts, parts)
         else:
             assert isinstance(experts, nn.ModuleList)
@@ -43,8 +43,8 @@ def _ffn(experts: FFNExperts, parts: tuple[Tensor, ...]) -> list[Tensor]:
     return outputs
 
 
-def _quantized(experts: QuantizedFFNExperts, parts: tuple[Tensor, ...]) -> list[Tensor]:
-    """The weights of one expert at a time are widened; rows stay what they are, whatever activation_bits is."""
+def _quantized(experts: RoundedExperts, parts: tuple[Tensor, ...]) -> list[Tensor]:
+    """The weights of one expert at a time are widened; rows stay what they are, however a kernel rounds them."""
     experts.check_inference(*parts)
     up_biases, down_biases = (_unbind(bias, len(parts)) for bias in (experts.up_bias_EG, experts.down_bias_ED))
     outputs = []

@@ -1,22 +1,18 @@
 """Experts with weights of 8 bits, for inference: a quarter of the memory, and of what decoding reads of it."""
 
-from typing import TypeVar, cast
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from turnout.errors import ConfigError, NonFiniteError
-from turnout.experts.activations import Activation
+from turnout.experts.rounded import RoundedExperts
 from turnout.experts.weights import FFNExperts
 from turnout.kernels.int8_codes import GROUP, PANEL, QUAD, FFNCodes, decode_ffn, encode_ffn
 from turnout.kernels.pages import on_large_pages
 
-PRECISIONS = {"int8": 16, "int8-a8": 8}  # of weights of 8 bits -> bits of the activations
-
-Model = TypeVar("Model", bound=nn.Module)
+INT8_BITS = {"int8": 16, "int8-a8": 8}  # precision of weights of 8 bits -> bits of the activations
 
 
-class QuantizedFFNExperts(nn.Module):
+class QuantizedFFNExperts(RoundedExperts):
     """E feed-forward networks whose weights are codes of 8 bits, a scale for each 32 inner columns of each column.
 
     Codes and scales have the experts as their first axis and lie in the kernel's order, the same on every machine
@@ -42,14 +38,11 @@ class QuantizedFFNExperts(nn.Module):
 
         Raises: ConfigError if `activation_bits` is neither 16 nor 8.
         """
-        super().__init__()
-        if activation_bits not in PRECISIONS.values():
+        if activation_bits not in INT8_BITS.values():
             raise ConfigError(f"activation_bits={activation_bits} must be 16 or 8")
-        self.activation = Activation.TABLE[kind]
-        self.dim, self.hidden, self.num_experts, self.kind = dim, hidden, num_experts, kind
+        super().__init__(dim, hidden, num_experts, kind=kind, bias=bias)
         self.activation_bits = activation_bits
-        parts = 2 if self.activation.gated else 1
-        up = (num_experts, parts, _up(hidden, GROUP) // PANEL, _up(dim, GROUP) // GROUP)
+        up = (num_experts, self.parts, _up(hidden, GROUP) // PANEL, _up(dim, GROUP) // GROUP)
         down = (num_experts, _up(dim, PANEL) // PANEL, _up(hidden, GROUP) // GROUP)
         for name, sizes in (("up", up), ("down", down)):
             codes = torch.empty(*sizes, GROUP // QUAD, PANEL, QUAD, dtype=torch.uint8)
@@ -64,10 +57,6 @@ class QuantizedFFNExperts(nn.Module):
         self.down_codes: Tensor
         self.down_scales: Tensor
         self.down_bases: Tensor
-        self.up_bias_EG: Tensor | None
-        self.down_bias_ED: Tensor | None
-        self.register_buffer("up_bias_EG", torch.zeros(num_experts, parts * hidden) if bias else None)
-        self.register_buffer("down_bias_ED", torch.zeros(num_experts, dim) if bias else None)
 
     @classmethod
     @torch.no_grad()
@@ -115,41 +104,11 @@ class QuantizedFFNExperts(nn.Module):
         up_EDG, down_EFD = decode_ffn(codes, dim=self.dim, hidden=self.hidden)
         return up_EDG[0], down_EFD[0]
 
-    def check_inference(self, *tensors: Tensor) -> None:
-        """Raises: ConfigError if a gradient is to come back through the experts."""
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise ConfigError(
-                "quantised experts are for inference alone: call the layer under torch.no_grad(), or train the model "
-                "it was quantised from"
-            )
-
     def extra_repr(self) -> str:
         return (
             f"{self.num_experts} of dim={self.dim}, hidden={self.hidden}, kind={self.kind!r}, "
             f"activation_bits={self.activation_bits}"
         )
-
-    def forward(self, *_: Tensor) -> Tensor:
-        raise NotImplementedError("experts are computed by a backend: turnout.experts.choose_backend(experts, ...)")
-
-
-def quantize_experts(model: Model, *, activation_bits: int = 16) -> Model:
-    """The model with the weights of all its feed-forward experts in 8 bits, changed in place; for inference.
-
-    Raises: ConfigError if it has no such experts; NonFiniteError if a weight is NaN or infinite.
-    """
-    found = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if isinstance(child, FFNExperts)
-    ]
-    if not found:
-        raise ConfigError(f"{type(model).__name__} has no feed-forward experts to quantise; give it a MoE layer")
-    made = [QuantizedFFNExperts.of(cast(FFNExperts, child), activation_bits=activation_bits) for _, _, child in found]
-    for (module, name, _), experts in zip(found, made, strict=True):
-        setattr(module, name, experts)
-    return model
 
 
 def _up(size: int, step: int) -> int:

@@ -49,7 +49,7 @@ class Kernel:
         expert_N, token_N = assignment.expert_N.contiguous(), assignment.token_N.contiguous()
         num_tokens, num_experts, num = assignment.num_tokens, assignment.num_experts, len(expert_N)
         keep_N = None if keep_N is None else keep_N.contiguous()
-        routes = torch.empty(3 + num_experts + num_tokens + 3 * num, dtype=torch.int32)
+        routes = _room(3 + num_experts + num_tokens + 3 * num, dtype=torch.int32)
         num_rows = self._sort(
             expert_N.data_ptr(), token_N.data_ptr(), _at(keep_N), num, num_tokens, num_experts, routes.data_ptr()
         )
@@ -69,7 +69,7 @@ class Kernel:
         saved and the gradients of both are.
         """
         saved = None if saved_rows is None else x_TD.new_empty(self.saved_size(weights, saved_rows, x_TD.dtype))
-        y_TD = torch.empty_like(x_TD)
+        y_TD = _room(*x_TD.shape, dtype=x_TD.dtype)
         self._run(self._forward, x_TD, weight_N, weights, routing, (saved, y_TD))
         return y_TD, saved
 
@@ -111,7 +111,7 @@ class Kernel:
 
         The matrix unit, which takes what has more than a few rows for some expert, has bfloat16 for either.
         """
-        y_TD = torch.empty_like(x_TD)
+        y_TD = _room(*x_TD.shape, dtype=torch.float32)
         sizes = (routing.num_tokens, x_TD.shape[1], weights.hidden, len(weights.up_codes), routing.num_assignments)
         own = (weights.up_codes, weights.down_codes, weights.up_bias_EG, weights.down_bias_ED)
         job = self._job((*sizes, KINDS[weights.kind], 0, 0), (routing.routes, x_TD, weight_N, *own, None, y_TD))
@@ -123,7 +123,7 @@ class Kernel:
         """Experts of the k highest scores, best first, of equals the lower index; float32 in, (R, k) int64 out."""
         scores_RE = scores_RE.detach().contiguous()
         num_rows, num_experts = scores_RE.shape
-        expert_RK = torch.empty(num_rows, k, dtype=torch.int64)
+        expert_RK = _room(num_rows, k, dtype=torch.int64)
         threads, pool = torch.get_num_threads(), self._pool
         _check(self._best(scores_RE.data_ptr(), num_rows, num_experts, k, expert_RK.data_ptr(), threads, pool))
         return expert_RK
@@ -133,10 +133,11 @@ class Kernel:
         where they are to be renormalised the softmax of their own logits.
         """
         num_rows, num = len(logits_RE), len(logits_RE) * k
-        number = partial(torch.empty, num, dtype=torch.int64)
+        number = partial(_room, num, dtype=torch.int64)
         # small ones first: what lies above large ones keeps the allocator from giving those back
-        expert_N, token_N, choice_N, weight_N = number(), number(), number(), logits_RE.new_empty(num)
-        chosen = Chosen(torch.empty_like(logits_RE), weight_N, expert_N, token_N, choice_N)
+        expert_N, token_N, choice_N, weight_N = number(), number(), number(), _room(num, dtype=torch.float32)
+        scores_RE = _room(*logits_RE.shape, dtype=torch.float32)
+        chosen = Chosen(scores_RE, weight_N, expert_N, token_N, choice_N)
         self._gates(self._choose, chosen, num_rows, renormalize, logits_RE.contiguous(), token_R.contiguous())
         return chosen
 
@@ -205,6 +206,9 @@ class Kernel:
 
 
 HALF_PANEL = 32  # of half_block.h
+# everything by one operator: of few tokens the first use of each takes 50 to 100 us, since weights have pushed what is
+# not in use out of the caches; and whatever torch's default device is
+_room = partial(torch.empty, device="cpu")
 NUM_GATES = 16  # fields of `Gates` in gates.h
 NUM_FIELDS = 28  # of `Job` in job.h
 # by what matrix_unit.h says

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from turnout.contracts import Dispatcher, ExpertBackend, ExpertCall, FusedBackend
 from turnout.dispatch import LocalDispatcher, plan_dispatch
-from turnout.experts import FFNExperts, QuantizedFFNExperts
+from turnout.experts import FFNExperts, RoundedExperts
 from turnout.tensors import Admission, Assignment, Ragged, Rows
 
 
@@ -27,7 +27,7 @@ def pass_experts(
     Shapes: x_TD (T, D); returns (T, D) in the dtype of x_TD.
     Raises: ConfigError if a gradient is to come back through quantised experts, or to the weights of their outputs.
     """
-    if isinstance(experts, QuantizedFFNExperts):
+    if isinstance(experts, RoundedExperts):
         # rows alone do not show that a router learns
         experts.check_inference(x_TD, assignment.weight_N)
     if isinstance(backend, FusedBackend) and isinstance(dispatcher, LocalDispatcher):

@@ -49,7 +49,7 @@ class MoEConfig(Settings):
     bias: bool = False  # experts have biases
     shared_hidden: int = 0  # hidden width of the shared expert that sees every token; 0: none
     latent_dim: int = 0  # width in which the routed experts work, between two projections they share; 0: the model's
-    backend: str = "auto"  # auto, loop, padded_bmm, grouped_mm, fused_cpu, fused_triton, threaded_mm, fused_int8
+    backend: str = "auto"  # auto, loop, padded_bmm, grouped_mm, threaded_mm, or fused_: cpu, triton, int8, fp8
     init_std: float = 0.02  # standard deviation of the experts' initial weights
 
     def __post_init__(self) -> None:

@@ -19,7 +19,8 @@ from turnout.routers.pieces import (
     sigmoid_shares,
     within_best_groups,
 )
-from turnout.tensors import MoEStats, RouterInput, RouterOutput
+from turnout.routers.triton_gates import triton_topk
+from turnout.tensors import Assignment, MoEStats, RouterInput, RouterOutput
 
 
 @RouterConfig.TABLE.register("deepseek_v3")
@@ -87,6 +88,24 @@ class DeepSeekV3Router(Router):
 
     def route(self, tokens: RouterInput) -> RouterOutput:
         logits_RE = self.score(tokens.x_RD)
+        assignment, scores_RE = self._one_pass(logits_RE, tokens) or self._choose(logits_RE, tokens)
+        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=tokens.token_R)
+
+    def _one_pass(self, logits_RE: Tensor, tokens: RouterInput) -> tuple[Assignment, Tensor] | None:
+        """By a kernel, which knows no groups."""
+        if self.config.groups != self.config.top_groups:
+            return None
+        return triton_topk(
+            logits_RE,
+            tokens,
+            self.config.k,
+            sigmoid=True,
+            renormalize=True,
+            scale=self.config.scale,
+            bias_E=self.bias_E,
+        )
+
+    def _choose(self, logits_RE: Tensor, tokens: RouterInput) -> tuple[Assignment, Tensor]:
         biased_RE = logits_RE.detach().sigmoid() + self.bias_E
         expert_RK = select_topk(
             within_best_groups(biased_RE, self.config.groups, self.config.top_groups), self.config.k
@@ -97,8 +116,7 @@ class DeepSeekV3Router(Router):
             tokens,
             num_experts=self.num_experts,
         )
-        scores_RE = sigmoid_shares(logits_RE)
-        return RouterOutput(assignment=assignment, logits_RE=logits_RE, scores_RE=scores_RE, token_R=tokens.token_R)
+        return assignment, sigmoid_shares(logits_RE)
 
     @torch.no_grad()
     def after_step(self, stats: MoEStats) -> None:

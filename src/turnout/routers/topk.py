@@ -19,6 +19,7 @@ from turnout.routers.pieces import (
     smooth_load,
 )
 from turnout.routers.softmax_topk import softmax_topk
+from turnout.routers.triton_gates import triton_topk
 from turnout.tensors import Assignment, RouterInput, RouterOutput
 
 
@@ -93,10 +94,14 @@ class TopKRouter(Router):
 
     def _choose(self, logits_RE: Tensor, tokens: RouterInput) -> tuple[Assignment, Tensor]:
         k = self.config.k if tokens.top_k is None else tokens.top_k
-        if self.config.activation == "softmax" and self.config.scale == 1:
-            found = softmax_topk(logits_RE, tokens, k, renormalize=self.config.renormalize)
-            if found is not None:
-                return found
+        sigmoid, renormalize, scale = self.config.activation == "sigmoid", self.config.renormalize, self.config.scale
+        found = None
+        if not sigmoid and scale == 1:
+            found = softmax_topk(logits_RE, tokens, k, renormalize=renormalize)
+        if found is None:
+            found = triton_topk(logits_RE, tokens, k, sigmoid=sigmoid, renormalize=renormalize, scale=scale)
+        if found is not None:
+            return found
         expert_RK = select_topk(logits_RE, k)
         scores_RE, weight_RK = self._weights(logits_RE, expert_RK)
         return from_topk(expert_RK, weight_RK, tokens, num_experts=self.num_experts), scores_RE

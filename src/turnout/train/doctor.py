@@ -5,14 +5,14 @@ import importlib.util
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turnout import reference
 from turnout.comm.lines import intention, try_here
 from turnout.comm.shared_memory import why_not
 from turnout.contracts import ExpertBackend
 from turnout.errors import TurnoutError
-from turnout.experts import FFNExperts, QuantizedFFNExperts, quantize_experts
+from turnout.experts import FFNExperts, RoundedExperts, quantize_experts
 from turnout.experts.fused_int8 import int8_instructions
 from turnout.experts.fused_op import half_by_matrix_unit
 from turnout.layers import MoE
@@ -32,6 +32,7 @@ OPTIONAL = {
 TOLERANCE = 1e-5
 QUANTIZED_TOLERANCE = 1e-3  # activations have 14 bits and a sign
 HALVES_TOLERANCE = 2**-7  # tokens, weights and activations are rounded to bfloat16
+FLOAT8_TOLERANCE = 2**-4  # so are tokens and activations, to 3 bits of mantissa
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +92,11 @@ def _try_quantized(name: str) -> Finding:
     """Inference against the oracle of the very weights, which are rounded, in float64."""
     try:
         layer, x_TD = _layer(name)
-        experts = quantize_experts(layer).experts
-        assert isinstance(experts, QuantizedFFNExperts)
-        got_TD = layer(x_TD).y.double()
+        experts = quantize_experts(layer, precision="fp8" if name == "fused_fp8" else "int8").experts
+        assert isinstance(experts, RoundedExperts)
+        device = _home(name, experts)
+        got_TD = layer.to(device)(x_TD.to(device)).y.double().cpu()
+        layer.cpu()
         exact = MoE(dim=20, hidden=12, num_experts=5)
         exact.router.load_state_dict(layer.router.state_dict())
         ups, downs = zip(*(experts.weights_of(e) for e in range(5)), strict=True)
@@ -103,20 +106,27 @@ def _try_quantized(name: str) -> Finding:
     with torch.enable_grad():
         want_TD = _run_oracle(exact, x_TD)[0]
     worst = float((got_TD - want_TD).abs().max() / want_TD.abs().max().clamp(min=1))
-    tolerance = HALVES_TOLERANCE if name == "fused_int8" and int8_instructions() == "AMX" else QUANTIZED_TOLERANCE
+    by, tolerance = _rounding_of(name)
     return Finding(
         name=name,
         available=True,
         proven=worst < tolerance,
-        reason=f"inference of quantised experts against the oracle of their weights, worst error {worst:.1e}; "
-        f"{int8_instructions()}",
+        reason=f"inference of quantised experts against the oracle of their weights, worst error {worst:.1e}; {by}",
     )
 
 
-def _home(backend: str) -> torch.device:
+def _rounding_of(name: str) -> tuple[str, float]:
+    """What multiplies, and what the roundings of tokens and activations may cost."""
+    if name == "fused_fp8":
+        return "e4m3", FLOAT8_TOLERANCE
+    by = int8_instructions()
+    return by, HALVES_TOLERANCE if by == "AMX" else QUANTIZED_TOLERANCE
+
+
+def _home(backend: str, experts: nn.Module | None = None) -> torch.device:
     """Where it is tried: on the CPU, or on a GPU if that is all it takes and there is one."""
-    cpu = torch.device("cpu")
-    refusal = ExpertBackend.TABLE[backend].refusal(FFNExperts(2, 2, 2), dtype=torch.float32, device=cpu)
+    cpu, experts = torch.device("cpu"), experts or FFNExperts(2, 2, 2)
+    refusal = ExpertBackend.TABLE[backend].refusal(experts, dtype=torch.float32, device=cpu)
     return cpu if refusal is None or not torch.cuda.is_available() else torch.device("cuda")
 
 

@@ -26,7 +26,7 @@ class Trained:
 
 
 def load_trained(run: Path, *, quantize: str = "") -> Trained:
-    """The latest good checkpoint of a run; `quantize`: int8 or int8-a8, how its experts are rounded for inference.
+    """The latest good checkpoint of a run; `quantize`: int8, int8-a8 or fp8, how its experts are rounded for inference.
 
     Raises: ConfigError if the folder is no run, or its model cannot be quantised so; CheckpointError if it has no sound
     checkpoint, or another tokenizer than it was trained with.
@@ -46,5 +46,5 @@ def load_trained(run: Path, *, quantize: str = "") -> Trained:
     check_fits(model.state_dict(), loaded.files["model"])
     model.load_state_dict(loaded.files["model"])
     if quantize:
-        quantize_experts(model, activation_bits=PRECISIONS[quantize])
+        quantize_experts(model, precision=quantize)
     return Trained(model=model.eval(), tokenizer=tokenizer, recipe=recipe, step=loaded.step, notes=loaded.notes)

@@ -1,4 +1,4 @@
-"""Triton's kernels for the experts of a layer on a GPU: loaded when asked for, proven there, only then trusted."""
+"""Triton's kernels for router and experts of a layer on a GPU: loaded when asked for, proven there, then trusted."""
 
 import functools
 import hashlib
@@ -11,28 +11,55 @@ from types import ModuleType
 import torch
 
 LEAST_CAPABILITY = (8, 0)  # of which every dtype here has matrix units
+CODES_CAPABILITY = (8, 9)  # and 8-bit floating point too
 MOST_EXPERTS = 1024  # one program adds up their counts
 
 
-def device_failure(device: torch.device) -> str:
-    """Why no kernel of Triton runs there, or nothing."""
+def device_failure(device: torch.device, name: str = "fused_triton", least: tuple[int, int] = LEAST_CAPABILITY) -> str:
+    """Why no kernel of Triton that wants such a capability runs there, or nothing; `name`: who wants to know."""
     if device.type != "cuda":
         is_interpreted = device.type == "cpu" and is_interpreting()
-        return _triton_failure() if is_interpreted else f"fused_triton computes on CUDA, not on {device.type}"
+        return _triton_failure(name) if is_interpreted else f"{name} computes on CUDA, not on {device.type}"
     if not torch.cuda.is_available():
-        return "fused_triton computes on CUDA, and torch finds no such device here"
+        return f"{name} computes on CUDA, and torch finds no such device here"
     if torch.version.hip:
-        return "fused_triton is written for NVIDIA's GPUs and was never tried on others"
+        return f"{name} is written for NVIDIA's GPUs and was never tried on others"
     capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
-        return f"fused_triton needs compute capability 8.0 or later; this device has {'.'.join(map(str, capability))}"
-    return _triton_failure()
+    if capability < least:
+        wanted, there = (".".join(map(str, each)) for each in (least, capability))
+        return f"{name} needs compute capability {wanted} or later; this device has {there}"
+    return _triton_failure(name)
 
 
 @functools.cache
 def proof_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
     """Why the kernels of such experts are not trusted there, or nothing; the first call on a machine takes a while."""
     return importlib.import_module("turnout.kernels.gpu.proof").prove_once(kind, dtype, device)
+
+
+@functools.cache
+def gates_failure(device: torch.device, sigmoid: bool, renormalize: bool) -> str:
+    """Why the kernels of such a router are not trusted there, or nothing; the first call on a machine takes a while."""
+    gate = chooser().Gate(k=1, sigmoid=sigmoid, renormalize=renormalize, scale=2.5)
+    return importlib.import_module("turnout.kernels.gpu.gates_proof").prove_once(gate, device)
+
+
+@functools.cache
+def chooser() -> ModuleType:
+    """The module that calls the kernels of a router; as `launcher`."""
+    return importlib.import_module("turnout.kernels.gpu.choose")
+
+
+@functools.cache
+def codes_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
+    """As `proof_failure`, of experts in 8-bit floating point; `dtype` is that of the tokens."""
+    return importlib.import_module("turnout.kernels.gpu.fp8_proof").prove_once(kind, dtype, device)
+
+
+@functools.cache
+def codes_launcher() -> ModuleType:
+    """The module that calls the kernels of experts in 8-bit floating point; as `launcher`."""
+    return importlib.import_module("turnout.kernels.gpu.fp8_launch")
 
 
 @functools.cache
@@ -53,7 +80,7 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_failure() -> str:
+def _triton_failure(name: str) -> str:
     if importlib.util.find_spec("triton") is None:
-        return "fused_triton needs Triton, which torch brings along where it is built for CUDA: pip install triton"
+        return f"{name} needs Triton, which torch brings along where it is built for CUDA: pip install triton"
     return ""

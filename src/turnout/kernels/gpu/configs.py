@@ -118,6 +118,46 @@ WIDE_FEW = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodesConfig:
+    """The same for experts in 8-bit floating point: h has a scale for each row of a tile of the first product."""
+
+    rows: int  # of a tile
+    up: Tile  # its depth is the 128 columns of x that share a scale
+    down: Tile  # its depth is up's columns
+    group: int = 8
+    boxed: bool = False
+    persistent: bool = False
+
+
+def _codes(rows: int, up: Tile, down: Tile, *, group: int = 8, boxed: bool = False) -> CodesConfig:
+    return CodesConfig(rows=rows, up=up, down=down, group=group, boxed=boxed, persistent=boxed)
+
+
+# as above, the first of each is taken; a tile is no wider than a scale of a matrix reaches
+CODES_MANY = (
+    _codes(128, Tile(128, 128, 8, 3), Tile(128, 128, 8, 4), boxed=True),
+    _codes(128, Tile(64, 128, 8, 4), Tile(128, 64, 8, 6), boxed=True),
+    _codes(128, Tile(64, 128, 8, 4), Tile(128, 64, 8, 6)),
+)
+CODES_SOME = (
+    _codes(64, Tile(64, 128, 4, 4), Tile(128, 64, 4, 6), boxed=True),
+    _codes(64, Tile(128, 128, 8, 3), Tile(128, 128, 4, 4)),
+)
+CODES_FEW = (
+    _codes(16, Tile(64, 128, 4, 4), Tile(64, 64, 4, 6), group=1),
+    _codes(16, Tile(32, 128, 4, 5), Tile(64, 32, 4, 8), group=1),
+)
+
+
+def codes_candidates(num_assignments: int, num_experts: int) -> tuple[CodesConfig, ...]:
+    """Configs worth a try for so many rows of codes, likeliest first."""
+    per_expert = num_assignments / num_experts
+    if per_expert <= 16:
+        return CODES_FEW
+    return CODES_SOME if per_expert <= 128 else CODES_MANY
+
+
 def candidates(num_assignments: int, num_experts: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """Configs worth a try for so many rows, likeliest first, all with the same rows to a tile."""
     per_expert = num_assignments / num_experts
@@ -126,3 +166,8 @@ def candidates(num_assignments: int, num_experts: int, dtype: torch.dtype) -> tu
     if per_expert <= 16:
         return FEW_ROWS
     return SOME_ROWS if per_expert <= 128 else MANY_ROWS
+
+
+def counted_rows(k: int) -> int:
+    """Rows of logits, each with k choices, whose choices are counted together: up to 256 choices and 64 rows."""
+    return min(64, 1 << ((256 // k).bit_length() - 1))

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from turnout.kernels.gpu.configs import Config, Tile
+from turnout.kernels.gpu.configs import CodesConfig, Config, Tile
 
 
 def settings(x: Tensor, num_experts: int, config: Config, tile: Tile, *, boxed: bool) -> dict:
@@ -33,7 +33,7 @@ def widens(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
-def programs(x: Tensor, num: int, num_experts: int, columns: int, config: Config, tile: Tile) -> int:
+def programs(x: Tensor, num: int, num_experts: int, columns: int, config: Config | CodesConfig, tile: Tile) -> int:
     """Enough for any routing: every expert with rows may have one tile that is not full."""
     most = (min(num_experts, num) + num // config.rows) * triton.cdiv(columns, tile.columns)
     return min(most, _multiprocessors(x.device)) if config.persistent else most
@@ -45,7 +45,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def is_boxed(config: Config, *tensors: Tensor) -> bool:
+def is_boxed(config: Config | CodesConfig, *tensors: Tensor) -> bool:
     """Whether the tensor memory accelerator can fetch of all of them: it wants rows that start at 16 bytes."""
     if not config.boxed:
         return False

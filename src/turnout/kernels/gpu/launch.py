@@ -27,6 +27,7 @@ def forward(
     *,
     top_k: int,
     keep: bool,
+    count_BE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Routes]:
     """y_TD; what was before the activation, (N, G), or nothing without `keep`; and the routes. All is contiguous."""
     routes = sort(
@@ -37,6 +38,7 @@ def forward(
         num_experts=len(weights.up_EDG),
         rows=config.rows,
         top_k=top_k,
+        count_BE=count_BE,
     )
     num_experts, hidden, dim = weights.down_EFD.shape
     num, width = len(weight_N), weights.up_EDG.shape[2]
@@ -54,7 +56,7 @@ def forward(
     )  # fmt: skip
     _rows_by_matrix(h_MF, weights.down_EFD, weights.down_bias_ED, y_MD, routes, config, config.down, transposed=False)
     y_TD = torch.empty_like(x_TD)
-    _combine(y_MD, weight_N, token_N, routes, y_TD, top_k=top_k)
+    combine(y_MD, weight_N, token_N, routes, y_TD, top_k=top_k)
     return y_TD, up_MG, routes
 
 
@@ -107,7 +109,7 @@ def backward(
     if x_grad is not None:
         x_grad_MD = x_TD.new_empty(num, dim)
         _rows_by_matrix(up_grad_MG, weights.up_EDG, None, x_grad_MD, routes, config, config.x_grad, transposed=True)
-        _combine(x_grad_MD, None, token_N, routes, x_grad, top_k=top_k)
+        combine(x_grad_MD, None, token_N, routes, x_grad, top_k=top_k)
     return Gradients(*grads)
 
 
@@ -136,7 +138,7 @@ def _rows_by_matrix(
     )  # fmt: skip
 
 
-def _combine(
+def combine(
     rows_MD: Tensor, weight_N: Tensor | None, token_N: Tensor, routes: Routes, out_TD: Tensor, *, top_k: int
 ) -> None:
     """Each token's rows added; tokens the router never saw get zero."""

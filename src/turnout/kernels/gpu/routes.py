@@ -59,17 +59,19 @@ def count_kernel(
 
 
 @triton.jit
-def before_kernel(count_BE, total_E, num_blocks, E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Counts become those of the blocks before; `total_E` gets what all have."""
+def before_kernel(
+    count_BE, before_BE, total_E, num_blocks, E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """`before_BE`, which may be `count_BE`, gets the counts of the blocks before; `total_E` what all have."""
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), tl.int32)
     for first in range(0, num_blocks, BLOCK_B):
         block = first + tl.arange(0, BLOCK_B)
-        at = count_BE + block[:, None].to(tl.int64) * E + expert[None, :]
+        at = block[:, None].to(tl.int64) * E + expert[None, :]
         mask = (block < num_blocks)[:, None] & (expert < E)[None, :]
-        counts = tl.load(at, mask=mask, other=0)
+        counts = tl.load(count_BE + at, mask=mask, other=0)
         through = tl.cumsum(counts, axis=0)
-        tl.store(at, total[None, :] + through - counts, mask=mask)
+        tl.store(before_BE + at, total[None, :] + through - counts, mask=mask)
         total += tl.sum(counts, axis=0)
     tl.store(total_E + expert, total, mask=expert < E)
 
@@ -111,6 +113,40 @@ def place_kernel(
     tl.store(row_N + n, row, mask=is_kept)
     tl.store(assignment_M + row, n, mask=is_kept)
     tl.store(token_M + row, tl.load(token_N + n, mask=is_kept, other=0).to(tl.int32), mask=is_kept)
+
+
+@triton.jit
+def counted_kernel(
+    expert_N,
+    token_N,
+    before_BE,
+    start_E,
+    row_N,
+    token_M,
+    assignment_M,
+    num_assignments,
+    E: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same where a router counted blocks of SIZE assignments, all of which are kept and name what exists."""
+    first = tl.program_id(0) * SIZE
+    inside = tl.arange(0, BLOCK)
+    n, is_n = first + inside, (inside < SIZE) & (first + inside < num_assignments)
+    expert = tl.load(expert_N + n, mask=is_n, other=E).to(tl.int32)
+    place = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, SIZE, 16):
+        other_inside = start + tl.arange(0, 16)
+        other_n = first + other_inside
+        is_other = (other_inside < SIZE) & (other_n < num_assignments)
+        other = tl.load(expert_N + other_n, mask=is_other, other=E).to(tl.int32)
+        earlier = (other[None, :] == expert[:, None]) & (other_n[None, :] < n[:, None])
+        place += tl.sum(earlier.to(tl.int32), axis=1)
+    before = tl.load(before_BE + tl.program_id(0).to(tl.int64) * E + expert, mask=is_n, other=0)
+    row = tl.load(start_E + expert, mask=is_n, other=0) + before + place
+    tl.store(row_N + n, row, mask=is_n)
+    tl.store(assignment_M + row, n, mask=is_n)
+    tl.store(token_M + row, tl.load(token_N + n, mask=is_n, other=0).to(tl.int32), mask=is_n)
 
 
 @triton.jit

@@ -1,0 +1,80 @@
+"""Experts in 8-bit floating point by Triton's kernels on a GPU, for inference: half the bytes of bfloat16."""
+
+import torch
+from torch import Tensor, nn
+
+from turnout.contracts import ExpertBackend, FusedBackend, Refusal
+from turnout.experts.float8 import Float8FFNExperts
+from turnout.experts.fp8_op import fp8_experts
+from turnout.experts.fused_cpu import rows_as_tokens
+from turnout.kernels import KINDS
+from turnout.kernels.gpu import CODES_CAPABILITY, MOST_EXPERTS, codes_failure, device_failure
+from turnout.tensors import Admission, Assignment, Ragged, Rows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class FusedFP8(FusedBackend):
+    """Products of e4m3 codes with scales, sums in float32; rows too are rounded before each, in blocks of columns."""
+
+    layout = "ragged"
+    trains = False
+
+    def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
+        if not isinstance(experts, Float8FFNExperts):
+            return Refusal(
+                reason="fused_fp8 computes experts after quantize_experts(model, precision='fp8'); others need "
+                "backend='loop'"
+            )
+        reason = _reason(experts, dtype, device)
+        return Refusal(reason=f"{reason}; use backend='loop'") if reason else None
+
+    def run(self, experts: nn.Module, rows: Rows) -> Rows:
+        """As if each row were a token of its own."""
+        assert isinstance(rows, Ragged)
+        return rows_as_tokens(self, experts, rows)
+
+    def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
+        """Raises: ConfigError if a gradient is to come back through the experts."""
+        assert isinstance(experts, Float8FFNExperts)
+        experts.check_inference(x_TD, assignment.weight_N)
+        codes = [experts.up_codes, experts.up_scales, experts.down_codes, experts.down_scales]
+        return fp8_experts(
+            x_TD.detach(),
+            assignment.weight_N.detach().float(),
+            codes,
+            experts.up_bias_EG,
+            experts.down_bias_ED,
+            assignment.token_N,
+            assignment.expert_N,
+            admission.keep_N,
+            assignment.count_BE,
+            experts.kind,
+            assignment.top_k or 0,
+        )
+
+
+def _reason(experts: Float8FFNExperts, dtype: torch.dtype, device: torch.device) -> str:
+    if experts.kind not in KINDS:
+        return f"fused_fp8 has no activation {experts.kind!r}, only {', '.join(KINDS)}"
+    if dtype not in DTYPES:
+        return f"fused_fp8 computes tokens in float32, bfloat16 and float16, not {dtype}"
+    if experts.num_experts > MOST_EXPERTS:
+        return f"fused_fp8 counts up to {MOST_EXPERTS} experts, not {experts.num_experts}"
+    if experts.dim * experts.hidden >= 1 << 30:
+        return f"fused_fp8 computes matrices of up to 2^30 weights, not {experts.dim} x {experts.hidden}"
+    return _device_failure(device) or _proof_failure(experts.kind, dtype, device)
+
+
+# torch.compile asks once instead of tracing what looks for a device, reads a file or compiles a kernel
+@torch.compiler.assume_constant_result
+def _device_failure(device: torch.device) -> str:
+    return device_failure(device, "fused_fp8", CODES_CAPABILITY)
+
+
+@torch.compiler.assume_constant_result
+def _proof_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
+    return codes_failure(kind, dtype, device)
+
+
+ExpertBackend.TABLE.register("fused_fp8")(FusedFP8())
