@@ -2,6 +2,7 @@
 
 import re
 import socket
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from torch import nn
 from turnout import MoE, Strategy
 from turnout.cli.training import Training
 from turnout.comm import World, expert_mesh, join
+from turnout.config import from_dict
 from turnout.errors import ConfigError, TransportError
 from turnout.parallel import apply, check_supported
 from turnout.topology import Mesh
 from turnout.train.recipe import LoopConfig, Recipe, check_ranks
 from turnout.train.recipes import load_recipe
 from turnout.train.tuned import with_strategy
+from turnout.verify import parallel
 
 REFUSED = [
     (Strategy(cp=2), "strategy.cp=2 can be planned (turnout plan) but not trained with in this version; legal: 1"),
@@ -249,6 +252,19 @@ def test_a_strategy_that_is_auto_means_none_and_a_tuner(tmp_path: Path) -> None:
     assert with_strategy(auto, World()).strategy == Strategy()
     with pytest.raises(ConfigError, match="strategy='any' must be a table, or \"auto\""):
         load_recipe("smoke", ["strategy=any"])
+
+
+def test_a_layout_left_open_is_checked_as_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Recipe] = []
+
+    def start(_: object, __: int, text: str, *___: object) -> None:
+        asked.append(from_dict(Recipe, tomllib.loads(text)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parallel, "start_ranks", start)
+    with pytest.raises(KeyboardInterrupt):
+        parallel.verify_parallel(load_recipe("smoke", ["strategy=auto"]), 2)
+    assert asked[0].strategy == Strategy(ep=2)
 
 
 def test_ranks_that_a_strategy_does_not_fit_are_shown_the_way_out(tmp_path: Path) -> None:
