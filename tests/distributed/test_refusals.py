@@ -18,6 +18,7 @@ from turnout.config import from_dict
 from turnout.errors import ConfigError, TransportError
 from turnout.parallel import apply, check_supported
 from turnout.topology import Mesh
+from turnout.train.agreement import claim
 from turnout.train.recipe import LoopConfig, Recipe, check_ranks
 from turnout.train.recipes import load_recipe
 from turnout.train.tuned import with_strategy
@@ -252,6 +253,12 @@ def test_a_strategy_that_is_auto_means_none_and_a_tuner(tmp_path: Path) -> None:
     assert with_strategy(auto, World()).strategy == Strategy()
     with pytest.raises(ConfigError, match="strategy='any' must be a table, or \"auto\""):
         load_recipe("smoke", ["strategy=any"])
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"the run's folder .*file/run cannot be written \(.+\); choose another"):
+        claim(tmp_path / "file" / "run", World(), resume=False)
 
 
 def test_a_layout_left_open_is_checked_as_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
