@@ -333,6 +333,7 @@ class TrainCase:
     bias: bool = False
     accumulate: int = 1
     adam: bool = False
+    adam_eps: float = 1e-8
     dtype: torch.dtype = torch.float64
     router: RouterConfig = field(default_factory=lambda: TopK(k=2, init_std=0.5))
     losses: tuple[Loss, ...] = (LoadBalance(coefficient=0.1), RouterZ(coefficient=0.1))
@@ -343,6 +344,10 @@ class TrainCase:
     # from each step on the rank of each expert, or the experts of each rank; empty: as before
     moves: tuple[tuple[Any, ...], ...] = ()
     expert_copies: int = 0
+    pp: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    backend: str = "auto"
     steps: int = 2
 
     name = LayerCase.name
@@ -353,7 +358,13 @@ class TrainCase:
         sizes |= {"adaptive_r": self.adaptive_r, "tp": self.tp, "folded": self.folded}
         sizes |= {"sequence_parallel": self.sequence_parallel, "shard_tokens": self.shard_tokens}
         sizes |= {"tp_overlap": self.tp_overlap, "zero_sum": self.zero_sum, "expert_copies": self.expert_copies}
+        sizes |= {"pp": self.pp, "schedule": self.schedule, "virtual_stages": self.virtual_stages}
         return Strategy(**sizes, alltoall=self.program, overlap=self.overlap)
+
+    @property
+    def with_text(self) -> int:
+        """Ranks of a stage: those of the others get what these make of it."""
+        return self.ranks // self.pp
 
 
 def train_cases() -> Iterator[TrainCase]:
@@ -486,14 +497,16 @@ def config_of(case: TrainCase) -> ModelConfig:
         losses=case.losses,
         capacity=case.capacity,
         bias=case.bias,
+        backend=case.backend,
     )
     config = ModelConfig(
-        vocab_size=VOCAB, dim=16, num_layers=2, max_seq_len=32, attention=ATTENTION[case.attention], moe=moe
+        vocab_size=VOCAB, dim=16, num_layers=2 * case.pp, max_seq_len=32, attention=ATTENTION[case.attention], moe=moe
     )
     if case.tp > 1:
         # a dense block before, and a dense network beside the experts
         wider = replace(moe, shared_hidden=4)
-        config = replace(config, moe=wider, num_layers=3, dense_first=1, hidden=12, ffn_bias=case.bias)
+        layers = config.num_layers + 1
+        config = replace(config, moe=wider, num_layers=layers, dense_first=1, hidden=12, ffn_bias=case.bias)
     return replace(config, init_std=0.2)
 
 
@@ -510,7 +523,7 @@ def decoder(case: TrainCase) -> Decoder:
 
 def optimizer(case: TrainCase, model: Decoder) -> optim.Optimizer:
     if case.adam:
-        return optim.AdamW(model.parameters(), lr=0.01)
+        return optim.AdamW(model.parameters(), lr=0.01, eps=case.adam_eps)
     return optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
@@ -518,7 +531,7 @@ def parts(case: TrainCase, step: int) -> list[Batch]:
     """The micro-batches of a step: `accumulate` for each rank in turn."""
     g = torch.Generator().manual_seed(50 + step)
     made = []
-    for number in range(case.ranks * case.accumulate):
+    for number in range(case.with_text * case.accumulate):
         tokens_BS = torch.randint(VOCAB, (2, LENGTH + 1), generator=g)
         padding_B = torch.tensor([0, number % 4]) if not _is_idle(case, number) else torch.full((2,), LENGTH)
         mask_BS = torch.arange(LENGTH) < (LENGTH - padding_B).unsqueeze(1)
@@ -530,7 +543,7 @@ def parts(case: TrainCase, step: int) -> list[Batch]:
 def texts(case: TrainCase, step: int) -> list[list[Batch]]:
     """The micro-batches of a step by those whose they are: ranks, or groups of tensor-parallel ranks that share one."""
     made, groups = parts(case, step), []
-    for first in range(0, case.ranks, case.tp):
+    for first in range(0, case.with_text, case.tp):
         of_ranks = [
             made[rank * case.accumulate : (rank + 1) * case.accumulate] for rank in range(first, first + case.tp)
         ]
@@ -552,7 +565,7 @@ def in_turn(case: TrainCase, step: int) -> list[Batch]:
 
 
 def _is_idle(case: TrainCase, number: int) -> bool:
-    return case.idle_rank and number // case.accumulate == case.ranks - 1
+    return case.idle_rank and number // case.accumulate == case.with_text - 1
 
 
 def worst(got: Tensor, want: Tensor) -> float:

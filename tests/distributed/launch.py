@@ -16,8 +16,6 @@ from tests.distributed.runs import write_text
 from turnout.comm.processes import start_ranks
 
 SETTINGS = (
-    "strategy.ep=2",
-    "loop.tune=auto",
     "loop.seq_len=16",
     "loop.eval_tokens=64",
     "loop.timeout_s=60",
@@ -37,7 +35,7 @@ Disturb = Callable[[threading.Event], None]  # until the event is set
 def launch(folder: Path) -> None:
     """A run in `folder`/launched, of which a rank is killed; what it prints in launched.out and launched.err."""
     write_home(folder)
-    settings = (f"loop.steps={STEPS}", "loop.eval_every=4", "loop.save_every=4", *BESIDE)
+    settings = ("strategy=auto", f"loop.steps={STEPS}", "loop.eval_every=4", "loop.save_every=4", *BESIDE)
     started(folder, RUN, settings, restarts=1, disturb=partial(kill_at_step, folder / RUN, KILLED_AT))
 
 

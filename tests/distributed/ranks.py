@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -40,6 +40,7 @@ from tests.distributed.cases import (
     worst,
 )
 from tests.distributed.cases import PROGRAMS as PROGRAM_NAMES
+from tests.distributed.crossed import crossed_trainings, few_trainings
 from tests.distributed.held import Held
 from tests.distributed.reshard import reshard
 from tests.distributed.runs import run_part
@@ -184,6 +185,21 @@ def run_crossed(world: World, folder: Path) -> None:
     torch.save(found, folder / f"rank-{world.rank}.pt")
 
 
+def run_crossed_trainings(world: World, folder: Path) -> None:
+    """Steps in which every two values of two settings meet."""
+    _run_trainings(crossed_trainings(), world, folder)
+
+
+def run_few_trainings(world: World, folder: Path) -> None:
+    """The first of them."""
+    _run_trainings(few_trainings(), world, folder)
+
+
+def _run_trainings(cases: Iterable[TrainCase], world: World, folder: Path) -> None:
+    found = {case.name: run_training(case, replace(world, local_size=case.local)) for case in cases}
+    torch.save(found, folder / f"rank-{world.rank}.pt")
+
+
 def run_random(world: World, steps: int) -> Outcome:
     """Passes with random layouts, programs, chunks and token counts, often zero; returns the worst errors against this
     rank alone."""
@@ -258,7 +274,7 @@ def run_training(case: TrainCase, world: World) -> Outcome:
         results.append(result)
     # copies are alike to the bit, or this says where not
     check_replicas(model, parallel)
-    whole = parallel.shards.whole(model.state_dict())
+    whole = parallel.whole(model.state_dict())
     return {
         "results": [summary(result) for result in results],
         "stats": [[numbers(stats) for stats in result.stats] for result in results],

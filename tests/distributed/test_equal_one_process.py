@@ -5,12 +5,12 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.distributed.alone import assert_trains_like_one_process
 from tests.distributed.cases import (
     DIM,
     LayerCase,
@@ -19,11 +19,9 @@ from tests.distributed.cases import (
     crossed_cases,
     cuts_of,
     decoder,
-    in_turn,
     inputs_of,
     kernel_cases,
     layer_cases,
-    optimizer,
     passed,
     placement_of,
     texts,
@@ -31,7 +29,7 @@ from tests.distributed.cases import (
     train_cases,
     worst,
 )
-from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_crossed, run_many, spawn, summary
+from tests.distributed.ranks import MAX_NORM, STALLED, Outcome, numbers, run_crossed, run_many, spawn
 from turnout.alltoall import PROGRAMS, RoutedTokens, RowSize, pairs_of, round_trip
 from turnout.balance import turns
 from turnout.comm import expert_mesh, kernel_count
@@ -42,8 +40,6 @@ from turnout.plan.shapes import SHAPES
 from turnout.plan.step import Step
 from turnout.plan.volume import tensor_volume
 from turnout.topology import Mesh
-from turnout.train.device import autocast_for
-from turnout.train.step import train_step
 
 ROOM = 2048  # bytes of small tensors: counts, marks, what groups are warmed with
 LAYERS, TRAININGS, PLAIN = list(layer_cases()), list(train_cases()), TrainCase()
@@ -261,18 +257,7 @@ def test_without_expert_parallelism_a_layer_sends_nothing(outcomes: Outcomes) ->
 
 @pytest.mark.parametrize("case", TRAININGS, ids=lambda case: case.name)
 def test_training_steps_equal_one_process(case: TrainCase, outcomes: Outcomes) -> None:
-    found = of_ranks(outcomes, case)
-    want, state = alone(case)
-    limit = tolerance(case.dtype)
-    for rank, got in enumerate(found):
-        for step, (result, stats) in enumerate(want):
-            assert worst(got["results"][step], result) <= limit, (rank, step)
-            for layer, numbers_ in enumerate(stats):
-                assert worst(got["stats"][step][layer], numbers_) <= limit, (rank, step, layer)
-    for name, value in state.items():
-        assert worst(found[0]["state"][name], value) <= limit, name
-    assert all(got["begins"] for got in found), "the expert that an error names is another"
-    assert not any(got["moved"] for got in found), "to change r, program or chunks moves no parameter"
+    assert_trains_like_one_process(case, of_ranks(outcomes, case))
 
 
 @pytest.mark.parametrize("case", [case for case in TRAININGS if case.moves], ids=lambda case: case.name)
@@ -431,23 +416,3 @@ def test_a_rank_that_waits_says_for_whom_where_and_in_which_step(culprit: int, o
 def test_the_steps_are_clipped(outcomes: Outcomes) -> None:
     norms = [float(outcome["results"][0][2]) for case in TRAININGS for outcome in of_ranks(outcomes, case)]
     assert min(norms) > MAX_NORM
-
-
-def alone(case: TrainCase) -> tuple[list[tuple[Tensor, list[Tensor]]], dict[str, Any]]:
-    """The same steps in this process, every rank's micro-batches one after another."""
-    model = decoder(in_one_process(case))
-    optim = optimizer(case, model)
-    autocast = autocast_for(torch.device("cpu"), torch.float32)
-    found = []
-    for step in range(case.steps):
-        result = train_step(model, model.loss, optim, in_turn(case, step), max_norm=MAX_NORM, autocast=autocast)
-        found.append((summary(result), [numbers(stats) for stats in result.stats]))
-    return found, model.state_dict()
-
-
-def in_one_process(case: TrainCase) -> TrainCase:
-    """Ranks are micro-batches here, so what is counted over ranks is counted over micro-batches."""
-    wide = {
-        loss: replace(loss, scope="global") for loss in case.losses if getattr(loss, "scope", "") == "data_parallel"
-    }
-    return replace(case, losses=tuple(wide.get(loss, loss) for loss in case.losses))

@@ -1,19 +1,28 @@
 """What cannot be honoured is one clear error, before anything is trained."""
 
 import re
+import socket
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 from torch import nn
 
 from turnout import MoE, Strategy
+from turnout.cli.training import Training
 from turnout.comm import World, expert_mesh, join
-from turnout.errors import ConfigError
+from turnout.config import from_dict
+from turnout.errors import ConfigError, TransportError
 from turnout.parallel import apply, check_supported
 from turnout.topology import Mesh
+from turnout.train.agreement import claim
 from turnout.train.recipe import LoopConfig, Recipe, check_ranks
 from turnout.train.recipes import load_recipe
+from turnout.train.tuned import with_strategy
+from turnout.verify import parallel
 
 REFUSED = [
     (Strategy(cp=2), "strategy.cp=2 can be planned (turnout plan) but not trained with in this version; legal: 1"),
@@ -190,6 +199,94 @@ def test_torchrun_without_its_variables_is_an_error(monkeypatch: pytest.MonkeyPa
         join(cuda=False, timeout_s=1.0),
     ):
         pass
+
+
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+
+
+def joined_with(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """Come in and go, as one process of several that are started by hand."""
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in ({"MASTER_PORT": str(port)} | TWO | variables).items():
+        monkeypatch.setenv(name, value)
+    with join(cuda=False, timeout_s=1.0):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE='two' in the environment must be a whole number; start this with torchrun"),
+        ("RANK", "-1", "RANK='-1' in the environment must be a whole number"),
+        ("MASTER_PORT", "", "MASTER_PORT='' in the environment must be a whole number"),
+        ("RANK", "2", "RANK=2 of WORLD_SIZE=2 with LOCAL_WORLD_SIZE=2: ranks are numbered from 0 to 1"),
+        ("LOCAL_WORLD_SIZE", "0", "LOCAL_WORLD_SIZE=0: ranks are numbered from 0 to 1, at least 1 on a node"),
+    ],
+)
+def test_variables_that_no_launcher_sets_are_refused(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        joined_with(monkeypatch, **{name: value})
+
+
+def test_a_rank_alone_says_where_it_waited_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TransportError, match=r"rank 1 did not find rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT=\d+ "):
+        joined_with(monkeypatch, RANK="1", LOCAL_RANK="1")
+    with pytest.raises(TransportError, match=r"did not find rank 0 at MASTER_ADDR=nowhere\.invalid"):
+        joined_with(monkeypatch, RANK="1", LOCAL_RANK="1", MASTER_ADDR="nowhere.invalid")
+    with pytest.raises(TransportError, match=r"rank 0 of 2 did not meet the others at MASTER_ADDR=127\.0\.0\.1"):
+        joined_with(monkeypatch)
+
+
+def test_a_strategy_that_is_auto_means_none_and_a_tuner(tmp_path: Path) -> None:
+    plain = load_recipe("smoke")
+    auto = replace(plain, loop=replace(plain.loop, tune="auto"))
+    assert load_recipe("smoke", ["strategy.ep=4", "strategy=auto"]) == auto
+    file = tmp_path / "mine.toml"
+    file.write_text('strategy = "auto"\n[loop]\ntune = "known.json"', encoding="utf-8")
+    mine = load_recipe(str(file))
+    assert (mine.strategy, mine.loop.tune) == (Strategy(), "known.json")
+    assert with_strategy(auto, World(size=2, local_size=2)).strategy == Strategy(ep=2)
+    assert with_strategy(auto, World()).strategy == Strategy()
+    with pytest.raises(ConfigError, match="strategy='any' must be a table, or \"auto\""):
+        load_recipe("smoke", ["strategy=any"])
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"the run's folder .*file/run cannot be written \(.+\); choose another"):
+        claim(tmp_path / "file" / "run", World(), resume=False)
+
+
+def test_a_layout_left_open_is_checked_as_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Recipe] = []
+
+    def start(_: object, __: int, text: str, *___: object) -> None:
+        asked.append(from_dict(Recipe, tomllib.loads(text)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parallel, "start_ranks", start)
+    with pytest.raises(KeyboardInterrupt):
+        parallel.verify_parallel(load_recipe("smoke", ["strategy=auto"]), 2)
+    assert asked[0].strategy == Strategy(ep=2)
+
+
+def test_ranks_that_a_strategy_does_not_fit_are_shown_the_way_out(tmp_path: Path) -> None:
+    recipe = load_recipe("smoke", ["strategy.ep=4", "loop.batch_size=12"])
+    words = r"strategy\.ep=4 must divide dp \* cp=3; nearest legal: 1; or --set strategy=auto, a layout for the 3 ranks"
+    for world, want in (
+        (World(size=3, local_size=3), words),
+        (World(), r"strategy=auto, a layout for this one process"),
+    ):
+        with pytest.raises(ConfigError, match=want):
+            Training(recipe=recipe, run=tmp_path, screen=Console(), process="", world=world).check()
+    with pytest.raises(ConfigError, match=r"loop\.batch_size=4 .* nearest legal: 3$"):
+        Training(
+            recipe=load_recipe("smoke"), run=tmp_path, screen=Console(), process="", world=World(size=3, local_size=3)
+        ).check()
 
 
 def test_hosts_of_uneven_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_it_had_not_been(
 def test_a_job_killed_at_random_moments_ends_with_the_undisturbed_weights(tmp_path: Path) -> None:
     write_home(tmp_path)
     # a tuner goes by the clock, and sums in another order differ in their last bits
-    settings = ('loop.tune=""', f"loop.steps={MANY_STEPS}", "loop.eval_every=100", "loop.save_every=20")
+    settings = ("strategy.ep=2", f"loop.steps={MANY_STEPS}", "loop.eval_every=100", "loop.save_every=20")
     started(tmp_path, "calm", settings)
     disturb = partial(kill_at_random, tmp_path / "wild", KILLS, LONGEST_S)
     started(tmp_path, "wild", settings, restarts=RESTARTS, disturb=disturb)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.distributed.cases import EMPTY, PROGRAMS, LayerCase
 from tests.distributed.ranks import _groups, run_layer, run_random, spawn
-from turnout.comm import World, lines, shared_memory
+from turnout.comm import World, lines, mailboxes, shared_memory
 from turnout.comm.lines import SETTING, Wanted, open_lines, shared_line
 from turnout.comm.shared_memory import SharedLine
 from turnout.dispatch import FixedCapacity
@@ -53,6 +53,7 @@ def work(world: World, folder: Path) -> None:
     outcomes["sums"] = differing_sums(line, world)
     outcomes["refused"] = {flaw: refused(world, flaw) for flaw in FLAWS}
     outcomes["unequal"] = {name: unequal(world, wants) for name, wants in UNEQUAL.items()}
+    outcomes["elsewhere"] = refused_elsewhere(world)
     outcomes["kept"] = kept(line, world)
     outcomes["segments"] = len(os.listdir("/proc/self/fd"))
     for _ in range(CALLS):
@@ -127,12 +128,25 @@ def refused(world: World, flaw: str) -> tuple[str, str, int]:
     return said, found.reason, len(found.of_group)
 
 
+def refused_elsewhere(world: World) -> str:
+    """What is said on every rank where one group of two has a rank that cannot share, and memory is wanted always."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 3:
+            _no_memory(patch)
+        try:
+            open_lines([pairs[world.rank // 2]], world, timeout_s=30, want="always", cuda=False)
+        except ConfigError as error:
+            return str(error)
+    return "nothing"
+
+
 def _no_memory(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lines, "why_not", lambda: "no memory on this one")
 
 
 def _no_file(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(shared_memory, "mapped", lambda *_: Path("/nowhere/at/all").read_bytes())
+    patch.setattr(mailboxes, "mapped", lambda *_: Path("/nowhere/at/all").read_bytes())
 
 
 def _wrong_rows(patch: pytest.MonkeyPatch) -> None:
@@ -245,10 +259,10 @@ def test_who_waits_for_a_rank_that_ended_says_which(outcomes: list[dict[str, Any
 
 @HERE
 def test_memory_that_went_with_its_process_is_no_error_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes = [shared_memory.mailbox(2) for _ in range(2)]
+    boxes = [mailboxes.mailbox(2) for _ in range(2)]
     cards = [(os.getpid(), box.descriptor) for box in boxes]
     first, second = (SharedLine(box, cards, rank, 30, names=(4, 7)) for rank, box in enumerate(boxes))
-    monkeypatch.setattr(shared_memory, "mapped", lambda *_: Path("/proc/1/fd/none").read_bytes())
+    monkeypatch.setattr(mailboxes, "mapped", lambda *_: Path("/proc/1/fd/none").read_bytes())
     said = []
 
     def call(line: SharedLine) -> None:
@@ -262,6 +276,19 @@ def test_memory_that_went_with_its_process_is_no_error_of_a_file(monkeypatch: py
     for thread in threads:
         thread.join(20)
     assert len(said) == 2
+
+
+@HERE
+def test_no_byte_is_read_that_a_tensor_has_not_or_written_where_none_is_expected() -> None:
+    box = mailboxes.mailbox(1)
+    line = SharedLine(box, [(os.getpid(), box.descriptor)], 0, 30, names=(5,))
+    with pytest.raises(RuntimeError, match="36 bytes are to be sent of a tensor that has 24"):
+        line.all_to_all(torch.zeros(2, 3), [3], [3])
+    with pytest.raises(RuntimeError, match="rank 5 has 24 bytes for rank 5, which expects 12"):
+        line.all_to_all(torch.zeros(2, 3), [1], [2])
+    across = torch.arange(6.0).view(2, 3).t()
+    assert torch.equal(line.all_to_all(across, [3], [3]), across)
+    assert torch.equal(line.all_gather(across), across)
 
 
 @HERE
@@ -289,9 +316,16 @@ def test_sums_and_gathers_are_those_of_gloo_and_alike_on_all_ranks(outcomes: lis
 def test_what_one_rank_cannot_no_rank_does(flaw: str, outcomes: list[dict[str, Any]]) -> None:
     for outcome in outcomes:
         said, reason, num_lines = outcome["refused"][flaw]
-        assert re.match(rf"ranks of one host cannot share memory here: rank \d of 4: .*{flaw}", said)
+        assert re.match(rf"ranks of one host cannot share memory here: rank \d of \[0, 1, 2, 3\]: .*{flaw}", said)
         assert f"nearest legal: {SETTING}=0" in said
         assert (reason, num_lines) == (said, 0)
+
+
+@HERE
+def test_a_group_that_cannot_share_where_it_must_ends_the_whole_job(outcomes: list[dict[str, Any]]) -> None:
+    flaw = "rank 3 of [2, 3]: no memory on this one"
+    want = f"ranks of one host cannot share memory here: {flaw}; nearest legal: {SETTING}=0"
+    assert [outcome["elsewhere"] for outcome in outcomes] == [want] * 4
 
 
 @pytest.mark.parametrize(("system", "processor"), [("darwin", "arm64"), ("linux", "aarch64")])

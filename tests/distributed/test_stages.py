@@ -207,7 +207,7 @@ def test_a_rank_whose_next_stage_is_gone_says_so(staged: Path) -> None:
 def test_turnout_train_needs_nothing_but_the_strategy(tmp_path: Path) -> None:
     """Under torchrun, with the names that the banner has for it; and one process writes with what they learned."""
     write_home(tmp_path)
-    settings = ("strategy.ep=1", 'loop.tune=""', "strategy.pp=2", "loop.accumulate=2", f"loop.steps={LAUNCHED_STEPS}")
+    settings = ("strategy.pp=2", "loop.accumulate=2", f"loop.steps={LAUNCHED_STEPS}")
     started(tmp_path, LAUNCHED, settings)
     said = (tmp_path / f"{LAUNCHED}.err").read_text()
     summary_ = json.loads((tmp_path / f"{LAUNCHED}.out").read_text().strip().splitlines()[-1])

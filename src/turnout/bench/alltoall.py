@@ -19,6 +19,7 @@ from turnout.bench.run import ratio_keys, result, row
 from turnout.bench.started import check_lab, started
 from turnout.errors import TransportError
 
+_OFF = (0.99, 1.01)  # a percent either way in the ratio of two planned times
 _MOST_PAIRS = 256  # of which a table is printed pair by pair
 
 
@@ -109,8 +110,9 @@ def _crossovers(case: ExchangeCase, rows: list[dict[str, Any]]) -> list[dict[str
             continue
         wires = [each for each in rows if each["peer"] == name and each["mode"] == "wire"]
         measured = crossover(name, sorted((each["row_bytes"], each["speedup_over_flat"]) for each in wires))
-        planned = planned_crossover(name, case.routing, links)
-        found.append({"program": name, "measured": vars(measured), "planned": vars(planned)})
+        planned, *off = (planned_crossover(name, case.routing, links, lead=lead) for lead in (1.0, *_OFF))
+        own = {"measured": vars(measured), "planned": vars(planned)}
+        found.append({"program": name, **own, "planned_a_percent_off": [vars(each) for each in off]})
     return found
 
 

@@ -84,11 +84,15 @@ class Crossover:
     row_bytes: float | None  # None: the same one at all sizes
 
 
-def planned_crossover(program: str, routing: RoutedTokens, links: Links | None) -> Crossover:
-    """By planned times, for rows of 4 bytes to 16 MiB."""
+def planned_crossover(program: str, routing: RoutedTokens, links: Links | None, *, lead: float = 1.0) -> Crossover:
+    """By planned times, for rows of 4 bytes to 16 MiB; if the program were `lead` times as fast beside flat as planned.
+
+    On large rows two programs are often within a percent of each other, and a percent then moves the crossover far.
+    """
     sizes = [1 << power for power in range(2, 25)]
     times = {name: [exchange_s(name, routing, size, links) for size in sizes] for name in ("flat", program)}
-    return crossover(program, [(size, f / p) for size, f, p in zip(sizes, times["flat"], times[program], strict=True)])
+    ratios = [lead * flat / own for flat, own in zip(times["flat"], times[program], strict=True)]
+    return crossover(program, list(zip(sizes, ratios, strict=True)))
 
 
 def crossover(program: str, speedups: Sequence[tuple[int, float]]) -> Crossover:

@@ -71,7 +71,8 @@ def alltoall(
     screen.print(_bytes(result))
     for each in result["crossover"]:
         measured, planned = (_words(each["program"], each[how]) for how in ("measured", "planned"))
-        screen.print(f"  measured: {measured}; planned: {planned}", soft_wrap=True)
+        off = " or ".join(f"{size:,.0f} B" if size else "never" for size in _off(each))
+        screen.print(f"  measured: {measured}; planned: {planned}; a percent off: {off}", soft_wrap=True)
     if as_json:
         print_json(result)
 
@@ -118,6 +119,11 @@ def _bytes(result: dict[str, Any]) -> Any:
         columns,
         cells,
     )
+
+
+def _off(each: dict[str, Any]) -> list[float | None]:
+    """Where flat and the program would change places if their planned ratio were a percent lower, or higher."""
+    return [change["row_bytes"] for change in each["planned_a_percent_off"]]
 
 
 def _words(program: str, change: dict[str, Any]) -> str:

@@ -49,7 +49,13 @@ class Training:
 
     def check(self) -> None:
         """Raises: ConfigError if the recipe cannot run on these ranks."""
-        check_ranks(self.recipe, self.world.size)
+        try:
+            check_ranks(self.recipe, self.world.size)
+        except ConfigError as error:
+            if not str(error).startswith("strategy."):
+                raise
+            there = "this one process" if self.world.size == 1 else f"the {self.world.size} ranks there are"
+            raise ConfigError(f"{error}; or --set strategy=auto, a layout for {there}") from error
 
     def facts(self) -> dict[str, Any]:
         """The banner as data."""

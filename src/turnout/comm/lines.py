@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from turnout.comm.mailboxes import mailbox
 from turnout.comm.scattered import all_gather_single, reduce_scatter
-from turnout.comm.shared_memory import SharedLine, host, mailbox, why_not
+from turnout.comm.shared_memory import SharedLine, host, why_not
 from turnout.comm.world import World
 from turnout.errors import ConfigError
 
@@ -103,8 +104,8 @@ def open_lines(
 ) -> Lines:
     """Every rank calls it with its groups, which it made in the same order as all others.
 
-    Raises: ConfigError on all ranks of a group if memory is wanted "always" and cannot be shared, and on all ranks of
-    the job if one wants it always and another never.
+    Raises: ConfigError on all ranks of the job if memory is wanted "always" and some group cannot share it, or if one
+    rank wants it always and another never.
     """
     want, reason = _agreed(world.all(want))
     if want == "never" or (want == "if proven" and cuda):
@@ -116,12 +117,19 @@ def open_lines(
         try:
             line = shared_line(group, timeout_s=timeout_s, is_crowded=world.local_size > _cores())
         except ConfigError as error:
-            if want == "always":
-                raise
             line, reason = None, str(error)
         if line is not None:
             of_group[group] = line
+    if want == "always":
+        _require_none(world.all(reason))
     return Lines(of_group=of_group, reason=reason)
+
+
+def _require_none(reasons: Sequence[str]) -> None:
+    """Raises: ConfigError with the first reason: a rank that alone went on would wait for those that ended by it."""
+    found = next(filter(None, reasons), None)
+    if found is not None:
+        raise ConfigError(found)
 
 
 def _agreed(wants: Sequence[Wanted]) -> tuple[Wanted, str]:
@@ -155,29 +163,29 @@ def shared_line(group: ProcessGroup, *, timeout_s: float, is_crowded: bool = Fal
     except OSError as error:
         reason = str(error)
     cards = _all((reason, here, os.getpid(), -1 if box is None else box.descriptor), group)
-    _settle([each[0] for each in cards])
+    names = dist.get_process_group_ranks(group)
+    _settle([each[0] for each in cards], names)
     assert box is not None
     if len({each[1] for each in cards}) > 1:
         return None
     line = None
     try:
-        names = dist.get_process_group_ranks(group)
         line = SharedLine(box, [each[2:] for each in cards], rank, _PROOF_S, names=names, is_crowded=is_crowded)
     except OSError as error:
         reason = f"{type(error).__name__}: {error}"
     # nobody's box may go before all have it, and nobody begins before all can
-    _settle(_all(reason, group))
+    _settle(_all(reason, group), names)
     assert line is not None
-    _settle(_all(_flaw(line, rank), group))
+    _settle(_all(_flaw(line, rank), group), names)
     line.wait_at_most(timeout_s)
     return line
 
 
-def _settle(reasons: list[str]) -> None:
-    found = next(((rank, reason) for rank, reason in enumerate(reasons) if reason), None)
+def _settle(reasons: Sequence[str], names: Sequence[int]) -> None:
+    found = next(((rank, reason) for rank, reason in zip(names, reasons, strict=True) if reason), None)
     if found is not None:
         raise ConfigError(
-            f"ranks of one host cannot share memory here: rank {found[0]} of {len(reasons)}: {found[1]}; "
+            f"ranks of one host cannot share memory here: rank {found[0]} of {list(names)}: {found[1]}; "
             f"nearest legal: {SETTING}=0"
         )
 

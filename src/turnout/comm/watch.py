@@ -15,13 +15,17 @@ from turnout.comm.ledger import PIPELINE, Ledger, Whereabouts
 from turnout.comm.world import World
 
 _STORE_TIMEOUT_S = 30.0
+_SILENCES = 3  # tellings that are left out before a rank counts as silent
+# why a rank is not there, the likeliest cause of a stall first
+_SILENT, _BEHIND, _WAITING = range(3)
 
 
 class Watch:
     """A context in which this rank speaks up once it has waited `patience_s` in a collective, once for each.
 
-    It names the ranks that are not there: those that have told nothing for a while, and those that are still before
-    the collective, with what they did last. It ends nothing: the timeout of the group does.
+    It names the ranks that are not there, the likeliest cause first: those that have told nothing for a while, those
+    that are still before the collective, and those that wait in an earlier one, each with what it did last. It ends
+    nothing: the timeout of the group does.
     Two threads: a store whose host is stopped must not silence the one that speaks.
     """
 
@@ -40,6 +44,7 @@ class Watch:
         self._patience_s, self._every_s = patience_s, every_s
         self._stopped = threading.Event()
         self._seen: Mapping[int, Mapping[str, Any]] = {}  # rank -> what it told last
+        self._heard_s = time.time()  # when that was
         self._told = -1  # number of the collective of which something was said
 
     def __enter__(self) -> "Watch":
@@ -81,20 +86,32 @@ class Watch:
         ranks = range(self._world.size)
         values = self._store.multi_get([str(rank) for rank in ranks])
         self._seen = {rank: json.loads(value) for rank, value in zip(ranks, values, strict=True)}
+        self._heard_s = time.time()
 
     def _words(self, where: Whereabouts, waited_s: float) -> str:
-        found = [self._absence(rank, told, where) for rank, told in self._seen.items() if rank != self._world.rank]
-        absent = "; ".join(words for words in found if words) or "every rank is there: the network between them is not"
         place = f"in step {where.step}, in the {where.collective}"
-        return f"rank {self._world.rank} has waited {waited_s:.0f} s {place}: {absent}"
+        return f"rank {self._world.rank} has waited {waited_s:.0f} s {place}: {self._absent(where)}"
 
-    def _absence(self, rank: int, told: Mapping[str, Any], where: Whereabouts) -> str:
-        """Why a rank is not in the collective, or nothing if it is."""
+    def _absent(self, where: Whereabouts) -> str:
+        unheard_s = time.time() - self._heard_s
+        if unheard_s > _SILENCES * self._every_s:
+            # what the others told since then is not known, so nothing is said of them
+            return f"rank 0, which keeps what the ranks tell, has not answered for {unheard_s:.0f} s"
+        others = [(rank, told) for rank, told in self._seen.items() if rank != self._world.rank]
+        found = sorted(absence for rank, told in others if (absence := self._absence(rank, told, where)))
+        return "; ".join(words for *_, words in found) or "every rank is there: the network between them is not"
+
+    def _absence(self, rank: int, told: Mapping[str, Any], where: Whereabouts) -> tuple[int, int, str] | None:
+        """Why a rank is not in the collective, after its place among the causes; nothing if it is there."""
         silent_s = time.time() - told["told_s"]
         last = f"in step {told['step']}, {'in' if told['is_inside'] else 'after'} the {told['collective']}"
-        if silent_s > 3 * self._every_s:
-            return f"rank {rank} has told nothing for {silent_s:.0f} s, last {last}"
-        return f"rank {rank} is not there yet: it is {last}" if _is_behind(told, where) else ""
+        if silent_s > _SILENCES * self._every_s:
+            return _SILENT, rank, f"rank {rank} has told nothing for {silent_s:.0f} s, last {last}"
+        if not _is_behind(told, where):
+            return None
+        if told["is_inside"]:
+            return _WAITING, rank, f"rank {rank} waits elsewhere, {last}"
+        return _BEHIND, rank, f"rank {rank} is not there yet: it is {last}"
 
 
 def _is_behind(told: Mapping[str, Any], where: Whereabouts) -> bool:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from turnout.comm.elastic import fresh_store
+from turnout.comm.meeting import await_first, meeting
 from turnout.errors import ConfigError, TransportError, TurnoutError
 
 T = TypeVar("T")
@@ -102,8 +103,11 @@ def naming(collective: str) -> Iterator[None]:
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or what sets the same variables, started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether torchrun, or what sets the same variables, started this process as one of several.
+
+    Raises: ConfigError if the number of them is none.
+    """
+    return _number("WORLD_SIZE", "1") > 1
 
 
 def is_joined() -> bool:
@@ -132,7 +136,8 @@ def join(*, cuda: bool, timeout_s: float) -> Iterator[World]:
     """The world that torchrun started this process in, as long as the context lasts; alone without torchrun.
 
     CPU tensors travel by gloo, CUDA tensors by NCCL. A collective that waits longer than `timeout_s` fails.
-    Raises: ConfigError if torchrun's variables are incomplete, or nodes have not equally many ranks in order.
+    Raises: ConfigError if torchrun's variables are incomplete, or nodes have not equally many ranks in order;
+    TransportError if the ranks do not come together in time.
     """
     if not is_launched():
         yield World()
@@ -141,13 +146,16 @@ def join(*, cuda: bool, timeout_s: float) -> Iterator[World]:
     if cuda:
         torch.cuda.set_device(local_rank)
     store = fresh_store(rank, timeout_s=timeout_s)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    if store is None:
+        await_first(rank, timeout_s=timeout_s)
+    with meeting(rank, size):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s),
+        )
     world = World(rank=rank, size=size, local_size=local_size)
     try:
         yield world
@@ -166,9 +174,23 @@ def _launch() -> tuple[int, ...]:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but {missing[0]} is "
             "not set; start it with torchrun"
         )
-    found = tuple(int(os.environ[name]) for name in names[:4])
-    _check_numbering(*found)
-    return found
+    rank, size, local_rank, local_size = (_number(name) for name in names[:4])
+    _number("MASTER_PORT")
+    if rank >= size or local_size < 1:
+        raise ConfigError(
+            f"RANK={rank} of WORLD_SIZE={size} with LOCAL_WORLD_SIZE={local_size}: ranks are numbered from 0 to "
+            f"{size - 1}, at least 1 on a node, as torchrun does"
+        )
+    _check_numbering(rank, size, local_rank, local_size)
+    return rank, size, local_rank, local_size
+
+
+def _number(name: str, default: str = "") -> int:
+    """Of an environment variable."""
+    value = os.environ.get(name, default)
+    if not value.isdecimal():
+        raise ConfigError(f"{name}={value!r} in the environment must be a whole number; start this with torchrun")
+    return int(value)
 
 
 def _check_numbering(rank: int, size: int, local_rank: int, local_size: int) -> None:

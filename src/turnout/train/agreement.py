@@ -37,7 +37,8 @@ def _require_same(what: str, mine: str, world: World) -> None:
 def claim(run: Path, world: World, *, resume: bool) -> RunLock | None:
     """The lock on a run's folder, which the first rank holds for all of them; None on the others.
 
-    Raises: ConfigError on every rank if a new run would write over another, or another job writes this one.
+    Raises: ConfigError on every rank if a new run would write over another, another job writes this one, or the folder
+    cannot be written.
     """
 
     def claimed() -> RunLock | None:
@@ -45,7 +46,13 @@ def claim(run: Path, world: World, *, resume: bool) -> RunLock | None:
             return None
         if not resume:
             require_free(run)
-        return RunLock(run)
+        try:
+            return RunLock(run)
+        except OSError as error:
+            way_out = "resume a copy of it elsewhere" if resume else "choose another --out"
+            raise ConfigError(
+                f"the run's folder {run} cannot be written ({error.strerror or error}); {way_out}"
+            ) from error
 
     return world.together(claimed)
 

@@ -18,18 +18,18 @@ from turnout.config import to_dict
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Sampler, count_windows
 from turnout.errors import CheckpointError, NonFiniteError
-from turnout.models.size import sizes
 from turnout.observe.recorder import Recorder
 from turnout.observe.silent import SilentRecorder
-from turnout.observe.spikes import SpikeRule, is_spike
 from turnout.parallel import build, check_replicas
 from turnout.parallel.moves import moved
 from turnout.parallel.rebalancer import Rebalancer
+from turnout.parallel.tuner import Tuner
 from turnout.train import checkpoint
 from turnout.train.agreement import claim, last_checkpoint, require_alike
 from turnout.train.checkpoint import Checkpoint
 from turnout.train.device import autocast_for, compute_dtype, pick_device
 from turnout.train.evaluate import mean_loss
+from turnout.train.judgement import judged
 from turnout.train.optimizer import build_optimizer, lr_factor, set_lr
 from turnout.train.progress import Counters, Progress
 from turnout.train.rebalanced import open_rebalancer
@@ -41,10 +41,10 @@ from turnout.train.shown_text import show_text_to_routers
 from turnout.train.signals import StopRequest
 from turnout.train.state import RunState
 from turnout.train.step import StepResult, train_step
+from turnout.train.summary import summary_of
 from turnout.train.tuned import dictionary_path, open_tuner, save_dictionary
 
 Outcome = Literal["done", "stopped", "paused"]
-SPIKE = SpikeRule()
 _GOLDEN = 0x9E3779B9  # seeds of neighbouring ranks lie far apart; only 32 bits of a seed count on the CPU
 
 
@@ -238,63 +238,21 @@ class Trainer:
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the run so far."""
-        c, model_size = self.counters, sizes(self.recipe.model)
-        return {
-            "run": str(self.run),
-            "recipe": self.recipe.name,
-            "seed": self.recipe.seed,
-            "steps": c.step,
-            "seconds": round(c.seconds, 2),
-            "tokens": c.tokens,
-            "tokens_per_s": round(c.tokens / max(c.seconds, 1e-9), 1),
-            "train_loss": c.train_loss,
-            "val_loss": c.val_loss,
-            "params_total": model_size.total,
-            "params_active": model_size.active,
-            "dropped_share": self.line.get("dropped_share", 0.0),
-            "max_violation": self.line.get("max_violation", 0.0),
-        }
+        return summary_of(self.run, self.recipe, self.counters, self.line)
 
     def _one_step(self) -> Progress:
-        c, recipe = self.counters, self.recipe
+        c = self.counters
         # evaluation sends too, and is no part of a step
         self.parallel.ledger.clear()
         if self.tuner is not None:
             self.parallel = self.tuner.before_step(self.model, self.parallel)
         started = time.perf_counter()
-        lr = set_lr(self.optimizer, lr_factor(self.done, recipe.schedule))
-        batches = [self.sampler.next_batch().to(self.device) for _ in range(recipe.loop.accumulate)]
-        result = train_step(
-            self.model,
-            self._loss,
-            self.optimizer,
-            batches,
-            max_norm=recipe.optimizer.max_norm,
-            autocast=self.autocast,
-            parallel=self.parallel,
-        )
-        num_tokens = self.parallel.text_place[1] * sum(batch.targets_BS.numel() for batch in batches)
+        lr, result, num_tokens = self._train_step()
         elapsed = time.perf_counter() - started
         c.step, c.tokens, c.seconds = c.step + 1, c.tokens + num_tokens, c.seconds + elapsed
         if self.tuner is not None:
-            with self.parallel.ledger.inside("agreement on the time of a step"):
-                decided = self.tuner.after_step(elapsed, result.stats, recipe.loop.accumulate)
-            if decided:
-                self._tell(f"tuner: {decided}")
-        line = self.recorder.step(
-            c.step,
-            seconds=c.seconds,
-            tokens=c.tokens,
-            loss=result.loss,
-            total_loss=result.total_loss,
-            aux=result.aux,
-            lr=lr,
-            grad_norm=result.grad_norm,
-            tokens_per_s=num_tokens / elapsed,
-            stats=result.stats,
-            sent=self.parallel.take_sent(),
-        )
-        self.line = line or self.line
+            self._tune(self.tuner, elapsed, result)
+        self._record(result, lr, num_tokens / elapsed)
         self._judge(result)
         if self.rebalancer is not None:
             self._rebalance(self.rebalancer, result)
@@ -311,6 +269,45 @@ class Trainer:
             news=news,
         )
 
+    def _train_step(self) -> tuple[float, StepResult, int]:
+        """An update: its learning rate, what came of it, and the tokens of all ranks that went into it."""
+        recipe = self.recipe
+        lr = set_lr(self.optimizer, lr_factor(self.done, recipe.schedule))
+        batches = [self.sampler.next_batch().to(self.device) for _ in range(recipe.loop.accumulate)]
+        result = train_step(
+            self.model,
+            self._loss,
+            self.optimizer,
+            batches,
+            max_norm=recipe.optimizer.max_norm,
+            autocast=self.autocast,
+            parallel=self.parallel,
+        )
+        return lr, result, self.parallel.text_place[1] * sum(batch.targets_BS.numel() for batch in batches)
+
+    def _tune(self, tuner: Tuner, elapsed: float, result: StepResult) -> None:
+        with self.parallel.ledger.inside("agreement on the time of a step"):
+            decided = tuner.after_step(elapsed, result.stats, self.recipe.loop.accumulate)
+        if decided:
+            self._tell(f"tuner: {decided}")
+
+    def _record(self, result: StepResult, lr: float, tokens_per_s: float) -> None:
+        c = self.counters
+        line = self.recorder.step(
+            c.step,
+            seconds=c.seconds,
+            tokens=c.tokens,
+            loss=result.loss,
+            total_loss=result.total_loss,
+            aux=result.aux,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            tokens_per_s=tokens_per_s,
+            stats=result.stats,
+            sent=self.parallel.take_sent(),
+        )
+        self.line = line or self.line
+
     def _rebalance(self, rebalancer: Rebalancer, result: StepResult) -> None:
         """Count what was routed; at its time ask whether experts should move, and move them."""
         rebalancer.note(result.own)
@@ -325,23 +322,15 @@ class Trainer:
 
     def _judge(self, result: StepResult) -> None:
         """Note spikes, count skipped steps, and stop where the policy says so."""
-        c, loop = self.counters, self.recipe.loop
-        if result.problem is None:
-            c.skipped_in_a_row = 0
-            c.train_loss = result.loss if c.train_loss is None else 0.95 * c.train_loss + 0.05 * result.loss
-            spiked, c.losses = is_spike(SPIKE, c.losses, result.loss)
-            if spiked:
-                self._tell(f"loss spike: {result.loss:.4f}")
+        found = judged(self.counters, result, self.recipe.loop)
+        if found.news:
+            self._tell(found.news)
+        if found.goes_on:
             return
-        c.skipped_in_a_row += 1
-        self._tell(f"not finite, update left out: {result.problem}")
-        weights_are_good = not result.problem.startswith("weight")
-        if loop.nonfinite == "skip" and weights_are_good and c.skipped_in_a_row <= loop.max_skipped:
-            return
-        saved = self.save() if weights_are_good else None
+        saved = self.save() if found.weights_are_good else None
         self.close()
         raise NonFiniteError(
-            f"step {c.step}: {result.problem}. The update was not made"
+            f"step {self.counters.step}: {result.problem}. The update was not made"
             f"{f' and {saved} holds the weights before it' if saved else ''}. "
             f"Go on more slowly with --resume {self.run} --set optimizer.lr=..., or leave such steps out with "
             "--set loop.nonfinite=skip"

@@ -10,6 +10,7 @@ from turnout.models import presets
 from turnout.registry import Table, nearest
 from turnout.train.recipe import LoopConfig, OptimizerConfig, Recipe
 
+AUTO = "auto"  # for a strategy: what suits the ranks there are
 RECIPES: Table[Callable[[], Recipe]] = Table("recipe")
 
 
@@ -37,9 +38,22 @@ def smoke() -> Recipe:
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The built-in recipe or TOML file of that name, with dotted overrides applied.
 
+    Where either says strategy = "auto", the layout is chosen when the ranks are known, and what may change from step to
+    step by the tuner.
     Raises: ConfigError naming the built-in recipes, or the field that does not fit.
     """
-    return from_dict(Recipe, override(_recipe_data(name_or_path), overrides))
+    return from_dict(Recipe, _chosen_later(override(_recipe_data(name_or_path), overrides)))
+
+
+def _chosen_later(data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as data without the strategy "auto", which means: none, and a tuner."""
+    strategy = data.get("strategy", {})
+    if isinstance(strategy, str) and strategy != AUTO:
+        raise ConfigError(f'strategy={strategy!r} must be a table, or "{AUTO}"')
+    if strategy != AUTO:
+        return data
+    loop = data.get("loop", {})
+    return data | {"strategy": {}, "loop": loop | {"tune": loop.get("tune") or AUTO}}
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -57,7 +71,7 @@ def _recipe_data(name_or_path: str) -> dict[str, Any]:
     if name_or_path in RECIPES:
         return to_dict(RECIPES[name_or_path]())
     if path.suffix == ".toml" or path.is_file():
-        return to_dict(from_dict(Recipe, load_toml(path)))
+        return to_dict(from_dict(Recipe, _chosen_later(load_toml(path))))
     names = RECIPES.names()
     raise ConfigError(
         f"unknown recipe {name_or_path!r}; built in: {', '.join(names)}{nearest(name_or_path, names)}; "

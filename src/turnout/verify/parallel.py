@@ -22,6 +22,7 @@ from turnout.parallel import Parallel, apply
 from turnout.train.device import autocast_for
 from turnout.train.recipe import Recipe, check_ranks
 from turnout.train.step import train_step
+from turnout.train.tuned import with_strategy
 
 LENGTH = 32  # tokens of the one sequence that a rank gets
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -49,9 +50,11 @@ def verify_parallel(recipe: Recipe, ranks: int) -> list[Compared]:
     In float64, or in float32 where the recipe names an expert backend that has no other; random tokens, no noise.
     Raises: ConfigError if the recipe cannot run on so many ranks.
     """
-    sized = replace(recipe, loop=replace(recipe.loop, batch_size=ranks))
     if ranks < 2:
         raise ConfigError(f"ranks={ranks} must be at least 2: one process is what they are compared with")
+    # the layout that training would take where the recipe leaves it open
+    recipe = with_strategy(recipe, World(size=ranks, local_size=ranks))
+    sized = replace(recipe, loop=replace(recipe.loop, batch_size=ranks))
     check_ranks(sized, ranks)
     dtype = _dtype(recipe.model)
     with tempfile.TemporaryDirectory() as folder:
