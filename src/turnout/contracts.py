@@ -21,6 +21,7 @@ from turnout.tensors import (
     DispatchPlan,
     LossTerm,
     MoEStats,
+    Ragged,
     RouterInput,
     RouterOutput,
     Rows,
@@ -347,6 +348,26 @@ class FusedBackend(ExpertBackend):
 
     As a plain backend it takes rows too, for layers that have no assignment.
     """
+
+    layout = "ragged"
+
+    def run(self, experts: nn.Module, rows: Rows) -> Rows:
+        """As if each row were a token of its own."""
+        assert isinstance(rows, Ragged)
+        num_rows, num_experts = len(rows.x_MD), len(rows.counts_L)
+        device = rows.x_MD.device
+        row_M = torch.arange(num_rows, device=device)
+        assignment = Assignment(
+            token_N=row_M,
+            expert_N=torch.arange(num_experts, device=device).repeat_interleave(rows.counts_L, output_size=num_rows),
+            weight_N=torch.ones(num_rows, device=device),
+            choice_N=torch.zeros_like(row_M),
+            num_tokens=num_rows,
+            num_experts=num_experts,
+            top_k=1,
+        )
+        admission = Admission(keep_N=None, capacity=None, dropped_E={})
+        return Ragged(x_MD=self.run_tokens(experts, rows.x_MD, assignment, admission), counts_L=rows.counts_L)
 
     @abstractmethod
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:

@@ -11,7 +11,7 @@ from turnout.experts.weights import FFNExperts
 from turnout.kernels import KINDS, Kernel, Routing, trusted_kernel
 from turnout.kernels.build import cpu_flags
 from turnout.kernels.consumed import is_last_pass, is_read_once, mapped_bytes
-from turnout.tensors import Admission, Assignment, Ragged, Rows, first_order
+from turnout.tensors import Admission, Assignment, first_order
 
 LEAST_BYTES = 1 << 20  # of values saved, whose memory is given back: of less the call would be most of it
 DTYPES = (torch.float32, torch.bfloat16)
@@ -67,18 +67,11 @@ class FusedCPU(FusedBackend):
     Where AMX multiplies bfloat16, tokens and weights of it stay what they are, forward and backward.
     """
 
-    layout = "ragged"
-
     def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
         if not isinstance(experts, FFNExperts):
             return Refusal(reason="fused_cpu computes feed-forward experts; modules of your own need backend='loop'")
         reason = _reason(experts, dtype, device)
         return Refusal(reason=f"{reason}; use backend='padded_bmm'") if reason else None
-
-    def run(self, experts: nn.Module, rows: Rows) -> Rows:
-        """As if each row were a token of its own."""
-        assert isinstance(rows, Ragged)
-        return rows_as_tokens(self, experts, rows)
 
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         assert isinstance(experts, FFNExperts)
@@ -106,24 +99,6 @@ class FusedCPU(FusedBackend):
         rows_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED = inputs
         weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, experts.kind)
         return kernel.forward(rows_TD, weight_N, weights, routing, saved_rows=None)[0].to(x_TD.dtype)
-
-
-def rows_as_tokens(backend: FusedBackend, experts: nn.Module, rows: Ragged) -> Ragged:
-    """What a fused backend makes of rows that are tokens of their own."""
-    num_rows, num_experts = len(rows.x_MD), len(rows.counts_L)
-    device = rows.x_MD.device
-    row_M = torch.arange(num_rows, device=device)
-    assignment = Assignment(
-        token_N=row_M,
-        expert_N=torch.arange(num_experts, device=device).repeat_interleave(rows.counts_L, output_size=num_rows),
-        weight_N=torch.ones(num_rows, device=device),
-        choice_N=torch.zeros_like(row_M),
-        num_tokens=num_rows,
-        num_experts=num_experts,
-        top_k=1,
-    )
-    admission = Admission(keep_N=None, capacity=None, dropped_E={})
-    return Ragged(x_MD=backend.run_tokens(experts, rows.x_MD, assignment, admission), counts_L=rows.counts_L)
 
 
 def _reason(experts: FFNExperts, dtype: torch.dtype, device: torch.device) -> str:

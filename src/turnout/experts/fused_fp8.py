@@ -6,10 +6,9 @@ from torch import Tensor, nn
 from turnout.contracts import ExpertBackend, FusedBackend, Refusal
 from turnout.experts.float8 import Float8FFNExperts
 from turnout.experts.fp8_op import fp8_experts
-from turnout.experts.fused_cpu import rows_as_tokens
 from turnout.kernels import KINDS
 from turnout.kernels.gpu import CODES_CAPABILITY, MOST_EXPERTS, codes_failure, device_failure
-from turnout.tensors import Admission, Assignment, Ragged, Rows
+from turnout.tensors import Admission, Assignment
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,7 +16,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class FusedFP8(FusedBackend):
     """Products of e4m3 codes with scales, sums in float32; rows too are rounded before each, in blocks of columns."""
 
-    layout = "ragged"
     trains = False
 
     def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
@@ -28,11 +26,6 @@ class FusedFP8(FusedBackend):
             )
         reason = _reason(experts, dtype, device)
         return Refusal(reason=f"{reason}; use backend='loop'") if reason else None
-
-    def run(self, experts: nn.Module, rows: Rows) -> Rows:
-        """As if each row were a token of its own."""
-        assert isinstance(rows, Ragged)
-        return rows_as_tokens(self, experts, rows)
 
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         """Raises: ConfigError if a gradient is to come back through the experts."""

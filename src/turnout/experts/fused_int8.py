@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, FusedBackend, Refusal
-from turnout.experts.fused_cpu import rows_as_tokens
 from turnout.experts.int8_op import int8_experts
 from turnout.experts.quantized import QuantizedFFNExperts
 from turnout.kernels import KINDS, Int8Weights, Kernel, trusted_kernel
@@ -15,7 +14,7 @@ from turnout.kernels.build import Library, compiled, has_vnni
 from turnout.kernels.int8_proof import prove_int8
 from turnout.kernels.matrix_unit import by_matrix_unit
 from turnout.kernels.proof import once
-from turnout.tensors import Admission, Assignment, Ragged, Rows
+from turnout.tensors import Admission, Assignment
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -23,7 +22,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 class FusedInt8(FusedBackend):
     """Products of codes as whole numbers, by VNNI where there is such; of many rows by AMX, in bfloat16."""
 
-    layout = "ragged"
     trains = False
 
     def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
@@ -33,11 +31,6 @@ class FusedInt8(FusedBackend):
             )
         reason = _reason(experts, dtype, device)
         return Refusal(reason=f"{reason}; use backend='loop'") if reason else None
-
-    def run(self, experts: nn.Module, rows: Rows) -> Rows:
-        """As if each row were a token of its own."""
-        assert isinstance(rows, Ragged)
-        return rows_as_tokens(self, experts, rows)
 
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         """Raises: ConfigError if a gradient is to come back through the experts."""

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, FusedBackend, Refusal
-from turnout.experts.fused_cpu import rows_as_tokens
 from turnout.experts.fused_triton_op import triton_experts
 from turnout.experts.weights import FFNExperts
 from turnout.kernels import KINDS
 from turnout.kernels.gpu import MOST_EXPERTS, device_failure, proof_failure
 from turnout.kernels.gpu.tuned import race_failure, shape_of
-from turnout.tensors import Admission, Assignment, Ragged, Rows
+from turnout.tensors import Admission, Assignment
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,8 +19,6 @@ class FusedTriton(FusedBackend):
 
     The same bits each time, at the price of one write and one read of a row for each assignment.
     """
-
-    layout = "ragged"
 
     def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:
         if not isinstance(experts, FFNExperts):
@@ -35,11 +32,6 @@ class FusedTriton(FusedBackend):
             return Refusal(reason="auto takes fused_triton for feed-forward experts on CUDA alone")
         reason = _race_failure(tuple(experts.down_EFD.shape), experts.kind, dtype, device)
         return Refusal(reason=f"fused_triton is {reason}; to have it: backend='fused_triton'") if reason else None
-
-    def run(self, experts: nn.Module, rows: Rows) -> Rows:
-        """As if each row were a token of its own."""
-        assert isinstance(rows, Ragged)
-        return rows_as_tokens(self, experts, rows)
 
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         assert isinstance(experts, FFNExperts)
