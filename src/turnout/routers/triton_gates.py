@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from turnout.kernels.gpu import MOST_EXPERTS, chooser, device_failure, gates_failure, is_interpreting
-from turnout.kernels.gpu.configs import counted_rows
+from turnout.kernels.gpu.configs import chosen_room
 from turnout.tensors import Assignment, BlockCounts, RouterInput, first_order
 
 MOST_CHOICES = 16  # each is a pass over the registers that hold a row
@@ -91,12 +91,8 @@ def _(
     renormalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_rows, num_experts = logits_RE.shape
-    rows, num = counted_rows(k), num_rows * k
-    expert_N, token_N, choice_N = (logits_RE.new_empty(num, dtype=torch.int64) for _ in range(3))
-    count_BE = logits_RE.new_empty((num_rows + rows - 1) // rows, num_experts, dtype=torch.int32)
-    scores_RE = torch.empty_like(logits_RE, memory_format=torch.contiguous_format)
-    return scores_RE, logits_RE.new_empty(num), expert_N, token_N, choice_N, count_BE
+    (scores_RE, weight_N, expert_N, token_N, choice_N), count_BE = chosen_room(logits_RE, k)
+    return scores_RE, weight_N, expert_N, token_N, choice_N, count_BE
 
 
 @torch.library.custom_op("turnout::triton_gates_backward", mutates_args=())

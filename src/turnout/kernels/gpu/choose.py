@@ -10,8 +10,9 @@ import triton
 from torch import Tensor
 
 from turnout.kernels.arguments import Chosen
-from turnout.kernels.gpu.configs import counted_rows
+from turnout.kernels.gpu.configs import chosen_room, counted_rows
 from turnout.kernels.gpu.gates import choose_grad_kernel, choose_kernel
+from turnout.kernels.gpu.grid import given
 
 BLOCK = 2048  # logits that a program holds at once
 
@@ -38,14 +39,11 @@ def choose(logits_RE: Tensor, token_R: Tensor, bias_E: Tensor | None, gate: Gate
     Shapes: logits_RE (R, E) float32, token_R (R,) int64, bias_E (E,) float32.
     """
     num_rows, num_experts = logits_RE.shape
-    num, rows, block_e = num_rows * gate.k, counted_rows(gate.k), _width(num_experts)
-    weight_N = logits_RE.new_empty(num)
-    expert_N, token_N, choice_N = (torch.empty(num, dtype=torch.int64, device=logits_RE.device) for _ in range(3))
-    chosen = Chosen(torch.empty_like(logits_RE), weight_N, expert_N, token_N, choice_N)
-    count_BE = expert_N.new_empty(triton.cdiv(num_rows, rows), num_experts, dtype=torch.int32)
+    rows, block_e = counted_rows(gate.k), _width(num_experts)
+    chosen, count_BE = chosen_room(logits_RE, gate.k)
     if num_rows:
         choose_kernel[(len(count_BE),)](
-            logits_RE, logits_RE if bias_E is None else bias_E, token_R, *chosen, count_BE, num_rows, gate.scale,
+            logits_RE, given(bias_E, logits_RE), token_R, *chosen, count_BE, num_rows, gate.scale,
             E=num_experts, HAS_BIAS=bias_E is not None, ROWS=rows, BLOCK_R=min(rows, max(1, BLOCK // block_e)),
             BLOCK_E=block_e, **gate.constants,
         )  # fmt: skip
@@ -68,8 +66,8 @@ def choose_backward(
     if num_rows:
         choose_grad_kernel[(triton.cdiv(num_rows, block_r),)](
             logits_RE, scores_RE, weight_N, expert_N,
-            scores_RE if scores_grad_RE is None else scores_grad_RE,
-            weight_N if weight_grad_N is None else weight_grad_N,
+            given(scores_grad_RE, scores_RE),
+            given(weight_grad_N, weight_N),
             logits_grad_RE, num_rows, gate.scale,
             E=num_experts, BY_SCORES=scores_grad_RE is not None, BY_WEIGHTS=weight_grad_N is not None,
             BLOCK_R=block_r, BLOCK_E=block_e, **gate.constants,

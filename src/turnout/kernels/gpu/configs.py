@@ -4,6 +4,9 @@ from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from turnout.kernels.arguments import Chosen
 
 
 class Tile(NamedTuple):
@@ -171,3 +174,13 @@ def candidates(num_assignments: int, num_experts: int, dtype: torch.dtype) -> tu
 def counted_rows(k: int) -> int:
     """Rows of logits, each with k choices, whose choices are counted together: up to 256 choices and 64 rows."""
     return min(64, 1 << ((256 // k).bit_length() - 1))
+
+
+def chosen_room(logits_RE: Tensor, k: int) -> tuple[Chosen, Tensor]:
+    """What a router's kernel writes, without its values; and counts of blocks of `counted_rows(k)` rows in int32."""
+    num_rows, num_experts = logits_RE.shape
+    rows, num = counted_rows(k), num_rows * k
+    expert_N, token_N, choice_N = (logits_RE.new_empty(num, dtype=torch.int64) for _ in range(3))
+    scores_RE = torch.empty_like(logits_RE, memory_format=torch.contiguous_format)
+    count_BE = logits_RE.new_empty((num_rows + rows - 1) // rows, num_experts, dtype=torch.int32)
+    return Chosen(scores_RE, logits_RE.new_empty(num), expert_N, token_N, choice_N), count_BE

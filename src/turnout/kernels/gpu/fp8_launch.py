@@ -13,7 +13,7 @@ from turnout.kernels.arguments import KINDS
 from turnout.kernels.fp8_codes import CODES, SIDE
 from turnout.kernels.gpu.configs import CodesConfig, Tile
 from turnout.kernels.gpu.fp8 import down_codes_kernel, round_kernel, up_codes_kernel
-from turnout.kernels.gpu.grid import boxes, is_boxed, programs
+from turnout.kernels.gpu.grid import boxes, given, is_boxed, programs, tile_settings
 from turnout.kernels.gpu.launch import combine
 from turnout.kernels.gpu.order import Routes, sort
 
@@ -80,7 +80,7 @@ def forward(
     up_kernel = up_codes_kernel[(programs(x_TD, num, num_experts, hidden, config, config.up),)]
     up_kernel(
         passed.codes_TD, passed.scale_TB, routes.token_M, boxes(up, (columns, SIDE)) if boxed else up,
-        codes.up_scales, _or(codes.up_bias_EG, x_TD), passed.h_MF, passed.h_scale_MB, start_E, tile_start_E,
+        codes.up_scales, given(codes.up_bias_EG, x_TD), passed.h_MF, passed.h_scale_MB, start_E, tile_start_E,
         KIND=KINDS[codes.kind], HAS_BIAS=codes.up_bias_EG is not None,
         **_settings(codes, config, config.up, boxed=boxed),
     )  # fmt: skip
@@ -90,7 +90,7 @@ def forward(
     if boxed:
         h, down = boxes(h, (config.rows, columns)), boxes(down, (tile.columns, columns))
     down_codes_kernel[(programs(x_TD, num, num_experts, dim, config, tile),)](
-        h, passed.h_scale_MB, down, codes.down_scales, _or(codes.down_bias_ED, x_TD), y_MD, start_E, tile_start_E,
+        h, passed.h_scale_MB, down, codes.down_scales, given(codes.down_bias_ED, x_TD), y_MD, start_E, tile_start_E,
         HAS_BIAS=codes.down_bias_ED is not None, BLOCK_K=columns, **_settings(codes, config, tile, boxed=boxed),
     )  # fmt: skip
     combine(y_MD, weight_N, token_N, routes, passed.y_TD, top_k=top_k)
@@ -99,24 +99,4 @@ def forward(
 
 def _settings(codes: Codes, config: CodesConfig, tile: Tile, *, boxed: bool) -> dict:
     num_experts, dim, hidden = codes.down_EDF.shape
-    return {
-        "D": dim,
-        "F": hidden,
-        "E": num_experts,
-        "SIDE": SIDE,
-        # the CPU is reached by the interpreter alone, which knows no products of codes
-        "WIDEN": codes.down_EDF.device.type == "cpu",
-        "BLOCK_E": triton.next_power_of_2(num_experts),
-        "BLOCK_M": config.rows,
-        "BLOCK_N": tile.columns,
-        "GROUP": config.group,
-        "BOXED": boxed,
-        "PERSISTENT": config.persistent,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer is wanted even where nothing is read."""
-    return other if tensor is None else tensor
+    return {"D": dim, "F": hidden, "SIDE": SIDE} | tile_settings(codes.down_EDF, num_experts, config, tile, boxed=boxed)

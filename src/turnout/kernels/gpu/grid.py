@@ -7,19 +7,26 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from turnout.kernels.fp8_codes import CODES
 from turnout.kernels.gpu.configs import CodesConfig, Config, Tile
 
 
 def settings(x: Tensor, num_experts: int, config: Config, tile: Tile, *, boxed: bool) -> dict:
     """What every product over rows is compiled with."""
+    own = {"PRECISION": "ieee", "BLOCK_K": tile.depth}
+    return own | tile_settings(x, num_experts, config, tile, boxed=boxed)
+
+
+def tile_settings(
+    x: Tensor, num_experts: int, config: Config | CodesConfig, tile: Tile, *, boxed: bool
+) -> dict[str, object]:
+    """Those of them that products of codes are compiled with too."""
     return {
         "E": num_experts,
-        "PRECISION": "ieee",
         "WIDEN": widens(x),
         "BLOCK_E": triton.next_power_of_2(num_experts),
         "BLOCK_M": config.rows,
         "BLOCK_N": tile.columns,
-        "BLOCK_K": tile.depth,
         "GROUP": config.group,
         "BOXED": boxed,
         "PERSISTENT": config.persistent,
@@ -29,8 +36,10 @@ def settings(x: Tensor, num_experts: int, config: Config, tile: Tile, *, boxed: 
 
 
 def widens(x: Tensor) -> bool:
-    """Whether numbers are widened before they are multiplied: the CPU is reached by the interpreter alone."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+    """Whether numbers are widened before they are multiplied: the CPU is reached by the interpreter alone, which knows
+    no products of these.
+    """
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, CODES)
 
 
 def programs(x: Tensor, num: int, num_experts: int, columns: int, config: Config | CodesConfig, tile: Tile) -> int:
@@ -53,6 +62,11 @@ def is_boxed(config: Config | CodesConfig, *tensors: Tensor) -> bool:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return False
     return all(tensor.data_ptr() % 16 == 0 and tensor.shape[-1] * tensor.element_size() % 16 == 0 for tensor in tensors)
+
+
+def given(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer is wanted even where nothing is read."""
+    return other if tensor is None else tensor
 
 
 def boxes(tensor: Tensor, block: tuple[int, int]) -> TensorDescriptor:

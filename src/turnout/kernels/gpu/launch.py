@@ -12,7 +12,7 @@ from turnout.kernels.arguments import KINDS, Gradients, Weights
 from turnout.kernels.gpu.backward import bias_grad_kernel, hidden_grad_kernel, matrix_grad_kernel, weight_grad_kernel
 from turnout.kernels.gpu.configs import Config, Tile
 from turnout.kernels.gpu.forward import combine_kernel, rows_kernel, up_kernel
-from turnout.kernels.gpu.grid import boxes, is_boxed, programs, settings, widens
+from turnout.kernels.gpu.grid import boxes, given, is_boxed, programs, settings, widens
 from turnout.kernels.gpu.order import Routes, sort
 
 
@@ -50,7 +50,7 @@ def forward(
     boxed = is_boxed(config, weights.up_EDG, h_MF)  # the second half of a gated kind starts where h ends
     up_matrix = boxes(weights.up_EDG, (config.up.depth, config.up.columns)) if boxed else weights.up_EDG
     up_kernel[(programs(x_TD, num, num_experts, hidden, config, config.up),)](
-        x_TD, routes.token_M, up_matrix, _or(weights.up_bias_EG, x_TD), up_MG, h_MF, start_E, tile_start_E,
+        x_TD, routes.token_M, up_matrix, given(weights.up_bias_EG, x_TD), up_MG, h_MF, start_E, tile_start_E,
         D=dim, F=hidden, KIND=KINDS[weights.kind], HAS_BIAS=weights.up_bias_EG is not None, KEEP=keep,
         **settings(x_TD, num_experts, config, config.up, boxed=boxed),
     )  # fmt: skip
@@ -92,7 +92,7 @@ def backward(
     boxed = is_boxed(config, weights.down_EFD)
     down_matrix = boxes(weights.down_EFD, (tile.columns, tile.depth)) if boxed else weights.down_EFD
     hidden_grad_kernel[(programs(x_TD, num, num_experts, hidden, config, tile),)](
-        y_grad_TD, routes.token_M, routes.assignment_M, weight_N, down_matrix, _or(weights.down_bias_ED, x_TD),
+        y_grad_TD, routes.token_M, routes.assignment_M, weight_N, down_matrix, given(weights.down_bias_ED, x_TD),
         up_MG, up_grad_MG, weighted_h_MF, share_CM, start_E, tile_start_E, num,
         D=dim, F=hidden, KIND=KINDS[weights.kind], HAS_BIAS=has_bias,
         **settings(x_TD, num_experts, config, tile, boxed=boxed),
@@ -132,7 +132,7 @@ def _rows_by_matrix(
         left = boxes(rows_MK, (config.rows, tile.depth))
         right = boxes(matrix, (tile.columns, tile.depth) if transposed else (tile.depth, tile.columns))
     rows_kernel[(programs(rows_MK, num, num_experts, columns, config, tile),)](
-        left, right, _or(bias, rows_MK), out_MN, start_E, tile_start_E,
+        left, right, given(bias, rows_MK), out_MN, start_E, tile_start_E,
         K=depth, N=columns, TRANSPOSED=transposed, HAS_BIAS=bias is not None,
         **settings(rows_MK, num_experts, config, tile, boxed=boxed),
     )  # fmt: skip
@@ -149,7 +149,7 @@ def combine(
     block = min(1024, triton.next_power_of_2(dim))
     tokens = max(1, 2048 // block) if num_runs > 1024 or not out_TD.is_cuda else 1
     combine_kernel[(triton.cdiv(num_runs, tokens), triton.cdiv(dim, block))](
-        rows_MD, _or(weight_N, rows_MD), routes.row_N, token_N, routes.order_N, routes.offset_T, out_TD, num_runs,
+        rows_MD, given(weight_N, rows_MD), routes.row_N, token_N, routes.order_N, routes.offset_T, out_TD, num_runs,
         D=dim, TOP_K=top_k, WEIGHTED=weight_N is not None, BLOCK_T=tokens, BLOCK_D=block,
     )  # fmt: skip
 
@@ -174,8 +174,3 @@ def _bias_grad(rows: Tensor, weight_N: Tensor, out_EJ: Tensor, routes: Routes, *
         rows, routes.token_M, routes.assignment_M, weight_N, out_EJ, routes.start_2E[0],
         NUM_J=columns, BY_TOKEN=by_token, BLOCK_M=64, BLOCK_J=64,
     )  # fmt: skip
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer is wanted even where nothing is read."""
-    return other if tensor is None else tensor
