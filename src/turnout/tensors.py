@@ -181,19 +181,58 @@ class MoEStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Routed:
+    """What a layer decided in one call and what follows from it, each computed when first asked for.
+
+    Few who generate text ever ask. The output of the layer is not in here, so that its memory may go.
+    """
+
+    decide: Callable[[], tuple[Assignment, Tensor | None]]
+    form: Callable[[], tuple[LossTerm, ...]]
+    collect: Callable[[], MoEStats]
+
+    @cached_property
+    def decided(self) -> tuple[Assignment, Tensor | None]:
+        """Who was to go where, for a recording or a picture; and which of these were sent, None: every one."""
+        return self.decide()
+
+    @cached_property
+    def losses(self) -> tuple[LossTerm, ...]:
+        """Auxiliary losses; where gradients are recorded the layer has formed them already."""
+        return self.form()
+
+    @cached_property
+    def stats(self) -> MoEStats:
+        """What the layer did with its tokens."""
+        return self.collect()
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoEOutput:
     """The layer's result: output, auxiliary losses and statistics, all returned, none stored."""
 
     y: Tensor
-    losses: tuple[LossTerm, ...]
-    collect: Callable[[], MoEStats]  # what `stats` are computed by
-    assignment: Assignment  # who was to go where, for a recording or a picture
-    keep_N: Tensor | None  # of the assignment, which were sent; None: every one
+    routed: Routed
 
-    @cached_property
+    @property
+    def losses(self) -> tuple[LossTerm, ...]:
+        """Auxiliary losses of the call."""
+        return self.routed.losses
+
+    @property
     def stats(self) -> MoEStats:
-        """What the layer did with its tokens, computed when first asked for: few who generate text ever ask."""
-        return self.collect()
+        """What the layer did with its tokens."""
+        return self.routed.stats
+
+    @property
+    def assignment(self) -> Assignment:
+        """Who was to go where."""
+        return self.routed.decided[0]
+
+    @property
+    def keep_N(self) -> Tensor | None:
+        """Which of the assignment were sent; None: every one. Shapes: (N,) bool."""
+        return self.routed.decided[1]
 
 
 def counted(index_N: Tensor, size: int) -> Tensor:

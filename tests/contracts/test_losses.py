@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -360,3 +361,25 @@ def test_balanced_devices_give_one_whatever_their_experts() -> None:
     device, expert = layer(torch.ones(6, 4, dtype=torch.float64)).losses
     assert device.value.item() == pytest.approx(1.0)
     assert expert.value.item() > 1.5
+
+
+def test_losses_are_formed_in_the_layer_only_while_gradients_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x_TD, formed = MoE(8, 16, 4, losses=(LoadBalance(),)), torch.randn(9, 8), []
+    term = LoadBalance.term
+
+    def noted(*args: Any, **named: Any) -> LossTerm:
+        formed.append(1)
+        return term(*args, **named)
+
+    monkeypatch.setattr(LoadBalance, "term", noted)
+    (learned,) = layer(x_TD).losses
+    assert formed == [1]
+    with torch.no_grad():
+        out = layer(x_TD)
+        assert formed == [1]
+        (asked,) = out.losses
+    assert formed == [1, 1]
+    assert out.losses[0] is asked
+    assert torch.equal(asked.value, learned.value.detach())
+    assert learned.value.requires_grad

@@ -25,7 +25,16 @@ from turnout.losses import LoadBalance
 from turnout.placement import Site
 from turnout.registry import nearest
 from turnout.routers import TopK
-from turnout.tensors import MoEOutput, MoEStats, as_token_ids
+from turnout.tensors import (
+    Admission,
+    Assignment,
+    LossTerm,
+    MoEOutput,
+    MoEStats,
+    Routed,
+    RouterOutput,
+    as_token_ids,
+)
 
 # far beyond any layer, and small enough that no product of sizes is beyond 64 bits
 RANGES = {
@@ -232,17 +241,16 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_TD = _add_shared(y_TD, x_TD, self.shared, None if mask is None else routing.token_R)
         sequence_length = x.shape[-2] if x.ndim > 2 else max(len(x_TD), 1)
-        terms = tuple(
-            loss.term(routing, admission, sequence_length=sequence_length, step_stats=step_stats)
-            for loss in self.losses
+        terms = partial(
+            _loss_terms, self.losses, routing, admission, sequence_length=sequence_length, step_stats=step_stats
         )
-        return MoEOutput(
-            y=y_TD.to(x.dtype).view_as(x),
-            losses=routing.losses + terms,
+        routed = Routed(
+            decide=partial(_as_given, routing.assignment, admission.keep_N),
+            # formed here while gradients are recorded: activation checkpointing records the layer alone
+            form=partial(tuple, terms()) if torch.is_grad_enabled() else terms,
             collect=partial(collect_stats, routing, admission),
-            assignment=routing.assignment,
-            keep_N=admission.keep_N,
         )
+        return MoEOutput(y=y_TD.to(x.dtype).view_as(x), routed=routed)
 
     def _check_takes_top_k(self, top_k: int) -> int:
         if "top_k" not in inspect.signature(self.router.forward).parameters:
@@ -267,6 +275,23 @@ class MoE(nn.Module):
 def _default_router(num_experts: int) -> TopK:
     # fewer than one expert is the config's error, not that of a router nobody asked for
     return TopK() if num_experts > 1 else TopK(k=1, renormalize=False)
+
+
+def _as_given(assignment: Assignment, keep_N: Tensor | None) -> tuple[Assignment, Tensor | None]:
+    return assignment, keep_N
+
+
+def _loss_terms(
+    losses: tuple[Loss, ...],
+    routing: RouterOutput,
+    admission: Admission,
+    *,
+    sequence_length: int,
+    step_stats: MoEStats | None,
+) -> tuple[LossTerm, ...]:
+    """The router's own terms, then those of the settings."""
+    terms = (loss.term(routing, admission, sequence_length=sequence_length, step_stats=step_stats) for loss in losses)
+    return (*routing.losses, *terms)
 
 
 def _add_shared(y_TD: Tensor, x_TD: Tensor, shared: MLP, token_R: Tensor | None) -> Tensor:

@@ -2,9 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -21,7 +20,7 @@ from turnout.layers.lm_loss import lm_loss
 from turnout.layers.mlp import MLP
 from turnout.layers.moe import MoE, MoEConfig
 from turnout.layers.norm import NORMS
-from turnout.tensors import Assignment, LossTerm, MoEOutput, MoEStats, total_loss
+from turnout.tensors import Assignment, LossTerm, MoEOutput, MoEStats, Routed, total_loss
 
 # far beyond any model, and small enough that no product of sizes is beyond 64 bits
 MOST = {"vocab_size": 1 << 24, "dim": 1 << 20, "num_layers": 1000, "max_seq_len": 1 << 30, "hidden": 1 << 20}
@@ -83,15 +82,27 @@ class DecoderOutput:
     """What a pass returns: final hidden states, and what each MoE layer reported, in layer order."""
 
     h_BSD: Tensor
-    losses: tuple[LossTerm, ...]
-    collect: tuple[Callable[[], MoEStats], ...]  # what `stats` are computed by
-    assignments: tuple[Assignment, ...]  # who was to go where
-    keeps: tuple[Tensor | None, ...]  # which of these were sent; None: every one
+    routed: tuple[Routed, ...]
 
-    @cached_property
+    @property
+    def losses(self) -> tuple[LossTerm, ...]:
+        """Auxiliary terms of all layers."""
+        return tuple(term for routed in self.routed for term in routed.losses)
+
+    @property
     def stats(self) -> tuple[MoEStats, ...]:
         """What each MoE layer did with its tokens, computed when first asked for."""
-        return tuple(collect() for collect in self.collect)
+        return tuple(routed.stats for routed in self.routed)
+
+    @property
+    def assignments(self) -> tuple[Assignment, ...]:
+        """Who was to go where in each MoE layer."""
+        return tuple(routed.decided[0] for routed in self.routed)
+
+    @property
+    def keeps(self) -> tuple[Tensor | None, ...]:
+        """Which of these were sent; None: every one. Shapes: (N,) bool each."""
+        return tuple(routed.decided[1] for routed in self.routed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,14 +198,7 @@ class Decoder(nn.Module):
         )
         if cache is not None:
             cache.length += length
-        losses = tuple(term for report in reports for term in report.losses)
-        return DecoderOutput(
-            h_BSD=self.norm(x_BSD),
-            losses=losses,
-            collect=tuple(r.collect for r in reports),
-            assignments=tuple(r.assignment for r in reports),
-            keeps=tuple(r.keep_N for r in reports),
-        )
+        return DecoderOutput(h_BSD=self.norm(x_BSD), routed=tuple(report.routed for report in reports))
 
     def embed(self, tokens_BS: Tensor, *, start: int = 0) -> Tensor:
         """What the first block gets, of tokens at positions from `start` on. Shapes: returns (B, S, D)."""
