@@ -1,11 +1,17 @@
-"""What the compiled functions are given, and the gradients they give."""
+"""What the compiled functions are given and give, and how."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from turnout.errors import TurnoutError
+
+# everything by one operator: of few tokens the first use of each takes 50 to 100 us, since weights have pushed what is
+# not in use out of the caches; and whatever torch's default device is
+room = partial(torch.empty, device="cpu")
 # numbers in activation.h
 KINDS = {"relu": 0, "gelu": 1, "swiglu": 2, "swiglu_clamped": 3}
 
@@ -76,3 +82,14 @@ class Gradients(NamedTuple):
     down_EFD: Tensor | None
     up_bias_EG: Tensor | None
     down_bias_ED: Tensor | None
+
+
+def at(tensor: Tensor | None) -> int:
+    """Where its numbers begin; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def check(failed: int) -> None:
+    """Raises: TurnoutError if a compiled function failed."""
+    if failed:
+        raise TurnoutError("the kernel found no memory for its workspace")

@@ -3,21 +3,21 @@
 import ctypes
 from array import array
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from turnout.errors import ShapeError, TurnoutError
-from turnout.kernels.arguments import KINDS, Chosen, Gradients, Int8Weights, Routing, Weights
+from turnout.errors import ShapeError
+from turnout.kernels.arguments import KINDS, Gradients, Int8Weights, Routing, Weights, at, check, room
+from turnout.kernels.gate_kernel import GateKernel
 from turnout.tensors import Assignment
 
 
-class Kernel:
+class Kernel(GateKernel):
     """What a compiled library can do; it keeps its workspace from call to call."""
 
     def __init__(self, library: ctypes.CDLL, *, matrix_unit: bool = False) -> None:
+        super().__init__(library)
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._sort = library.turnout_sort
         self._sort.argtypes, self._sort.restype = [pointer] * 3 + [number] * 3 + [pointer], number
@@ -26,15 +26,9 @@ class Kernel:
             function.argtypes, function.restype = [pointer], ctypes.c_int
         self._int8 = library.turnout_int8
         self._int8.argtypes, self._int8.restype = [pointer, number], ctypes.c_int
-        self._best = library.turnout_best
-        self._best.argtypes = [pointer, number, number, number, pointer, number, pointer]
-        self._choose, self._choose_backward = library.turnout_choose, library.turnout_choose_backward
-        for function in (self._choose, self._choose_backward):
-            function.argtypes, function.restype = [pointer], ctypes.c_int
         self.poison = library.turnout_poison
         self._library, self.matrix_unit = library, matrix_unit
         self._tile_columns = library.turnout_tile_columns()
-        self._pool = _torch_pool()
 
     def with_matrix_unit(self) -> "Kernel | str":
         """The same, by the processor's matrix unit where it has a use for it; or why there is none."""
@@ -49,9 +43,9 @@ class Kernel:
         expert_N, token_N = assignment.expert_N.contiguous(), assignment.token_N.contiguous()
         num_tokens, num_experts, num = assignment.num_tokens, assignment.num_experts, len(expert_N)
         keep_N = None if keep_N is None else keep_N.contiguous()
-        routes = _room(3 + num_experts + num_tokens + 3 * num, dtype=torch.int32)
+        routes = room(3 + num_experts + num_tokens + 3 * num, dtype=torch.int32)
         num_rows = self._sort(
-            expert_N.data_ptr(), token_N.data_ptr(), _at(keep_N), num, num_tokens, num_experts, routes.data_ptr()
+            expert_N.data_ptr(), token_N.data_ptr(), at(keep_N), num, num_tokens, num_experts, routes.data_ptr()
         )
         if num_rows < 0:
             raise ShapeError(
@@ -69,7 +63,7 @@ class Kernel:
         saved and the gradients of both are.
         """
         saved = None if saved_rows is None else x_TD.new_empty(self.saved_size(weights, saved_rows, x_TD.dtype))
-        y_TD = _room(*x_TD.shape, dtype=x_TD.dtype)
+        y_TD = room(*x_TD.shape, dtype=x_TD.dtype)
         self._run(self._forward, x_TD, weight_N, weights, routing, (saved, y_TD))
         return y_TD, saved
 
@@ -111,63 +105,13 @@ class Kernel:
 
         The matrix unit, which takes what has more than a few rows for some expert, has bfloat16 for either.
         """
-        y_TD = _room(*x_TD.shape, dtype=torch.float32)
+        y_TD = room(*x_TD.shape, dtype=torch.float32)
         sizes = (routing.num_tokens, x_TD.shape[1], weights.hidden, len(weights.up_codes), routing.num_assignments)
         own = (weights.up_codes, weights.down_codes, weights.up_bias_EG, weights.down_bias_ED)
         job = self._job((*sizes, KINDS[weights.kind], 0, 0), (routing.routes, x_TD, weight_N, *own, None, y_TD))
-        job.extend(map(_at, (weights.up_scales, weights.down_scales, weights.up_bases, weights.down_bases)))
-        _check(self._int8(job.buffer_info()[0], digits))
+        job.extend(map(at, (weights.up_scales, weights.down_scales, weights.up_bases, weights.down_bases)))
+        check(self._int8(job.buffer_info()[0], digits))
         return y_TD
-
-    def best(self, scores_RE: Tensor, k: int) -> Tensor:
-        """Experts of the k highest scores, best first, of equals the lower index; float32 in, (R, k) int64 out."""
-        scores_RE = scores_RE.detach().contiguous()
-        num_rows, num_experts = scores_RE.shape
-        expert_RK = _room(num_rows, k, dtype=torch.int64)
-        threads, pool = torch.get_num_threads(), self._pool
-        _check(self._best(scores_RE.data_ptr(), num_rows, num_experts, k, expert_RK.data_ptr(), threads, pool))
-        return expert_RK
-
-    def choose(self, logits_RE: Tensor, token_R: Tensor, k: int, *, renormalize: bool) -> Chosen:
-        """The k best experts of each row, as `best` has them, with softmax scores; their weights are those scores, or
-        where they are to be renormalised the softmax of their own logits.
-        """
-        num_rows, num = len(logits_RE), len(logits_RE) * k
-        number = partial(_room, num, dtype=torch.int64)
-        # small ones first: what lies above large ones keeps the allocator from giving those back
-        expert_N, token_N, choice_N, weight_N = number(), number(), number(), _room(num, dtype=torch.float32)
-        scores_RE = _room(*logits_RE.shape, dtype=torch.float32)
-        chosen = Chosen(scores_RE, weight_N, expert_N, token_N, choice_N)
-        self._gates(self._choose, chosen, num_rows, renormalize, logits_RE.contiguous(), token_R.contiguous())
-        return chosen
-
-    def choose_backward(
-        self, chosen: Chosen, d_scores_RE: Tensor | None, d_weight_N: Tensor | None, *, renormalize: bool
-    ) -> Tensor:
-        """The gradient of the logits; None: nothing depends on it."""
-        d_logits_RE = torch.empty_like(chosen.scores_RE)
-        given = [None if grad is None else grad.contiguous() for grad in (d_scores_RE, d_weight_N)]
-        rest = (None, None, *given, d_logits_RE)
-        self._gates(self._choose_backward, chosen, len(d_logits_RE), renormalize, *rest)
-        return d_logits_RE
-
-    def _gates(
-        self,
-        function: Callable[[int], int],
-        chosen: Chosen,
-        num_rows: int,
-        renormalize: bool,
-        logits_RE: Tensor | None,
-        token_R: Tensor | None,
-        *gradients: Tensor | None,
-    ) -> None:
-        """`Gates` of gates.h, of which a forward pass reads no gradients."""
-        num_experts, k = chosen.scores_RE.shape[1], len(chosen.expert_N) // max(num_rows, 1)
-        numbers = (num_rows, num_experts, k, renormalize, torch.get_num_threads(), self._pool)
-        tensors = (logits_RE, token_R, *chosen, *gradients)
-        gates = array("q", (*numbers, *map(_at, tensors)))
-        gates.extend([0] * (NUM_GATES - len(gates)))
-        _check(function(gates.buffer_info()[0]))
 
     def saved_size(self, weights: Weights, num_rows: int, dtype: torch.dtype) -> int:
         """Numbers that are kept for the backward pass of so many rows of this dtype."""
@@ -195,39 +139,17 @@ class Kernel:
         half_rows = x_TD.dtype == torch.bfloat16
         job = self._job((*sizes, weights.is_half, half_rows), (routing.routes, x_TD, weight_N, *own, *rest))
         job[-1] = give_back
-        _check(function(job.buffer_info()[0]))
+        check(function(job.buffer_info()[0]))
 
     def _job(self, numbers: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> "array[int]":
         """`Job` of job.h; the fields that no tensor is given for are null."""
         own = (torch.get_num_threads(), self.matrix_unit, self._pool)
-        job = array("q", (*numbers, *own, *map(_at, tensors)))
+        job = array("q", (*numbers, *own, *map(at, tensors)))
         job.extend([0] * (NUM_FIELDS - len(job)))
         return job
 
 
 HALF_PANEL = 32  # of half_block.h
-# everything by one operator: of few tokens the first use of each takes 50 to 100 us, since weights have pushed what is
-# not in use out of the caches; and whatever torch's default device is
-_room = partial(torch.empty, device="cpu")
-NUM_GATES = 16  # fields of `Gates` in gates.h
 NUM_FIELDS = 28  # of `Job` in job.h
 # by what matrix_unit.h says
 NO_MATRIX_UNIT = ("the compiler or the processor knows no AMX", "", "Linux does not let this process use AMX")
-
-
-def _at(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _torch_pool() -> int:
-    """Address of GOMP_parallel in the OpenMP library torch computes with, or 0: a second pool would fight the first."""
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError):
-        return 0
-
-
-def _check(failed: int) -> None:
-    if failed:
-        raise TurnoutError("the kernel found no memory for its workspace")
