@@ -25,6 +25,7 @@ from turnout.tensors import (
     RouterInput,
     RouterOutput,
     Rows,
+    SoftmaxChoice,
     as_token_ids,
 )
 
@@ -94,6 +95,10 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def route(self, tokens: RouterInput) -> RouterOutput:
         """Route the R tokens of one call, none of them padding."""
+
+    def softmax_choice(self) -> SoftmaxChoice | None:
+        """What a kernel needs to route tokens as `route` does now, gradients apart; None: this router does more."""
+        return None
 
     def _check_top_k(self, top_k: int) -> None:
         if not self.any_top_k:
@@ -368,6 +373,16 @@ class FusedBackend(ExpertBackend):
         )
         admission = Admission(keep_N=None, capacity=None, dropped_E={})
         return Ragged(x_MD=self.run_tokens(experts, rows.x_MD, assignment, admission), counts_L=rows.counts_L)
+
+    def run_few(
+        self, experts: nn.Module, x: Tensor, choice: SoftmaxChoice
+    ) -> tuple[Tensor, Callable[[], RouterOutput]] | None:
+        """Router and experts of a few tokens in one call, without gradients; None where there is no such call.
+
+        Shapes: x (..., D) contiguous; returns y in the shape and dtype of x, and what says how they were routed.
+        """
+        del experts, x, choice
+        return None
 
     @abstractmethod
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:

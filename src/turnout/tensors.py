@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, wraps
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
@@ -112,6 +112,18 @@ class RouterOutput:
     losses: tuple[LossTerm, ...] = ()  # terms only this router can form
     smooth_load_E: Float[Tensor, "E"] | None = None  # expected load as a function with a gradient (noisy routers)
     tally: Float[Tensor, "..."] | None = None  # sums over the tokens that after_step wants of the whole step
+
+
+class SoftmaxChoice(NamedTuple):
+    """All that a router does: the k best of softmax(x W^T + b), and as weights their shares of it.
+
+    Where those are to be renormalised they sum to 1.
+    """
+
+    weight_ED: Float[Tensor, "E D"]
+    bias_E: Float[Tensor, "E"] | None
+    k: int
+    renormalize: bool
 
 
 @dataclass(frozen=True, kw_only=True)

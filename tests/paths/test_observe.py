@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from turnout.data.prepare import Dataset
 from turnout.data.sampler import Batch
 from turnout.errors import ConfigError, ShapeError
-from turnout.layers import moe
+from turnout.layers import stats as layer_stats
 from turnout.models import Decoder
 from turnout.observe.balance import balance
 from turnout.observe.metrics import read_metrics
@@ -322,7 +322,7 @@ def test_recording_costs_under_one_percent_of_a_step_of_tiny_and_its_statistics_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # CPU time of this thread, by shares of one and the same step: whatever else the machine does weighs on both alike
-    recipe, collect, spent = load_recipe("tiny"), moe.collect_stats, []
+    recipe, collect, spent = load_recipe("tiny"), layer_stats.collect_stats, []
 
     def timed(*args: Any) -> MoEStats:
         started = time.thread_time()
@@ -330,7 +330,7 @@ def test_recording_costs_under_one_percent_of_a_step_of_tiny_and_its_statistics_
         spent.append(time.thread_time() - started)
         return stats
 
-    monkeypatch.setattr(moe, "collect_stats", timed)
+    monkeypatch.setattr(layer_stats, "collect_stats", timed)
     model = Decoder(recipe.model)
     layers = model.moe_blocks()
     tokens_BS = torch.randint(recipe.model.vocab_size, (recipe.loop.batch_size, recipe.loop.seq_len))

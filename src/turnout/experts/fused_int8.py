@@ -1,6 +1,7 @@
 """Experts of 8 bits in one compiled pass on the CPU, for inference."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from turnout.kernels.build import Library, compiled, has_vnni
 from turnout.kernels.int8_proof import prove_int8
 from turnout.kernels.matrix_unit import by_matrix_unit
 from turnout.kernels.proof import once
-from turnout.tensors import Admission, Assignment
+from turnout.tensors import Admission, Assignment, RouterOutput, SoftmaxChoice
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -31,6 +32,14 @@ class FusedInt8(FusedBackend):
             )
         reason = _reason(experts, dtype, device)
         return Refusal(reason=f"{reason}; use backend='loop'") if reason else None
+
+    def run_few(
+        self, experts: nn.Module, x: Tensor, choice: SoftmaxChoice
+    ) -> tuple[Tensor, Callable[[], RouterOutput]] | None:
+        assert isinstance(experts, QuantizedFFNExperts)
+        kernel = trusted_int8()
+        assert isinstance(kernel, Kernel)
+        return kernel.few(x, choice, int8_weights(experts), digits=experts.digits)
 
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         """Raises: ConfigError if a gradient is to come back through the experts."""

@@ -30,6 +30,20 @@ class Weights:
     def is_half(self) -> bool:
         return self.up_EDG.dtype == torch.bfloat16
 
+    @property
+    def hidden(self) -> int:
+        return self.down_EFD.shape[1]
+
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """What the two products multiply with."""
+        return self.up_EDG, self.down_EFD
+
+    @property
+    def scales(self) -> tuple[Tensor | None, ...]:
+        """There are none."""
+        return (None,) * 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Weights:
@@ -45,6 +59,18 @@ class Int8Weights:
     down_bias_ED: Tensor | None
     hidden: int
     kind: str
+
+    is_half = False
+
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """What the two products multiply with."""
+        return self.up_codes, self.down_codes
+
+    @property
+    def scales(self) -> tuple[Tensor, ...]:
+        """In the order of Int8Job."""
+        return self.up_scales, self.down_scales, self.up_bases, self.down_bases
 
     @property
     def matrices(self) -> tuple[Tensor, ...]:

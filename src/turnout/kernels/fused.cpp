@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "code_panels.h"
 #include "decode.h"
+#include "few.h"
 #include "forward.h"
 #include "gates.h"
 #include "half_backward.h"
@@ -63,6 +64,13 @@ void int8_forward(const turnout::Int8Job& own, int64_t digits) {
   digits == 1 ? turnout::Int8Forward<1>(own).run() : turnout::Int8Forward<2>(own).run();
 }
 
+void experts_of(const turnout::Int8Job& own, int64_t digits) {
+  if (digits)
+    int8_forward(own, digits);
+  else
+    own.job.half_weights ? forward<bfloat>(own.job) : forward<float>(own.job);
+}
+
 // 0, or 1 when there is no memory: exceptions must not reach the caller
 template <class Pass>
 int guarded(Pass pass) {
@@ -119,6 +127,12 @@ int turnout_choose(const turnout::Gates* gates) {
 
 int turnout_choose_backward(const turnout::Gates* gates) {
   return guarded([&] { turnout::logits_gradient(*gates); });
+}
+
+int turnout_few(const turnout::Few* few) {
+  return guarded([&] {
+    turnout::few_tokens(*few, [few](const turnout::Int8Job& own) { experts_of(own, few->digits); });
+  });
 }
 
 int turnout_ask_matrix_unit() { return turnout::ask_matrix_unit(); }

@@ -10,7 +10,7 @@ struct Gates {
   int64_t rows, experts, k, renormalize, threads;
   Parallel parallel;
   const float* logits;    // (R, E); from here on of the forward pass
-  const int64_t* token;   // (R)
+  const int64_t* token;   // (R), or null: row r is token r
   float* scores;          // (R, E), softmax of the logits; read backward
   float* weight;          // (R, K), of the chosen scores, or softmax of the chosen logits; read backward
   int64_t* expert;        // (R, K), best first; read backward
@@ -56,7 +56,7 @@ inline void choose_rows(const Gates& g) {
       softmax(logits, g.experts, logits[expert[0]], scores);
       for (long choice = 0; choice < g.k; choice++) {
         weight[choice] = (g.renormalize ? logits : scores)[expert[choice]];
-        g.token_of[r * g.k + choice] = g.token[r];
+        g.token_of[r * g.k + choice] = g.token ? g.token[r] : r;
         g.choice[r * g.k + choice] = choice;
       }
       if (g.renormalize) softmax(weight, g.k, weight[0], weight);

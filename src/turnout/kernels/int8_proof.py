@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from turnout import reference
-from turnout.kernels.arguments import KINDS, Int8Weights
+from turnout.kernels.arguments import KINDS, Int8Weights, Routing
+from turnout.kernels.few_proof import few_error
 from turnout.kernels.int8_codes import GROUP, decode_ffn, encode_ffn
 from turnout.kernels.kernel import Kernel
 from turnout.tensors import Assignment
 
 # rounding of float sums; of activations to 14 bits and a sign; and, by the matrix unit, to bfloat16
-EXACT, NEAR, NEAR_HALF = 1e-6, 1e-3, 2**-8
+EXACT, NEAR, NEAR_HALF, NEAR_LOGITS = 1e-6, 1e-3, 2**-8, 1e-5
 # few rows and many; whole groups and panels, parts of them, nearly nothing: tokens, dim, hidden, experts, choices
 MOST_FEW = 16  # of int8_forward.h
 SIZES = ((90, 131, 200, 4, 2), (70, 64, 96, 2, 1), (5, 70, 33, 3, 2), (1, 5, 3, 2, 1))
@@ -25,8 +26,9 @@ def prove_int8(kernel: Kernel) -> str:
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         exact = [whole_number_error(kernel, sizes, digits) for sizes, digits in product(SIZES, (1, 2))]
         near = [_error(kernel, kind, sizes, bias=bias) for kind, sizes, bias in product(KINDS, SIZES, (False, True))]
+        few = [_few_error(kernel, digits) for digits in (1, 2)]
     # torch's max keeps NaN, Python's would drop it; not <: NaN is no proof
-    for errors, tolerance in ((exact, EXACT), (near, NEAR_HALF if kernel.matrix_unit else NEAR)):
+    for errors, tolerance in ((few, NEAR_LOGITS), (exact, EXACT), (near, NEAR_HALF if kernel.matrix_unit else NEAR)):
         worst = float(torch.tensor(errors).max())
         if not worst < tolerance:
             return f"the compiled kernel's 8-bit pass is off its oracle by {worst:.1e} on this machine"
@@ -106,6 +108,22 @@ def _error(kernel: Kernel, kind: str, sizes: tuple[int, ...], *, bias: bool) -> 
         for e, (up, down) in enumerate(zip(*matrices, strict=True))
     ]
     return _relative(got_TD, reference.moe(x_TD.double(), gate_TE, experts))
+
+
+def _few_error(kernel: Kernel, digits: int) -> float:
+    """Of the call for few tokens."""
+    generator, hidden = torch.Generator().manual_seed(0), 24
+
+    def draw(num_experts: int, dim: int) -> Int8Weights:
+        sizes = ((num_experts, dim, 2 * hidden), (num_experts, hidden, dim))
+        own = encode_ffn(*(torch.randn(size, generator=generator) for size in sizes))
+        bias_ED = torch.randn(num_experts, dim, generator=generator)
+        return Int8Weights(**own._asdict(), up_bias_EG=None, down_bias_ED=bias_ED, hidden=hidden, kind="swiglu")
+
+    def computed(x_TD: Tensor, weight_N: Tensor, weights: Int8Weights, routing: Routing) -> Tensor:
+        return kernel.infer_int8(x_TD, weight_N, weights, routing, digits=digits)
+
+    return few_error(kernel, draw, computed, digits=digits)
 
 
 def _per_group(weight_EIO: Tensor, offset: int, value: float) -> None:

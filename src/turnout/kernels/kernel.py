@@ -3,6 +3,7 @@
 import ctypes
 from array import array
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from turnout.errors import ShapeError
 from turnout.kernels.arguments import KINDS, Gradients, Int8Weights, Routing, Weights, at, check, room
 from turnout.kernels.gate_kernel import GateKernel
-from turnout.tensors import Assignment
+from turnout.tensors import Assignment, RouterOutput, SoftmaxChoice
 
 
 class Kernel(GateKernel):
@@ -27,6 +28,8 @@ class Kernel(GateKernel):
         self._int8 = library.turnout_int8
         self._int8.argtypes, self._int8.restype = [pointer, number], ctypes.c_int
         self.poison = library.turnout_poison
+        self._few = library.turnout_few
+        self._few.argtypes, self._few.restype = [pointer], ctypes.c_int
         self._library, self.matrix_unit = library, matrix_unit
         self._tile_columns = library.turnout_tile_columns()
 
@@ -109,9 +112,43 @@ class Kernel(GateKernel):
         sizes = (routing.num_tokens, x_TD.shape[1], weights.hidden, len(weights.up_codes), routing.num_assignments)
         own = (weights.up_codes, weights.down_codes, weights.up_bias_EG, weights.down_bias_ED)
         job = self._job((*sizes, KINDS[weights.kind], 0, 0), (routing.routes, x_TD, weight_N, *own, None, y_TD))
-        job.extend(map(at, (weights.up_scales, weights.down_scales, weights.up_bases, weights.down_bases)))
+        job.extend(map(at, weights.scales))
         check(self._int8(job.buffer_info()[0], digits))
         return y_TD
+
+    def few(
+        self, x: Tensor, choice: SoftmaxChoice, weights: Weights | Int8Weights, *, digits: int = 0
+    ) -> tuple[Tensor, Callable[[], RouterOutput]]:
+        """Router and experts of a few tokens: y, and how they were routed, put together when it is called.
+
+        Nothing is dropped. `digits` of activations where weights have 8 bits.
+        Shapes: x (..., D) float32 or bfloat16, contiguous, as is everything; y likewise.
+        """
+        num_experts, dim = choice.weight_ED.shape
+        num_tokens, k = x.numel() // dim, choice.k
+        num, size = num_tokens * k, num_tokens * num_experts
+        # as few pieces as can be, and no views of them: see `room`
+        y, found = room(x.shape, dtype=x.dtype), room(3 * num + (num + 2 * size + 1) // 2, dtype=torch.int64)
+        bias_E = None if choice.bias_E is None else choice.bias_E.float()
+        threads, numbers = torch.get_num_threads(), found.data_ptr()
+        weight = numbers + 3 * num * 8
+        scores = weight + num * 4
+        own = (*weights.ends, weights.up_bias_EG, weights.down_bias_ED)
+        sizes = (num_tokens, dim, weights.hidden, num_experts, num, KINDS[weights.kind])
+        fields = array(
+            "q",
+            (
+                *(x.data_ptr(), choice.weight_ED.data_ptr(), at(bias_E)),
+                *(choice.weight_ED.dtype == torch.bfloat16, digits),
+                *(num_tokens, num_experts, k, choice.renormalize, threads, self._pool),
+                *(scores + size * 4, 0, scores, weight, numbers, numbers + num * 8, numbers + num * 16, 0, 0, 0),
+                *(*sizes, weights.is_half, x.dtype == torch.bfloat16, threads, self.matrix_unit, self._pool, 0, 0, 0),
+                *(*map(at, own), 0, y.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0),
+                *map(at, weights.scales),
+            ),
+        )
+        check(self._few(fields.buffer_info()[0]))
+        return y, partial(_routing, found, (num_tokens, num_experts, k))
 
     def saved_size(self, weights: Weights, num_rows: int, dtype: torch.dtype) -> int:
         """Numbers that are kept for the backward pass of so many rows of this dtype."""
@@ -147,6 +184,29 @@ class Kernel(GateKernel):
         job = array("q", (*numbers, *own, *map(at, tensors)))
         job.extend([0] * (NUM_FIELDS - len(job)))
         return job
+
+
+def _routing(found: Tensor, sizes: tuple[int, int, int]) -> RouterOutput:
+    """What `few` wrote, with the names it has elsewhere."""
+    num_tokens, num_experts, k = sizes
+    num, size = num_tokens * k, num_tokens * num_experts
+    expert_N, token_N, choice_N = found[: 3 * num].view(3, -1)
+    weight_N, scores, logits = found[3 * num :].view(torch.float32)[: num + 2 * size].split((num, size, size))
+    assignment = Assignment(
+        token_N=token_N,
+        expert_N=expert_N,
+        weight_N=weight_N,
+        choice_N=choice_N,
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        top_k=k,
+    )
+    return RouterOutput(
+        assignment=assignment,
+        logits_RE=logits.view(num_tokens, num_experts),
+        scores_RE=scores.view(num_tokens, num_experts),
+        token_R=torch.arange(num_tokens, device="cpu"),
+    )
 
 
 HALF_PANEL = 32  # of half_block.h

@@ -43,6 +43,13 @@ inline float value(bfloat x) {
   return wide;
 }
 
+// To the nearest, of two as near the even one; NaN stays.
+inline bfloat rounded(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return {uint16_t((x != x ? bits | 1 << 22 : bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+
 // Past the caches, for what is written whole and not read soon; `p` is a multiple of a vector's size.
 inline void stream(float* p, vec v) {
 #if defined(__AVX512F__)

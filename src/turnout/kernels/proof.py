@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from turnout import reference
-from turnout.kernels.arguments import KINDS, Weights
+from turnout.kernels.arguments import KINDS, Routing, Weights
+from turnout.kernels.few_proof import few_error
 from turnout.kernels.kernel import Kernel
 from turnout.tensors import Assignment
 
@@ -50,6 +51,7 @@ def worst_error(kernel: Kernel) -> float:
             for renormalize in (False, True)
             for wanted in ((1, 0), (0, 1), (1, 1))
         ]
+        errors += [_few_error(kernel, dtype) for dtype in (torch.float32, torch.bfloat16)]
         # torch's max keeps NaN, Python's would drop it
         return float(torch.stack(errors).max())
 
@@ -158,3 +160,19 @@ def _gates_error(kernel: Kernel, num_experts: int, *, renormalize: bool, wanted:
     if not all(map(torch.equal, chosen[2:], whole)):
         return torch.tensor(torch.inf, dtype=torch.float64)
     return largest_error([*chosen[:2], got_RE], [*outputs, want_RE]).detach()
+
+
+def _few_error(kernel: Kernel, dtype: torch.dtype) -> Tensor:
+    """Of the call for few tokens, with matrices of that dtype."""
+    generator, hidden = torch.Generator().manual_seed(0), 24
+
+    def draw(num_experts: int, dim: int) -> Weights:
+        sizes = ((num_experts, dim, 2 * hidden), (num_experts, hidden, dim))
+        up_EDG, down_EFD = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+        up_bias_EG = torch.randn(num_experts, 2 * hidden, generator=generator)
+        return Weights(up_EDG=up_EDG, down_EFD=down_EFD, up_bias_EG=up_bias_EG, down_bias_ED=None, kind="swiglu")
+
+    def computed(x_TD: Tensor, weight_N: Tensor, weights: Weights, routing: Routing) -> Tensor:
+        return kernel.forward(x_TD, weight_N, weights, routing, saved_rows=None)[0]
+
+    return torch.tensor(few_error(kernel, draw, computed), dtype=torch.float64)

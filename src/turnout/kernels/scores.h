@@ -11,31 +11,29 @@
 
 namespace turnout {
 
-constexpr long PART_ROWS = 512;  // of a task
-
-// Of all rows, by threads: each(first, end).
+// Of all rows, by threads: each(first, end), `part` of them at a time.
 template <class Each>
 class InParts {
  public:
-  InParts(long rows, Each each) : rows_(rows), each_(each) {}
+  InParts(long rows, Each each, long part) : rows_(rows), part_(part), each_(each) {}
   void run(int64_t threads, Parallel parallel) {
-    const long parts = (rows_ + PART_ROWS - 1) / PART_ROWS;
+    const long parts = (rows_ + part_ - 1) / part_;
     Schedule schedule;
     for (long part = 0; part < parts; part++) schedule.add({0, int(part)});
     schedule.run(*this, int(std::min<long>(threads, parts)), parallel);
   }
   void operator()(const Task& task, int) {
-    each_(task.index * PART_ROWS, std::min(rows_, (task.index + 1) * PART_ROWS));
+    each_(task.index * part_, std::min(rows_, (task.index + 1) * part_));
   }
 
  private:
-  const long rows_;
+  const long rows_, part_;
   Each each_;
 };
 
 template <class Each>
-void in_parts(long rows, int64_t threads, Parallel parallel, Each each) {
-  InParts<Each>(rows, each).run(threads, parallel);
+void in_parts(long rows, int64_t threads, Parallel parallel, Each each, long part = 512) {
+  InParts<Each>(rows, each, part).run(threads, parallel);
 }
 
 inline float higher(float a, float b) { return a >= b || a != a ? a : b; }

@@ -18,23 +18,15 @@ from turnout.experts import FFNExperts, ModuleExperts, choose_backend
 from turnout.experts.activations import Activation
 from turnout.experts.cut import Cut
 from turnout.layers.expert_pass import pass_experts
+from turnout.layers.few_tokens import Admitted, run_few
 from turnout.layers.latent import Latent
 from turnout.layers.mlp import MLP
-from turnout.layers.stats import collect_stats
+from turnout.layers.stats import Decided, routed
 from turnout.losses import LoadBalance
 from turnout.placement import Site
 from turnout.registry import nearest
 from turnout.routers import TopK
-from turnout.tensors import (
-    Admission,
-    Assignment,
-    LossTerm,
-    MoEOutput,
-    MoEStats,
-    Routed,
-    RouterOutput,
-    as_token_ids,
-)
+from turnout.tensors import Admission, MoEOutput, MoEStats, RouterOutput, as_token_ids
 
 # far beyond any layer, and small enough that no product of sizes is beyond 64 bits
 RANGES = {
@@ -89,7 +81,7 @@ class MoE(nn.Module):
     3. `pass_experts` orders those by expert, and the dispatcher brings their rows to them, here or on other ranks;
     4. the backend computes each expert of this process on its rows;
     5. the dispatcher adds each token's rows, weighted; a token without rows gets exactly zero
-    (on one rank a fused backend does 3 to 5 in one pass).
+    (on one rank a fused backend does 3 to 5 in one pass, and of a few tokens in inference 1 to 5).
 
     With a `latent_dim` steps 3 to 5 work in that width: x is projected down before them and y up after them.
 
@@ -218,6 +210,39 @@ class MoE(nn.Module):
         Raises: ShapeError if they do not fit; ConfigError if the router or the policy cannot take such a change.
         """
         self._check(x, mask, token_ids)
+        few = None
+        if mask is None and top_k is None and capacity_factor is None and self.latent is None:
+            few = run_few(
+                x,
+                router=self.router,
+                experts=self.experts,
+                backend=self.config.backend,
+                capacity=self.config.capacity,
+                dispatcher=self.dispatcher,
+            )
+        if few is None:
+            y_TD, decided = self._run(x, mask, token_ids, generator, top_k, capacity_factor)
+            y = y_TD.to(x.dtype).view_as(x)
+        else:
+            y, route = few
+            decided = Admitted(route, self.config.capacity)
+            if self.shared is not None:
+                y = y + self.shared(x)
+        sequence_length = x.shape[-2] if x.ndim > 2 else max(x.numel() // self.dim, 1)
+        return MoEOutput(
+            y=y, routed=routed(decided, self.losses, sequence_length=sequence_length, step_stats=step_stats)
+        )
+
+    def _run(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        token_ids: Tensor | None,
+        generator: torch.Generator | None,
+        top_k: int | None,
+        capacity_factor: float | None,
+    ) -> tuple[Tensor, Decided]:
+        """y_TD, and how its tokens were routed and admitted."""
         x_TD = x.reshape(-1, self.dim)
         # a user's router need not know of top_k
         asked = {} if top_k is None else {"top_k": self._check_takes_top_k(top_k)}
@@ -240,17 +265,7 @@ class MoE(nn.Module):
         y_TD = y if self.latent is None else self.latent.up(y)
         if self.shared is not None:
             y_TD = _add_shared(y_TD, x_TD, self.shared, None if mask is None else routing.token_R)
-        sequence_length = x.shape[-2] if x.ndim > 2 else max(len(x_TD), 1)
-        terms = partial(
-            _loss_terms, self.losses, routing, admission, sequence_length=sequence_length, step_stats=step_stats
-        )
-        routed = Routed(
-            decide=partial(_as_given, routing.assignment, admission.keep_N),
-            # formed here while gradients are recorded: activation checkpointing records the layer alone
-            form=partial(tuple, terms()) if torch.is_grad_enabled() else terms,
-            collect=partial(collect_stats, routing, admission),
-        )
-        return MoEOutput(y=y_TD.to(x.dtype).view_as(x), routed=routed)
+        return y_TD, partial(_as_given, routing, admission)
 
     def _check_takes_top_k(self, top_k: int) -> int:
         if "top_k" not in inspect.signature(self.router.forward).parameters:
@@ -277,21 +292,8 @@ def _default_router(num_experts: int) -> TopK:
     return TopK() if num_experts > 1 else TopK(k=1, renormalize=False)
 
 
-def _as_given(assignment: Assignment, keep_N: Tensor | None) -> tuple[Assignment, Tensor | None]:
-    return assignment, keep_N
-
-
-def _loss_terms(
-    losses: tuple[Loss, ...],
-    routing: RouterOutput,
-    admission: Admission,
-    *,
-    sequence_length: int,
-    step_stats: MoEStats | None,
-) -> tuple[LossTerm, ...]:
-    """The router's own terms, then those of the settings."""
-    terms = (loss.term(routing, admission, sequence_length=sequence_length, step_stats=step_stats) for loss in losses)
-    return (*routing.losses, *terms)
+def _as_given(routing: RouterOutput, admission: Admission) -> tuple[RouterOutput, Admission]:
+    return routing, admission
 
 
 def _add_shared(y_TD: Tensor, x_TD: Tensor, shared: MLP, token_R: Tensor | None) -> Tensor:

@@ -1,12 +1,47 @@
 """What a layer reports about one call."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from turnout.tensors import Admission, MoEStats, RouterOutput
+from turnout.contracts import Loss
+from turnout.tensors import Admission, Assignment, LossTerm, MoEStats, Routed, RouterOutput
 
 # entropy and margin of all 4,096 tokens took 1.4 % of a training step of `tiny`, of this many 0.4 %
 MEASURED_TOKENS = 1024
+
+# how tokens were routed and admitted; of a few in inference put together when first called
+Decided = Callable[[], tuple[RouterOutput, Admission]]
+
+
+def routed(decided: Decided, losses: tuple[Loss, ...], *, sequence_length: int, step_stats: MoEStats | None) -> Routed:
+    """What follows from a routing, to be asked for: the auxiliary losses at once where gradients are recorded."""
+    terms = partial(_loss_terms, decided, losses, sequence_length, step_stats)
+    return Routed(
+        decide=partial(_sent, decided),
+        # activation checkpointing records the layer alone
+        form=partial(tuple, terms()) if torch.is_grad_enabled() else terms,
+        collect=partial(_stats, decided),
+    )
+
+
+def _sent(decided: Decided) -> tuple[Assignment, Tensor | None]:
+    routing, admission = decided()
+    return routing.assignment, admission.keep_N
+
+
+def _loss_terms(
+    decided: Decided, losses: tuple[Loss, ...], sequence_length: int, step_stats: MoEStats | None
+) -> tuple[LossTerm, ...]:
+    """The router's own terms, then those of the settings."""
+    terms = (loss.term(*decided(), sequence_length=sequence_length, step_stats=step_stats) for loss in losses)
+    return (*decided()[0].losses, *terms)
+
+
+def _stats(decided: Decided) -> MoEStats:
+    return collect_stats(*decided())
 
 
 @torch.no_grad()

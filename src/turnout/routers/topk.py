@@ -20,7 +20,7 @@ from turnout.routers.pieces import (
 )
 from turnout.routers.softmax_topk import softmax_topk
 from turnout.routers.triton_gates import triton_topk
-from turnout.tensors import Assignment, RouterInput, RouterOutput
+from turnout.tensors import Assignment, RouterInput, RouterOutput, SoftmaxChoice
 
 
 @RouterConfig.TABLE.register("topk")
@@ -91,6 +91,14 @@ class TopKRouter(Router):
             token_R=tokens.token_R,
             smooth_load_E=self._smooth_load(clean_RE, logits_RE, assignment) if self.config.gate_noise > 0 else None,
         )
+
+    def softmax_choice(self) -> SoftmaxChoice | None:
+        own = self.config
+        # a subclass may route as it likes
+        if type(self) is not TopKRouter or own.activation != "softmax" or own.scale != 1 or own.gate_noise > 0:
+            return None
+        score = self.score
+        return SoftmaxChoice(score.weight_ED, score.bias_E, own.k, own.renormalize)
 
     def _choose(self, logits_RE: Tensor, tokens: RouterInput) -> tuple[Assignment, Tensor]:
         k = self.config.k if tokens.top_k is None else tokens.top_k

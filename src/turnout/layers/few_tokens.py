@@ -1,0 +1,84 @@
+"""A layer's few tokens in inference: router and experts in one compiled call."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+import torch.nn.modules.module as every
+from torch import Tensor, nn
+
+from turnout.contracts import CapacityPolicy, Dispatcher, FusedBackend, Router
+from turnout.dispatch import Dropless, LocalDispatcher
+from turnout.experts import choose_backend
+from turnout.routers.pieces import MOST_ARGMAX_PASSES
+from turnout.tensors import Admission, RouterOutput
+
+# up to so many rows of an expert are computed as few by every kernel, and no expert has more rows than there are tokens
+MOST_TOKENS = 16
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def run_few(
+    x: Tensor,
+    *,
+    router: nn.Module,
+    experts: nn.Module,
+    backend: str,
+    capacity: CapacityPolicy,
+    dispatcher: Dispatcher,
+) -> tuple[Tensor, Callable[[], RouterOutput]] | None:
+    """y, and what says how the tokens were routed; None where this is not for them: they take the long way then.
+
+    The weights of a few experts are read in a millisecond, and push the code of whatever else there is out of the
+    caches: thirty operators around them took .6 ms.
+    Shapes: x (..., D), without padding; y likewise.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.numel() > MOST_TOKENS * x.shape[-1]:
+        return None
+    if type(capacity) is not Dropless or type(dispatcher) is not LocalDispatcher or not _is_plain(x):
+        return None
+    choice = router.softmax_choice() if isinstance(router, Router) else None
+    if choice is None or choice.k > MOST_ARGMAX_PASSES or _is_watched(router):
+        return None
+    weight_ED = choice.weight_ED
+    if not weight_ED.is_cpu or weight_ED.dtype not in DTYPES or not weight_ED.is_contiguous():
+        return None
+    chosen = choose_backend(experts, backend, dtype=x.dtype, device=x.device)
+    return chosen.run_few(experts, x, choice) if isinstance(chosen, FusedBackend) else None
+
+
+class Admitted:
+    """What such a call returns of its routing, admitted; both put together when first asked for."""
+
+    def __init__(self, route: Callable[[], RouterOutput], capacity: CapacityPolicy) -> None:
+        self._route, self._capacity = route, capacity
+
+    def __call__(self) -> tuple[RouterOutput, Admission]:
+        return self._both
+
+    @cached_property
+    def _both(self) -> tuple[RouterOutput, Admission]:
+        routing = self._route()
+        return routing, self._capacity.admit(routing.assignment)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether its numbers can be read where they lie, and are what is to be computed with."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dtype in DTYPES
+        and x.is_contiguous()
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _is_watched(router: nn.Module) -> bool:
+    """Whether somebody asked to be told what goes through it, or through a part of it."""
+    if every._global_forward_hooks or every._global_forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
+        return True
+    for module in (router, *router._modules.values()):  # pyright: ignore[reportPrivateUsage]
+        if module is not None and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):  # pyright: ignore[reportPrivateUsage]
+            return True
+    return False

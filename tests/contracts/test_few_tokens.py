@@ -1,0 +1,208 @@
+"""A layer of few tokens in one call does what the long way does, and is taken only where nothing is left out by it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.contracts.test_fused_cpu import with_kernel
+from turnout import MoE
+from turnout.dispatch import FixedCapacity
+from turnout.experts import quantize_experts
+from turnout.kernels import Kernel, few_proof, trusted_kernel
+from turnout.kernels.proof import prove
+from turnout.layers import moe
+from turnout.losses import LoadBalance, RouterZ
+from turnout.routers import TopK
+from turnout.routers.topk import TopKRouter
+from turnout.tensors import MoEOutput, MoEStats, RouterInput, RouterOutput
+
+pytestmark = with_kernel
+DIM = 40
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each call for few."""
+    counted: list[int] = []
+    few = Kernel.few
+
+    def noted(self: Kernel, x: Tensor, *args: Any, **named: Any) -> Any:
+        counted.append(x.numel() // x.shape[-1])
+        return few(self, x, *args, **named)
+
+    monkeypatch.setattr(Kernel, "few", noted)
+    return counted
+
+
+def layer_of(router: TopK | nn.Module | None = None, **settings: Any) -> MoE:
+    torch.manual_seed(0)
+    own = TopK(k=3) if router is None else router
+    return MoE(DIM, 24, 9, router=own, losses=(LoadBalance(), RouterZ()), **settings).eval()
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def the_long_way(layer: MoE, x: Tensor, **asked: Any) -> MoEOutput:
+    """Of the same call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe, "run_few", lambda *args, **named: None)
+        out = layer(x, **asked)
+        assert out.losses
+        assert out.stats
+        return out
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    # a bfloat16 may round to the next
+    tolerance = 2**-8 if want.dtype == torch.bfloat16 else 1e-6
+    return got.dtype == want.dtype and torch.allclose(got, want, rtol=tolerance, atol=1e-6)
+
+
+def alike(got: MoEOutput, want: MoEOutput) -> None:
+    assert close(got.y, want.y)
+    assert got.y.shape == want.y.shape
+    for name in ("token_N", "expert_N", "choice_N"):
+        assert torch.equal(getattr(got.assignment, name), getattr(want.assignment, name)), name
+    assert close(got.assignment.weight_N, want.assignment.weight_N)
+    assert got.keep_N is want.keep_N is None
+    for mine, other in zip(got.losses, want.losses, strict=True):
+        assert mine.name == other.name
+        assert torch.allclose(mine.value, other.value, rtol=1e-5)
+    for name in MoEStats.__dataclass_fields__:
+        assert torch.allclose(getattr(got.stats, name), getattr(want.stats, name), rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("precision", ["", "int8", "int8-a8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (1,), (3, 5), (16, 1), (2, 2, 4)])
+@pytest.mark.parametrize("router", [TopK(k=3), TopK(k=1, renormalize=False), TopK(k=2, bias=True)])
+def test_it_is_what_the_long_way_is(
+    calls: list[int], precision: str, dtype: torch.dtype, shape: tuple[int, ...], router: TopK
+) -> None:
+    layer = layer_of(router, bias=router.bias, shared_hidden=8 if router.k == 3 else 0)
+    for name, weight in layer.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(weight)
+    layer = nn.Sequential(layer) if not precision else quantize_experts(nn.Sequential(layer), precision=precision)
+    own, x = layer.to(dtype)[0], drawn(*shape, DIM).to(dtype)
+    with torch.inference_mode():
+        got = own(x)
+    assert calls == [x[..., 0].numel()]
+    alike(got, the_long_way(own, x))
+    assert len(calls) == 1
+
+
+def test_a_width_of_weights_that_is_not_the_tokens_own(calls: list[int]) -> None:
+    layer, x = layer_of(), drawn(4, DIM)
+    layer.experts.bfloat16()
+    with torch.no_grad():
+        alike(layer(x), the_long_way(layer, x))
+    assert calls == [4]
+
+
+def test_a_token_that_is_not_finite_spoils_itself_alone(calls: list[int]) -> None:
+    layer, x = layer_of(), drawn(4, DIM)
+    with torch.no_grad():
+        whole = layer(x).y
+        x[2, 7] = torch.nan
+        spoilt = layer(x).y
+    assert calls == [4, 4]
+    assert spoilt[2].isnan().all()
+    assert torch.equal(spoilt[[0, 1, 3]], whole[[0, 1, 3]])
+
+
+class _Other(TopKRouter):
+    """A user's, who changes one thing."""
+
+    def route(self, tokens: RouterInput) -> RouterOutput:
+        return super().route(RouterInput(**{**vars(tokens), "x_RD": -tokens.x_RD}))
+
+
+def _hooked(part: Callable[[MoE], nn.Module]) -> MoE:
+    layer = layer_of()
+    part(layer).register_forward_hook(lambda module, args, out: out)
+    return layer
+
+
+def _forward_replaced() -> MoE:
+    layer = layer_of()
+    score = layer.router.score
+    score.forward = partial(type(score).forward, score)
+    return layer
+
+
+# what is said of the call, and the layer it is said to
+LONG: dict[str, tuple[Callable[[], MoE], dict[str, Any]]] = {
+    "a mask": (layer_of, {"mask": torch.tensor([True, False, True, True])}),
+    "other choices": (layer_of, {"top_k": 2}),
+    "a factor": (layer_of, {"capacity_factor": 0.0}),
+    "sigmoid": (lambda: layer_of(TopK(k=2, activation="sigmoid")), {}),
+    "a scale": (lambda: layer_of(TopK(k=2, scale=2.0)), {}),
+    "noise": (lambda: layer_of(TopK(k=2, gate_noise=1.0)), {}),
+    "more choices than are picked one by one": (lambda: layer_of(TopK(k=9)), {}),
+    "a user's router": (lambda: layer_of(_Other(DIM, 9, TopK(k=3))), {}),
+    "a capacity": (lambda: layer_of(capacity=FixedCapacity(factor=0.5)), {}),
+    "a latent width": (lambda: layer_of(latent_dim=16), {}),
+    "a backend of rows": (lambda: layer_of(backend="padded_bmm"), {}),
+    "float64": (lambda: layer_of().double(), {}),
+    "a hook on the router": (lambda: _hooked(lambda layer: layer.router), {}),
+    "a hook on its score": (lambda: _hooked(lambda layer: layer.router.score), {}),
+    "another forward": (_forward_replaced, {}),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_whatever_it_does_not_do_goes_the_long_way(calls: list[int], case: str) -> None:
+    make, asked = LONG[case]
+    layer = make()
+    x = drawn(4, DIM).to(next(layer.parameters()).dtype)
+    with torch.no_grad():
+        got = layer(x, **asked)
+    assert not calls
+    assert torch.equal(got.y, the_long_way(layer, x, **asked).y)
+
+
+def test_many_tokens_none_and_those_of_training_go_the_long_way(calls: list[int]) -> None:
+    layer = layer_of()
+    layer(drawn(4, DIM)).y.sum().backward()
+    with torch.no_grad():
+        for x in (drawn(17, DIM), drawn(0, DIM), drawn(DIM, 4).t(), nn.Parameter(drawn(4, DIM))):
+            assert layer(x).y.shape == x.shape
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer(drawn(4, DIM))
+        everywhere = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+        try:
+            layer(drawn(4, DIM))
+        finally:
+            everywhere.remove()
+        assert not calls
+        layer(drawn(4, DIM))
+    assert calls == [4]
+
+
+def test_a_call_that_is_wrong_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, few = trusted_kernel(), Kernel.few
+    assert isinstance(kernel, Kernel)
+
+    def off(change: Callable[[Tensor, RouterOutput], None]) -> str:
+        def wrong(self: Kernel, *args: Any, **named: Any) -> Any:
+            y, route = few(self, *args, **named)
+            routing = route()
+            change(y, routing)
+            return y, lambda: routing
+
+        monkeypatch.setattr(Kernel, "few", wrong)
+        return prove(kernel)
+
+    monkeypatch.setattr(few_proof, "SIZES", few_proof.SIZES[-1:])
+    assert off(lambda y, routing: None) == ""
+    assert "inf" in off(lambda y, routing: y[0, 0].add_(0.5))
+    assert "inf" in off(lambda y, routing: routing.assignment.choice_N[0].add_(1))
+    assert "inf" in off(lambda y, routing: routing.scores_RE[0, 0].add_(1e-3))
