@@ -11,7 +11,7 @@ import torch
 from tests.contracts.cases import Case, draw, draw_case, error, own_selection, simple_case
 from turnout import MoE, MoEStats
 from turnout.dispatch import Dropless, FixedCapacity
-from turnout.layers import moe
+from turnout.layers import stats as layer_stats
 from turnout.layers.stats import collect_stats
 from turnout.routers import Forced, GShardTop2, Quantile
 
@@ -31,7 +31,7 @@ def test_a_call_computes_no_stats_until_they_are_asked_for_and_then_once(monkeyp
         collected.append(parts)
         return collect_stats(*parts)
 
-    monkeypatch.setattr(moe, "collect_stats", counting)
+    monkeypatch.setattr(layer_stats, "collect_stats", counting)
     layer, inputs = draw(simple_case())
     out = layer(inputs.x, mask=inputs.mask, token_ids=inputs.token_ids)
     assert not collected

@@ -117,9 +117,9 @@ def test_turnout_train_needs_nothing_but_the_strategy(four_ranks: Path) -> None:
     assert summary["val_loss"] is not None
     assert "experts over 2 ranks by flat" in said
     learned = Dictionary.from_json((run / "strategies.json").read_text(), "strategies.json")
-    # the first step is no measure
+    # the run was killed and went on from a checkpoint; the first step of either start is no measure
     measured = sum(trial.steps for entry in learned.entries.values() for trial in entry.trials.values())
-    assert 0 < measured < summary["steps"]
+    assert 0 < measured <= 2 * (LAUNCHED_STEPS - 1)
     assert (run / "report.html").is_file()
     model = load_trained(run).model
     moe = model.config.moe

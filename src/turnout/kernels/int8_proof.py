@@ -28,7 +28,11 @@ def prove_int8(kernel: Kernel) -> str:
         near = [_error(kernel, kind, sizes, bias=bias) for kind, sizes, bias in product(KINDS, SIZES, (False, True))]
         few = [_few_error(kernel, digits) for digits in (1, 2)]
     # torch's max keeps NaN, Python's would drop it; not <: NaN is no proof
-    for errors, tolerance in ((few, NEAR_LOGITS), (exact, EXACT), (near, NEAR_HALF if kernel.matrix_unit else NEAR)):
+    for errors, tolerance in (
+        (exact, EXACT),
+        (near, NEAR_HALF if kernel.matrix_unit else NEAR),
+        (few, NEAR_LOGITS),
+    ):
         worst = float(torch.tensor(errors).max())
         if not worst < tolerance:
             return f"the compiled kernel's 8-bit pass is off its oracle by {worst:.1e} on this machine"
