@@ -200,17 +200,23 @@ class Routed:
     """
 
     decide: Callable[[], tuple[Assignment, Tensor | None]]
+    formed: tuple[LossTerm, ...] | None  # by the layer itself, where gradients are recorded or ranks compute
     form: Callable[[], tuple[LossTerm, ...]]
     collect: Callable[[], MoEStats]
 
-    @cached_property
+    @property
     def decided(self) -> tuple[Assignment, Tensor | None]:
         """Who was to go where, for a recording or a picture; and which of these were sent, None: every one."""
         return self.decide()
 
-    @cached_property
+    # a cached property has a lock before Python 3.12, which torch.compile cannot take: in training there is none
+    @property
     def losses(self) -> tuple[LossTerm, ...]:
-        """Auxiliary losses; where gradients are recorded the layer has formed them already."""
+        """Auxiliary losses."""
+        return self._formed_later if self.formed is None else self.formed
+
+    @cached_property
+    def _formed_later(self) -> tuple[LossTerm, ...]:
         return self.form()
 
     @cached_property

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from tests.contracts.test_fused_cpu import with_kernel
 from turnout import MoE
 from turnout.dispatch import FixedCapacity
+from turnout.errors import ShapeError
 from turnout.experts import quantize_experts
+from turnout.experts.fused_int8 import trusted_int8
+from turnout.experts.fused_op import float_by_matrix_unit
 from turnout.kernels import Kernel, few_proof, trusted_kernel
 from turnout.kernels.proof import prove
 from turnout.layers import moe
 from turnout.losses import LoadBalance, RouterZ
 from turnout.routers import TopK
+from turnout.routers.pieces import LinearScore
 from turnout.routers.topk import TopKRouter
 from turnout.tensors import MoEOutput, MoEStats, RouterInput, RouterOutput
 
@@ -26,7 +30,9 @@ DIM = 40
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each call for few."""
+    """Tokens of each call for few, those of the proofs apart."""
+    trusted_int8()
+    float_by_matrix_unit()
     counted: list[int] = []
     few = Kernel.few
 
@@ -138,6 +144,31 @@ def _forward_replaced() -> MoE:
     return layer
 
 
+class _Turned(LinearScore):
+    """A user's."""
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return -super().forward(x_RD)
+
+
+def _with_score(score: nn.Module) -> MoE:
+    layer = layer_of()
+    layer.router.score = score
+    return layer
+
+
+def _strided_bias() -> MoE:
+    layer = layer_of(TopK(k=2, bias=True))
+    layer.router.score.bias_E = nn.Parameter(drawn(9, 2)[:, 0])
+    return layer
+
+
+def _route_replaced() -> MoE:
+    layer = layer_of()
+    layer.router.route = partial(_Other.route, _Other(DIM, 9, TopK(k=3)))
+    return layer
+
+
 # what is said of the call, and the layer it is said to
 LONG: dict[str, tuple[Callable[[], MoE], dict[str, Any]]] = {
     "a mask": (layer_of, {"mask": torch.tensor([True, False, True, True])}),
@@ -155,6 +186,11 @@ LONG: dict[str, tuple[Callable[[], MoE], dict[str, Any]]] = {
     "a hook on the router": (lambda: _hooked(lambda layer: layer.router), {}),
     "a hook on its score": (lambda: _hooked(lambda layer: layer.router.score), {}),
     "another forward": (_forward_replaced, {}),
+    "another route": (_route_replaced, {}),
+    "a score of another kind": (lambda: _with_score(_Turned(DIM, 9, bias=False, init_std=1.0)), {}),
+    "a score that is no score": (lambda: _with_score(nn.Linear(DIM, 9)), {}),
+    "a bias that is a column": (_strided_bias, {}),
+    "ids of 32 bits": (layer_of, {"token_ids": torch.arange(4, dtype=torch.int32)}),
 }
 
 
@@ -173,7 +209,7 @@ def test_many_tokens_none_and_those_of_training_go_the_long_way(calls: list[int]
     layer = layer_of()
     layer(drawn(4, DIM)).y.sum().backward()
     with torch.no_grad():
-        for x in (drawn(17, DIM), drawn(0, DIM), drawn(DIM, 4).t(), nn.Parameter(drawn(4, DIM))):
+        for x in (drawn(17, DIM), drawn(0, DIM), drawn(DIM, 4).t(), drawn(4, DIM)._neg_view()):
             assert layer(x).y.shape == x.shape
         with torch.autocast("cpu", dtype=torch.bfloat16):
             layer(drawn(4, DIM))
@@ -185,6 +221,40 @@ def test_many_tokens_none_and_those_of_training_go_the_long_way(calls: list[int]
         assert not calls
         layer(drawn(4, DIM))
     assert calls == [4]
+
+
+def test_what_the_long_way_refuses_is_refused(calls: list[int]) -> None:
+    narrow = layer_of()
+    narrow.router = TopK(k=2).build(20, 9)
+    with torch.no_grad():
+        with pytest.raises(ShapeError, match="router got width 40"):
+            narrow(drawn(4, DIM))
+        with pytest.raises(ShapeError, match="ids are whole numbers"):
+            layer_of()(drawn(4, DIM), token_ids=torch.zeros(4))
+    assert not calls
+
+
+def test_a_shared_expert_sees_rows_and_its_dtype_does_not_come_out() -> None:
+    layer, seen = layer_of(shared_hidden=8).bfloat16(), []
+
+    def widened(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        seen.append(args[0].shape)
+        return out.float()
+
+    layer.shared.register_forward_hook(widened)
+    x = drawn(2, 3, DIM).bfloat16()
+    with torch.no_grad():
+        alike(layer(x), the_long_way(layer, x))
+    assert seen == [(6, DIM)] * 2
+
+
+def test_ranks_form_losses_at_once_for_some_are_sums_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with torch.no_grad():
+        assert layer_of()(drawn(4, DIM)).routed.formed is not None
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert layer_of()(drawn(4, DIM)).routed.formed is None
 
 
 def test_a_call_that_is_wrong_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from turnout import MoE
 from turnout.contracts import ExpertBackend
 from turnout.dispatch import LocalDispatcher
 from turnout.errors import ConfigError, ShapeError
-from turnout.experts import FFNExperts, available_backends
-from turnout.experts.fused_op import half_by_matrix_unit
+from turnout.experts import FFNExperts, available_backends, fused_op
+from turnout.experts.fused_op import float_by_matrix_unit, half_by_matrix_unit
 from turnout.kernels import KINDS, Kernel, build, proof, trusted_kernel
 from turnout.kernels.build import compiled
 from turnout.kernels.proof import once, prove, worst_error
@@ -35,6 +35,16 @@ def poisoned_workspace() -> None:
     kernel = trusted_kernel()
     if isinstance(kernel, Kernel):
         kernel.poison()
+
+
+@pytest.fixture(params=["vectors", "matrix unit"])
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """Both that may multiply float32 here, the layers' own among them."""
+    found = float_by_matrix_unit() if request.param == "matrix unit" else trusted_kernel()
+    if isinstance(found, str):
+        pytest.skip(found)
+    monkeypatch.setattr(fused_op, "float_by_matrix_unit", lambda: found)
+    return found
 
 
 def assignment_of(expert_N: Tensor, token_N: Tensor, *, num_tokens: int, num_experts: int) -> Assignment:
@@ -136,13 +146,12 @@ def wrapped(path: Path, commands: str) -> str:
 
 
 @with_kernel
-def test_the_kernel_equals_the_oracle() -> None:
-    kernel = trusted_kernel()
-    assert isinstance(kernel, Kernel)
-    assert worst_error(kernel) < 1e-5
+def test_the_kernel_equals_the_oracle(unit: Kernel) -> None:
+    assert worst_error(unit) < 1e-5
 
 
 @with_kernel
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dim", "hidden"), [(1, 1), (31, 33), (64, 257), (300, 70), (512, 256), (257, 544)])
 def test_any_width_works_with_and_without_bias(dim: int, hidden: int, kind: str) -> None:
@@ -152,6 +161,7 @@ def test_any_width_works_with_and_without_bias(dim: int, hidden: int, kind: str)
 
 
 @with_kernel
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 13, 14, 15, 28, 29, 257])
 @pytest.mark.parametrize("k", [1, 3])
 def test_any_number_of_tokens_works(num_tokens: int, k: int) -> None:
@@ -159,6 +169,7 @@ def test_any_number_of_tokens_works(num_tokens: int, k: int) -> None:
 
 
 @with_kernel
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_one_expert_taking_all_is_the_work_of_several_threads(num_threads: int) -> None:
     experts = drawn_experts(40, 48, 3, bias=True)
@@ -166,6 +177,53 @@ def test_one_expert_taking_all_is_the_work_of_several_threads(num_threads: int) 
 
 
 @with_kernel
+@pytest.mark.parametrize("kind", KINDS)
+def test_by_the_matrix_unit_it_is_no_less_exact_than_by_vectors(kind: str) -> None:
+    vectors, unit = trusted_kernel(), float_by_matrix_unit()
+    if isinstance(unit, str):
+        pytest.skip(unit)
+    assert isinstance(vectors, Kernel)
+    # many blocks, chunks and strips
+    for sizes in ((300, 512, 1100, 3, 2), (2000, 96, 300, 3, 1)):
+        leaves, expert_TK, y_grad_TD = proof.drawn(kind, sizes, bias=False)
+        want_TD, *grads = proof.by_oracle(kind, leaves, expert_TK, y_grad_TD)
+        errors = [
+            (got.double() - want).square().mean().sqrt() / want.square().mean().sqrt()
+            for kernel in (vectors, unit)
+            for got, want in zip(
+                proof.by_kernel(kernel, kind, leaves, expert_TK, y_grad_TD), [want_TD, want_TD, *grads], strict=True
+            )
+        ]
+        by_vectors, by_unit = torch.stack(errors).view(2, -1)
+        assert (by_unit < by_vectors).all(), (by_vectors, by_unit)
+
+
+@with_kernel
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("magnitude", [1e-25, 1e25])
+def test_numbers_of_any_size_keep_their_digits(magnitude: float) -> None:
+    experts, assignment, x_TD = drawn_experts(64, 40, 3, kind="relu"), drawn(200, 3, 1), torch.randn(200, 64)
+    small = run("fused_cpu", experts, x_TD, assignment)
+    large = run("fused_cpu", experts, x_TD * magnitude, assignment)
+    for got, want in ((large[0], small[0] * magnitude), (large[1], small[1])):
+        assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@with_kernel
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_spoils_the_rows_it_is_in_and_no_other(spoilt: float) -> None:
+    experts, assignment, x_TD = drawn_experts(64, 40, 3, kind="swiglu"), drawn(200, 3, 1), torch.randn(200, 64)
+    whole_TD = run("fused_cpu", experts, x_TD, assignment)[0]
+    x_TD[7, 5] = spoilt
+    y_TD = run("fused_cpu", experts, x_TD, assignment)[0]
+    others_T = torch.arange(200) != 7
+    assert not y_TD[7].isfinite().all()
+    assert torch.equal(y_TD[others_T], whole_TD[others_T])
+
+
+@with_kernel
+@pytest.mark.usefixtures("unit")
 def test_experts_without_rows_get_gradients_of_exactly_zero() -> None:
     experts = drawn_experts(20, 24, 3, bias=True)
     _, _, _, *grads = run("fused_cpu", experts, torch.randn(50, 20), all_to_one(50, 3))
@@ -175,6 +233,7 @@ def test_experts_without_rows_get_gradients_of_exactly_zero() -> None:
 
 
 @with_kernel
+@pytest.mark.usefixtures("unit")
 def test_dropped_assignments_have_no_row_and_no_gradient() -> None:
     assignment = drawn(90, 6, 2)
     keep_N = torch.rand(180, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -186,6 +245,7 @@ def test_dropped_assignments_have_no_row_and_no_gradient() -> None:
 
 
 @with_kernel
+@pytest.mark.usefixtures("unit")
 def test_rows_of_a_token_in_any_order_and_number_work() -> None:
     generator = torch.Generator().manual_seed(0)
     num = 300
@@ -196,6 +256,7 @@ def test_rows_of_a_token_in_any_order_and_number_work() -> None:
 
 
 @with_kernel
+@pytest.mark.usefixtures("unit")
 @pytest.mark.slow
 def test_rows_that_do_not_fit_the_buffer_at_once_are_added_wave_by_wave() -> None:
     """16,384 tokens with 8 choices of width 80: ten million numbers, where two halves of four million are kept."""
@@ -203,6 +264,7 @@ def test_rows_that_do_not_fit_the_buffer_at_once_are_added_wave_by_wave() -> Non
 
 
 @with_kernel
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("num_tokens", [3, 200])
 def test_ten_runs_on_two_threads_are_equal_bit_for_bit(num_tokens: int) -> None:
     experts, assignment = drawn_experts(96, 80, 8), drawn(num_tokens, 8, 3)
@@ -216,12 +278,12 @@ def test_ten_runs_on_two_threads_are_equal_bit_for_bit(num_tokens: int) -> None:
 @with_kernel
 @pytest.mark.parametrize("num_tokens", [3, 200])
 def test_without_torchs_own_threads_it_starts_some_and_computes_the_same(
-    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+    unit: Kernel, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experts, assignment, x_TD = drawn_experts(96, 80, 8), drawn(num_tokens, 8, 3), torch.randn(num_tokens, 96)
     with threads(3):
         pooled = run("fused_cpu", experts, x_TD, assignment)
-        monkeypatch.setattr(trusted_kernel(), "_pool", 0)
+        monkeypatch.setattr(unit, "_pool", 0)
         assert all(map(torch.equal, pooled, run("fused_cpu", experts, x_TD, assignment)))
 
 
@@ -248,6 +310,7 @@ def test_experts_on_threads_of_their_own_compute_what_the_loop_does(num_experts:
 
 
 @with_kernel
+@pytest.mark.usefixtures("unit")
 def test_only_what_is_wanted_is_computed() -> None:
     experts = drawn_experts(20, 24, 5).requires_grad_(False)
     assignment = drawn(40, 5, 2)
@@ -377,6 +440,7 @@ def test_two_that_compile_at_once_both_get_a_whole_library(tmp_path: Path, monke
 
 
 @with_kernel
+@pytest.mark.usefixtures("unit")
 @pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -178,5 +178,6 @@ def test_a_bfloat16_layer_takes_float32_tokens_with_a_shared_expert_as_without(l
     wide.load_state_dict(layer.state_dict())
     x_TD = torch.randn(9, 8)
     assert layer(x_TD).y.dtype == torch.float32
-    # the weights are the same numbers, and follow the tokens' dtype
-    assert torch.equal(layer(x_TD).y, wide(x_TD).y)
+    # the weights are the same numbers, and follow the tokens' dtype; what multiplies them may be another unit
+    want_TD = wide(x_TD).y
+    assert (layer(x_TD).y - want_TD).abs().max() < 1e-6 * want_TD.abs().max()

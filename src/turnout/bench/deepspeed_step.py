@@ -164,7 +164,8 @@ class _Layer(nn.Module):
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
         term = LossTerm(name="load_balance", value=balance, coefficient=BALANCE.coefficient, scope="micro_batch")
-        return SimpleNamespace(y=y_BSD, losses=(term,), collect=lambda: None, assignment=None, keep_N=None)
+        routed = SimpleNamespace(losses=(term,), stats=None)
+        return SimpleNamespace(y=y_BSD, losses=(term,), routed=routed)
 
 
 class _OutputAlone(nn.Module):

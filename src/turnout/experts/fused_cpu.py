@@ -65,7 +65,8 @@ class _Fused(torch.autograd.Function):
 class FusedCPU(FusedBackend):
     """The kernel of turnout.kernels, in float32; bfloat16 weights are widened as they are read.
 
-    Where AMX multiplies bfloat16, tokens and weights of it stay what they are, forward and backward.
+    Where there is AMX, tokens and weights of bfloat16 stay what they are, forward and backward, and those of float32
+    are multiplied by it in three parts of eight bits, as exactly as by vectors.
     """
 
     def refusal(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Refusal | None:

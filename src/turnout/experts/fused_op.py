@@ -11,6 +11,7 @@ from turnout.kernels import Gradients, Kernel, Routing, Weights, trusted_kernel
 from turnout.kernels.build import Library, compiled
 from turnout.kernels.half_proof import prove_half
 from turnout.kernels.matrix_unit import by_matrix_unit
+from turnout.kernels.proof import prove
 from turnout.tensors import Assignment
 
 
@@ -128,9 +129,23 @@ fused_experts.register_autograd(_backward, setup_context=_remember)
 
 def the_kernel(rows: torch.dtype = torch.float32) -> Kernel:
     """The kernel of a backend that did not refuse, for rows of that dtype."""
-    kernel = half_by_matrix_unit() if rows == torch.bfloat16 else trusted_kernel()
+    if rows == torch.bfloat16:
+        kernel = half_by_matrix_unit()
+    else:
+        unit = float_by_matrix_unit()
+        kernel = unit if isinstance(unit, Kernel) else trusted_kernel()
     assert isinstance(kernel, Kernel)
     return kernel
+
+
+@functools.cache
+def float_by_matrix_unit() -> Kernel | str:
+    """The kernel whose pass in float32, by the processor's matrix unit, is proven; or why there is none."""
+    kernel, library = trusted_kernel(), compiled()
+    if isinstance(kernel, str):
+        return kernel
+    assert isinstance(library, Library)
+    return by_matrix_unit(kernel, prove, library.path.with_suffix(".float-amx-proven"))
 
 
 @functools.cache

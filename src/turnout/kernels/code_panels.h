@@ -67,11 +67,14 @@ struct CodeMatrix {
   }
 };
 
-class CodePanels : public PanelStrip {
+class CodePanels : public PanelStrip<1> {
  public:
   // Columns from `column` on, of which there are `left`, of `first` or of it and what it gates.
   CodePanels(const CodeMatrix& first, const CodeMatrix* second, long column, long depth, long left)
-      : PanelStrip(depth, left, second), first_(first), second_(second ? *second : first), column_(column) {}
+      : PanelStrip<1>(depth, left, second), first_(first), second_(second ? *second : first), column_(column) {}
+
+  // Codes are fetched while they are widened.
+  void tell(Ahead&) const {}
 
   void pack(bfloat* room) const {
     const long all = half_groups(depth_), one = size(depth_);

@@ -17,15 +17,6 @@ using turnout::bfloat;
 
 namespace {
 
-template <class W>
-void forward(const Job& job) {
-  turnout::Decode<W> decode(job);
-  if (decode.fits())
-    decode.run();
-  else
-    turnout::Forward<W>(job).run();
-}
-
 #if defined(TURNOUT_MATRIX_UNIT)
 template <class Weights>
 void half_pass(const Weights& weights) {
@@ -33,10 +24,37 @@ void half_pass(const Weights& weights) {
 }
 #endif
 
+// Floats by the matrix unit, in planes.
+template <class W>
+bool in_planes(const Job& job) {
+#if defined(TURNOUT_MATRIX_UNIT)
+  return job.matrix_unit && sizeof(W) == sizeof(float);
+#endif
+  return false;
+}
+
+template <class W>
+void forward(const Job& job) {
+  turnout::Decode<W> decode(job);
+  if (decode.fits()) return decode.run();
+#if defined(TURNOUT_MATRIX_UNIT)
+  if (in_planes<W>(job)) return half_pass(turnout::HalfWeights<float>(job));
+#endif
+  turnout::Forward<W>(job).run();
+}
+
+template <class W>
+void backward(const Job& job) {
+#if defined(TURNOUT_MATRIX_UNIT)
+  if (in_planes<W>(job)) return turnout::HalfBackward<float>(job).run();
+#endif
+  turnout::Backward<W>(job).run();
+}
+
 // Tokens in bfloat, by the matrix unit; a few of them widened, whose time is that of reading weights.
 void half_forward(const Job& job) {
 #if defined(TURNOUT_MATRIX_UNIT)
-  if (!turnout::Decode<bfloat>(job).fits()) return half_pass(turnout::HalfWeights(job));
+  if (!turnout::Decode<bfloat>(job).fits()) return half_pass(turnout::HalfWeights<bfloat>(job));
   const long size = job.tokens * job.dim;
   std::vector<float> x(size), y(size);
   for (long i = 0; i < size; i++) x[i] = turnout::value(reinterpret_cast<const bfloat*>(job.x)[i]);
@@ -50,7 +68,7 @@ void half_forward(const Job& job) {
 
 void half_backward(const Job& job) {
 #if defined(TURNOUT_MATRIX_UNIT)
-  turnout::HalfBackward(job).run();
+  turnout::HalfBackward<bfloat>(job).run();
 #endif
 }
 
@@ -105,10 +123,8 @@ int turnout_backward(const Job* job) {
   return guarded([&] {
     if (job->half_rows)
       half_backward(*job);
-    else if (job->half_weights)
-      turnout::Backward<bfloat>(*job).run();
     else
-      turnout::Backward<float>(*job).run();
+      job->half_weights ? backward<bfloat>(*job) : backward<float>(*job);
   });
 }
 

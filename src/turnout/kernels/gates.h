@@ -5,7 +5,7 @@
 
 namespace turnout {
 
-// The order of the fields is that of `gates` in kernel.py.
+// The order of the fields is that of `_gates` in gate_kernel.py.
 struct Gates {
   int64_t rows, experts, k, renormalize, threads;
   Parallel parallel;

@@ -1,5 +1,8 @@
-// Activations between products of bfloat: no more exact than their rounding needs, in a third of the instructions.
+// Activations between products on the matrix unit. Of bfloat they are no more exact than their rounding needs, in a third
+// of the instructions.
 #pragma once
+
+#include <type_traits>
 
 #include "activation.h"
 #include "half_tile.h"
@@ -65,18 +68,24 @@ struct HalfFormula<SWIGLU_CLAMPED> {
   }
 };
 
+// What a plane, or all of them, hold.
+template <int P>
+using Held = std::conditional_t<P == 1, bfloat, float>;
+template <int P, int KIND>
+using PlaneFormula = std::conditional_t<P == 1, HalfFormula<KIND>, Formula<KIND>>;
+
 // A tile of columns of h, or two where there is no gate, from what the first product gave; rows lie HALF_GROUP apart.
 typedef void (*HalfActivation)(const HalfSums& before, int rows, bfloat* h);
 
-template <int KIND>
+template <int P, int KIND>
 void half_activation(const HalfSums& before, int rows, bfloat* h) {
-  typedef HalfFormula<KIND> formula;
+  typedef PlaneFormula<P, KIND> formula;
   for (int i = 0; i < rows; i++, h += HALF_GROUP) {
     const vec first = load(before.sum[0][i]), second = load(before.sum[1][i]);
     if (Formula<KIND>::parts == 2)
-      store_half(h, formula::value(first, second));
+      put_half<P>(h, formula::value(first, second));
     else
-      store_halves(h, formula::value(first, first), formula::value(second, second));
+      put_halves<P>(h, formula::value(first, first), formula::value(second, second));
   }
 }
 
@@ -91,47 +100,54 @@ inline void stay_clamped(vec& gate, vec& up) {
   up = (up < -7.0f) & (up > -above) ? -above : up;
 }
 
+// What kernel.py makes room for by vectors' panels holds these, too.
+static_assert(TILE_COLUMNS == HALF_PANEL, "a panel of either has as many columns");
+
 // Saved by expert, [panel][row][tile][UNIT_ROWS], whatever blocks its rows are computed in. Row `row` of all rows.
-inline bfloat* half_saved(bfloat* saved, const Routes& routes, int expert, long panels, long panel, int row) {
+template <class T>
+T* half_saved(T* saved, const Routes& routes, int expert, long panels, long panel, int row) {
   const long first = routes.start[expert], rows = routes.start[expert + 1] - first;
   return saved + (first * panels + panel * rows + (row - first)) * HALF_PANEL;
 }
 
 // Two tiles of columns of dh, of which the second may have nothing saved: then it is past the last column. Writes
 // weight * h and the gradients before the activation; dot += dh * h. Rows of h and of gradients lie HALF_GROUP apart.
-typedef void (*HalfSlopes)(const HalfSums& dh, const bfloat* saved, const bfloat* second_saved, const float* weight,
-                           int rows, bfloat* h, bfloat* d_before, bfloat* d_second, float* dot);
+template <int P>
+using HalfSlopes = void (*)(const HalfSums& dh, const Held<P>* saved, const Held<P>* second_saved, const float* weight,
+                            int rows, bfloat* h, bfloat* d_before, bfloat* d_second, float* dot);
 
-template <int KIND>
-void half_slopes(const HalfSums& dh, const bfloat* saved, const bfloat* second_saved, const float* weight, int rows,
+template <int P, int KIND>
+void half_slopes(const HalfSums& dh, const Held<P>* saved, const Held<P>* second_saved, const float* weight, int rows,
                  bfloat* h, bfloat* d_before, bfloat* d_second, float* dot) {
   constexpr bool gated = Formula<KIND>::parts == 2;
   for (int i = 0; i < rows; i++) {
     vec product = load(dot + i * LANES), value[2] = {}, d_x[2] = {}, d_up[2] = {};
     for (int tile = 0; tile < 2; tile++) {
-      const bfloat* const from = tile ? second_saved : saved;
+      const Held<P>* const from = tile ? second_saved : saved;
       if (!from) continue;
       const vec x = load(from + i * HALF_PANEL), up = gated ? load(from + i * HALF_PANEL + UNIT_ROWS) : x;
       const vec own = load(dh.sum[tile][i]);
-      value[tile] = HalfFormula<KIND>::slopes(x, up, own * weight[i], d_x[tile], d_up[tile]);
+      value[tile] = PlaneFormula<P, KIND>::slopes(x, up, own * weight[i], d_x[tile], d_up[tile]);
       product += own * value[tile];
     }
     store(dot + i * LANES, product);
-    store_halves(h + i * HALF_GROUP, value[0] * weight[i], value[1] * weight[i]);
-    store_halves(d_before + i * HALF_GROUP, d_x[0], d_x[1]);
-    if (gated) store_halves(d_second + i * HALF_GROUP, d_up[0], d_up[1]);
+    put_halves<P>(h + i * HALF_GROUP, value[0] * weight[i], value[1] * weight[i]);
+    put_halves<P>(d_before + i * HALF_GROUP, d_x[0], d_x[1]);
+    if (gated) put_halves<P>(d_second + i * HALF_GROUP, d_up[0], d_up[1]);
   }
 }
 
-inline HalfSlopes half_slopes(int kind) {
-  static const HalfSlopes table[] = {half_slopes<RELU>, half_slopes<GELU>, half_slopes<SWIGLU>,
-                                     half_slopes<SWIGLU_CLAMPED>};
+template <int P>
+HalfSlopes<P> half_slopes(int kind) {
+  static const HalfSlopes<P> table[] = {half_slopes<P, RELU>, half_slopes<P, GELU>, half_slopes<P, SWIGLU>,
+                                        half_slopes<P, SWIGLU_CLAMPED>};
   return table[kind];
 }
 
-inline HalfActivation half_activation(int kind) {
-  static const HalfActivation table[] = {half_activation<RELU>, half_activation<GELU>, half_activation<SWIGLU>,
-                                         half_activation<SWIGLU_CLAMPED>};
+template <int P>
+HalfActivation half_activation(int kind) {
+  static const HalfActivation table[] = {half_activation<P, RELU>, half_activation<P, GELU>, half_activation<P, SWIGLU>,
+                                         half_activation<P, SWIGLU_CLAMPED>};
   return table[kind];
 }
 

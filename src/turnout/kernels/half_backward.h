@@ -1,4 +1,5 @@
-// The backward pass on the matrix unit: what backward.h does, with rows, weights and their gradients in bfloat.
+// The backward pass on the matrix unit: what backward.h does, with rows, weights and their gradients of T: of bfloat, or
+// of float in planes of it.
 //
 // Products over the rows of a block, for the gradients of weights, take one factor's columns as rows (half_turns.h) and
 // the other's rows in pairs; products with a weight's transpose exchange words of two of its columns.
@@ -14,33 +15,39 @@ namespace turnout {
 
 #if defined(TURNOUT_MATRIX_UNIT)
 
+template <class T>
 class HalfBackward {
+  static constexpr int P = sizeof(T) == sizeof(bfloat) ? 1 : PLANES;
+  typedef HalfBlock<P> Rows;
+
  public:
   explicit HalfBackward(const Job& job)
       : job_(job),
         routes_(job.routes, job.tokens, job.experts, job.assignments),
         parts_(activation(job.kind).parts),
-        slopes_(half_slopes(job.kind)),
+        slopes_(half_slopes<P>(job.kind)),
         before_(parts_ * job.hidden),
         units_(parts_of_experts(routes_, job)),
         gradients_(job, routes_, units_, before_),
-        sums_(job, routes_, nullptr, units_, reinterpret_cast<bfloat*>(job.d_x)) {}
+        sums_(job, routes_, P == 1 ? nullptr : job.d_x, units_, P == 1 ? reinterpret_cast<bfloat*>(job.d_x) : nullptr) {}
 
   void run() {
     long rows = 0;
     for (int e = 0; e < job_.experts; e++)
       if (blocks(e).parts) rows = std::max<long>(rows, blocks(e).size(0));
     const long wide = half_groups(job_.dim) * HALF_GROUP, chunk = std::min(job_.hidden, CHUNK_COLUMNS);
-    const long tiles = (rows + UNIT_BLOCK_ROWS - 1) / UNIT_BLOCK_ROWS, panel = half_groups(rows) * 2 * HALF_TILE;
-    const long deepest = std::max({half_groups(job_.dim), half_groups(rows), parts_ * half_groups(chunk)});
-    const size_t sizes[] = {half_block_floats(rows, job_.dim),
-                            half_block_floats(rows, job_.dim),
-                            half_block_floats(wide, rows),
+    const long tiles = (rows + UNIT_BLOCK_ROWS - 1) / UNIT_BLOCK_ROWS, panel = half_groups(rows) * P * 2 * HALF_TILE;
+    const long depths[] = {job_.dim, rows, parts_ * half_groups(chunk) * HALF_GROUP};
+    panel_ = 0;
+    for (long depth : depths) panel_ = std::max(panel_, half_groups(depth) * P * 2 * HALF_TILE + 5 * HALF_GROUP);
+    const size_t sizes[] = {half_block_floats<P>(rows, job_.dim),
+                            half_block_floats<P>(rows, job_.dim),
+                            half_block_floats<P>(wide, rows),
                             size_t(out_panels() * panel / 2),
-                            half_block_floats(rows, chunk),
-                            half_block_floats(rows, parts_ * half_groups(chunk) * HALF_GROUP),
-                            half_block_floats(half_groups(chunk) * HALF_GROUP, rows),
-                            size_t(deepest * HALF_TILE),
+                            half_block_floats<P>(rows, chunk),
+                            half_block_floats<P>(rows, parts_ * half_groups(chunk) * HALF_GROUP),
+                            half_block_floats<P>(half_groups(chunk) * HALF_GROUP, rows),
+                            size_t(STRIP * panel_ / 2),
                             size_t(out_panels() * tiles * (sizeof(HalfSums) / 4)),
                             size_t(rows * LANES),
                             size_t(rows),
@@ -72,6 +79,7 @@ class HalfBackward {
 
  private:
   static constexpr int64_t CHUNK_COLUMNS = 256;  // of h at a time
+  static constexpr int STRIP = 8;                // panels that are packed at once
 
   struct Scratch {
     bfloat *x, *d_y;
@@ -115,15 +123,15 @@ class HalfBackward {
     if (gradients_.parts(unit.expert) > 1) return;
     if (split.parts > 1) gradients_.round(unit.expert, g);
     const size_t size = saved_panels() * HALF_PANEL;
-    if (job_.give_back) give_back(saved_of(unit.expert, 0, start), unit.rows * size * sizeof(bfloat));
+    if (job_.give_back) give_back(saved_of(unit.expert, 0, start), unit.rows * size * sizeof(T));
   }
 
   void block(const Block& b, const HalfGradients& g, const Scratch& s) const {
     const int32_t* const token = routes_.token + b.first;
-    const HalfBlock x = {s.x, b.rows}, d_y = {s.d_y, b.rows}, x_turned = {s.x_turned, half_groups(job_.dim) * HALF_GROUP};
-    gather_half(d_y, reinterpret_cast<const bfloat*>(job_.d_y), job_.dim, token);
+    const Rows x = x_of(b, s.x), d_y = x_of(b, s.d_y), x_turned = turned_of(b, s.x_turned, job_.dim);
+    gather_half(d_y, reinterpret_cast<const T*>(job_.d_y), job_.dim, token);
     if (job_.d_up) {
-      gather_half(x, reinterpret_cast<const bfloat*>(job_.x), job_.dim, token);
+      gather_half(x, reinterpret_cast<const T*>(job_.x), job_.dim, token);
       turn_block(x_turned, x, half_groups(job_.dim));
     }
     if (job_.d_down)
@@ -132,99 +140,125 @@ class HalfBackward {
     std::memset(s.dot, 0, sizeof(float) * LANES * b.rows);
     for (long f = 0; f < job_.hidden; f += CHUNK_COLUMNS) {
       const long width = std::min(job_.hidden - f, CHUNK_COLUMNS);
-      for (long j = 0; j < width; j += HALF_PANEL) h_panel(b, s, f, j, width);
+      for (long j = 0; j < width; j += STRIP * HALF_PANEL) h_panels(b, s, f, j, width);
       if (job_.d_down) down_chunk(b, g, s, f, width);
       if (job_.d_up || job_.d_up_bias)
         for (int part = 0; part < parts_; part++) up_chunk(b, g, s, f, width, part);
       if (job_.d_x)
-        for (long d = 0; d < job_.dim; d += HALF_PANEL) x_panel(b, s, f, width, d);
+        for (long d = 0; d < job_.dim; d += STRIP * HALF_PANEL) x_panels(b, s, f, width, d);
     }
     finish(b, g, s);
   }
 
-  long rows_panel(const Block& b) const { return half_groups(b.rows) * 2 * HALF_TILE; }
-  HalfBlock before_of(const Block& b, const Scratch& s, long width, int part) const {
-    return {s.d_before + part * half_groups(width) * b.rows * HALF_GROUP, b.rows};
+  long rows_panel(const Block& b) const { return half_groups(b.rows) * P * 2 * HALF_TILE; }
+  Rows x_of(const Block& b, bfloat* values) const { return {values, b.rows, half_groups(job_.dim)}; }
+  Rows h_of(const Block& b, const Scratch& s, long width) const { return {s.h, b.rows, half_groups(width)}; }
+  Rows before_of(const Block& b, const Scratch& s, long width, int part) const {
+    return Rows{s.d_before, b.rows, parts_ * half_groups(width)}.from(part * half_groups(width));
   }
-  bfloat* saved_of(int expert, long panel, int row) const {
-    return half_saved(reinterpret_cast<bfloat*>(job_.saved), routes_, expert, saved_panels(), panel, row);
+  // A row for each of so many columns.
+  static Rows turned_of(const Block& b, bfloat* values, long columns) {
+    return {values, half_groups(columns) * HALF_GROUP, half_groups(b.rows)};
+  }
+  Held<P>* saved_of(int expert, long panel, int row) const {
+    return half_saved(reinterpret_cast<Held<P>*>(job_.saved), routes_, expert, saved_panels(), panel, row);
   }
 
-  // HALF_PANEL columns of h and of the gradients before the activation: d_y down^T, and what the activation makes.
-  void h_panel(const Block& b, const Scratch& s, long f, long j, long width) const {
-    const HalfBlock d_y = {s.d_y, b.rows}, h = {s.h, b.rows};
-    const bfloat* down = static_cast<const bfloat*>(job_.down) + (b.expert * job_.hidden + f + j) * job_.dim;
-    pack_turned(s.panel, down, job_.dim, job_.dim, width - j);
-    const long panel = (f + j) / half_saved_width(gated()), group = j / HALF_GROUP;
-    for (int r = 0; r < b.rows; r += UNIT_BLOCK_ROWS) {
-      const int rows = std::min(UNIT_BLOCK_ROWS, b.rows - r);
-      HalfSums dh;
-      multiply_half(d_y.at(0, r), d_y.group_bytes(), s.panel, half_groups(job_.dim), rows > UNIT_ROWS, false, dh);
-      const bfloat* const saved = saved_of(b.expert, panel, b.first + r);
-      // of the second tile's gates, which may be past the last panel
-      const bfloat* const second = panel + 1 < saved_panels() ? saved_of(b.expert, panel + 1, b.first + r) : nullptr;
-      slopes_(dh, saved, gated() ? second : saved + UNIT_ROWS, s.weight + r, rows, h.at(group, r),
-              before_of(b, s, width, 0).at(group, r), gated() ? before_of(b, s, width, 1).at(group, r) : nullptr,
-              s.dot + r * LANES);
+  // Panels of a strip that begins with `done` of `all` columns behind it.
+  static int panels_of(long done, long all) {
+    return int(std::min<long>(STRIP, (all - done + HALF_PANEL - 1) / HALF_PANEL));
+  }
+
+  // A strip of columns of h and of the gradients before the activation: d_y down^T, and what the activation makes.
+  void h_panels(const Block& b, const Scratch& s, long f, long j, long width) const {
+    const Rows d_y = x_of(b, s.d_y);
+    const T* down = static_cast<const T*>(job_.down) + (b.expert * job_.hidden + f) * job_.dim;
+    const int panels = panels_of(j, width);
+    for (int p = 0; p < panels; p++) {
+      const long column = j + p * HALF_PANEL;
+      pack_turned<P>(s.panel + p * panel_, down + column * job_.dim, job_.dim, job_.dim, width - column);
     }
+    for (int r = 0; r < b.rows; r += UNIT_BLOCK_ROWS)
+      for (int p = 0; p < panels; p++) {
+        HalfSums dh;
+        multiply_half(d_y, r, s.panel + p * panel_, half_groups(job_.dim), false, dh);
+        h_tile(b, s, dh, r, f, j + p * HALF_PANEL, width);
+      }
+  }
+
+  void h_tile(const Block& b, const Scratch& s, const HalfSums& dh, int r, long f, long j, long width) const {
+    const int rows = std::min(UNIT_BLOCK_ROWS, b.rows - r);
+    const long panel = (f + j) / half_saved_width(gated()), group = j / HALF_GROUP;
+    const Held<P>* const saved = saved_of(b.expert, panel, b.first + r);
+    // of the second tile's gates, which may be past the last panel
+    const Held<P>* const second = panel + 1 < saved_panels() ? saved_of(b.expert, panel + 1, b.first + r) : nullptr;
+    slopes_(dh, saved, gated() ? second : saved + UNIT_ROWS, s.weight + r, rows, h_of(b, s, width).at(group, r),
+            before_of(b, s, width, 0).at(group, r), gated() ? before_of(b, s, width, 1).at(group, r) : nullptr,
+            s.dot + r * LANES);
   }
 
   // Rows [f, f + width) of the gradient of down: h^T d_y.
   void down_chunk(const Block& b, const HalfGradients& g, const Scratch& s, long f, long width) const {
-    const HalfBlock h = {s.h, b.rows}, turned = {s.h_turned, half_groups(width) * HALF_GROUP};
+    const Rows h = h_of(b, s, width), turned = turned_of(b, s.h_turned, width);
     turn_block(turned, h, half_groups(width));
-    for (long d = 0; d < job_.dim; d += HALF_PANEL)
-      over_rows(b, turned, width, s.d_y_panels + d / HALF_PANEL * rows_panel(b), job_.dim - d, g.down, g.half_down,
-                f * job_.dim + d, job_.dim);
+    for (long d = 0; d < job_.dim; d += STRIP * HALF_PANEL)
+      over_rows(b, turned, width, s.d_y_panels + d / HALF_PANEL * rows_panel(b), rows_panel(b), job_.dim - d, g.down,
+                g.half_down, f * job_.dim + d, job_.dim);
   }
 
   // Columns [f, f + width) of a part of the gradient of up: x^T d_before; and of its bias's.
   void up_chunk(const Block& b, const HalfGradients& g, const Scratch& s, long f, long width, int part) const {
-    const HalfBlock d_before = before_of(b, s, width, part);
-    const HalfBlock x_turned = {s.x_turned, half_groups(job_.dim) * HALF_GROUP};
-    for (long j = 0; j < width; j += HALF_PANEL) {
-      const long column = part * job_.hidden + f + j, left = width - j;
+    const Rows d_before = before_of(b, s, width, part);
+    const Rows x_turned = turned_of(b, s.x_turned, job_.dim);
+    for (long j = 0; j < width; j += STRIP * HALF_PANEL) {
+      const long column = part * job_.hidden + f + j;
       if (job_.d_up) {
-        pack_rows(s.panel, d_before, j / HALF_GROUP);
-        over_rows(b, x_turned, job_.dim, s.panel, left, g.up, g.half_up, column, before_);
+        for (int p = 0; p < panels_of(j, width); p++)
+          pack_rows(s.panel + p * panel_, d_before, j / HALF_GROUP + p);
+        over_rows(b, x_turned, job_.dim, s.panel, panel_, width - j, g.up, g.half_up, column, before_);
       }
-      if (g.up_bias)
-        for (int r = 0; r < b.rows; r++)
-          for (long c = 0; c < std::min<long>(left, HALF_PANEL); c++)
-            g.up_bias[column + c] += value(d_before.at(j / HALF_GROUP, r)[c]);
     }
+    if (g.up_bias)
+      for (int r = 0; r < b.rows; r++)
+        for (long c = 0; c < width; c++)
+          g.up_bias[part * job_.hidden + f + c] += whole<P>(d_before.at(c / HALF_GROUP, r) + c % HALF_GROUP);
   }
 
-  // A product over the rows of a block, to `size` rows of a gradient and as many columns as a panel has.
-  void over_rows(const Block& b, const HalfBlock& turned, long size, const bfloat* panel, long columns, float* sum,
-                 bfloat* half, long place, long step) const {
-    for (long i = 0; i < size; i += UNIT_BLOCK_ROWS) {
-      const int rows = int(std::min<long>(UNIT_BLOCK_ROWS, size - i));
-      HalfSums sums;
-      multiply_half(turned.at(0, i), turned.group_bytes(), panel, half_groups(b.rows), rows > UNIT_ROWS, false, sums);
-      put_gradient(sums, rows, columns, sum ? sum + place + i * step : nullptr, half ? half + place + i * step : nullptr,
-                   step, b.add);
-    }
+  // A product over the rows of a block, to `size` rows of a gradient and up to a strip of its columns.
+  void over_rows(const Block& b, const Rows& turned, long size, const bfloat* panels, long panel, long columns,
+                 float* sum, bfloat* half, long place, long step) const {
+    for (long i = 0; i < size; i += UNIT_BLOCK_ROWS)
+      for (int p = 0; p < panels_of(0, columns); p++) {
+        const int rows = int(std::min<long>(UNIT_BLOCK_ROWS, size - i));
+        const long at = place + i * step + p * HALF_PANEL;
+        HalfSums sums;
+        multiply_half(turned, i, panels + p * panel, half_groups(b.rows), false, sums);
+        put_gradient(sums, rows, columns - p * HALF_PANEL, sum ? sum + at : nullptr, half ? half + at : nullptr, step,
+                     b.add);
+      }
   }
 
-  // HALF_PANEL columns of d_x, from d on: what a chunk's gradients before the activation add to them.
-  void x_panel(const Block& b, const Scratch& s, long f, long width, long d) const {
-    const bfloat* up = static_cast<const bfloat*>(job_.up) + (b.expert * job_.dim + d) * before_ + f;
+  // A strip of columns of d_x, from d on: what a chunk's gradients before the activation add to them.
+  void x_panels(const Block& b, const Scratch& s, long f, long width, long d) const {
+    const T* up = static_cast<const T*>(job_.up) + (b.expert * job_.dim + d) * before_ + f;
     const long groups = half_groups(width), tiles = (b.rows + UNIT_BLOCK_ROWS - 1) / UNIT_BLOCK_ROWS;
-    for (int part = 0; part < parts_; part++)
-      pack_turned(s.panel + part * groups * 2 * HALF_TILE, up + part * job_.hidden, before_, width, job_.dim - d);
-    const HalfBlock d_before = before_of(b, s, width, 0);
-    for (int t = 0; t < tiles; t++) {
-      const int r = t * UNIT_BLOCK_ROWS;
-      multiply_half(d_before.at(0, r), d_before.group_bytes(), s.panel, parts_ * groups, b.rows - r > UNIT_ROWS, f > 0,
-                    s.d_x[d / HALF_PANEL * tiles + t]);
-    }
+    const int panels = panels_of(d, job_.dim);
+    for (int p = 0; p < panels; p++)
+      for (int part = 0; part < parts_; part++)
+        pack_turned<P>(s.panel + p * panel_ + part * groups * P * 2 * HALF_TILE,
+                       up + p * HALF_PANEL * before_ + part * job_.hidden, before_, width,
+                       job_.dim - d - p * HALF_PANEL);
+    const Rows d_before = before_of(b, s, width, 0);
+    for (int t = 0; t < tiles; t++)
+      for (int p = 0; p < panels; p++)
+        multiply_half(d_before, t * UNIT_BLOCK_ROWS, s.panel + p * panel_, parts_ * groups, f > 0,
+                      s.d_x[(d / HALF_PANEL + p) * tiles + t]);
   }
 
   void finish(const Block& b, const HalfGradients& g, const Scratch& s) const {
     const float* bias = job_.down_bias ? job_.down_bias + b.expert * job_.dim : nullptr;
     for (int r = 0; r < b.rows; r++) {
-      const bfloat* d_y = reinterpret_cast<const bfloat*>(job_.d_y) + routes_.token[b.first + r] * job_.dim;
+      const T* d_y = reinterpret_cast<const T*>(job_.d_y) + routes_.token[b.first + r] * job_.dim;
       float through_bias = 0;
       if (bias)
         for (long d = 0; d < job_.dim; d++) through_bias += value(d_y[d]) * bias[d];
@@ -242,7 +276,7 @@ class HalfBackward {
       const HalfSums& sums = s.d_x[d / HALF_PANEL * tiles + r / UNIT_BLOCK_ROWS];
       const __m512 low = (__m512)load(sums.sum[0][i]), high = (__m512)load(sums.sum[1][i]);
       const __mmask32 mask = first_lanes(job_.dim - d);
-      if (sums_.direct()) {
+      if (P == 1 && sums_.direct()) {
         _mm512_mask_storeu_epi16(sums_.half_place(row) + d, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
       } else {
         float* const place = sums_.place(b.unit, row) + d;
@@ -255,10 +289,11 @@ class HalfBackward {
   const Job& job_;
   const Routes routes_;
   const int parts_;
-  const HalfSlopes slopes_;
+  const HalfSlopes<P> slopes_;
   const long before_;  // columns before the activation
+  long panel_ = 0;     // values of the largest panel, and from one of a strip to the next
   const std::vector<Unit> units_;
-  HalfWeightGradients gradients_;
+  HalfWeightGradients<T> gradients_;
   RowSums sums_;
   std::vector<Scratch> scratch_;
 };

@@ -1,4 +1,4 @@
-// Where the backward pass in bfloat puts the gradients of an expert's weights.
+// Where the backward pass on the matrix unit puts the gradients of an expert's weights.
 #pragma once
 
 #include <vector>
@@ -30,19 +30,27 @@ inline void put_gradient(const HalfSums& sums, int rows, long columns, float* su
     }
     return;
   }
+  const bool streams = columns >= HALF_PANEL && uintptr_t(sum) % 64 == 0 && step % UNIT_ROWS == 0;
   for (int i = 0; i < rows; i++, sum += step)
     for (int tile = 0; tile < 2; tile++) {
       float* const to = sum + tile * UNIT_ROWS;
       const __mmask16 own = __mmask16(mask >> (tile * UNIT_ROWS));
       vec value = load(sums.sum[tile][i]);
       if (add) value += (vec)_mm512_maskz_loadu_ps(own, to);
-      _mm512_mask_storeu_ps(to, own, (__m512)value);
+      if (streams && !add)
+        stream(to, value);
+      else
+        _mm512_mask_storeu_ps(to, own, (__m512)value);
     }
 }
 
-// The gradients of all experts' weights. An expert whose rows are one block has them rounded at once; of one with more
-// they are added up in float, in the room of a thread, or of a part where the expert is the work of several threads.
+// The gradients of all experts' weights, of T. Of float they are written and added up in place. Of bfloat an expert whose
+// rows are one block has them rounded at once; of one with more they are added up in the room of a thread. Where an expert
+// is the work of several threads each part has a room, whatever T.
+template <class T>
 class HalfWeightGradients {
+  static constexpr bool ROUNDED = sizeof(T) == sizeof(bfloat);
+
  public:
   HalfWeightGradients(const Job& job, const Routes& routes, const std::vector<Unit>& units, long before)
       : job_(job),
@@ -64,7 +72,7 @@ class HalfWeightGradients {
   }
 
   int parts(int expert) const { return parts_[expert]; }
-  size_t thread_floats() const { return in_blocks_ ? share_floats() : 0; }
+  size_t thread_floats() const { return ROUNDED && in_blocks_ ? share_floats() : 0; }
   size_t floats() const { return shares_ * share_floats(); }
   void use(float* shares) { room_ = shares; }
 
@@ -72,20 +80,20 @@ class HalfWeightGradients {
   HalfGradients of(const Unit& unit, bool one_block, float* own) const {
     const int expert = unit.expert;
     if (parts_[expert] > 1) return in_share(room_ + (first_share_[expert] + unit.part) * share_floats());
-    HalfGradients g = one_block ? HalfGradients{} : in_share(own);
+    HalfGradients g = one_block || !ROUNDED ? HalfGradients{} : in_share(own);
     g.up_bias = job_.d_up_bias ? job_.d_up_bias + expert * up_bias_ : nullptr;
     g.down_bias = job_.d_down_bias ? job_.d_down_bias + expert * down_bias_ : nullptr;
-    if (one_block) {
-      g.half_up = half_up(expert);
-      g.half_down = half_down(expert);
+    if (one_block || !ROUNDED) {
+      place(g.up, g.half_up, up_of(expert));
+      place(g.down, g.half_down, down_of(expert));
     }
     return g;
   }
 
   // Sums in float, rounded to where they belong.
   void round(int expert, const HalfGradients& g) const {
-    if (up_) to_half(half_up(expert), g.up, up_);
-    if (down_) to_half(half_down(expert), g.down, down_);
+    if (up_) put(up_of(expert), g.up, up_);
+    if (down_) put(down_of(expert), g.down, down_);
   }
 
   // The parts of an expert, in their order.
@@ -103,8 +111,8 @@ class HalfWeightGradients {
 
   // Of an expert without rows.
   void clear(int expert) const {
-    if (up_) std::memset(half_up(expert), 0, up_ * sizeof(bfloat));
-    if (down_) std::memset(half_down(expert), 0, down_ * sizeof(bfloat));
+    if (up_) std::memset(up_of(expert), 0, up_ * sizeof(T));
+    if (down_) std::memset(down_of(expert), 0, down_ * sizeof(T));
     if (up_bias_) std::memset(job_.d_up_bias + expert * up_bias_, 0, up_bias_ * sizeof(float));
     if (down_bias_) std::memset(job_.d_down_bias + expert * down_bias_, 0, down_bias_ * sizeof(float));
   }
@@ -121,11 +129,14 @@ class HalfWeightGradients {
     return {up_ ? share : nullptr, down_ ? down : nullptr, up_bias_ ? up_bias : nullptr,
             down_bias_ ? down_bias : nullptr, nullptr, nullptr};
   }
-  bfloat* half_up(int expert) const {
-    return up_ ? reinterpret_cast<bfloat*>(job_.d_up) + expert * up_ : nullptr;
-  }
-  bfloat* half_down(int expert) const {
-    return down_ ? reinterpret_cast<bfloat*>(job_.d_down) + expert * down_ : nullptr;
+  T* up_of(int expert) const { return up_ ? reinterpret_cast<T*>(job_.d_up) + expert * up_ : nullptr; }
+  T* down_of(int expert) const { return down_ ? reinterpret_cast<T*>(job_.d_down) + expert * down_ : nullptr; }
+
+  static void place(float*&, bfloat*& half, bfloat* to) { half = to; }
+  static void place(float*& sum, bfloat*&, float* to) { sum = to; }
+  static void put(bfloat* to, const float* from, size_t n) { to_half(to, from, n); }
+  static void put(float* to, const float* from, size_t n) {
+    if (to != from) std::memcpy(to, from, n * sizeof(float));
   }
 
   const Job& job_;

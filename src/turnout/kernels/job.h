@@ -1,4 +1,4 @@
-// What Python asks for. The order of the fields is that of `Job` in kernel.py.
+// What Python asks for. The order of the fields is that of `_job` in kernel.py.
 #pragma once
 
 #include <cstdint>

@@ -133,8 +133,6 @@ class Kernel(GateKernel):
         threads, numbers = torch.get_num_threads(), found.data_ptr()
         weight = numbers + 3 * num * 8
         scores = weight + num * 4
-        own = (*weights.ends, weights.up_bias_EG, weights.down_bias_ED)
-        sizes = (num_tokens, dim, weights.hidden, num_experts, num, KINDS[weights.kind])
         fields = array(
             "q",
             (
@@ -142,11 +140,13 @@ class Kernel(GateKernel):
                 *(choice.weight_ED.dtype == torch.bfloat16, digits),
                 *(num_tokens, num_experts, k, choice.renormalize, threads, self._pool),
                 *(scores + size * 4, 0, scores, weight, numbers, numbers + num * 8, numbers + num * 16, 0, 0, 0),
-                *(*sizes, weights.is_half, x.dtype == torch.bfloat16, threads, self.matrix_unit, self._pool, 0, 0, 0),
-                *(*map(at, own), 0, y.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0),
-                *map(at, weights.scales),
             ),
         )
+        sizes = (num_tokens, dim, weights.hidden, num_experts, num, KINDS[weights.kind])
+        own = (*weights.ends, weights.up_bias_EG, weights.down_bias_ED)
+        half = (weights.is_half, x.dtype == torch.bfloat16)
+        fields.extend(self._job((*sizes, *half), (None, None, None, *own, None, y)))
+        fields.extend(map(at, weights.scales))
         check(self._few(fields.buffer_info()[0]))
         return y, partial(_routing, found, (num_tokens, num_experts, k))
 

@@ -44,6 +44,7 @@ class Tiles {
       shape.row_bytes[i] = UNIT_BYTES;
       shape.rows[i] = UNIT_ROWS;
     }
+    asm volatile("" ::: "memory");  // the compiler takes it to read eight bytes
     _tile_loadconfig(&shape);
 #endif
   }

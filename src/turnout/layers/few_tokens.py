@@ -16,6 +16,7 @@ from turnout.tensors import Admission, RouterOutput
 # up to so many rows of an expert are computed as few by every kernel, and no expert has more rows than there are tokens
 MOST_TOKENS = 16
 DTYPES = (torch.float32, torch.bfloat16)
+REPLACED = frozenset(("forward", "route"))  # methods that an object of its own may have others for
 
 
 def run_few(
@@ -40,8 +41,10 @@ def run_few(
     choice = router.softmax_choice() if isinstance(router, Router) else None
     if choice is None or choice.k > MOST_ARGMAX_PASSES or _is_watched(router):
         return None
-    weight_ED = choice.weight_ED
-    if not weight_ED.is_cpu or weight_ED.dtype not in DTYPES or not weight_ED.is_contiguous():
+    weight_ED, bias_E = choice.weight_ED, choice.bias_E
+    if not _is_read(weight_ED) or not (bias_E is None or _is_read(bias_E)):
+        return None
+    if weight_ED.shape[0] != experts.num_experts or weight_ED.shape[1] != x.shape[-1]:
         return None
     chosen = choose_backend(experts, backend, dtype=x.dtype, device=x.device)
     return chosen.run_few(experts, x, choice) if isinstance(chosen, FusedBackend) else None
@@ -64,14 +67,13 @@ class Admitted:
 
 def _is_plain(x: Tensor) -> bool:
     """Whether its numbers can be read where they lie, and are what is to be computed with."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.dtype in DTYPES
-        and x.is_contiguous()
-        and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return _is_read(x) and x.numel() > 0 and not x.is_neg() and not torch.is_autocast_enabled("cpu")
+
+
+def _is_read(tensor: Tensor) -> bool:
+    """Whether the kernel can: a subclass may have its numbers anywhere."""
+    is_own = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return is_own and tensor.is_cpu and tensor.dtype in DTYPES and tensor.is_contiguous()
 
 
 def _is_watched(router: nn.Module) -> bool:
@@ -79,6 +81,8 @@ def _is_watched(router: nn.Module) -> bool:
     if every._global_forward_hooks or every._global_forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
         return True
     for module in (router, *router._modules.values()):  # pyright: ignore[reportPrivateUsage]
-        if module is not None and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):  # pyright: ignore[reportPrivateUsage]
+        if module is None:
+            continue
+        if module._forward_hooks or module._forward_pre_hooks or not REPLACED.isdisjoint(vars(module)):  # pyright: ignore[reportPrivateUsage]
             return True
     return False

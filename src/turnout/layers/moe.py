@@ -211,7 +211,9 @@ class MoE(nn.Module):
         """
         self._check(x, mask, token_ids)
         few = None
-        if mask is None and top_k is None and capacity_factor is None and self.latent is None:
+        # other ids are checked on the long way
+        whole_ids = token_ids is None or token_ids.dtype == torch.int64
+        if whole_ids and mask is None and top_k is None and capacity_factor is None and self.latent is None:
             few = run_few(
                 x,
                 router=self.router,
@@ -227,7 +229,7 @@ class MoE(nn.Module):
             y, route = few
             decided = Admitted(route, self.config.capacity)
             if self.shared is not None:
-                y = y + self.shared(x)
+                y = (y + self.shared(x.view(-1, self.dim)).view_as(y)).to(x.dtype)
         sequence_length = x.shape[-2] if x.ndim > 2 else max(x.numel() // self.dim, 1)
         return MoEOutput(
             y=y, routed=routed(decided, self.losses, sequence_length=sequence_length, step_stats=step_stats)

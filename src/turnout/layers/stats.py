@@ -17,14 +17,22 @@ Decided = Callable[[], tuple[RouterOutput, Admission]]
 
 
 def routed(decided: Decided, losses: tuple[Loss, ...], *, sequence_length: int, step_stats: MoEStats | None) -> Routed:
-    """What follows from a routing, to be asked for: the auxiliary losses at once where gradients are recorded."""
-    terms = partial(_loss_terms, decided, losses, sequence_length, step_stats)
+    """What follows from a routing, to be asked for.
+
+    The auxiliary losses are formed at once where gradients are recorded, or ranks compute.
+    """
+    form = partial(_loss_terms, decided, losses, sequence_length, step_stats)
     return Routed(
         decide=partial(_sent, decided),
-        # activation checkpointing records the layer alone
-        form=partial(tuple, terms()) if torch.is_grad_enabled() else terms,
+        # activation checkpointing records the layer alone; and some terms are sums that all ranks must ask for
+        formed=form() if torch.is_grad_enabled() or _has_ranks() else None,
+        form=form,
         collect=partial(_stats, decided),
     )
+
+
+def _has_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _sent(decided: Decided) -> tuple[Assignment, Tensor | None]:

@@ -94,8 +94,10 @@ class TopKRouter(Router):
 
     def softmax_choice(self) -> SoftmaxChoice | None:
         own = self.config
-        # a subclass may route as it likes
-        if type(self) is not TopKRouter or own.activation != "softmax" or own.scale != 1 or own.gate_noise > 0:
+        # a subclass may route as it likes, and a user's score may be anything
+        if type(self) is not TopKRouter or type(self.score) is not LinearScore:
+            return None
+        if own.activation != "softmax" or own.scale != 1 or own.gate_noise > 0:
             return None
         score = self.score
         return SoftmaxChoice(score.weight_ED, score.bias_E, own.k, own.renormalize)

@@ -14,7 +14,7 @@ from turnout.contracts import ExpertBackend
 from turnout.errors import TurnoutError
 from turnout.experts import FFNExperts, RoundedExperts, quantize_experts
 from turnout.experts.fused_int8 import int8_instructions
-from turnout.experts.fused_op import half_by_matrix_unit
+from turnout.experts.fused_op import float_by_matrix_unit, half_by_matrix_unit
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
 from turnout.routers import TopK
@@ -75,16 +75,18 @@ def _try_backend(name: str) -> Finding:
         name=name,
         available=True,
         proven=proven,
-        reason=f"forward and backward in float32 against the oracle, worst error {worst:.1e}{_half(name)}",
+        reason=f"forward and backward in float32 against the oracle, worst error {worst:.1e}{_units(name)}",
     )
 
 
-def _half(name: str) -> str:
-    """What multiplies bfloat16, of the backend that has a unit of the processor for it."""
+def _units(name: str) -> str:
+    """What multiplies each dtype, of the backend that has a unit of the processor for it."""
     if name != "fused_cpu":
         return ""
-    half = half_by_matrix_unit()
-    return "; bfloat16 " + (f"by others: {half}" if isinstance(half, str) else "by AMX, proven too")
+    unit, half = float_by_matrix_unit(), half_by_matrix_unit()
+    float32 = f"by vectors: {unit}" if isinstance(unit, str) else "by AMX in three parts of 8 bits"
+    bfloat16 = f"by others: {half}" if isinstance(half, str) else "by AMX, proven too"
+    return f"; float32 {float32}; bfloat16 {bfloat16}"
 
 
 @torch.no_grad()
