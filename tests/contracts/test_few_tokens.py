@@ -163,6 +163,19 @@ def _strided_bias() -> MoE:
     return layer
 
 
+class _Kind(Tensor):
+    """As DTensor is one: its numbers may be anywhere."""
+
+
+def _weight_of_a_kind() -> MoE:
+    layer = layer_of()
+    score = layer.router.score
+    own = score.weight_ED.detach().as_subclass(_Kind)
+    del score.weight_ED
+    score.weight_ED = own
+    return layer
+
+
 def _route_replaced() -> MoE:
     layer = layer_of()
     layer.router.route = partial(_Other.route, _Other(DIM, 9, TopK(k=3)))
@@ -190,6 +203,7 @@ LONG: dict[str, tuple[Callable[[], MoE], dict[str, Any]]] = {
     "a score of another kind": (lambda: _with_score(_Turned(DIM, 9, bias=False, init_std=1.0)), {}),
     "a score that is no score": (lambda: _with_score(nn.Linear(DIM, 9)), {}),
     "a bias that is a column": (_strided_bias, {}),
+    "a weight that is more than a tensor": (_weight_of_a_kind, {}),
     "ids of 32 bits": (layer_of, {"token_ids": torch.arange(4, dtype=torch.int32)}),
 }
 
@@ -209,7 +223,13 @@ def test_many_tokens_none_and_those_of_training_go_the_long_way(calls: list[int]
     layer = layer_of()
     layer(drawn(4, DIM)).y.sum().backward()
     with torch.no_grad():
-        for x in (drawn(17, DIM), drawn(0, DIM), drawn(DIM, 4).t(), drawn(4, DIM)._neg_view()):
+        for x in (
+            drawn(17, DIM),
+            drawn(0, DIM),
+            drawn(DIM, 4).t(),
+            drawn(4, DIM)._neg_view(),
+            drawn(4, DIM).as_subclass(_Kind),
+        ):
             assert layer(x).y.shape == x.shape
         with torch.autocast("cpu", dtype=torch.bfloat16):
             layer(drawn(4, DIM))
