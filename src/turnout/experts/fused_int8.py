@@ -13,7 +13,7 @@ from turnout.experts.quantized import QuantizedFFNExperts
 from turnout.kernels import KINDS, Int8Weights, Kernel, trusted_kernel
 from turnout.kernels.build import Library, compiled, has_vnni
 from turnout.kernels.int8_proof import prove_int8
-from turnout.kernels.matrix_unit import by_matrix_unit
+from turnout.kernels.matrix_unit import trusted_by_matrix_unit
 from turnout.kernels.proof import once
 from turnout.tensors import Admission, Assignment, RouterOutput, SoftmaxChoice
 
@@ -64,7 +64,7 @@ def trusted_int8() -> Kernel | str:
     kernel = trusted_kernel()
     if isinstance(kernel, str):
         return kernel
-    doubt = once(functools.partial(prove_int8, kernel), _proof(".int8-proven"))
+    doubt = once(functools.partial(prove_int8, kernel), _proof())
     unit = doubt or int8_by_matrix_unit()
     return unit if isinstance(unit, Kernel) else doubt or kernel
 
@@ -72,8 +72,7 @@ def trusted_int8() -> Kernel | str:
 @functools.cache
 def int8_by_matrix_unit() -> Kernel | str:
     """The same, with many rows by the processor's matrix unit; or why there is none."""
-    kernel = trusted_kernel()
-    return kernel if isinstance(kernel, str) else by_matrix_unit(kernel, prove_int8, _proof(".int8-amx-proven"))
+    return trusted_by_matrix_unit(prove_int8, ".int8-amx-proven")
 
 
 def int8_instructions() -> str:
@@ -84,10 +83,10 @@ def int8_instructions() -> str:
     return f"VNNI; {unit}" if has_vnni() else "no VNNI here: right, but not fast"
 
 
-def _proof(suffix: str) -> Path:
+def _proof() -> Path:
     library = compiled()
     assert isinstance(library, Library)
-    return library.path.with_suffix(suffix)
+    return library.path.with_suffix(".int8-proven")
 
 
 def int8_weights(experts: QuantizedFFNExperts) -> Int8Weights:

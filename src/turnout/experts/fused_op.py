@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from turnout.kernels import Gradients, Kernel, Routing, Weights, trusted_kernel
-from turnout.kernels.build import Library, compiled
 from turnout.kernels.half_proof import prove_half
-from turnout.kernels.matrix_unit import by_matrix_unit
+from turnout.kernels.matrix_unit import trusted_by_matrix_unit
 from turnout.kernels.proof import prove
 from turnout.tensors import Assignment
 
@@ -141,21 +140,13 @@ def the_kernel(rows: torch.dtype = torch.float32) -> Kernel:
 @functools.cache
 def float_by_matrix_unit() -> Kernel | str:
     """The kernel whose pass in float32, by the processor's matrix unit, is proven; or why there is none."""
-    kernel, library = trusted_kernel(), compiled()
-    if isinstance(kernel, str):
-        return kernel
-    assert isinstance(library, Library)
-    return by_matrix_unit(kernel, prove, library.path.with_suffix(".float-amx-proven"))
+    return trusted_by_matrix_unit(prove, ".float-amx-proven")
 
 
 @functools.cache
 def half_by_matrix_unit() -> Kernel | str:
     """The kernel whose pass in bfloat16, by the processor's matrix unit, is proven; or why there is none."""
-    kernel, library = trusted_kernel(), compiled()
-    if isinstance(kernel, str):
-        return kernel
-    assert isinstance(library, Library)
-    return by_matrix_unit(kernel, prove_half, library.path.with_suffix(".bf16-amx-proven"))
+    return trusted_by_matrix_unit(prove_half, ".bf16-amx-proven")
 
 
 def kernel_weights(

@@ -110,7 +110,7 @@ class Kernel(GateKernel):
         """
         y_TD = room(*x_TD.shape, dtype=torch.float32)
         sizes = (routing.num_tokens, x_TD.shape[1], weights.hidden, len(weights.up_codes), routing.num_assignments)
-        own = (weights.up_codes, weights.down_codes, weights.up_bias_EG, weights.down_bias_ED)
+        own = (*weights.ends, weights.up_bias_EG, weights.down_bias_ED)
         job = self._job((*sizes, KINDS[weights.kind], 0, 0), (routing.routes, x_TD, weight_N, *own, None, y_TD))
         job.extend(map(at, weights.scales))
         check(self._int8(job.buffer_info()[0], digits))
@@ -172,7 +172,7 @@ class Kernel(GateKernel):
     ) -> None:
         num_experts, hidden, dim = weights.down_EFD.shape
         sizes = (routing.num_tokens, dim, hidden, num_experts, routing.num_assignments, KINDS[weights.kind])
-        own = (weights.up_EDG, weights.down_EFD, weights.up_bias_EG, weights.down_bias_ED)
+        own = (*weights.ends, weights.up_bias_EG, weights.down_bias_ED)
         half_rows = x_TD.dtype == torch.bfloat16
         job = self._job((*sizes, weights.is_half, half_rows), (routing.routes, x_TD, weight_N, *own, *rest))
         job[-1] = give_back
