@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.contracts.test_fused_cpu import drawn, drawn_experts, with_kernel
 from turnout.contracts import ExpertBackend
 from turnout.dispatch import LocalDispatcher
-from turnout.experts import fused_cpu
+from turnout.experts import fused_cpu, fused_op
 from turnout.experts.fused_op import kernel_weights, the_kernel
 from turnout.layers.expert_pass import pass_experts
 from turnout.tensors import Admission
@@ -21,6 +21,12 @@ from turnout.tensors import Admission
 # 41 MiB of values before the activation, in blocks of several pages
 TOKENS, DIM, HIDDEN = 2600, 8, 2048
 pytestmark = with_kernel
+
+
+@pytest.fixture(params=["vectors", "matrix unit"], autouse=True)
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes, whatever the size of the experts."""
+    monkeypatch.setattr(fused_op, "LEAST_IN_PARTS", 0 if request.param == "matrix unit" else 1 << 30)
 
 
 @pytest.fixture
@@ -40,7 +46,8 @@ def passed() -> tuple[Tensor, list[Tensor]]:
 
 
 def test_what_was_read_is_zero_afterwards_and_the_gradients_are_the_same() -> None:
-    experts, assignment, kernel = drawn_experts(DIM, HIDDEN, 3), drawn(TOKENS, 3, 1), the_kernel()
+    experts, assignment = drawn_experts(DIM, HIDDEN, 3), drawn(TOKENS, 3, 1)
+    kernel = the_kernel(torch.float32, experts.down_EFD)
     weights = kernel_weights(experts.up_EDG.detach(), experts.down_EFD.detach(), None, None, "swiglu")
     x_TD, routing = torch.randn(TOKENS, DIM), kernel.sort(assignment, None)
     weight_N = assignment.weight_N.detach()
@@ -81,7 +88,7 @@ def test_what_a_hook_has_kept_stays_as_it_was() -> None:
 
 @pytest.mark.usefixtures("as_if_mapped")
 def test_the_backward_pass_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, asked = the_kernel(), []
+    kernel, asked = the_kernel(torch.float32, drawn_experts(DIM, HIDDEN, 3).down_EFD), []
     right = kernel.backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:

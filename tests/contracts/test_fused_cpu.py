@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ker
     if isinstance(found, str):
         pytest.skip(found)
     monkeypatch.setattr(fused_op, "float_by_matrix_unit", lambda: found)
+    monkeypatch.setattr(fused_op, "LEAST_IN_PARTS", 0)
     return found
 
 
@@ -199,6 +201,14 @@ def test_by_the_matrix_unit_it_is_no_less_exact_than_by_vectors(kind: str) -> No
 
 
 @with_kernel
+def test_experts_too_small_for_the_matrix_unit_are_multiplied_by_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_op, "float_by_matrix_unit", lambda: unit)
+    vectors, unit = trusted_kernel(), Kernel.__new__(Kernel)
+    for dim, hidden, want in ((64, 128, vectors), (128, 255, vectors), (128, 256, unit), (2048, 16, unit)):
+        assert fused_op.the_kernel(torch.float32, torch.empty(2, hidden, dim)) is want
+
+
+@with_kernel
 @pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("magnitude", [1e-25, 1e25])
 def test_numbers_of_any_size_keep_their_digits(magnitude: float) -> None:
@@ -207,6 +217,24 @@ def test_numbers_of_any_size_keep_their_digits(magnitude: float) -> None:
     large = run("fused_cpu", experts, x_TD * magnitude, assignment)
     for got, want in ((large[0], small[0] * magnitude), (large[1], small[1])):
         assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@with_kernel
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("num_tokens", [16, 128])
+def test_far_below_zero_gelu_is_zero_not_a_subnormal_number(num_tokens: int) -> None:
+    # products with those take ten times as long
+    experts = FFNExperts(32, 32, 1, kind="gelu")
+    with torch.no_grad():
+        experts.up_EDG.copy_(torch.eye(32))
+        experts.down_EFD.copy_(torch.eye(32))
+    x_TD, assignment = torch.linspace(-40, 10, num_tokens * 32).view(num_tokens, 32), all_to_one(num_tokens, 1)
+    assignment = replace(assignment, weight_N=torch.ones(num_tokens).requires_grad_())
+    y_TD, x_grad_TD, *_ = run("fused_cpu", experts, x_TD, assignment)
+    for found in (y_TD, x_grad_TD):
+        assert (found[x_TD < -13] == 0).all()
+        assert found[x_TD > -5.5].count_nonzero() == (x_TD > -5.5).sum()
+    assert torch.allclose(y_TD.double(), torch.nn.functional.gelu(x_TD.double()), atol=1e-6, rtol=1e-6)
 
 
 @with_kernel

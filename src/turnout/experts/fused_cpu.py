@@ -85,7 +85,7 @@ class FusedCPU(FusedBackend):
         up_bias, down_bias = (None if b is None else b.float() for b in (experts.up_bias_EG, experts.added_bias_ED))
         weights = kernel_weights(experts.up_EDG, experts.down_EFD, up_bias, down_bias, experts.kind)
         # few rows are widened, whatever multiplies many
-        return the_kernel().few(x, choice, weights)
+        return the_kernel(torch.float32, weights.down_EFD).few(x, choice, weights)
 
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         assert isinstance(experts, FFNExperts)
@@ -105,7 +105,7 @@ class FusedCPU(FusedBackend):
         if torch.compiler.is_compiling():
             routes = (assignment.token_N, assignment.expert_N, admission.keep_N)
             return fused_experts(*inputs, *routes, experts.kind, keep)[0].to(x_TD.dtype)
-        kernel = the_kernel(inputs[0].dtype)
+        kernel = the_kernel(inputs[0].dtype, matrices[1])
         routing = kernel.sort(assignment, admission.keep_N)
         if keep:
             return _Fused.apply(*inputs, experts.kind, routing, kernel).to(x_TD.dtype)

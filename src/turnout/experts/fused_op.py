@@ -1,6 +1,7 @@
 """The kernel as an operator that torch.compile knows: one node, whose shapes do not hang on the routing."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from turnout.kernels.half_proof import prove_half
 from turnout.kernels.matrix_unit import trusted_by_matrix_unit
 from turnout.kernels.proof import prove
 from turnout.tensors import Assignment
+
+# weights of one product of an expert in float32; of fewer, packing in parts takes longer than the matrix unit spares
+LEAST_IN_PARTS = 1 << 15
 
 
 @torch.library.custom_op("turnout::fused_experts", mutates_args=(), device_types="cpu")
@@ -29,7 +33,7 @@ def fused_experts(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y_TD; what the backward pass wants to have back, with room for every assignment; the routes."""
-    kernel = the_kernel(x_TD.dtype)
+    kernel = the_kernel(x_TD.dtype, down_EFD)
     weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
     assignment = Assignment(
         token_N=token_N,
@@ -61,7 +65,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     num, num_routes = len(expert_N), 3 + len(up_EDG) + len(x_TD) + 3 * len(expert_N)
     size = (
-        the_kernel(x_TD.dtype).saved_size(kernel_weights(up_EDG, down_EFD, None, None, kind), num, x_TD.dtype)
+        the_kernel(x_TD.dtype, down_EFD).saved_size(kernel_weights(up_EDG, down_EFD, None, None, kind), num, x_TD.dtype)
         if keep
         else 0
     )
@@ -89,7 +93,7 @@ def fused_experts_backward(
     routing = Routing(
         routes=routes, num_rows=int(routes[1 + len(up_EDG)]), num_tokens=len(x_TD), num_assignments=len(weight_N)
     )
-    kernel, rows = the_kernel(x_TD.dtype), (y_grad_TD.contiguous(), x_TD.contiguous())
+    kernel, rows = the_kernel(x_TD.dtype, down_EFD), (y_grad_TD.contiguous(), x_TD.contiguous())
     found = kernel.backward(*rows, weight_N.contiguous(), weights, routing, saved, wanted=tuple(wanted))
     return [grad for grad in in_dtypes_of(weights, found) if grad is not None]
 
@@ -126,10 +130,15 @@ def _backward(ctx: Any, y_grad_TD: Tensor, *_: Tensor) -> tuple[Tensor | None, .
 fused_experts.register_autograd(_backward, setup_context=_remember)
 
 
-def the_kernel(rows: torch.dtype = torch.float32) -> Kernel:
-    """The kernel of a backend that did not refuse, for rows of that dtype."""
+def the_kernel(rows: torch.dtype, down_EFD: Tensor) -> Kernel:
+    """The kernel of a backend that did not refuse, for rows of that dtype and experts of that size.
+
+    Not for how many rows: what a model computes would hang on its batch.
+    """
     if rows == torch.bfloat16:
         kernel = half_by_matrix_unit()
+    elif math.prod(down_EFD.shape[1:]) < LEAST_IN_PARTS:
+        kernel = trusted_kernel()
     else:
         unit = float_by_matrix_unit()
         kernel = unit if isinstance(unit, Kernel) else trusted_kernel()
