@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from turnout.kernels.arguments import like_first
 from turnout.kernels.fp8_codes import CODES
 from turnout.kernels.gpu import codes_launcher
 from turnout.kernels.gpu.configs import CodesConfig, codes_candidates
@@ -49,21 +50,7 @@ def fp8_experts(
     return passed.y_TD
 
 
-@fp8_experts.register_fake
-def _(
-    x_TD: Tensor,
-    weight_N: Tensor,
-    codes: list[Tensor],
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    token_N: Tensor,
-    expert_N: Tensor,
-    keep_N: Tensor | None,
-    count_BE: Tensor | None,
-    kind: str,
-    top_k: int,
-) -> Tensor:
-    return torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+fp8_experts.register_fake(like_first)
 
 
 def config_for(num_assignments: int, num_experts: int) -> CodesConfig:

@@ -30,7 +30,7 @@ def triton_experts(
     kind: str,
     top_k: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Eight:
     """y_TD; with `keep` what was before the activation; the routes.
 
     `top_k`: choices of each token, which then lie side by side; 0 where tokens differ in their number. `count_BE`:
@@ -121,22 +121,8 @@ def triton_experts_backward(
 
 
 @triton_experts_backward.register_fake
-def _(
-    y_grad_TD: Tensor,
-    x_TD: Tensor,
-    weight_N: Tensor,
-    up_EDG: Tensor,
-    down_EFD: Tensor,
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    token_N: Tensor,
-    up_MG: Tensor,
-    routes: list[Tensor],
-    kind: str,
-    top_k: int,
-    wanted: list[bool],
-) -> list[Tensor]:
-    return empty_gradients((x_TD, weight_N, up_EDG, down_EFD, up_bias_EG, down_bias_ED), wanted)
+def _(y_grad_TD: Tensor, *inputs: Any) -> list[Tensor]:
+    return empty_gradients(inputs[:6], wanted=inputs[-1])
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from turnout.kernels import Int8Weights, trusted_kernel
+from turnout.kernels.arguments import like_first
 from turnout.tensors import Assignment
 
 
@@ -51,19 +52,4 @@ def int8_experts(
     return unit.infer_int8(x_TD, weight_N, weights, unit.sort(assignment, keep_N), digits=digits)
 
 
-@int8_experts.register_fake
-def _(
-    x_TD: Tensor,
-    weight_N: Tensor,
-    matrices: list[Tensor],
-    up_bias_EG: Tensor | None,
-    down_bias_ED: Tensor | None,
-    token_N: Tensor,
-    expert_N: Tensor,
-    keep_N: Tensor | None,
-    hidden: int,
-    kind: str,
-    digits: int,
-    matrix_unit: bool,
-) -> Tensor:
-    return torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+int8_experts.register_fake(like_first)

@@ -110,6 +110,11 @@ class Gradients(NamedTuple):
     down_bias_ED: Tensor | None
 
 
+def like_first(first: Tensor, *_: object) -> Tensor:
+    """What an operator gives that has the sizes and dtype of its first input, contiguous, without its values."""
+    return torch.empty_like(first, memory_format=torch.contiguous_format)
+
+
 def at(tensor: Tensor | None) -> int:
     """Where its numbers begin; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turnout.kernels.arguments import like_first
 from turnout.kernels.gpu import MOST_EXPERTS, chooser, device_failure, gates_failure, is_interpreting
 from turnout.kernels.gpu.configs import chosen_room
 from turnout.tensors import Assignment, BlockCounts, RouterInput, first_order
@@ -82,17 +83,9 @@ def triton_gates(
 
 
 @triton_gates.register_fake
-def _(
-    logits_RE: Tensor,
-    token_R: Tensor,
-    bias_E: Tensor | None,
-    k: int,
-    sigmoid: bool,
-    renormalize: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (scores_RE, weight_N, expert_N, token_N, choice_N), count_BE = chosen_room(logits_RE, k)
-    return scores_RE, weight_N, expert_N, token_N, choice_N, count_BE
+def _(logits_RE: Tensor, token_R: Tensor, bias_E: Tensor | None, k: int, *_: object) -> tuple[Tensor, ...]:
+    chosen, count_BE = chosen_room(logits_RE, k)
+    return (*chosen, count_BE)
 
 
 @torch.library.custom_op("turnout::triton_gates_backward", mutates_args=())
@@ -115,20 +108,7 @@ def triton_gates_backward(
         return chooser().choose_backward(logits_RE.contiguous(), scores_RE, weight_N, expert_N, *given, gate)
 
 
-@triton_gates_backward.register_fake
-def _(
-    logits_RE: Tensor,
-    scores_RE: Tensor,
-    weight_N: Tensor,
-    expert_N: Tensor,
-    scores_grad_RE: Tensor | None,
-    weight_grad_N: Tensor | None,
-    k: int,
-    sigmoid: bool,
-    renormalize: bool,
-    scale: float,
-) -> Tensor:
-    return torch.empty_like(logits_RE, memory_format=torch.contiguous_format)
+triton_gates_backward.register_fake(like_first)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
