@@ -17,7 +17,7 @@ from turnout.dispatch import LocalDispatcher
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts, choose_backend, fused_triton_op
 from turnout.kernels import KINDS
-from turnout.kernels.gpu import configs, proof, tuned
+from turnout.kernels.gpu import configs, proof, trust, tuned
 from turnout.kernels.gpu.configs import Config
 from turnout.layers.expert_pass import pass_experts
 from turnout.routers import ExpertChoice, TopK
@@ -322,6 +322,19 @@ def test_kernels_that_are_wrong_are_not_trusted(device: torch.device, monkeypatc
 
     monkeypatch.setattr(proof.launch, "backward", broken)
     assert proof.prove("relu", torch.float32, device) == "Triton's kernels do not run here: OSError: no C compiler"
+
+
+def test_a_proof_that_succeeded_is_kept_till_what_it_was_proven_with_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TURNOUT_KERNELS", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    answers = iter(("wrong", "", "wrong of another kind", "", "wrong elsewhere"))
+    said = partial(trust.once_on, torch.device("cuda"), lambda *given: next(answers), "some")
+    assert [said("gelu") for _ in range(3)] == ["wrong", "", ""]
+    assert [said("relu") for _ in range(3)] == ["wrong of another kind", "", ""]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
+    assert said("gelu") == "wrong elsewhere"
 
 
 def test_a_race_keeps_the_fastest_config_and_who_won(

@@ -31,17 +31,14 @@ def device_failure(device: torch.device, name: str = "fused_triton", least: tupl
     return _triton_failure(name)
 
 
-@functools.cache
 def proof_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
     """Why the kernels of such experts are not trusted there, or nothing; the first call on a machine takes a while."""
-    return importlib.import_module("turnout.kernels.gpu.proof").prove_once(kind, dtype, device)
+    return _doubt("proof", device, kind, dtype)
 
 
-@functools.cache
 def gates_failure(device: torch.device, sigmoid: bool, renormalize: bool) -> str:
     """Why the kernels of such a router are not trusted there, or nothing; the first call on a machine takes a while."""
-    gate = chooser().Gate(k=1, sigmoid=sigmoid, renormalize=renormalize, scale=2.5)
-    return importlib.import_module("turnout.kernels.gpu.gates_proof").prove_once(gate, device)
+    return _doubt("gates_proof", device, sigmoid, renormalize)
 
 
 @functools.cache
@@ -50,10 +47,9 @@ def chooser() -> ModuleType:
     return importlib.import_module("turnout.kernels.gpu.choose")
 
 
-@functools.cache
 def codes_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
     """As `proof_failure`, of experts in 8-bit floating point; `dtype` is that of the tokens."""
-    return importlib.import_module("turnout.kernels.gpu.fp8_proof").prove_once(kind, dtype, device)
+    return _doubt("fp8_proof", device, kind, dtype)
 
 
 @functools.cache
@@ -78,6 +74,12 @@ def source_hash() -> str:
 def is_interpreting() -> bool:
     """Whether Triton computes on the CPU, line by line: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _doubt(proof: str, device: torch.device, *which: object) -> str:
+    prove = importlib.import_module(f"turnout.kernels.gpu.{proof}").prove
+    return importlib.import_module("turnout.kernels.gpu.trust").once_on(device, prove, proof, *which)
 
 
 def _triton_failure(name: str) -> str:

@@ -4,21 +4,18 @@ Step by step, so that each bound is that of its own rounding: codes of rows bit 
 format; and y of the kernel's own h, which is exact in float64.
 """
 
-import hashlib
 from dataclasses import replace
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
 from turnout import reference
-from turnout.cache import kernel_cache
 from turnout.kernels.fp8_codes import decode_matrix, decode_rows, encode_matrix, encode_rows
-from turnout.kernels.gpu import source_hash
 from turnout.kernels.gpu.configs import CodesConfig, Tile
 from turnout.kernels.gpu.fp8_launch import Codes, Passed, forward
-from turnout.kernels.proof import assignment_of, drawn, once
+from turnout.kernels.gpu.trust import doubt
+from turnout.kernels.proof import assignment_of, drawn
 
 # of a sum of products, relative to the largest: an interpreter adds in float32; Hopper's matrix unit, of this format,
 # cuts each of 32 products to 13 bits below the largest of them
@@ -34,24 +31,8 @@ FETCHED = CodesConfig(rows=128, up=Tile(128, 128, 8, 3), down=Tile(128, 128, 8, 
 
 def prove(kind: str, dtype: torch.dtype, device: torch.device) -> str:
     """Why not to trust the kernels there, or nothing."""
-    try:
-        worst = worst_excess(kind, dtype, device)
-    except Exception as error:  # whatever Triton, its compiler or the driver raise
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        return f"Triton's kernels of fp8 do not run here: {type(error).__name__}: {first_line}"
-    # not <: NaN is no proof
-    return "" if worst < 1 else f"Triton's kernels of fp8 are {worst:.2g} times as far off as {dtype} may be here"
-
-
-def prove_once(kind: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The same; on a device a proof that succeeded is kept."""
-    ask = partial(prove, kind, dtype, device)
-    if device.type != "cuda":
-        return ask()
-    facts = [kind, str(dtype), torch.__version__, triton.__version__]
-    facts += [torch.cuda.get_device_name(device), str(torch.version.cuda), source_hash()]
-    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
-    return once(ask, kernel_cache() / f"triton-fp8-{key}.proven")
+    off = f"{{:.2g}} times as far off as {dtype} may be here"
+    return doubt("Triton's kernels of fp8", partial(worst_excess, kind, dtype, device), 1, off)
 
 
 def worst_excess(kind: str, dtype: torch.dtype, device: torch.device) -> float:

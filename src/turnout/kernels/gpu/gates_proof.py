@@ -1,43 +1,25 @@
 """The kernels of a router are trusted once they have chosen, on this very device, what float64 says."""
 
-import hashlib
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional
 
-from turnout.cache import kernel_cache
-from turnout.kernels.gpu import source_hash
 from turnout.kernels.gpu.choose import Gate, choose, choose_backward
-from turnout.kernels.proof import largest_error, once
+from turnout.kernels.gpu.trust import doubt
+from turnout.kernels.proof import largest_error
 
 TOLERANCE = 1e-5
 # rows, experts and choices: several blocks of rows; widths that are no power of two
 SIZES = ((300, 5, 2), (70, 40, 3))
 
 
-def prove(gate: Gate, device: torch.device) -> str:
-    """Why not to trust them there for such a gate, whatever its k, or nothing."""
-    try:
-        worst = worst_error(gate, device)
-    except Exception as error:  # whatever Triton, its compiler or the driver raise
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        return f"Triton's kernels of the router do not run here: {type(error).__name__}: {first_line}"
-    # not <: NaN is no proof
-    return "" if worst < TOLERANCE else f"Triton's kernels of the router are off float64 by {worst:.1e} on this device"
-
-
-def prove_once(gate: Gate, device: torch.device) -> str:
-    """The same; on a device a proof that succeeded is kept."""
-    ask = partial(prove, gate, device)
-    if device.type != "cuda":
-        return ask()
-    facts = [str((gate.sigmoid, gate.renormalize)), torch.__version__, triton.__version__]
-    facts += [torch.cuda.get_device_name(device), str(torch.version.cuda), source_hash()]
-    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
-    return once(ask, kernel_cache() / f"triton-gates-{key}.proven")
+def prove(sigmoid: bool, renormalize: bool, device: torch.device) -> str:
+    """Why not to trust them there for such gates, whatever their k, or nothing."""
+    gate = Gate(k=1, sigmoid=sigmoid, renormalize=renormalize, scale=2.5)
+    off = "off float64 by {:.1e} on this device"
+    return doubt("Triton's kernels of the router", partial(worst_error, gate, device), TOLERANCE, off)
 
 
 def worst_error(gate: Gate, device: torch.device) -> float:

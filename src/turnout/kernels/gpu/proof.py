@@ -1,18 +1,16 @@
 """Triton's kernels are trusted once they have computed, on this very device, what the dense oracle computes."""
 
-import hashlib
 from dataclasses import replace
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
-from turnout.cache import kernel_cache
 from turnout.kernels.arguments import Weights
-from turnout.kernels.gpu import launch, source_hash
+from turnout.kernels.gpu import launch
 from turnout.kernels.gpu.configs import Config, Tile
-from turnout.kernels.proof import assignment_of, by_oracle, drawn, largest_error, once
+from turnout.kernels.gpu.trust import doubt
+from turnout.kernels.proof import assignment_of, by_oracle, drawn, largest_error
 
 # of the largest value; beside float32's, that of three roundings to the dtype (before and after the activation, and of
 # each expert's row) and of their sums
@@ -29,22 +27,8 @@ FETCHED = replace(CONFIG, boxed=True, persistent=True)
 
 def prove(kind: str, dtype: torch.dtype, device: torch.device) -> str:
     """Why not to trust the kernels there, or nothing."""
-    try:
-        worst = worst_error(kind, dtype, device)
-    except Exception as error:  # whatever Triton, its compiler or the driver raise
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        return f"Triton's kernels do not run here: {type(error).__name__}: {first_line}"
-    # not <: NaN is no proof
-    is_near = worst < TOLERANCE[dtype]
-    return "" if is_near else f"Triton's kernels are off the oracle by {worst:.1e} in {dtype} on this device"
-
-
-def prove_once(kind: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The same; on a device a proof that succeeded is kept. The interpreter proves anew in each process."""
-    ask = partial(prove, kind, dtype, device)
-    if device.type != "cuda":
-        return ask()
-    return once(ask, kernel_cache() / f"triton-{_key(kind, dtype, device)}.proven")
+    off = f"off the oracle by {{:.1e}} in {dtype} on this device"
+    return doubt("Triton's kernels", partial(worst_error, kind, dtype, device), TOLERANCE[dtype], off)
 
 
 def worst_error(kind: str, dtype: torch.dtype, device: torch.device) -> float:
@@ -94,10 +78,3 @@ def _by_kernels(
         y_grad_TD.to(device), x_TD, weight_N, token_N, weights, routes, up_MG, config, top_k=top_k, wanted=wanted
     )
     return [y_TD.cpu(), *(grad.cpu() for grad in grads if grad is not None)]
-
-
-def _key(kind: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Whatever changes the code or what it was proven with."""
-    facts = [kind, str(dtype), torch.__version__, triton.__version__]
-    facts += [torch.cuda.get_device_name(device), str(torch.version.cuda), source_hash()]
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
