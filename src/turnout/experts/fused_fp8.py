@@ -56,18 +56,7 @@ def _reason(experts: Float8FFNExperts, dtype: torch.dtype, device: torch.device)
         return f"fused_fp8 counts up to {MOST_EXPERTS} experts, not {experts.num_experts}"
     if experts.dim * experts.hidden >= 1 << 30:
         return f"fused_fp8 computes matrices of up to 2^30 weights, not {experts.dim} x {experts.hidden}"
-    return _device_failure(device) or _proof_failure(experts.kind, dtype, device)
-
-
-# torch.compile asks once instead of tracing what looks for a device, reads a file or compiles a kernel
-@torch.compiler.assume_constant_result
-def _device_failure(device: torch.device) -> str:
-    return device_failure(device, "fused_fp8", CODES_CAPABILITY)
-
-
-@torch.compiler.assume_constant_result
-def _proof_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
-    return codes_failure(kind, dtype, device)
+    return device_failure(device, "fused_fp8", CODES_CAPABILITY) or codes_failure(experts.kind, dtype, device)
 
 
 ExpertBackend.TABLE.register("fused_fp8")(FusedFP8())

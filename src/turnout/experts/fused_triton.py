@@ -58,20 +58,10 @@ def _reason(experts: FFNExperts, dtype: torch.dtype, device: torch.device) -> st
         return f"fused_triton counts up to {MOST_EXPERTS} experts, not {num_experts}"
     if dim * width >= 1 << 31:
         return f"fused_triton computes experts of up to 2^31 weights, not {dim} x {width}"
-    return _device_failure(device) or _proof_failure(experts.kind, dtype, device)
+    return device_failure(device) or proof_failure(experts.kind, dtype, device)
 
 
-# torch.compile asks once instead of tracing what looks for a device, reads a file or compiles a kernel
-@torch.compiler.assume_constant_result
-def _device_failure(device: torch.device) -> str:
-    return device_failure(device)
-
-
-@torch.compiler.assume_constant_result
-def _proof_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
-    return proof_failure(kind, dtype, device)
-
-
+# torch.compile asks once instead of tracing what reads a file
 @torch.compiler.assume_constant_result
 def _race_failure(sizes: tuple[int, ...], kind: str, dtype: torch.dtype, device: torch.device) -> str:
     return race_failure(shape_of(sizes, kind, device, dtype))

@@ -55,13 +55,7 @@ def _failure(logits_RE: Tensor, k: int, *, sigmoid: bool, renormalize: bool) -> 
         return f"the kernel chooses by float32, not by {logits_RE.dtype}"
     if k > MOST_CHOICES or logits_RE.shape[1] > MOST_EXPERTS:
         return f"the kernel chooses up to {MOST_CHOICES} of up to {MOST_EXPERTS} experts"
-    return _device_failure(logits_RE.device, sigmoid, renormalize)
-
-
-# torch.compile asks once instead of tracing what looks for a device, reads a file or compiles a kernel
-@torch.compiler.assume_constant_result
-def _device_failure(device: torch.device, sigmoid: bool, renormalize: bool) -> str:
-    return device_failure(device) or gates_failure(device, sigmoid, renormalize)
+    return device_failure(logits_RE.device) or gates_failure(logits_RE.device, sigmoid, renormalize)
 
 
 @torch.library.custom_op("turnout::triton_gates", mutates_args=())

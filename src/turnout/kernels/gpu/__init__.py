@@ -15,6 +15,8 @@ CODES_CAPABILITY = (8, 9)  # and 8-bit floating point too
 MOST_EXPERTS = 1024  # one program adds up their counts
 
 
+# torch.compile asks once, here and below, instead of tracing what looks for a device, reads a file or compiles a kernel
+@torch.compiler.assume_constant_result
 def device_failure(device: torch.device, name: str = "fused_triton", least: tuple[int, int] = LEAST_CAPABILITY) -> str:
     """Why no kernel of Triton that wants such a capability runs there, or nothing; `name`: who wants to know."""
     if device.type != "cuda":
@@ -31,11 +33,13 @@ def device_failure(device: torch.device, name: str = "fused_triton", least: tupl
     return _triton_failure(name)
 
 
+@torch.compiler.assume_constant_result
 def proof_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
     """Why the kernels of such experts are not trusted there, or nothing; the first call on a machine takes a while."""
     return _doubt("proof", device, kind, dtype)
 
 
+@torch.compiler.assume_constant_result
 def gates_failure(device: torch.device, sigmoid: bool, renormalize: bool) -> str:
     """Why the kernels of such a router are not trusted there, or nothing; the first call on a machine takes a while."""
     return _doubt("gates_proof", device, sigmoid, renormalize)
@@ -47,6 +51,7 @@ def chooser() -> ModuleType:
     return importlib.import_module("turnout.kernels.gpu.choose")
 
 
+@torch.compiler.assume_constant_result
 def codes_failure(kind: str, dtype: torch.dtype, device: torch.device) -> str:
     """As `proof_failure`, of experts in 8-bit floating point; `dtype` is that of the tokens."""
     return _doubt("fp8_proof", device, kind, dtype)
