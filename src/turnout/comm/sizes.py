@@ -71,23 +71,13 @@ def exchange_sizes(
     counts_GX = torch.cat([counts_GE, *merged.values()], dim=1).to(torch.int64)
     ranks = group.size
     with named("all-gather of counts", layer, group.whole, ledger):
-        gathered_PGX = _gathered(counts_GX, group)
+        gathered = group.lines.all_gather(counts_GX, group.whole)
     size = counts_GX.element_size() * counts_GX.numel()
     ledger.note(layer, "forward", "counts", {peer: size for peer in range(ranks) if peer != group.place})
     ledger.note_host_copy(layer)
-    by_chunk = gathered_PGX.transpose(0, 1).tolist()
+    by_chunk = gathered.view(ranks, *counts_GX.shape).transpose(0, 1).tolist()
     lengths: dict[Packing, int] = {packing: values.shape[1] for packing, values in merged.items()}
     return [_sizes(rows, counts_GE.shape[1], lengths, group, placement) for rows in by_chunk]
-
-
-def _gathered(counts_GX: Tensor, group: ExpertGroup) -> Tensor:
-    """Shapes: returns (ranks, chunks, X)."""
-    line = group.lines.of(group.whole)
-    if line is not None and counts_GX.device.type == "cpu":
-        return line.all_gather(counts_GX).view(group.size, *counts_GX.shape)
-    gathered_PGX = counts_GX.new_empty(group.size, *counts_GX.shape)
-    dist.all_gather(list(gathered_PGX), counts_GX, group=group.whole)
-    return gathered_PGX
 
 
 def _sizes(
