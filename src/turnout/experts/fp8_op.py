@@ -25,15 +25,14 @@ def fp8_experts(
 ) -> Tensor:
     """y_TD in the dtype of x_TD; `codes`: codes and scales of both products, as `Float8FFNExperts` holds them."""
     up_codes, up_scales, down_codes, down_scales = (tensor.contiguous() for tensor in codes)
-    biases = (None if bias is None else bias.contiguous() for bias in (up_bias_EG, down_bias_ED))
-    own_up_bias, own_down_bias = biases
+    up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias_EG, down_bias_ED))
     given = codes_launcher().Codes(
         up_EPFD=up_codes.view(CODES),
         up_scales=up_scales.view(torch.float32),
         down_EDF=down_codes.view(CODES),
         down_scales=down_scales.view(torch.float32),
-        up_bias_EG=own_up_bias,
-        down_bias_ED=own_down_bias,
+        up_bias_EG=up_bias,
+        down_bias_ED=down_bias,
         kind=kind,
     )
     routes = (token_N.contiguous(), expert_N.contiguous(), keep_N)
