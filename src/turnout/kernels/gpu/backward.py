@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from turnout.kernels.gpu.activation import activated, up_gradient, value_gradient
-from turnout.kernels.gpu.tiles import block_of, product, rows_of, swizzled, within
+from turnout.kernels.gpu.tiles import at_rows, block_of, product, rows_of, swizzled, within
 
 
 @triton.jit
@@ -49,9 +49,8 @@ def hidden_grad_kernel(
     place = tl.arange(0, BLOCK_M)
     for program in tl.range(tl.program_id(0), num_tiles * num_cols, tl.num_programs(0), flatten=PERSISTENT):
         tile, col = swizzled(program, num_tiles, num_cols, GROUP)
-        expert, first_row, end = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
+        expert, first_row, is_row = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
         row = first_row + place
-        is_row = row < end
         token = tl.load(token_M + row, mask=is_row, other=0).to(tl.int64)
         f = col * BLOCK_N + tl.arange(0, BLOCK_N)
         is_f = within(f, F, BLOCK_N)
@@ -63,12 +62,11 @@ def hidden_grad_kernel(
             down = block_of(down_EFD, expert, col * BLOCK_N, first, 0, F, D, D, BLOCK_N, BLOCK_K, BOXED)
             h_grad = product(y_grad, down.T, h_grad, PRECISION, WIDEN)
         inside = is_row[:, None] & is_f[None, :]
-        # within a tile 32 bits are enough, and half as many registers
-        wide_row, at_g = first_row.to(tl.int64), place[:, None] * G + f[None, :]
-        up = tl.load(up_MG + wide_row * G + at_g, mask=inside, other=0.0).to(tl.float32)
+        at_up = at_rows(up_MG, first_row, f, G, BLOCK_M)
+        up = tl.load(at_up, mask=inside, other=0.0).to(tl.float32)
         value = up
         if GATED:
-            value = tl.load(up_MG + wide_row * G + F + at_g, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(at_up + F, mask=inside, other=0.0).to(tl.float32)
         # rounded as the forward pass rounded it
         h = activated(up, value, KIND).to(weighted_h_MF.dtype.element_ty).to(tl.float32)
         share = tl.sum(tl.where(inside, h * h_grad, 0.0), axis=1)
@@ -84,10 +82,10 @@ def hidden_grad_kernel(
         tl.store(share_CM + tl.cast(col, tl.int64) * num_assignments + row, share, mask=is_row)
         assignment = tl.load(assignment_M + row, mask=is_row, other=0)
         weight = tl.load(weight_N + assignment, mask=is_row, other=0.0)[:, None]
-        at = weighted_h_MF + wide_row * F + (place[:, None] * F + f[None, :])
+        at = at_rows(weighted_h_MF, first_row, f, F, BLOCK_M)
         tl.store(at, (weight * h).to(weighted_h_MF.dtype.element_ty), mask=inside)
         h_grad *= weight
-        out = up_grad_MG + wide_row * G + at_g
+        out = at_rows(up_grad_MG, first_row, f, G, BLOCK_M)
         tl.store(out, up_gradient(up, value, h_grad, KIND).to(up_grad_MG.dtype.element_ty), mask=inside)
         if GATED:
             tl.store(out + F, value_gradient(up, value, h_grad, KIND).to(up_grad_MG.dtype.element_ty), mask=inside)

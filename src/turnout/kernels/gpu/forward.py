@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from turnout.kernels.gpu.activation import activated
-from turnout.kernels.gpu.tiles import block_of, product, rows_of, swizzled, within
+from turnout.kernels.gpu.tiles import at_rows, block_of, product, rows_of, swizzled, within
 
 
 @triton.jit
@@ -41,8 +41,7 @@ def up_kernel(
     place = tl.arange(0, BLOCK_M)
     for program in tl.range(tl.program_id(0), num_tiles * num_cols, tl.num_programs(0), flatten=PERSISTENT):
         tile, col = swizzled(program, num_tiles, num_cols, GROUP)
-        expert, first_row, end = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
-        is_row = first_row + place < end
+        expert, first_row, is_row = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
         token = tl.load(token_M + first_row + place, mask=is_row, other=0).to(tl.int64)
         f = col * BLOCK_N + tl.arange(0, BLOCK_N)
         is_f = within(f, F, BLOCK_N)
@@ -65,14 +64,13 @@ def up_kernel(
         # rounded before the activation: the backward pass then differentiates at the very point it finds
         rounded, rounded_value = up.to(h_MF.dtype.element_ty), value.to(h_MF.dtype.element_ty)
         inside = is_row[:, None] & is_f[None, :]
-        wide_row = first_row.to(tl.int64)
         if KEEP:
-            at = up_MG + wide_row * G + (place[:, None] * G + f[None, :])
+            at = at_rows(up_MG, first_row, f, G, BLOCK_M)
             tl.store(at, rounded, mask=inside)
             if GATED:
                 tl.store(at + F, rounded_value, mask=inside)
         h = activated(rounded.to(tl.float32), rounded_value.to(tl.float32), KIND)
-        tl.store(h_MF + wide_row * F + (place[:, None] * F + f[None, :]), h.to(h_MF.dtype.element_ty), mask=inside)
+        tl.store(at_rows(h_MF, first_row, f, F, BLOCK_M), h.to(h_MF.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -101,11 +99,9 @@ def rows_kernel(
     """Rows of an expert times its K by N matrix, which lies N by K if TRANSPOSED, plus bias."""
     num_cols = tl.cdiv(N, BLOCK_N)
     num_tiles = tl.load(tile_start_E + E)
-    place = tl.arange(0, BLOCK_M)
     for program in tl.range(tl.program_id(0), num_tiles * num_cols, tl.num_programs(0), flatten=PERSISTENT):
         tile, col = swizzled(program, num_tiles, num_cols, GROUP)
-        expert, first_row, end = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
-        is_row = first_row + place < end
+        expert, first_row, is_row = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
         n = col * BLOCK_N + tl.arange(0, BLOCK_N)
         is_n = within(n, N, BLOCK_N)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -116,8 +112,7 @@ def rows_kernel(
             else:
                 k = first + tl.arange(0, BLOCK_K)
                 is_left = is_row[:, None] & within(k, K, BLOCK_K)[None, :]
-                rows = left_MK + first_row.to(tl.int64) * K
-                left = tl.load(rows + (place[:, None] * K + k[None, :]), mask=is_left, other=0.0)
+                left = tl.load(at_rows(left_MK, first_row, k, K, BLOCK_M), mask=is_left, other=0.0)
             if TRANSPOSED:
                 right = block_of(matrix, expert, col * BLOCK_N, first, 0, N, K, K, BLOCK_N, BLOCK_K, BOXED).T
             else:
@@ -125,9 +120,8 @@ def rows_kernel(
             total = product(left, right, total, PRECISION, WIDEN)
         if HAS_BIAS:
             total += tl.load(bias + expert * N + n, mask=is_n, other=0.0).to(tl.float32)[None, :]
-        inside = is_row[:, None] & is_n[None, :]
-        at = out_MN + first_row.to(tl.int64) * N + (place[:, None] * N + n[None, :])
-        tl.store(at, total.to(out_MN.dtype.element_ty), mask=inside)
+        at = at_rows(out_MN, first_row, n, N, BLOCK_M)
+        tl.store(at, total.to(out_MN.dtype.element_ty), mask=is_row[:, None] & is_n[None, :])
 
 
 @triton.jit

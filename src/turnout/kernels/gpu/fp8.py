@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from turnout.kernels.gpu.activation import activated
-from turnout.kernels.gpu.tiles import block_of, product, rows_of, swizzled, within
+from turnout.kernels.gpu.tiles import at_rows, block_of, product, rows_of, swizzled, within
 
 
 @triton.jit
@@ -70,8 +70,7 @@ def up_codes_kernel(
     place = tl.arange(0, BLOCK_M)
     for program in tl.range(tl.program_id(0), num_tiles * num_cols, tl.num_programs(0), flatten=PERSISTENT):
         tile, col = swizzled(program, num_tiles, num_cols, GROUP)
-        expert, first_row, end = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
-        is_row = first_row + place < end
+        expert, first_row, is_row = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
         token = tl.load(token_M + first_row + place, mask=is_row, other=0).to(tl.int64)
         f = col * BLOCK_N + tl.arange(0, BLOCK_N)
         is_f = within(f, F, BLOCK_N)
@@ -100,10 +99,8 @@ def up_codes_kernel(
                 value += tl.load(bias + F, mask=is_f, other=0.0).to(tl.float32)[None, :]
         # columns past the last are zeros, which no scale heeds
         codes, scale = rounded(activated(up, value, KIND))
-        wide_row = first_row.to(tl.int64)
-        at_h = h_MF + wide_row * F + (place[:, None] * F + f[None, :])
-        tl.store(at_h, codes, mask=is_row[:, None] & is_f[None, :])
-        tl.store(h_scale_MB + (wide_row + place) * num_cols + col, scale, mask=is_row)
+        tl.store(at_rows(h_MF, first_row, f, F, BLOCK_M), codes, mask=is_row[:, None] & is_f[None, :])
+        tl.store(h_scale_MB + (first_row.to(tl.int64) + place) * num_cols + col, scale, mask=is_row)
 
 
 @triton.jit
@@ -139,8 +136,7 @@ def down_codes_kernel(
     place = tl.arange(0, BLOCK_M)
     for program in tl.range(tl.program_id(0), num_tiles * num_cols, tl.num_programs(0), flatten=PERSISTENT):
         tile, col = swizzled(program, num_tiles, num_cols, GROUP)
-        expert, first_row, end = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
-        is_row = first_row + place < end
+        expert, first_row, is_row = rows_of(tile, start_E, tile_start_E, E, BLOCK_E, BLOCK_M)
         wide_row = first_row.to(tl.int64)
         d = col * BLOCK_N + tl.arange(0, BLOCK_N)
         is_d = within(d, D, BLOCK_N)
@@ -153,7 +149,7 @@ def down_codes_kernel(
             else:
                 f = first + tl.arange(0, BLOCK_K)
                 is_h = is_row[:, None] & within(f, F, BLOCK_K)[None, :]
-                h = tl.load(h_MF + wide_row * F + (place[:, None] * F + f[None, :]), mask=is_h, other=0.0)
+                h = tl.load(at_rows(h_MF, first_row, f, F, BLOCK_M), mask=is_h, other=0.0)
             h_scale = tl.load(h_scale_MB + (wide_row + place) * STEPS + step, mask=is_row, other=0.0)
             total = scaled(
                 total,
@@ -173,7 +169,7 @@ def down_codes_kernel(
             )
         if HAS_BIAS:
             total += tl.load(down_bias_ED + expert * D + d, mask=is_d, other=0.0).to(tl.float32)[None, :]
-        at = y_MD + wide_row * D + (place[:, None] * D + d[None, :])
+        at = at_rows(y_MD, first_row, d, D, BLOCK_M)
         tl.store(at, total.to(y_MD.dtype.element_ty), mask=is_row[:, None] & is_d[None, :])
 
 

@@ -16,12 +16,19 @@ def swizzled(program, num_rows, num_cols, GROUP: tl.constexpr):
 
 @triton.jit
 def rows_of(tile, start_E, tile_start_E, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Expert of a tile, its first row, and the end of its expert's rows; experts that end before it are counted."""
+    """Expert of a tile, its first row, and which of its rows are that expert's. Experts that end before are counted."""
     expert = tl.arange(0, BLOCK_E)
     ends = tl.load(tile_start_E + 1 + expert, mask=expert < E, other=2147483647)
     mine = tl.sum((ends <= tile).to(tl.int32), axis=0)
     first = tl.load(start_E + mine) + (tile - tl.load(tile_start_E + mine)) * BLOCK_M
-    return mine.to(tl.int64), first, tl.load(start_E + mine + 1)
+    return mine.to(tl.int64), first, first + tl.arange(0, BLOCK_M) < tl.load(start_E + mine + 1)
+
+
+@triton.jit
+def at_rows(matrix, first_row, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where columns of a tile's rows lie; within the tile 32 bits are enough, and half as many registers."""
+    start = matrix + first_row.to(tl.int64) * COLUMNS
+    return start + (tl.arange(0, BLOCK_M)[:, None] * COLUMNS + column[None, :])
 
 
 @triton.jit
