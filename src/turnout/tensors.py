@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, wraps
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
@@ -24,6 +24,16 @@ from torch.autograd.function import once_differentiable
 from turnout.errors import ConfigError, ShapeError
 
 Scope = Literal["micro_batch", "sequence", "data_parallel", "global"]
+Value = TypeVar("Value")
+
+
+class found_once(cached_property[Value]):
+    """A cached property that torch.compile can take, which then keeps nothing: before Python 3.12 they have a lock."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is not None and torch.compiler.is_compiling():
+            return self.func(instance)
+        return super().__get__(instance, owner)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +63,7 @@ class Assignment:
     least_capacity: Int64[Tensor, ""] | None = None  # rows the router wants an expert to have room for, at least
     block_counts: BlockCounts | None = None  # where the choices were counted as they were made
 
-    @cached_property
+    @found_once
     def counts_E(self) -> Int64[Tensor, "E"]:
         """Assignments per expert, counted once; a declined choice counts, a padding token has none."""
         count_BE = self.count_BE
@@ -67,7 +77,9 @@ class Assignment:
 
     def first_choice_counts_E(self) -> Int64[Tensor, "E"]:
         """First choices per expert."""
-        return torch.bincount(self.expert_N[self.choice_N == 0], minlength=self.num_experts)
+        # no choices picked out: how many there are would have to be known
+        first_N = (self.choice_N == 0).long()
+        return first_N.new_zeros(self.num_experts).scatter_add_(0, self.expert_N, first_N)
 
     def as_topk(self) -> "tuple[Int64[Tensor, 'R K'], Float[Tensor, 'R K']]":
         """The same as (expert_RK, weight_RK).
@@ -209,17 +221,16 @@ class Routed:
         """Who was to go where, for a recording or a picture; and which of these were sent, None: every one."""
         return self.decide()
 
-    # a cached property has a lock before Python 3.12, which torch.compile cannot take: in training there is none
     @property
     def losses(self) -> tuple[LossTerm, ...]:
         """Auxiliary losses."""
         return self._formed_later if self.formed is None else self.formed
 
-    @cached_property
+    @found_once
     def _formed_later(self) -> tuple[LossTerm, ...]:
         return self.form()
 
-    @cached_property
+    @found_once
     def stats(self) -> MoEStats:
         """What the layer did with its tokens."""
         return self.collect()
@@ -254,11 +265,11 @@ class MoEOutput:
 
 
 def counted(index_N: Tensor, size: int) -> Tensor:
-    """How often each number below `size` occurs, without a host copy: on a GPU bincount asks for the largest one.
+    """How often each number below `size` occurs, without a host copy: bincount asks for the largest one.
 
     Shapes: index_N (N,) int64; returns (size,) int64.
     """
-    if index_N.device.type == "cpu":
+    if index_N.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.bincount(index_N, minlength=size)
     return index_N.new_zeros(size).scatter_add_(0, index_N, torch.ones_like(index_N))
 
