@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from turnout.errors import ConfigError, ShapeError
@@ -318,6 +319,25 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return once(ctx, *grads)
 
     return checked
+
+
+def check_derivatives(x: Tensor, layer: nn.Module) -> None:
+    """Of a layer whose kernels have a backward pass and nothing else: a tangent beside what they read would be lost.
+
+    Raises: ConfigError for forward-mode derivatives of x or of a parameter, and within any transform of torch.func.
+    """
+    if torch.compiler.is_compiling():
+        return
+    # asked of torch's own tables: most calls have neither
+    transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    is_dual = getattr(forward_ad, "_current_level", -1) >= 0
+    if (transform is not None and transform() is not None) or (
+        is_dual and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, *layer.parameters()))
+    ):
+        raise ConfigError(
+            "a MoE layer has gradients by backward() and torch.autograd.grad alone: no forward-mode derivatives, no "
+            "vmap, jvp or grad of torch.func; take finite differences, in float64 and with backend='loop'"
+        )
 
 
 def total_loss(losses: tuple[LossTerm, ...]) -> Tensor:

@@ -258,6 +258,11 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
         r"recorded token needs 2 different experts from 0 to 3",
     ),
     (
+        lambda: torch.func.vmap(lambda x: MoE(4, 4, 2)(x).y)(torch.zeros(2, 3, 4)),
+        ConfigError,
+        r"no forward-mode derivatives, no vmap, jvp or grad of torch\.func; take finite differences",
+    ),
+    (
         lambda: TopK().build(4, 3)(torch.zeros(2, 4), top_k=4),
         ConfigError,
         r"top_k=4 for one call must be a whole number from 1 to num_ex",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from turnout.kernels import KINDS
 from turnout.registry import Table
 from turnout.tensors import first_order
 
@@ -20,6 +21,15 @@ class Activation(ABC):
     @abstractmethod
     def __call__(self, up_MG: Tensor) -> Tensor:
         """Shapes: up_MG (..., G); returns (..., F)."""
+
+
+def kernels_failure(backend: str, kind: str, own: object) -> str:
+    """Why kernels cannot compute experts of that kind, whose activation is `own`; or nothing."""
+    if kind not in KINDS:
+        return f"{backend} has no activation {kind!r}, only {', '.join(KINDS)}"
+    if type(own) is not type(Activation.TABLE[kind]):
+        return f"{backend} computes {kind}, and these experts have another activation in its place"
+    return ""
 
 
 class _ReLU(Activation):

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, FusedBackend, Refusal
+from turnout.experts.activations import kernels_failure
 from turnout.experts.fused_op import fused_experts, half_by_matrix_unit, in_dtypes_of, kernel_weights, the_kernel
 from turnout.experts.weights import FFNExperts
-from turnout.kernels import KINDS, Kernel, Routing, trusted_kernel
+from turnout.kernels import Kernel, Routing, trusted_kernel
 from turnout.kernels.build import cpu_flags
 from turnout.kernels.consumed import is_last_pass, is_read_once, mapped_bytes
 from turnout.tensors import Admission, Assignment, RouterOutput, SoftmaxChoice, first_order
@@ -118,8 +119,8 @@ class FusedCPU(FusedBackend):
 def _reason(experts: FFNExperts, dtype: torch.dtype, device: torch.device) -> str:
     if device.type != "cpu":
         return f"fused_cpu computes on the CPU, not on {device.type}"
-    if experts.kind not in KINDS:
-        return f"fused_cpu has no activation {experts.kind!r}, only {', '.join(KINDS)}"
+    if failure := kernels_failure("fused_cpu", experts.kind, experts.activation):
+        return failure
     if dtype not in DTYPES or experts.up_EDG.dtype not in DTYPES or experts.down_EFD.dtype != experts.up_EDG.dtype:
         return f"fused_cpu computes float32 and bfloat16, not {dtype} with weights in {experts.up_EDG.dtype}"
     if dtype == torch.bfloat16 and _has_bfloat16_units():

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, FusedBackend, Refusal
+from turnout.experts.activations import kernels_failure
 from turnout.experts.float8 import Float8FFNExperts
 from turnout.experts.fp8_op import fp8_experts
-from turnout.kernels import KINDS
 from turnout.kernels.gpu import CODES_CAPABILITY, MOST_EXPERTS, codes_failure, device_failure
 from turnout.tensors import Admission, Assignment
 
@@ -48,8 +48,8 @@ class FusedFP8(FusedBackend):
 
 
 def _reason(experts: Float8FFNExperts, dtype: torch.dtype, device: torch.device) -> str:
-    if experts.kind not in KINDS:
-        return f"fused_fp8 has no activation {experts.kind!r}, only {', '.join(KINDS)}"
+    if failure := kernels_failure("fused_fp8", experts.kind, experts.activation):
+        return failure
     if dtype not in DTYPES:
         return f"fused_fp8 computes tokens in float32, bfloat16 and float16, not {dtype}"
     if experts.num_experts > MOST_EXPERTS:

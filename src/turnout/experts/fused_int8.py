@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, FusedBackend, Refusal
+from turnout.experts.activations import kernels_failure
 from turnout.experts.int8_op import int8_experts
 from turnout.experts.quantized import QuantizedFFNExperts
-from turnout.kernels import KINDS, Int8Weights, Kernel, trusted_kernel
+from turnout.kernels import Int8Weights, Kernel, trusted_kernel
 from turnout.kernels.build import Library, compiled, has_vnni
 from turnout.kernels.int8_proof import prove_int8
 from turnout.kernels.matrix_unit import trusted_by_matrix_unit
@@ -110,8 +111,8 @@ def int8_weights(experts: QuantizedFFNExperts) -> Int8Weights:
 def _reason(experts: QuantizedFFNExperts, dtype: torch.dtype, device: torch.device) -> str:
     if device.type != "cpu":
         return f"fused_int8 computes on the CPU, not on {device.type}"
-    if experts.kind not in KINDS:
-        return f"fused_int8 has no activation {experts.kind!r}, only {', '.join(KINDS)}"
+    if failure := kernels_failure("fused_int8", experts.kind, experts.activation):
+        return failure
     if dtype not in DTYPES:
         return f"fused_int8 computes tokens in float32 and bfloat16, not {dtype}"
     return _kernel_failure()

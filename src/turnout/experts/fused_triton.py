@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, FusedBackend, Refusal
+from turnout.experts.activations import kernels_failure
 from turnout.experts.fused_triton_op import triton_experts
 from turnout.experts.weights import FFNExperts
-from turnout.kernels import KINDS
 from turnout.kernels.gpu import MOST_EXPERTS, device_failure, proof_failure
 from turnout.kernels.gpu.tuned import race_failure, shape_of
 from turnout.tensors import Admission, Assignment
@@ -50,8 +50,8 @@ class FusedTriton(FusedBackend):
 
 def _reason(experts: FFNExperts, dtype: torch.dtype, device: torch.device) -> str:
     num_experts, dim, width = experts.up_EDG.shape
-    if experts.kind not in KINDS:
-        return f"fused_triton has no activation {experts.kind!r}, only {', '.join(KINDS)}"
+    if failure := kernels_failure("fused_triton", experts.kind, experts.activation):
+        return failure
     if dtype not in DTYPES:
         return f"fused_triton computes float32, bfloat16 and float16, not {dtype}"
     if num_experts > MOST_EXPERTS:

@@ -1,13 +1,14 @@
 """What experts with rounded weights have in common: they infer, and say which weights their codes stand for."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from turnout.errors import ConfigError
 from turnout.experts.activations import Activation
+from turnout.experts.called import CalledExperts
 
 
-class RoundedExperts(nn.Module):
+class RoundedExperts(CalledExperts):
     """E feed-forward networks whose weights are codes. Nothing in here learns."""
 
     up_bias_EG: Tensor | None
@@ -36,6 +37,3 @@ class RoundedExperts(nn.Module):
                 "quantised experts are for inference alone: call the layer under torch.no_grad(), or train the model "
                 "it was quantised from"
             )
-
-    def forward(self, *_: Tensor) -> Tensor:
-        raise NotImplementedError("experts are computed by a backend: turnout.experts.choose_backend(experts, ...)")

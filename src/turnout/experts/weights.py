@@ -5,17 +5,17 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from turnout.contracts import ExpertBackend
 from turnout.errors import ConfigError
 from turnout.experts.activations import Activation
+from turnout.experts.called import CalledExperts
 from turnout.experts.cut import Cut
 from turnout.kernels.pages import on_large_pages
 from turnout.placement import Placement
 from turnout.strategy import nearest_divisor
-from turnout.tensors import Padded, Ragged, fill_normal
+from turnout.tensors import fill_normal
 
 
-class FFNExperts(nn.Module):
+class FFNExperts(CalledExperts):
     """E feed-forward networks of one kind; each weight is ONE [E, ...] parameter, so checkpoints reshard.
 
     expert e: down_e(act(up_e x)). `up_EDG` holds gate and up side by side when the activation is gated.
@@ -86,17 +86,6 @@ class FFNExperts(nn.Module):
             part = cuts[name].part(weight.detach(), rank).clone(memory_format=torch.contiguous_format)
             setattr(self, name, nn.Parameter(part, requires_grad=weight.requires_grad))
         self.num_experts, self.hidden = len(self.up_EDG), self.down_EFD.shape[1]
-
-    def forward(self, x: Tensor, counts_L: Tensor | None = None, backend: ExpertBackend | None = None) -> Tensor:
-        """What a backend makes of rows; a call of the module, for its hooks may have to bring the weights first.
-
-        Shapes: x (M, D) expert by expert, or (L, C, D) in blocks; counts_L (L,); returns the shape of x.
-        """
-        if backend is None or counts_L is None:
-            raise NotImplementedError("experts are computed by a backend: turnout.experts.choose_backend(experts, ...)")
-        if x.ndim == 3:
-            return backend.run(self, Padded(x_LCD=x, counts_L=counts_L)).x
-        return backend.run(self, Ragged(x_MD=x, counts_L=counts_L)).x
 
 
 class ModuleExperts(nn.ModuleList):

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from turnout.contracts import Dispatcher, ExpertBackend, ExpertCall, FusedBackend
 from turnout.dispatch import LocalDispatcher, plan_dispatch
 from turnout.experts import FFNExperts, RoundedExperts
+from turnout.experts.called import CalledExperts, is_called
 from turnout.tensors import Admission, Assignment, Ragged, Rows
 
 
@@ -23,14 +24,15 @@ def pass_experts(
 ) -> Tensor:
     """y[t] = sum of weight * expert(x[t]) over the token's admitted assignments; zeros for a token without one.
 
-    `experts` and `backend` are this process's, `dispatcher` reaches them and those of the others.
+    `experts` and `backend` are this process's, `dispatcher` reaches them and those of the others. Experts that somebody
+    watches are called with their rows.
     Shapes: x_TD (T, D); returns (T, D) in the dtype of x_TD.
     Raises: ConfigError if a gradient is to come back through quantised experts, or to the weights of their outputs.
     """
     if isinstance(experts, RoundedExperts):
         # rows alone do not show that a router learns
         experts.check_inference(x_TD, assignment.weight_N)
-    if isinstance(backend, FusedBackend) and isinstance(dispatcher, LocalDispatcher):
+    if isinstance(backend, FusedBackend) and isinstance(dispatcher, LocalDispatcher) and not is_called(experts):
         return backend.run_tokens(experts, x_TD, assignment, admission)
     call = ExpertCall(
         layout=backend.layout,
@@ -42,7 +44,7 @@ def pass_experts(
 
 
 def _computed(experts: nn.Module, backend: ExpertBackend, rows: Rows, weights: Mapping[str, Tensor] | None) -> Rows:
-    if not isinstance(experts, FFNExperts):
+    if not isinstance(experts, CalledExperts):
         return backend.run(experts, rows)
     inputs = (rows.x, rows.counts_L, backend)
     y = experts(*inputs) if weights is None else functional_call(experts, dict(weights), inputs)

@@ -4,19 +4,18 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-import torch.nn.modules.module as every
 from torch import Tensor, nn
 
 from turnout.contracts import CapacityPolicy, Dispatcher, FusedBackend, Router
 from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.experts import choose_backend
+from turnout.experts.called import are_all_watched, is_called, is_watched
 from turnout.routers.pieces import MOST_ARGMAX_PASSES
 from turnout.tensors import Admission, RouterOutput
 
 # up to so many rows of an expert are computed as few by every kernel, and no expert has more rows than there are tokens
 MOST_TOKENS = 16
 DTYPES = (torch.float32, torch.bfloat16)
-REPLACED = frozenset(("forward", "route"))  # methods that an object of its own may have others for
 
 
 def run_few(
@@ -39,7 +38,9 @@ def run_few(
     if type(capacity) is not Dropless or type(dispatcher) is not LocalDispatcher or not _is_plain(x):
         return None
     choice = router.softmax_choice() if isinstance(router, Router) else None
-    if choice is None or choice.k > MOST_ARGMAX_PASSES or _is_watched(router):
+    if choice is None or choice.k > MOST_ARGMAX_PASSES or is_called(experts) or are_all_watched():
+        return None
+    if any(module is not None and is_watched(module) for module in (router, *router._modules.values())):  # pyright: ignore[reportPrivateUsage]
         return None
     weight_ED, bias_E = choice.weight_ED, choice.bias_E
     if not _is_read(weight_ED) or not (bias_E is None or _is_read(bias_E)):
@@ -74,15 +75,3 @@ def _is_read(tensor: Tensor) -> bool:
     """Whether the kernel can: a subclass may have its numbers anywhere."""
     is_own = type(tensor) is Tensor or type(tensor) is nn.Parameter
     return is_own and tensor.is_cpu and tensor.dtype in DTYPES and tensor.is_contiguous()
-
-
-def _is_watched(router: nn.Module) -> bool:
-    """Whether somebody asked to be told what goes through it, or through a part of it."""
-    if every._global_forward_hooks or every._global_forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
-        return True
-    for module in (router, *router._modules.values()):  # pyright: ignore[reportPrivateUsage]
-        if module is None:
-            continue
-        if module._forward_hooks or module._forward_pre_hooks or not REPLACED.isdisjoint(vars(module)):  # pyright: ignore[reportPrivateUsage]
-            return True
-    return False

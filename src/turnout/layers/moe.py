@@ -26,7 +26,7 @@ from turnout.losses import LoadBalance
 from turnout.placement import Site
 from turnout.registry import nearest
 from turnout.routers import TopK
-from turnout.tensors import Admission, MoEOutput, MoEStats, RouterOutput, as_token_ids
+from turnout.tensors import Admission, MoEOutput, MoEStats, RouterOutput, as_token_ids, check_derivatives
 
 # far beyond any layer, and small enough that no product of sizes is beyond 64 bits
 RANGES = {
@@ -207,8 +207,10 @@ class MoE(nn.Module):
         `step_stats`, for losses of scope `global`: what all micro-batches and ranks of the optimizer step do here.
         Under activation checkpointing leave `generator` None: a recomputation restores torch's own state alone, and
         would draw anew from any other.
-        Raises: ShapeError if they do not fit; ConfigError if the router or the policy cannot take such a change.
+        Raises: ShapeError if they do not fit; ConfigError if the router or the policy cannot take such a change, and
+        for derivatives other than a backward pass's.
         """
+        check_derivatives(x, self)
         self._check(x, mask, token_ids)
         few = None
         # other ids are checked on the long way

@@ -1,0 +1,47 @@
+"""Experts whose rows a backend computes in a call of the module; and whether somebody wants such calls to be made."""
+
+from typing import Any
+
+import torch.nn.modules.module as every
+from torch import Tensor, nn
+
+from turnout.contracts import ExpertBackend
+from turnout.tensors import Padded, Ragged
+
+# of torch's modules, one by one and of all
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+METHODS = ("forward", "route")  # that an object may have of its own
+
+
+class CalledExperts(nn.Module):
+    """E experts of one kind, whose weights are what a backend reads."""
+
+    def forward(self, x: Tensor, counts_L: Tensor | None = None, backend: ExpertBackend | None = None) -> Tensor:
+        """What a backend makes of rows; a call of the module, for its hooks may have to bring the weights first.
+
+        Shapes: x (M, D) expert by expert, or (L, C, D) in blocks; counts_L (L,); returns the shape of x.
+        """
+        if backend is None or counts_L is None:
+            raise NotImplementedError("experts are computed by a backend: turnout.experts.choose_backend(experts, ...)")
+        if x.ndim == 3:
+            return backend.run(self, Padded(x_LCD=x, counts_L=counts_L)).x
+        return backend.run(self, Ragged(x_MD=x, counts_L=counts_L)).x
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody asked to be told what goes through a module, or to change it: hooks, or a method replaced."""
+    own: dict[str, Any] = module.__dict__
+    return any(own[name] for name in HOOKS) or any(name in own for name in METHODS)
+
+
+def are_all_watched() -> bool:
+    """The same of every module there is."""
+    return any(getattr(every, f"_global{name}") for name in HOOKS)
+
+
+def is_called(experts: nn.Module) -> bool:
+    """Whether a pass over tokens would leave out what a call of these experts does beside."""
+    if not isinstance(experts, CalledExperts):
+        return False
+    is_own = type(experts).forward is CalledExperts.forward
+    return not is_own or is_watched(experts) or are_all_watched()
