@@ -258,7 +258,7 @@ CASES: list[tuple[Cause, type[TurnoutError], str]] = [
         r"recorded token needs 2 different experts from 0 to 3",
     ),
     (
-        lambda: torch.func.vmap(lambda x: MoE(4, 4, 2)(x).y)(torch.zeros(2, 3, 4)),
+        lambda: (lambda layer: torch.func.vmap(lambda x: layer(x).y)(torch.zeros(2, 3, 4)))(MoE(4, 4, 2)),
         ConfigError,
         r"no forward-mode derivatives, no vmap, jvp or grad of torch\.func; take finite differences",
     ),
