@@ -1,16 +1,10 @@
 """Experts whose rows a backend computes in a call of the module; and whether somebody wants such calls to be made."""
 
-from typing import Any
-
-import torch.nn.modules.module as every
+import torch.nn.modules.module as every  # pyright: ignore[reportPrivateUsage]
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend
 from turnout.tensors import Padded, Ragged
-
-# of torch's modules, one by one and of all
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-METHODS = ("forward", "route")  # that an object may have of its own
 
 
 class CalledExperts(nn.Module):
@@ -28,15 +22,28 @@ class CalledExperts(nn.Module):
         return backend.run(self, Ragged(x_MD=x, counts_L=counts_L)).x
 
 
+# asked in every call of a few tokens: no loops
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody asked to be told what goes through a module, or to change it: hooks, or a method replaced."""
-    own: dict[str, Any] = module.__dict__
-    return any(own[name] for name in HOOKS) or any(name in own for name in METHODS)
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or "route" in own
+    )
 
 
 def are_all_watched() -> bool:
     """The same of every module there is."""
-    return any(getattr(every, f"_global{name}") for name in HOOKS)
+    return bool(
+        every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )
 
 
 def is_called(experts: nn.Module) -> bool:
