@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "activation.h"
+#include "biases.h"
 #include "block.h"
+#include "relay.h"
 #include "row_sums.h"
 #include "tile.h"
 
@@ -24,11 +26,10 @@ class Backward {
         out_step_(padded_dim(job.dim)) {}
 
   void run() {
-    const std::vector<Unit> units = parts_of_experts(routes_, job_);
+    const std::vector<Unit> units = units_of_experts(routes_, job_);
     units_ = &units;
-    for (const Unit& unit : units)
-      if (unit.part) part_of_extra_.push_back({unit.expert, unit.part});
-    num_extra_ = int(part_of_extra_.size());
+    Relay relay(units);
+    relay_ = &relay;
     RowSums sums(job_, routes_, job_.d_x, units);
     sums_ = &sums;
     const size_t rows = largest_block();
@@ -37,8 +38,7 @@ class Backward {
                             size_t(act_.parts * std::max<long>(job_.dim, CHUNK) * TILE_COLUMNS), rows * LANES, rows, rows * PACKED};
     size_t each = 0;
     for (size_t size : sizes) each += Workspace::padded(size);
-    const size_t part = part_floats();
-    Workspace space(job_.threads * each + Workspace::padded(sums.floats()) + num_extra_ * part);
+    Workspace space(job_.threads * each + Workspace::padded(sums.floats()));
     for (int i = 0; i < job_.threads; i++) {
       Scratch s;
       float** pieces[] = {&s.x, &s.d_y, &s.h, &s.d_before, &s.d_x, &s.panel, &s.dot, &s.weight, &s.packed};
@@ -46,9 +46,10 @@ class Backward {
       scratch_.push_back(s);
     }
     sums.use(space.take(sums.floats()));
-    extra_ = space.take(num_extra_ * part);
     Schedule schedule;
-    plan(schedule, sums);
+    sums.plan(schedule);
+    for (int e = 0; e < job_.experts; e++)
+      if (routes_.start[e] == routes_.start[e + 1]) schedule.add({FILL, e});
     schedule.run(*this, int(job_.threads), job_.parallel);
   }
 
@@ -56,15 +57,14 @@ class Backward {
     if (task.kind == COMPUTE) part(task.index, scratch_[worker]);
     if (task.kind == ADD_UP) sums_->add_up(task.index);
     if (task.kind == CLEAR) sums_->clear(task.index);
-    if (task.kind == REDUCE) reduce(task.index);
-    if (task.kind == FILL) each_gradient(task.index, 0, [](float* sum, size_t n) { std::memset(sum, 0, n * 4); });
+    if (task.kind == FILL) clear(task.index);
   }
 
  private:
   struct Scratch {
     float *x, *d_y, *h, *d_before, *d_x, *panel, *dot, *weight, *packed;
   };
-  struct Gradients {  // of one expert, or one part's share of them; null where not wanted
+  struct Gradients {  // of one expert; null where not wanted
     float *up, *down, *up_bias, *down_bias;
   };
 
@@ -77,79 +77,34 @@ class Backward {
     return rows;
   }
 
-  void plan(Schedule& schedule, RowSums& sums) {
-    std::vector<int> group_of(job_.experts, -1), also;
-    for (const Unit& unit : *units_) {
-      if (unit.part == 1) group_of[unit.expert] = schedule.group();
-    }
-    for (const Unit& unit : *units_) also.push_back(group_of[unit.expert]);
-    sums.plan(schedule, also);
-    for (int e = 0; e < job_.experts; e++) {
-      if (group_of[e] >= 0) schedule.add({REDUCE, e, group_of[e]});
-      if (routes_.start[e] == routes_.start[e + 1]) schedule.add({FILL, e});
-    }
+  Gradients gradients(int expert) const {
+    const auto own = [&](float* all, long size) { return all ? all + expert * size : nullptr; };
+    return {own(job_.d_up, job_.dim * before_), own(job_.d_down, job_.hidden * job_.dim), own(job_.d_up_bias, before_),
+            own(job_.d_down_bias, job_.dim)};
   }
 
-  size_t part_floats() const {
-    return Workspace::padded(job_.dim * before_) + Workspace::padded(job_.hidden * job_.dim) +
-           Workspace::padded(before_) + Workspace::padded(job_.dim);
+  // Of an expert without rows.
+  void clear(int expert) const {
+    const Gradients g = gradients(expert);
+    if (g.up) std::memset(g.up, 0, job_.dim * before_ * sizeof(float));
+    if (g.down) std::memset(g.down, 0, job_.hidden * job_.dim * sizeof(float));
+    clear_biases(g);
   }
-
-  Gradients gradients(int expert, int part) const {
-    const auto own = [&](float* all, size_t size) { return all ? all + expert * size : nullptr; };
-    const size_t sizes[] = {size_t(job_.dim * before_), size_t(job_.hidden * job_.dim), size_t(before_),
-                            size_t(job_.dim)};
-    if (part == 0)
-      return {own(job_.d_up, sizes[0]), own(job_.d_down, sizes[1]), own(job_.d_up_bias, sizes[2]),
-              own(job_.d_down_bias, sizes[3])};
-    size_t number = 0;
-    while (part_of_extra_[number].expert != expert || part_of_extra_[number].part != part) number++;
-    float* share = extra_ + number * part_floats();
-    float* pieces[4];
-    for (int i = 0; i < 4; i++) {
-      pieces[i] = share;
-      share += Workspace::padded(sizes[i]);
-    }
-    return {job_.d_up ? pieces[0] : nullptr, job_.d_down ? pieces[1] : nullptr, job_.d_up_bias ? pieces[2] : nullptr,
-            job_.d_down_bias ? pieces[3] : nullptr};
-  }
-
-  template <class Action>
-  void each_gradient(int expert, int part, Action action) const {
-    const Gradients g = gradients(expert, part);
-    if (g.up) action(g.up, job_.dim * before_);
-    if (g.down) action(g.down, job_.hidden * job_.dim);
-    if (g.up_bias) action(g.up_bias, before_);
-    if (g.down_bias) action(g.down_bias, job_.dim);
-  }
-
-  void reduce(int expert) const {
-    const Gradients sum = gradients(expert, 0);
-    for (const Extra& extra : part_of_extra_) {
-      if (extra.expert != expert) continue;
-      const Gradients share = gradients(expert, extra.part);
-      add(sum.up, share.up, job_.dim * before_);
-      add(sum.down, share.down, job_.hidden * job_.dim);
-      add(sum.up_bias, share.up_bias, before_);
-      add(sum.down_bias, share.down_bias, job_.dim);
-    }
-  }
-
-  static void add(float* __restrict__ sum, const float* __restrict__ share, long n) {
-    if (sum)
-      for (long i = 0; i < n; i++) sum[i] += share[i];
+  void clear_biases(const Gradients& g) const {
+    if (g.up_bias) std::memset(g.up_bias, 0, before_ * sizeof(float));
+    if (g.down_bias) std::memset(g.down_bias, 0, job_.dim * sizeof(float));
   }
 
   void part(int index, const Scratch& s) const {
     const Unit& unit = (*units_)[index];
     const Split blocks = blocks_of(unit.expert);
-    const Gradients g = gradients(unit.expert, unit.part);
-    if (g.up_bias) std::memset(g.up_bias, 0, before_ * sizeof(float));
-    if (g.down_bias) std::memset(g.down_bias, 0, job_.dim * sizeof(float));
+    const Gradients g = gradients(unit.expert);
+    relay_->in_turn(index, [&] {
+      if (!unit.first_block) clear_biases(g);
+    });
     const bool alone = blocks.parts == 1 && job_.experts * job_.dim * job_.hidden > LARGE;
     for (int b = unit.first_block; b < unit.end_block; b++)
-      block(index, routes_.start[unit.expert] + blocks.begin(b), blocks.size(b), g,
-            b > unit.first_block ? ADD : alone ? STREAM : SET, s);
+      block(index, routes_.start[unit.expert] + blocks.begin(b), blocks.size(b), g, b ? ADD : alone ? STREAM : SET, s);
   }
 
   void block(int index, int first, int rows, const Gradients& g, Put put, const Scratch& s) const {
@@ -167,19 +122,27 @@ class Backward {
       for (int j = 0; j < width; j += TILE_COLUMNS)
         h_panel(rows, s, down + (f + j) * job_.dim, int(std::min(TILE_COLUMNS, width - j)), j,
                 saved + (f + j) / TILE_COLUMNS * rows * parts * TILE_COLUMNS);
-      if (g.down) multiply_columns(s.h, width, s.d_y, job_.dim, rows, s.packed, g.down + f * job_.dim, job_.dim, put);
-      for (int part = 0; part < parts; part++) {
-        const float* d_before = s.d_before + part * long(rows) * STEP;
-        const long column = part * job_.hidden + f;
-        if (g.up) multiply_columns(s.x, job_.dim, d_before, width, rows, s.packed, g.up + column, before_, put);
-        if (g.up_bias) add_rows(d_before, width, rows, g.up_bias + column);
-      }
+      add_chunk(index, rows, f, width, g, put, s);
       if (job_.d_x)
         for (long d = 0; d < job_.dim; d += TILE_COLUMNS)
           x_panel(rows, s, up + d * before_ + f, width, d, f ? ADD : SET);
     }
     finish(index, first, rows, g, s);
     if (job_.give_back) give_back(const_cast<float*>(saved), rows * panels * parts * TILE_COLUMNS * sizeof(float));
+  }
+
+  // What a block's columns [f, f + width) of h, and of the gradients before the activation, add to gradients of weights.
+  void add_chunk(int index, int rows, long f, int width, const Gradients& g, Put put, const Scratch& s) const {
+    relay_->in_turn(index, [&] {
+      if (g.down) multiply_columns(s.h, width, s.d_y, job_.dim, rows, s.packed, g.down + f * job_.dim, job_.dim, put);
+    });
+    for (int part = 0; part < act_.parts; part++)
+      relay_->in_turn(index, [&] {
+        const float* d_before = s.d_before + part * long(rows) * STEP;
+        const long column = part * job_.hidden + f;
+        if (g.up) multiply_columns(s.x, job_.dim, d_before, width, rows, s.packed, g.up + column, before_, put);
+        if (g.up_bias) add_rows(d_before, width, rows, g.up_bias + column);
+      });
   }
 
   // TILE_COLUMNS columns of h and of the gradients before the activation: d_y down^T, and what the activation makes.
@@ -220,25 +183,19 @@ class Backward {
   }
 
   void finish(int index, int first, int rows, const Gradients& g, const Scratch& s) const {
-    const int expert = (*units_)[index].expert;
-    const float* bias = job_.down_bias ? job_.down_bias + expert * job_.dim : nullptr;
+    const float* bias = job_.down_bias ? job_.down_bias + (*units_)[index].expert * job_.dim : nullptr;
+    const auto d_y = [&](int r) { return job_.d_y + routes_.token[first + r] * job_.dim; };
     for (int r = 0; r < rows; r++) {
-      const float* __restrict__ d_y = job_.d_y + routes_.token[first + r] * job_.dim;
-      float through_bias = 0;
-      if (bias)
-        for (long d = 0; d < job_.dim; d++) through_bias += d_y[d] * bias[d];
+      const float through_bias = bias ? inner(d_y(r), bias, job_.dim) : 0.0f;
       if (job_.d_weight) job_.d_weight[routes_.assignment[first + r]] = total(load(s.dot + r * LANES)) + through_bias;
-      if (g.down_bias)
-        for (long d = 0; d < job_.dim; d++) g.down_bias[d] += s.weight[r] * d_y[d];
       if (job_.d_x) std::memcpy(sums_->place(index, first + r), s.d_x + r * out_step_, job_.dim * sizeof(float));
     }
+    relay_->in_turn(index, [&] {
+      for (int r = 0; g.down_bias && r < rows; r++) add_scaled(g.down_bias, d_y(r), s.weight[r], job_.dim);
+    });
   }
 
   static constexpr long LARGE = 4 << 20;  // weights: beyond it gradients do not stay in any cache
-
-  struct Extra {
-    int expert, part;
-  };
 
   const Job& job_;
   const Routes routes_;
@@ -246,10 +203,8 @@ class Backward {
   const long before_, out_step_;
   const std::vector<Unit>* units_ = nullptr;
   RowSums* sums_ = nullptr;
+  Relay* relay_ = nullptr;
   std::vector<Scratch> scratch_;
-  std::vector<Extra> part_of_extra_;  // shares of parts after the first
-  int num_extra_ = 0;
-  float* extra_ = nullptr;
 };
 
 }  // namespace turnout

@@ -36,7 +36,7 @@ class Forward {
       scratch_.push_back({space.take(sizes[0]), space.take(sizes[1]), space.take(sizes[2]), space.take(sizes[3])});
     sums.use(space.take(sums.floats()));
     Schedule schedule;
-    sums.plan(schedule, std::vector<int>(units.size(), -1));
+    sums.plan(schedule);
     schedule.run(*this, int(job_.threads), job_.parallel);
   }
 

@@ -7,9 +7,11 @@
 
 #include <vector>
 
+#include "biases.h"
 #include "half_activation.h"
 #include "half_gradients.h"
 #include "half_turns.h"
+#include "relay.h"
 
 namespace turnout {
 
@@ -27,8 +29,9 @@ class HalfBackward {
         parts_(activation(job.kind).parts),
         slopes_(half_slopes<P>(job.kind)),
         before_(parts_ * job.hidden),
-        units_(parts_of_experts(routes_, job)),
-        gradients_(job, routes_, units_, before_),
+        gradients_(job, routes_, before_),
+        units_(units_of_experts(routes_, job, gradients_.are_short())),
+        relay_(units_),
         sums_(job, routes_, P == 1 ? nullptr : job.d_x, units_, P == 1 ? reinterpret_cast<bfloat*>(job.d_x) : nullptr) {}
 
   void run() {
@@ -50,22 +53,23 @@ class HalfBackward {
                             size_t(STRIP * panel_ / 2),
                             size_t(out_panels() * tiles * (sizeof(HalfSums) / 4)),
                             size_t(rows * LANES),
-                            size_t(rows),
-                            gradients_.thread_floats()};
+                            size_t(rows)};
     size_t each = 0;
     for (size_t size : sizes) each += Workspace::padded(size);
     Workspace space(job_.threads * each + Workspace::padded(sums_.floats()) + gradients_.floats());
     for (int i = 0; i < job_.threads; i++) {
-      float* taken[12];
-      for (int p = 0; p < 12; p++) taken[p] = space.take(sizes[p]);
+      float* taken[11];
+      for (int p = 0; p < 11; p++) taken[p] = space.take(sizes[p]);
       const auto half = [&](int p) { return reinterpret_cast<bfloat*>(taken[p]); };
       scratch_.push_back({half(0), half(1), half(2), half(3), half(4), half(5), half(6), half(7),
-                          reinterpret_cast<HalfSums*>(taken[8]), taken[9], taken[10], taken[11]});
+                          reinterpret_cast<HalfSums*>(taken[8]), taken[9], taken[10]});
     }
     sums_.use(space.take(sums_.floats()));
     gradients_.use(space.take(gradients_.floats()));
     Schedule schedule;
-    plan(schedule);
+    sums_.plan(schedule);
+    for (int e = 0; e < job_.experts; e++)
+      if (routes_.start[e] == routes_.start[e + 1]) schedule.add({FILL, e});
     schedule.run(*this, int(job_.threads), job_.parallel);
   }
 
@@ -73,24 +77,24 @@ class HalfBackward {
     if (task.kind == COMPUTE) part(task.index, scratch_[worker]);
     if (task.kind == ADD_UP) sums_.add_up(task.index);
     if (task.kind == CLEAR) sums_.clear(task.index);
-    if (task.kind == REDUCE) gradients_.reduce(task.index);
     if (task.kind == FILL) gradients_.clear(task.index);
   }
 
  private:
   static constexpr int64_t CHUNK_COLUMNS = 256;  // of h at a time
   static constexpr int STRIP = 8;                // panels that are packed at once
+  static_assert(CHUNK_COLUMNS <= STRIP * HALF_PANEL, "a chunk's columns are packed at once");
 
   struct Scratch {
     bfloat *x, *d_y;
     bfloat *x_turned, *d_y_panels;  // for the products over rows
     bfloat *h, *d_before, *h_turned, *panel;
     HalfSums* d_x;
-    float *dot, *weight, *gradients;
+    float *dot, *weight;
   };
   struct Block {
     int unit, expert, first, rows;
-    bool add;  // to what an earlier block has left
+    bool add;  // to what earlier blocks have left
   };
 
   Split blocks(int expert) const { return blocks_of_expert(routes_, job_, expert); }
@@ -98,35 +102,25 @@ class HalfBackward {
   long out_panels() const { return (job_.dim + HALF_PANEL - 1) / HALF_PANEL; }
   long saved_panels() const { return (job_.hidden + half_saved_width(gated()) - 1) / half_saved_width(gated()); }
 
-  void plan(Schedule& schedule) {
-    std::vector<int> group_of(job_.experts, -1), also;
-    for (const Unit& unit : units_)
-      if (unit.part == 1) group_of[unit.expert] = schedule.group();
-    for (const Unit& unit : units_) also.push_back(group_of[unit.expert]);
-    sums_.plan(schedule, also);
-    for (int e = 0; e < job_.experts; e++) {
-      if (group_of[e] >= 0) schedule.add({REDUCE, e, group_of[e]});
-      if (routes_.start[e] == routes_.start[e + 1]) schedule.add({FILL, e});
-    }
-  }
-
-  void part(int index, const Scratch& s) const {
+  void part(int index, const Scratch& s) {
     const Tiles tiles(true);
     const Unit& unit = units_[index];
     const Split split = blocks(unit.expert);
     const int start = routes_.start[unit.expert];
-    const HalfGradients g = gradients_.of(unit, split.parts == 1, s.gradients);
-    if (g.up_bias) std::memset(g.up_bias, 0, before_ * sizeof(float));
-    if (g.down_bias) std::memset(g.down_bias, 0, job_.dim * sizeof(float));
+    relay_.in_turn(index, [&] {
+      if (!unit.first_block) gradients_.open(unit.expert);
+    });
+    const HalfGradients g = gradients_.of(unit.expert);
     for (int b = unit.first_block; b < unit.end_block; b++)
-      block({index, unit.expert, start + split.begin(b), split.size(b), b > unit.first_block}, g, s);
-    if (gradients_.parts(unit.expert) > 1) return;
-    if (split.parts > 1) gradients_.round(unit.expert, g);
-    const size_t size = saved_panels() * HALF_PANEL;
-    if (job_.give_back) give_back(saved_of(unit.expert, 0, start), unit.rows * size * sizeof(T));
+      block({index, unit.expert, start + split.begin(b), split.size(b), b > 0}, g, s);
+    if (unit.end_block < split.parts) return;
+    // the last block has its turn after all others had theirs, and read what was saved
+    gradients_.close(unit.expert);
+    const size_t rows = routes_.start[unit.expert + 1] - start, bytes = rows * saved_panels() * HALF_PANEL * sizeof(T);
+    if (job_.give_back) give_back(saved_of(unit.expert, 0, start), bytes);
   }
 
-  void block(const Block& b, const HalfGradients& g, const Scratch& s) const {
+  void block(const Block& b, const HalfGradients& g, const Scratch& s) {
     const int32_t* const token = routes_.token + b.first;
     const Rows x = x_of(b, s.x), d_y = x_of(b, s.d_y), x_turned = turned_of(b, s.x_turned, job_.dim);
     gather_half(d_y, reinterpret_cast<const T*>(job_.d_y), job_.dim, token);
@@ -141,9 +135,8 @@ class HalfBackward {
     for (long f = 0; f < job_.hidden; f += CHUNK_COLUMNS) {
       const long width = std::min(job_.hidden - f, CHUNK_COLUMNS);
       for (long j = 0; j < width; j += STRIP * HALF_PANEL) h_panels(b, s, f, j, width);
-      if (job_.d_down) down_chunk(b, g, s, f, width);
-      if (job_.d_up || job_.d_up_bias)
-        for (int part = 0; part < parts_; part++) up_chunk(b, g, s, f, width, part);
+      down_chunk(b, g, s, f, width);
+      for (int part = 0; part < parts_; part++) up_chunk(b, g, s, f, width, part);
       if (job_.d_x)
         for (long d = 0; d < job_.dim; d += STRIP * HALF_PANEL) x_panels(b, s, f, width, d);
     }
@@ -198,30 +191,26 @@ class HalfBackward {
   }
 
   // Rows [f, f + width) of the gradient of down: h^T d_y.
-  void down_chunk(const Block& b, const HalfGradients& g, const Scratch& s, long f, long width) const {
+  void down_chunk(const Block& b, const HalfGradients& g, const Scratch& s, long f, long width) {
     const Rows h = h_of(b, s, width), turned = turned_of(b, s.h_turned, width);
-    turn_block(turned, h, half_groups(width));
-    for (long d = 0; d < job_.dim; d += STRIP * HALF_PANEL)
-      over_rows(b, turned, width, s.d_y_panels + d / HALF_PANEL * rows_panel(b), rows_panel(b), job_.dim - d, g.down,
-                g.half_down, f * job_.dim + d, job_.dim);
+    if (job_.d_down) turn_block(turned, h, half_groups(width));
+    relay_.in_turn(b.unit, [&] {
+      for (long d = 0; job_.d_down && d < job_.dim; d += STRIP * HALF_PANEL)
+        over_rows(b, turned, width, s.d_y_panels + d / HALF_PANEL * rows_panel(b), rows_panel(b), job_.dim - d, g.down,
+                  g.half_down, f * job_.dim + d, job_.dim);
+    });
   }
 
   // Columns [f, f + width) of a part of the gradient of up: x^T d_before; and of its bias's.
-  void up_chunk(const Block& b, const HalfGradients& g, const Scratch& s, long f, long width, int part) const {
+  void up_chunk(const Block& b, const HalfGradients& g, const Scratch& s, long f, long width, int part) {
     const Rows d_before = before_of(b, s, width, part);
     const Rows x_turned = turned_of(b, s.x_turned, job_.dim);
-    for (long j = 0; j < width; j += STRIP * HALF_PANEL) {
-      const long column = part * job_.hidden + f + j;
-      if (job_.d_up) {
-        for (int p = 0; p < panels_of(j, width); p++)
-          pack_rows(s.panel + p * panel_, d_before, j / HALF_GROUP + p);
-        over_rows(b, x_turned, job_.dim, s.panel, panel_, width - j, g.up, g.half_up, column, before_);
-      }
-    }
-    if (g.up_bias)
-      for (int r = 0; r < b.rows; r++)
-        for (long c = 0; c < width; c++)
-          g.up_bias[part * job_.hidden + f + c] += whole<P>(d_before.at(c / HALF_GROUP, r) + c % HALF_GROUP);
+    const long column = part * job_.hidden + f;
+    for (int p = 0; job_.d_up && p < panels_of(0, width); p++) pack_rows(s.panel + p * panel_, d_before, p);
+    relay_.in_turn(b.unit, [&] {
+      if (job_.d_up) over_rows(b, x_turned, job_.dim, s.panel, panel_, width, g.up, g.half_up, column, before_);
+      if (g.up_bias) add_block(d_before, width, g.up_bias + column);
+    });
   }
 
   // A product over the rows of a block, to `size` rows of a gradient and up to a strip of its columns.
@@ -255,18 +244,17 @@ class HalfBackward {
                       s.d_x[(d / HALF_PANEL + p) * tiles + t]);
   }
 
-  void finish(const Block& b, const HalfGradients& g, const Scratch& s) const {
+  void finish(const Block& b, const HalfGradients& g, const Scratch& s) {
     const float* bias = job_.down_bias ? job_.down_bias + b.expert * job_.dim : nullptr;
+    const auto d_y = [&](int r) { return reinterpret_cast<const T*>(job_.d_y) + routes_.token[b.first + r] * job_.dim; };
     for (int r = 0; r < b.rows; r++) {
-      const T* d_y = reinterpret_cast<const T*>(job_.d_y) + routes_.token[b.first + r] * job_.dim;
-      float through_bias = 0;
-      if (bias)
-        for (long d = 0; d < job_.dim; d++) through_bias += value(d_y[d]) * bias[d];
+      const float through_bias = bias ? inner(d_y(r), bias, job_.dim) : 0.0f;
       if (job_.d_weight) job_.d_weight[routes_.assignment[b.first + r]] = total(load(s.dot + r * LANES)) + through_bias;
-      if (g.down_bias)
-        for (long d = 0; d < job_.dim; d++) g.down_bias[d] += s.weight[r] * value(d_y[d]);
       if (job_.d_x) put_x(b, r, s);
     }
+    relay_.in_turn(b.unit, [&] {
+      for (int r = 0; g.down_bias && r < b.rows; r++) add_scaled(g.down_bias, d_y(r), s.weight[r], job_.dim);
+    });
   }
 
   void put_x(const Block& b, int r, const Scratch& s) const {
@@ -292,8 +280,9 @@ class HalfBackward {
   const HalfSlopes<P> slopes_;
   const long before_;  // columns before the activation
   long panel_ = 0;     // values of the largest panel, and from one of a strip to the next
-  const std::vector<Unit> units_;
   HalfWeightGradients<T> gradients_;
+  const std::vector<Unit> units_;
+  Relay relay_;
   RowSums sums_;
   std::vector<Scratch> scratch_;
 };

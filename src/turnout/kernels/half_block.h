@@ -87,11 +87,12 @@ inline void put_half(bfloat* to, vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)v, 16)));
 }
 
-// A value of a block.
+// 16 values of a block.
 template <int P>
-inline float whole(const bfloat* from) {
-  float sum = 0;
-  for (int p = P - 1; p >= 0; p--) sum += value(from[p * HALF_PLANE]);
+inline vec whole_values(const bfloat* from) {
+  vec sum = {};
+#pragma GCC unroll 3
+  for (int p = P - 1; p >= 0; p--) sum += load(from + p * HALF_PLANE);
   return sum;
 }
 

@@ -58,7 +58,7 @@ class HalfForward {
     }
     sums_.use(space.take(sums_.floats()));
     Schedule schedule;
-    sums_.plan(schedule, std::vector<int>(units_.size(), -1));
+    sums_.plan(schedule);
     schedule.run(*this, int(job_.threads), job_.parallel);
   }
 

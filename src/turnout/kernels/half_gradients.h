@@ -45,89 +45,90 @@ inline void put_gradient(const HalfSums& sums, int rows, long columns, float* su
 }
 
 // The gradients of all experts' weights, of T. Of float they are written and added up in place. Of bfloat an expert whose
-// rows are one block has them rounded at once; of one with more they are added up in the room of a thread. Where an expert
-// is the work of several threads each part has a room, whatever T.
+// rows are one block has them rounded at once; of one with more they are added up in a room for its sums in float. There
+// are no more rooms than ROOM_BYTES have place for, or half the memory of all gradients, or one.
 template <class T>
 class HalfWeightGradients {
   static constexpr bool ROUNDED = sizeof(T) == sizeof(bfloat);
 
  public:
-  HalfWeightGradients(const Job& job, const Routes& routes, const std::vector<Unit>& units, long before)
+  HalfWeightGradients(const Job& job, const Routes& routes, long before)
       : job_(job),
         up_(job.d_up ? job.dim * before : 0),
         down_(job.d_down ? job.hidden * job.dim : 0),
         up_bias_(job.d_up_bias ? before : 0),
         down_bias_(job.d_down_bias ? job.dim : 0),
-        first_share_(job.experts, -1),
-        parts_(job.experts, 0) {
-    for (const Unit& unit : units) {
-      parts_[unit.expert]++;
-      in_blocks_ |= blocks_of_expert(routes, job, unit.expert).parts > 1;
+        needs_room_(job.experts, false),
+        room_of_(job.experts, -1) {
+    if (!ROUNDED || !room_floats()) return;
+    long needed = 0;
+    for (int e = 0; e < job.experts; e++) {
+      needs_room_[e] = blocks_of_expert(routes, job, e).parts > 1;
+      needed += needs_room_[e];
     }
-    for (int e = 0; e < job.experts; e++)
-      if (parts_[e] > 1) {
-        first_share_[e] = shares_;
-        shares_ += parts_[e];
-      }
+    needed = std::min<long>(needed, job.threads);
+    const size_t most = std::max(ROOM_BYTES, job.experts * (up_ + down_) * sizeof(T) / 2);
+    busy_.assign(std::min<long>(needed, std::max<long>(1, most / (room_floats() * sizeof(float)))), 0);
+    are_short_ = long(busy_.size()) < needed;
   }
 
-  int parts(int expert) const { return parts_[expert]; }
-  size_t thread_floats() const { return ROUNDED && in_blocks_ ? share_floats() : 0; }
-  size_t floats() const { return shares_ * share_floats(); }
-  void use(float* shares) { room_ = shares; }
+  // Whether there are fewer rooms than threads that want one: then several are to compute an expert's blocks.
+  bool are_short() const { return are_short_; }
+  size_t floats() const { return busy_.size() * room_floats(); }
+  void use(float* rooms) { rooms_ = rooms; }
 
-  // For one part's sums, of all its blocks; `own`: room of the thread.
-  HalfGradients of(const Unit& unit, bool one_block, float* own) const {
-    const int expert = unit.expert;
-    if (parts_[expert] > 1) return in_share(room_ + (first_share_[expert] + unit.part) * share_floats());
-    HalfGradients g = one_block || !ROUNDED ? HalfGradients{} : in_share(own);
-    g.up_bias = job_.d_up_bias ? job_.d_up_bias + expert * up_bias_ : nullptr;
-    g.down_bias = job_.d_down_bias ? job_.d_down_bias + expert * down_bias_ : nullptr;
-    if (one_block || !ROUNDED) {
+  // Before an expert's first block, and after its last. A room that is busy becomes free, as those who are in it have
+  // blocks that stand earlier in the schedule, all of them (RowSums::plan).
+  void open(int expert) {
+    clear_biases(expert);
+    if (!needs_room_[expert]) return;
+    for (int room = 0;; room = (room + 1) % int(busy_.size())) {
+      char none = 0;
+      if (__atomic_compare_exchange_n(&busy_[room], &none, 1, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
+        room_of_[expert] = room;
+        return;
+      }
+      sched_yield();
+    }
+  }
+  void close(int expert) {
+    if (!needs_room_[expert]) return;
+    const HalfGradients sum = of(expert);
+    if (up_) put(up_of(expert), sum.up, up_);
+    if (down_) put(down_of(expert), sum.down, down_);
+    __atomic_store_n(&busy_[room_of_[expert]], 0, __ATOMIC_RELEASE);
+  }
+
+  // Where the blocks of an expert that is open add.
+  HalfGradients of(int expert) const {
+    HalfGradients g = {};
+    g.up_bias = up_bias_ ? job_.d_up_bias + expert * up_bias_ : nullptr;
+    g.down_bias = down_bias_ ? job_.d_down_bias + expert * down_bias_ : nullptr;
+    if (needs_room_[expert]) {
+      float* const room = rooms_ + room_of_[expert] * room_floats();
+      g.up = up_ ? room : nullptr;
+      g.down = down_ ? room + Workspace::padded(up_) : nullptr;
+    } else {
       place(g.up, g.half_up, up_of(expert));
       place(g.down, g.half_down, down_of(expert));
     }
     return g;
   }
 
-  // Sums in float, rounded to where they belong.
-  void round(int expert, const HalfGradients& g) const {
-    if (up_) put(up_of(expert), g.up, up_);
-    if (down_) put(down_of(expert), g.down, down_);
-  }
-
-  // The parts of an expert, in their order.
-  void reduce(int expert) const {
-    float* const share = room_ + first_share_[expert] * share_floats();
-    for (int part = 1; part < parts_[expert]; part++) {
-      const float* __restrict__ other = share + part * share_floats();
-      for (size_t i = 0; i < share_floats(); i++) share[i] += other[i];
-    }
-    const HalfGradients sum = in_share(share);
-    round(expert, sum);
-    if (up_bias_) std::memcpy(job_.d_up_bias + expert * up_bias_, sum.up_bias, up_bias_ * sizeof(float));
-    if (down_bias_) std::memcpy(job_.d_down_bias + expert * down_bias_, sum.down_bias, down_bias_ * sizeof(float));
-  }
-
   // Of an expert without rows.
   void clear(int expert) const {
     if (up_) std::memset(up_of(expert), 0, up_ * sizeof(T));
     if (down_) std::memset(down_of(expert), 0, down_ * sizeof(T));
-    if (up_bias_) std::memset(job_.d_up_bias + expert * up_bias_, 0, up_bias_ * sizeof(float));
-    if (down_bias_) std::memset(job_.d_down_bias + expert * down_bias_, 0, down_bias_ * sizeof(float));
+    clear_biases(expert);
   }
 
  private:
-  size_t share_floats() const {
-    return Workspace::padded(up_) + Workspace::padded(down_) + Workspace::padded(up_bias_) +
-           Workspace::padded(down_bias_);
-  }
-  HalfGradients in_share(float* share) const {
-    float* const down = share + Workspace::padded(up_);
-    float* const up_bias = down + Workspace::padded(down_);
-    float* const down_bias = up_bias + Workspace::padded(up_bias_);
-    return {up_ ? share : nullptr, down_ ? down : nullptr, up_bias_ ? up_bias : nullptr,
-            down_bias_ ? down_bias : nullptr, nullptr, nullptr};
+  static constexpr size_t ROOM_BYTES = size_t(64) << 20;
+
+  size_t room_floats() const { return Workspace::padded(up_) + Workspace::padded(down_); }
+  void clear_biases(int expert) const {
+    if (up_bias_) std::memset(job_.d_up_bias + expert * up_bias_, 0, up_bias_ * sizeof(float));
+    if (down_bias_) std::memset(job_.d_down_bias + expert * down_bias_, 0, down_bias_ * sizeof(float));
   }
   T* up_of(int expert) const { return up_ ? reinterpret_cast<T*>(job_.d_up) + expert * up_ : nullptr; }
   T* down_of(int expert) const { return down_ ? reinterpret_cast<T*>(job_.d_down) + expert * down_ : nullptr; }
@@ -135,16 +136,15 @@ class HalfWeightGradients {
   static void place(float*&, bfloat*& half, bfloat* to) { half = to; }
   static void place(float*& sum, bfloat*&, float* to) { sum = to; }
   static void put(bfloat* to, const float* from, size_t n) { to_half(to, from, n); }
-  static void put(float* to, const float* from, size_t n) {
-    if (to != from) std::memcpy(to, from, n * sizeof(float));
-  }
+  static void put(float*, const float*, size_t) {}  // is in place
 
   const Job& job_;
   const size_t up_, down_, up_bias_, down_bias_;  // of an expert; 0 where not wanted
-  std::vector<int> first_share_, parts_;
-  int shares_ = 0;
-  bool in_blocks_ = false;
-  float* room_ = nullptr;
+  std::vector<char> needs_room_;                  // of each expert
+  std::vector<int> room_of_;
+  std::vector<char> busy_;  // of each room
+  bool are_short_ = false;
+  float* rooms_ = nullptr;
 };
 
 #endif

@@ -41,7 +41,7 @@ class Int8Forward {
       scratch_.push_back({take(space, most_, x_groups_), few_ ? Block{} : take(space, most_, h_groups_)});
     encode_tokens();
     Schedule schedule;
-    few_ ? plan_few(schedule) : sums.plan(schedule, std::vector<int>(units_.size(), -1));
+    few_ ? plan_few(schedule) : sums.plan(schedule);
     schedule.run(*this, int(job_.threads), job_.parallel);
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <climits>
 #include <cstring>
 #include <vector>
 
@@ -12,11 +13,11 @@
 
 namespace turnout {
 
-enum TaskKind { COMPUTE, ADD_UP, CLEAR, REDUCE, FILL };
+enum TaskKind { COMPUTE, ADD_UP, CLEAR, FILL };
 
 struct Unit {  // consecutive rows of one expert, the work of one task
   int expert, first, rows;
-  int part = 0, first_block = 0, end_block = 1;
+  int part = 0, first_block = 0, end_block = 1;  // units of an expert that has several follow one another
 };
 
 // Where the rows of a matrix (T, D) come from; with a single row for each token they go there straight.
@@ -62,16 +63,16 @@ class RowSums {
   // The same of a row that is written straight.
   bfloat* half_place(int row) const { return half_out_ + routes_.token[row] * dim_; }
 
-  // The units' tasks, largest first within a wave, each also of group also[unit]; and those that add up.
-  void plan(Schedule& schedule, const std::vector<int>& also) {
+  // The units' tasks, largest first within a wave, those of an expert together; and those that add up.
+  void plan(Schedule& schedule) {
     std::vector<int> added;
     int computed = -1;
     for (int w = 0; w < int(waves_.size()); w++) {
       std::vector<int> order;
       for (int u = waves_[w].first_unit; u < waves_[w].end_unit; u++) order.push_back(u);
-      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return units_[a].rows > units_[b].rows; });
+      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return urgency(w, a) > urgency(w, b); });
       const int group = schedule.group();
-      for (int u : order) schedule.add({COMPUTE, u, w > 1 && !direct_ ? added[w - 2] : -1, group, also[u]});
+      for (int u : order) schedule.add({COMPUTE, u, w > 1 && !direct_ ? added[w - 2] : -1, group});
       if (w > 0) add_up_after(schedule, w - 1, computed, added);
       computed = group;
     }
@@ -130,6 +131,12 @@ class RowSums {
     long rows, place;
   };
 
+  // Rows of the first of the expert's units; more than any where that one is in an earlier wave.
+  long urgency(int wave, int unit) const {
+    const int first = unit - units_[unit].part;
+    return first < waves_[wave].first_unit ? LONG_MAX : units_[first].rows;
+  }
+
   long first_token(int chunk) const { return tokens_ * chunk / chunks_; }
 
   void plan_clears(Schedule& schedule) const {
@@ -141,7 +148,7 @@ class RowSums {
     added.push_back(schedule.group());
     if (direct_) return;
     for (int chunk = 0; chunk < chunks_; chunk++)
-      schedule.add({ADD_UP, wave * chunks_ + chunk, computed, added.back(), -1, wave ? added[wave - 1] : -1});
+      schedule.add({ADD_UP, wave * chunks_ + chunk, computed, added.back(), wave ? added[wave - 1] : -1});
   }
 
   const Routes& routes_;
@@ -164,21 +171,19 @@ inline Split blocks_of_expert(const Routes& routes, const Job& job, int expert) 
   return Split(routes.start[expert + 1] - routes.start[expert], most_rows(job.dim));
 }
 
-// Of the backward pass: an expert with a large share of all rows is the work of several threads, each with sums of its own.
-inline std::vector<Unit> parts_of_experts(const Routes& routes, const Job& job) {
+// Of the backward pass: an expert is the work of one thread; of several, block by block (relay.h), where it has a large
+// share of all rows, or all are `by_blocks`.
+inline std::vector<Unit> units_of_experts(const Routes& routes, const Job& job, bool by_blocks = false) {
   std::vector<Unit> found;
   const long all = routes.start[job.experts];
   for (int e = 0; e < job.experts; e++) {
     const Split blocks = blocks_of_expert(routes, job, e);
-    if (!blocks.parts) continue;
-    const long rows = routes.start[e + 1] - routes.start[e];
-    const long wanted = std::min<long>(job.threads, (rows * 2 * job.threads + all - 1) / all);
-    const int parts = int(std::min<long>(wanted, blocks.parts));
-    for (int p = 0; p < parts; p++) {
-      const int begin = blocks.parts * p / parts, end = blocks.parts * (p + 1) / parts;
-      const int first = blocks.begin(begin), last = end < blocks.parts ? blocks.begin(end) : int(rows);
-      found.push_back({e, routes.start[e] + first, last - first, p, begin, end});
-    }
+    const int first = routes.start[e], rows = routes.start[e + 1] - first;
+    if (!rows) continue;
+    if (job.threads > 1 && (by_blocks || long(rows) * 2 * job.threads > all))
+      for (int b = 0; b < blocks.parts; b++) found.push_back({e, first + blocks.begin(b), blocks.size(b), b, b, b + 1});
+    else
+      found.push_back({e, first, rows, 0, 0, blocks.parts});
   }
   return found;
 }

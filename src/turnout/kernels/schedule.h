@@ -22,7 +22,7 @@ namespace turnout {
 struct Task {
   int kind, index;
   int wait = -1;               // group that must be done before
-  int signal = -1, also = -1;  // groups this one belongs to
+  int signal = -1;  // group this one belongs to
   int wait_too = -1;
 };
 
@@ -36,7 +36,6 @@ class Schedule {
   void add(const Task& task) {
     tasks_.push_back(task);
     if (task.signal >= 0) left_[task.signal]++;
-    if (task.also >= 0) left_[task.also]++;
   }
   // work(task, worker) for every task; workers are numbered from 0 to threads - 1.
   template <class Work>
@@ -81,7 +80,6 @@ class Schedule {
       work(task, worker);
       end_streams();
       if (task.signal >= 0) __atomic_sub_fetch(&left_[task.signal], 1, __ATOMIC_RELEASE);
-      if (task.also >= 0) __atomic_sub_fetch(&left_[task.also], 1, __ATOMIC_RELEASE);
     }
   }
 
@@ -99,9 +97,12 @@ inline void give_back(void* memory, size_t bytes) {
 #endif
 }
 
-// One piece of memory for everything a call needs, kept for the next: fresh memory costs more than the work in it.
+// One piece of memory for everything a call needs, kept for the next: fresh memory costs more than the work in it. What
+// is beyond KEPT_BYTES goes back to the system after the call: one that needs more computes long enough to pay for it.
 class Workspace {
  public:
+  static constexpr size_t KEPT_BYTES = size_t(128) << 20;
+
   explicit Workspace(size_t floats) : bytes_(floats * sizeof(float)) {
     kept_ = pthread_mutex_trylock(&busy()) == 0;
     if (!kept_) {
@@ -123,10 +124,12 @@ class Workspace {
     memory_ = memory();
   }
   ~Workspace() {
-    if (kept_)
+    if (kept_) {
+      if (bytes_ > KEPT_BYTES) give_back(memory_ + KEPT_BYTES, bytes_ - KEPT_BYTES);
       pthread_mutex_unlock(&busy());
-    else
+    } else {
       std::free(memory_);
+    }
   }
   Workspace(const Workspace&) = delete;
 
