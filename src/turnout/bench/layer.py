@@ -34,6 +34,7 @@ from turnout.bench.routers import Shape
 from turnout.bench.run import check_gate, ratio_keys, result, row
 from turnout.errors import ConfigError
 from turnout.experts import INT8_BITS, FFNExperts, QuantizedFFNExperts, available_backends
+from turnout.kernels.arguments import FEW_ROWS
 
 Mode = Literal["forward", "train"]
 MODES: tuple[Mode, ...] = ("forward", "train")
@@ -43,7 +44,6 @@ SHAPES = ROUTED_SHAPES | {
     "c": replace(ROUTED_SHAPES["c"], expert="gelu"),
     **{f"d{n}": Shape(tokens=n, dim=1024, hidden=2048, experts=32, k=4, seq_len=1) for n in (1, 2, 4, 8, 16)},
 }
-FEW = 16  # tokens that take as long as reading weights does
 IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 
 
@@ -168,8 +168,8 @@ def _peers(shape: Shape, mode: str, dtype: torch.dtype, asked: Sequence[str]) ->
         refused = available_backends(experts, dtype=dtype, device=torch.device("cpu"))
     refused |= dict.fromkeys(INT8_BITS, "it has no backward pass" if mode == "train" else _int8_refusal(dtype))
     ours = [f"{OURS}{name}" for name, reason in refused.items() if not reason]
-    theirs = [f"{THEIRS}{name}" for name in IMPLEMENTATIONS if name != "batched_mm" or shape.tokens <= FEW]
-    legal = [*ours, *theirs, DENSE, LIMIT, *([READ] if shape.tokens <= FEW else [])]
+    theirs = [f"{THEIRS}{name}" for name in IMPLEMENTATIONS if name != "batched_mm" or shape.tokens <= FEW_ROWS]
+    legal = [*ours, *theirs, DENSE, LIMIT, *([READ] if shape.tokens <= FEW_ROWS else [])]
     for name in asked:
         if name not in legal:
             why = refused.get(name.removeprefix(OURS), "")

@@ -14,6 +14,8 @@ from turnout.errors import TurnoutError
 room = partial(torch.empty, device="cpu")
 # numbers in activation.h
 KINDS = {"relu": 0, "gelu": 1, "swiglu": 2, "swiglu_clamped": 3}
+# up to so many rows of every expert are computed as few: FEW_ROWS in job.h
+FEW_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)

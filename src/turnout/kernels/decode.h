@@ -85,19 +85,17 @@ class Decode {
         act_(activation(job.kind)),
         before_(act_.parts * job.hidden) {}
 
-  // Up to so many rows, reading an expert's weights takes longer than the products with them.
-  static constexpr int MOST_ROWS = 16;
   static constexpr long MOST_WIDTH = 2048;  // of the hidden layer at a time, so that its values stay in cache
 
   bool fits() const {
     for (int e = 0; e < job_.experts; e++)
-      if (routes_.start[e + 1] - routes_.start[e] > MOST_ROWS) return false;
+      if (routes_.start[e + 1] - routes_.start[e] > FEW_ROWS) return false;
     return !job_.saved;
   }
 
   void run() {
     plan_slices();
-    const size_t x_size = MOST_ROWS * job_.dim, before_size = act_.parts * MOST_ROWS * MOST_WIDTH;
+    const size_t x_size = FEW_ROWS * job_.dim, before_size = act_.parts * FEW_ROWS * MOST_WIDTH;
     const size_t partial_size = size_t(slices_) * routes_.start[job_.experts] * job_.dim;
     Workspace space(job_.threads * (Workspace::padded(x_size) + Workspace::padded(before_size)) +
                     Workspace::padded(partial_size));

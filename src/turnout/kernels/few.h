@@ -17,6 +17,7 @@ struct Few {
   Gates gates;     // its logits are written first
   Int8Job own;
 };
+static_assert(sizeof(Few) == 5 * sizeof(int64_t) + sizeof(Gates) + sizeof(Int8Job), "kernel.py packs them side by side");
 
 constexpr long PART_SCORES = 1 << 18;  // weights of scores that a thread reads at a time
 

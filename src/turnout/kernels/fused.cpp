@@ -153,6 +153,8 @@ int turnout_few(const turnout::Few* few) {
 
 int turnout_ask_matrix_unit() { return turnout::ask_matrix_unit(); }
 
+int turnout_few_rows() { return turnout::FEW_ROWS; }
+
 int turnout_tile_columns() { return turnout::TILE_COLUMNS; }
 
 void turnout_poison() { turnout::Workspace::poison(); }

@@ -20,6 +20,7 @@ struct Gates {
   const float* d_weight;  // (R, K) or null
   float* d_logits;        // (R, E)
 };
+static_assert(sizeof(Gates) == 16 * sizeof(int64_t), "gate_kernel.py fills NUM_GATES fields, of eight bytes each");
 
 // out = e^(x - most) over their sum; x may be out.
 inline void softmax(const float* x, long n, float most, float* out) {

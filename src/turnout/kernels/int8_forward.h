@@ -8,11 +8,9 @@
 
 namespace turnout {
 
-// Rows of every expert so few that reading its weights takes the time.
 inline bool are_few(const Routes& routes, const Job& job) {
-  constexpr int MOST_FEW = 16;
   for (int e = 0; e < job.experts; e++)
-    if (routes.start[e + 1] - routes.start[e] > MOST_FEW) return false;
+    if (routes.start[e + 1] - routes.start[e] > FEW_ROWS) return false;
   return routes.start[job.experts] * job.dim <= 4 << 20;
 }
 

@@ -17,6 +17,7 @@ struct Int8Job {
   const bfloat* up_bases;      // (E, parts, F / PANEL, PANEL)
   const bfloat* down_bases;    // (E, D / PANEL, PANEL)
 };
+static_assert(sizeof(Int8Job) == sizeof(Job) + 4 * sizeof(int64_t), "kernel.py adds the four of Int8Weights.scales");
 
 inline long groups_of(long columns) { return (columns + GROUP - 1) / GROUP; }
 

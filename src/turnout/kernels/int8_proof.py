@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from turnout import reference
-from turnout.kernels.arguments import KINDS, Int8Weights, Routing
+from turnout.kernels.arguments import FEW_ROWS, KINDS, Int8Weights, Routing
 from turnout.kernels.few_proof import few_error
 from turnout.kernels.int8_codes import GROUP, decode_ffn, encode_ffn
 from turnout.kernels.kernel import Kernel
@@ -17,7 +17,6 @@ from turnout.tensors import Assignment
 # rounding of float sums; of activations to 14 bits and a sign; and, by the matrix unit, to bfloat16
 EXACT, NEAR, NEAR_HALF, NEAR_LOGITS = 1e-6, 1e-3, 2**-8, 1e-5
 # few rows and many; whole groups and panels, parts of them, nearly nothing: tokens, dim, hidden, experts, choices
-MOST_FEW = 16  # of int8_forward.h
 SIZES = ((90, 131, 200, 4, 2), (70, 64, 96, 2, 1), (5, 70, 33, 3, 2), (1, 5, 3, 2, 1))
 
 
@@ -70,7 +69,7 @@ def whole_number_error(kernel: Kernel, sizes: tuple[int, ...], digits: int) -> f
 def in_halves(kernel: Kernel, assignment: Assignment) -> bool:
     """Whether the matrix unit computes, in bfloat16: some expert has more than a few rows."""
     counts_E = torch.bincount(assignment.expert_N, minlength=1)
-    return kernel.matrix_unit and int(counts_E.max()) > MOST_FEW
+    return kernel.matrix_unit and int(counts_E.max()) > FEW_ROWS
 
 
 def as_codes(h_MF: Tensor, digits: int) -> Tensor:

@@ -29,5 +29,9 @@ struct Job {
   float* d_down_bias;
   int64_t give_back;  // whether memory of `saved` that is read goes back to the system; nobody reads it again then
 };
+static_assert(sizeof(Job) == 28 * sizeof(int64_t), "kernel.py fills NUM_FIELDS fields, of eight bytes each");
+
+// Up to so many rows of every expert, reading its weights takes longer than the products with them.
+constexpr int FEW_ROWS = 16;
 
 }  // namespace turnout

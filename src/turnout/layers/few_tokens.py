@@ -10,11 +10,10 @@ from turnout.contracts import CapacityPolicy, Dispatcher, FusedBackend, Router
 from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.experts import choose_backend
 from turnout.experts.called import are_all_watched, is_called, is_watched
+from turnout.kernels.arguments import FEW_ROWS
 from turnout.routers.pieces import MOST_ARGMAX_PASSES
 from turnout.tensors import Admission, RouterOutput
 
-# up to so many rows of an expert are computed as few by every kernel, and no expert has more rows than there are tokens
-MOST_TOKENS = 16
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -33,7 +32,8 @@ def run_few(
     caches: thirty operators around them took .6 ms.
     Shapes: x (..., D), without padding; y likewise.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.numel() > MOST_TOKENS * x.shape[-1]:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.numel() > FEW_ROWS * x.shape[-1]:
+        # no expert has more rows than there are tokens
         return None
     if type(capacity) is not Dropless or type(dispatcher) is not LocalDispatcher or not _is_plain(x):
         return None
