@@ -62,6 +62,21 @@ def test_what_was_read_is_zero_afterwards_and_the_gradients_are_the_same() -> No
     assert float((saved == 0).float().mean()) > 0.98
 
 
+def test_what_lies_beside_it_stays() -> None:
+    experts, assignment = drawn_experts(DIM, HIDDEN, 3), drawn(TOKENS, 3, 1)
+    kernel = the_kernel(torch.float32, experts.down_EFD)
+    weights = kernel_weights(experts.up_EDG.detach(), experts.down_EFD.detach(), None, None, "swiglu")
+    x_TD, routing, weight_N = torch.randn(TOKENS, DIM), kernel.sort(assignment, None), assignment.weight_N.detach()
+    size = kernel.saved_size(weights, TOKENS, torch.float32)
+    around = torch.ones(3 * size)
+    saved = around[size : 2 * size]
+    wanted = (True,) * 4 + (False,) * 2
+    kernel.backward(x_TD, x_TD, weight_N, weights, routing, saved, wanted=wanted, give_back=True)
+    assert float((saved == 0).float().mean()) > 0.98
+    assert bool((around[:size] == 1).all())
+    assert bool((around[2 * size :] == 1).all())
+
+
 @pytest.mark.usefixtures("as_if_mapped")
 def test_a_graph_that_is_kept_can_be_passed_again() -> None:
     y_TD, leaves = passed()

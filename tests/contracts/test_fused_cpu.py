@@ -1,6 +1,12 @@
 """The compiled CPU kernel: sizes and loads the contract tests do not reach, and when it is trusted at all."""
 
+import ctypes
+import functools
+import os
+import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,12 +24,15 @@ from turnout.contracts import ExpertBackend
 from turnout.dispatch import LocalDispatcher
 from turnout.errors import ConfigError, ShapeError
 from turnout.experts import FFNExperts, available_backends, fused_op
+from turnout.experts.fused_int8 import int8_by_matrix_unit, trusted_int8
 from turnout.experts.fused_op import float_by_matrix_unit, half_by_matrix_unit
 from turnout.kernels import KINDS, Kernel, build, proof, trusted_kernel
+from turnout.kernels.arguments import FEW_ROWS
 from turnout.kernels.build import compiled
 from turnout.kernels.proof import once, prove, worst_error
 from turnout.layers.expert_pass import pass_experts
 from turnout.tensors import Admission, Assignment
+from turnout.train.doctor import examine
 
 CPU = torch.device("cpu")
 HERE = LocalDispatcher()
@@ -147,6 +156,54 @@ def wrapped(path: Path, commands: str) -> str:
     return str(path)
 
 
+def can_compile() -> bool:
+    """Asked of the machine, not of the code that is to be tested."""
+    vectors = {"avx2", "fma"} <= processor()
+    return vectors and os.environ.get("TURNOUT_COMPILE") != "0" and any(map(shutil.which, ("g++", "c++", "clang++")))
+
+
+@functools.cache
+def processor() -> set[str]:
+    try:
+        return set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return set()
+
+
+def grants_tiles() -> bool:
+    """Whether there is AMX, and Linux lets this process use it."""
+    if not {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16"} <= processor() or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
+
+
+def test_where_there_is_a_compiler_the_kernel_is_trusted() -> None:
+    """All tests of a kernel are skipped where it is not proven: without this a broken one would fail none."""
+    if not can_compile():
+        pytest.skip("no C++ compiler here, or no AVX2")
+    for found in (trusted_kernel(), trusted_int8()):
+        assert isinstance(found, Kernel), found
+    proven = {found.name: found.proven for found in examine()["backends"]}
+    assert proven["fused_cpu"]
+    assert proven["fused_int8"]
+
+
+def test_where_there_is_a_matrix_unit_every_pass_by_it_is_trusted() -> None:
+    if not (can_compile() and grants_tiles()) or os.environ.get("TURNOUT_AMX") == "0":
+        pytest.skip("no AMX here, or no compiler")
+    for found in (float_by_matrix_unit(), half_by_matrix_unit(), int8_by_matrix_unit(), trusted_int8()):
+        assert isinstance(found, Kernel), found
+        assert found.matrix_unit
+
+
+@with_kernel
+def test_both_languages_mean_the_same_by_few_rows() -> None:
+    library = compiled()
+    assert isinstance(library, build.Library)
+    assert library.load().turnout_few_rows() == FEW_ROWS
+
+
 @with_kernel
 def test_the_kernel_equals_the_oracle(unit: Kernel) -> None:
     assert worst_error(unit) < 1e-5
@@ -160,6 +217,73 @@ def test_any_width_works_with_and_without_bias(dim: int, hidden: int, kind: str)
     for bias, num_threads in ((False, 1), (True, 2)):
         experts = drawn_experts(dim, hidden, 4, kind=kind, bias=bias)
         assert_equals_the_loop(experts, torch.randn(57, dim), drawn(57, 4, 2), num_threads=num_threads)
+
+
+@with_kernel
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize(
+    ("num_tokens", "dim", "hidden", "k"),
+    [(300, 433, 1100, 1), (3300, 33, 40, 2), (5, 33, 9000, 1)],
+    ids=["wide", "many tokens", "many slices"],
+)
+def test_large_and_odd_sizes_work(num_tokens: int, dim: int, hidden: int, k: int) -> None:
+    """Beyond every chunk, strip and slice, and whole in none of them."""
+    experts, assignment = drawn_experts(dim, hidden, 2, bias=True), drawn(num_tokens, 2, k)
+    assert_equals_the_loop(experts, torch.randn(num_tokens, dim), assignment)
+
+
+@with_kernel
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("num_threads", [3, 8, 16])
+@pytest.mark.parametrize("routed", ["to all", "to one"])
+def test_any_number_of_threads_computes_the_same_bit_for_bit(num_threads: int, routed: str) -> None:
+    """Blocks of an expert, six of them or two of each, which several threads compute."""
+    experts, num_tokens = drawn_experts(40, 300, 3, kind="gelu", bias=True), 3500
+    assignment = drawn(num_tokens, 3, 1) if routed == "to all" else all_to_one(num_tokens, 3)
+    x_TD = torch.randn(num_tokens, 40)
+    assert_equals_the_loop(experts, x_TD, assignment, num_threads=num_threads)
+    alone = run("fused_cpu", experts, x_TD, assignment)
+    with threads(num_threads):
+        assert all(map(torch.equal, alone, run("fused_cpu", experts, x_TD, assignment)))
+
+
+MEMORY = """
+import sys, torch
+from tests.contracts.memory import backward_MiB
+from turnout.experts.fused_op import float_by_matrix_unit
+from turnout.kernels import trusted_kernel
+kernel = float_by_matrix_unit() if sys.argv[1] == "matrix unit" else trusted_kernel()
+print(*backward_MiB(kernel, *map(int, sys.argv[2:])))
+"""
+
+
+@with_kernel
+@pytest.mark.parametrize("num_threads", [2, 16, 64])
+def test_more_threads_do_not_take_memory_as_large_as_the_weights(unit: Kernel, num_threads: int) -> None:
+    """Two experts of 32 MiB, of two blocks each: four threads have work, and none a copy of the gradients.
+
+    With those of x they are 80 MiB.
+    """
+    peak, _ = grown_MiB(unit, "2048 2048 2048 2 1", num_threads)
+    assert peak < 80 + 4 * (36 if unit.matrix_unit else 16) + 8
+
+
+@with_kernel
+def test_memory_beyond_a_limit_is_given_back_after_a_call(unit: Kernel) -> None:
+    peak, kept = grown_MiB(unit, "5000 4096 16 2 2", 1)
+    assert peak > 160, "otherwise this shows nothing"
+    assert kept < 128 + 16
+
+
+def grown_MiB(kernel: Kernel, sizes: str, num_threads: int) -> tuple[float, float]:
+    """Of a fresh process: what a backward pass took at most, its gradients with it, and what stayed without them."""
+    unit = "matrix unit" if kernel.matrix_unit else "vectors"
+    command = [sys.executable, "-c", MEMORY, unit, str(num_threads), *sizes.split()]
+    own = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=own, capture_output=True, text=True, check=True)
+    peak, kept = map(float, done.stdout.split())
+    return peak, kept
 
 
 @with_kernel
@@ -286,9 +410,14 @@ def test_rows_of_a_token_in_any_order_and_number_work() -> None:
 @with_kernel
 @pytest.mark.usefixtures("unit")
 @pytest.mark.slow
-def test_rows_that_do_not_fit_the_buffer_at_once_are_added_wave_by_wave() -> None:
-    """16,384 tokens with 8 choices of width 80: ten million numbers, where two halves of four million are kept."""
-    assert_equals_the_loop(drawn_experts(80, 8, 32), torch.randn(16_384, 80), drawn(16_384, 32, 8), num_threads=2)
+@pytest.mark.parametrize("num_threads", [2, 33])
+def test_rows_that_do_not_fit_the_buffer_at_once_are_added_wave_by_wave(num_threads: int) -> None:
+    """16,384 tokens with 8 choices of width 80: ten million numbers, where two halves of three million are kept.
+
+    Of 33 threads several compute an expert's blocks, also of one that begins in one wave and ends in the next.
+    """
+    assignment = drawn(16_384, 32, 8)
+    assert_equals_the_loop(drawn_experts(80, 8, 32), torch.randn(16_384, 80), assignment, num_threads=num_threads)
 
 
 @with_kernel

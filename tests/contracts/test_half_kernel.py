@@ -1,5 +1,6 @@
 """The compiled pass in bfloat16 by the processor's matrix unit: as exact as its rounding, whatever the routing."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,9 @@ from turnout.dispatch import LocalDispatcher
 from turnout.experts import FFNExperts, choose_backend
 from turnout.experts.fused_op import half_by_matrix_unit
 from turnout.kernels import KINDS, Kernel, half_proof, trusted_kernel
+from turnout.kernels.arguments import Weights
 from turnout.kernels.half_proof import prove_half, whole_number_error
+from turnout.kernels.proof import assignment_of
 from turnout.layers.expert_pass import pass_experts
 from turnout.tensors import Admission, Assignment
 from turnout.train.doctor import examine
@@ -79,6 +82,41 @@ def test_any_width_works_with_and_without_bias(kernel: Kernel, dim: int, hidden:
             assert_near_the_oracle(experts, torch.randn(157, dim), drawn(157, 4, 2))
 
 
+def test_large_and_odd_sizes_work(kernel: Kernel) -> None:
+    assert_near_the_oracle(drawn_experts(433, 1100, 2, bias=True), torch.randn(300, 433), drawn(300, 2, 1))
+
+
+@pytest.mark.parametrize("num_threads", [3, 8, 16])
+def test_any_number_of_threads_computes_the_same_bit_for_bit(kernel: Kernel, num_threads: int) -> None:
+    experts, assignment = drawn_experts(40, 300, 3, kind="gelu", bias=True), all_to_one(3500, 3)
+    x_TD = torch.randn(3500, 40)
+    with threads(num_threads):
+        assert_near_the_oracle(experts, x_TD, assignment)
+        passed = run("fused_cpu", experts, x_TD.bfloat16(), assignment)
+    assert all(map(torch.equal, passed, run("fused_cpu", experts, x_TD.bfloat16(), assignment)))
+
+
+def test_threads_that_find_no_room_for_sums_in_float_share_those_there_are(kernel: Kernel) -> None:
+    """Four experts of 16 MiB in bfloat16, in two blocks each: two are summed at a time."""
+    dim, hidden, num_tokens = 2048, 2048, 4 * 516
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator)
+    up_EDG, down_EFD = (draw(size).bfloat16() * 0.02 for size in ((4, dim, hidden), (4, hidden, dim)))
+    weights = Weights(up_EDG=up_EDG, down_EFD=down_EFD, up_bias_EG=None, down_bias_ED=None, kind="gelu")
+    assignment = assignment_of(torch.rand(num_tokens), torch.arange(num_tokens).view(-1, 1) % 4, 4)
+    x_TD, routing = draw(num_tokens, dim).bfloat16(), kernel.sort(assignment, None)
+    y_TD, saved = kernel.forward(x_TD, assignment.weight_N, weights, routing, saved_rows=num_tokens)
+    assert saved is not None
+    passed = []
+    for num_threads in (1, 4, 9):
+        kernel.poison()
+        with threads(num_threads):
+            wanted = (True,) * 4 + (False,) * 2
+            passed.append(kernel.backward(y_TD, x_TD, assignment.weight_N, weights, routing, saved, wanted=wanted)[:4])
+    for other in passed[1:]:
+        assert all(map(torch.equal, passed[0], other))
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 16, 17, 33, 65, 257])
 @pytest.mark.parametrize("k", [1, 3])
 def test_any_number_of_tokens_works(kernel: Kernel, num_tokens: int, k: int) -> None:
@@ -108,9 +146,10 @@ def test_dropped_tokens_are_exactly_zero(kernel: Kernel) -> None:
 
 
 @pytest.mark.slow
-def test_rows_that_do_not_fit_the_buffer_at_once_are_summed_in_float(kernel: Kernel) -> None:
+@pytest.mark.parametrize("num_threads", [2, 33])
+def test_rows_that_do_not_fit_the_buffer_at_once_are_summed_in_float(kernel: Kernel, num_threads: int) -> None:
     """16,384 tokens with 8 choices of width 80: ten million numbers, where two halves of four million are kept."""
-    with threads(2):
+    with threads(num_threads):
         assert_near_the_oracle(drawn_experts(80, 8, 32), torch.randn(16_384, 80), drawn(16_384, 32, 8))
 
 

@@ -30,7 +30,7 @@ with_kernel = pytest.mark.skipif(isinstance(trusted_int8(), str), reason="no C++
 CPU = torch.device("cpu")
 HALVES = 0.006  # rounding of tokens, weights and activations to bfloat16
 # few rows of each expert, and blocks of many; whole groups and panels, and parts of them
-WHOLE = [(3, 64, 64, 4, 2), (40, 200, 131, 3, 1), (300, 65, 129, 5, 3), (700, 192, 64, 2, 2)]
+WHOLE = [(3, 64, 64, 4, 2), (40, 200, 131, 3, 1), (300, 65, 129, 5, 3), (700, 192, 64, 2, 2), (50, 733, 1100, 2, 1)]
 
 
 @pytest.fixture(autouse=True)
