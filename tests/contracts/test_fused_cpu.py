@@ -258,7 +258,7 @@ print(*backward_MiB(kernel, *map(int, sys.argv[2:])))
 
 
 @with_kernel
-@pytest.mark.parametrize("num_threads", [2, 16, 64])
+@pytest.mark.parametrize("num_threads", [16, 64])
 def test_more_threads_do_not_take_memory_as_large_as_the_weights(unit: Kernel, num_threads: int) -> None:
     """Two experts of 32 MiB, of two blocks each: four threads have work, and none a copy of the gradients.
 
