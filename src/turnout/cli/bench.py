@@ -1,5 +1,6 @@
 """`turnout bench CASE`: gated measurements against named peers."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -120,12 +121,11 @@ def layer(
     from turnout.bench.layer import run
     from turnout.cli.process import own_process
 
+    chosen: dict[str, Any] = {"modes": options.words(modes), "peers": options.words(peers), "dtype": dtype}
     process = own_process(threads)
     result = run(
         options.words(shapes),
-        modes=options.words(modes),
-        peers=options.words(peers),
-        dtype=dtype,
+        **chosen,
         skew=skew,
         rounds=rounds,
         warmup=warmup,
@@ -210,35 +210,36 @@ def _router_times(title: str, rows: list[dict[str, Any]]) -> Any:
 
 
 def _splits(rows: list[dict[str, Any]]) -> Any:
+    """A column for each peer, since parts are many."""
     found = [row for row in rows if row["split"] is not None]
     parts = list(found[0]["split"]) if found else []
-    cells = [[row["peer"], *(f"{100 * row['split'][part]:.0f}" for part in parts)] for row in found]
-    return table("Where a step's time goes: percent", {"peer": "left", **dict.fromkeys(parts, "right")}, cells)
+    cells = [[part, *(f"{100 * row['split'][part]:.0f}" for row in found)] for part in parts]
+    # names are long, too
+    peers = [row["peer"].replace("-", "-\n", 1) for row in found]
+    return table("Where a step's time goes: percent", _columns("part", peers), cells)
 
 
 def _layer_times(title: str, rows: list[dict[str, Any]]) -> Any:
-    columns = {"peer": "left", "median ms": "right", "min": "right", "max": "right"}
-    columns |= {
-        "of dense": "right",
-        "of limit": "right",
-        "of reading": "right",
-        "peak MiB": "right",
-        "extra": "right",
-        "again": "right",
-    }
-    cells = [
-        [
-            *_ms(row),
-            _spread(row, "ratio_to_dense"),
-            _spread(row, "ratio_to_limit"),
-            _spread(row, "ratio_to_reading"),
-            _number(row["peak_mib"], ".0f"),
-            _number(row["extra_mib"], ".0f"),
-            _number(row["extra_again_mib"], ".0f"),
-        ]
-        for row in sorted(rows, key=lambda row: row["ms_median"])
-    ]
-    return table(title, columns, cells)
+    """Times, ratios and what memory was measured: side by side they would not fit a terminal."""
+    from rich.console import Group
+
+    rows = sorted(rows, key=lambda row: row["ms_median"])
+    columns = {"peer": "left", "median ms": "right", "min": "right", "max": "right", "over fused_cpu": "right"}
+    tables = [table(title, columns, [[*_ms(row), _spread(row, "speedup_of_turnout")] for row in rows])]
+    ratios = {f"of {name}": f"ratio_to_{name}" for name in ("dense", "limit", "reading")}
+    ratios = {heading: key for heading, key in ratios.items() if any(row[key] is not None for row in rows)}
+    if ratios:
+        cells = [[row["peer"], *(_spread(row, key) for key in ratios.values())] for row in rows]
+        tables.append(table("Time of these over each one's: median over rounds (quartiles)", _columns("peer", ratios), cells))
+    memory = {"peak": "peak_mib", "extra": "extra_mib", "again": "extra_again_mib"}
+    if any(row["peak_mib"] is not None for row in rows):
+        cells = [[row["peer"], *(_number(row[key], ".0f") for key in memory.values())] for row in rows]
+        tables.append(table("Memory, MiB", _columns("peer", memory), cells))
+    return Group(*tables)
+
+
+def _columns(first: str, others: Iterable[str]) -> dict[str, str]:
+    return {first: "left", **dict.fromkeys(others, "right")}
 
 
 def _ms(row: dict[str, Any]) -> list[str]:
