@@ -75,6 +75,22 @@ def run(
     return result(rows, "transformers")
 
 
+def own_cases(shapes: Sequence[str], *, modes: Sequence[str], peers: Sequence[str], dtype: str) -> list[dict[str, str]]:
+    """Options of the command line that together measure ours of what `run` measures: one of a mode and of peers.
+
+    Raises: ConfigError as `run`, and if none of `peers` is ours.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for (shape, mode), names in _cases(shapes, modes, dtype, peers).items():
+        own = ",".join(name for name in names if name.startswith(OURS))
+        if not own:
+            raise ConfigError(f"--base compares ours alone; --peers {','.join(names)} has none that begins {OURS!r}")
+        found.setdefault((mode, own), []).append(shape)
+    return [
+        {"--shapes": ",".join(together), "--modes": mode, "--peers": own} for (mode, own), together in found.items()
+    ]
+
+
 def contestant(
     name: str, *, shape: str, mode: str, dtype: str, skew: float, gate: Gate | None = None
 ) -> Callable[[], object]:

@@ -86,7 +86,7 @@ def reading(shape: Shape, num_experts: int, dtype: torch.dtype) -> Callable[[], 
     return weights.view(torch.int64).sum
 
 
-def routed(
+def run_experts(
     experts: FFNExperts, backend: ExpertBackend, x_TD: Tensor, choices_TK: Tensor, weight_TK: Tensor
 ) -> Tensor:
     """What experts make of tokens whose choices and weights are given, (T, D)."""
@@ -130,7 +130,7 @@ class _Routed(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         weight_TK = torch.full(self.choices_TK.shape, 1 / self.choices_TK.shape[1])
-        return routed(self.experts, self.backend, x_TD, self.choices_TK, weight_TK)
+        return run_experts(self.experts, self.backend, x_TD, self.choices_TK, weight_TK)
 
 
 class _Output(nn.Module):
