@@ -19,13 +19,14 @@ from torch import nn
 from tests.contracts.cases import takers
 from turnout.bench import layer, layer_peers, routers, train_step
 from turnout.bench.gemms import products
+from turnout.bench.layer_gate import Gate
 from turnout.bench.memory import call_memory, peak_mib
 from turnout.bench.mixtral import differences, mixtral, routed_like_mixtral
 from turnout.bench.race import Timing, race, ratio
 from turnout.bench.routers import Shape
 from turnout.contracts import RouterConfig
 from turnout.errors import ConfigError, TurnoutError
-from turnout.experts import FFNExperts
+from turnout.experts import FFNExperts, PaddedBMM
 from turnout.experts.fused_int8 import trusted_int8
 from turnout.layers import MoE
 from turnout.losses import LoadBalance
@@ -33,6 +34,7 @@ from turnout.models import Decoder
 from turnout.models.presets import PRESETS
 from turnout.models.size import matmul_flops_per_token
 from turnout.routers import TopK
+from turnout.tensors import Padded, Rows
 from turnout.train.recipes import load_recipe
 from turnout.train.step import StepResult
 
@@ -480,6 +482,128 @@ def test_one_layer_against_its_peers(turnout, monkeypatch: pytest.MonkeyPatch) -
     }
 
 
+def test_a_layer_of_few_tokens_can_be_asked_for_beside_training_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, tokens in (("a", 48), ("d1", 1)):
+        monkeypatch.setitem(layer.SHAPES, name, replace(SMALL, tokens=tokens, seq_len=1))
+    rows = layer.run(["a", "d1"], peers=["turnout-loop"], rounds=1, warmup=0)["rows"]
+    assert [(row["shape"]["name"], row["mode"]) for row in rows] == [
+        ("a", "forward"),
+        ("a", "train"),
+        ("d1", "forward"),
+    ]
+
+
+def test_times_over_fused_cpu_are_those_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(layer.SHAPES, "a", SMALL)
+    if layer.FUSED not in {f"turnout-{name}" for name in takers(torch.float32)}:
+        pytest.skip("no C++ compiler here")
+    ms = {layer.FUSED: (10.0, 20.0, 90.0), "dense-ffn": (20.0, 60.0, 90.0)}
+    monkeypatch.setattr(layer, "race", lambda calls, **_: {name: Timing(ms=ms[name]) for name in calls})
+    rows = {row["peer"]: row for row in layer.run(["a"], modes=["forward"], peers=[*ms], rounds=3, warmup=0)["rows"]}
+    assert rows["dense-ffn"]["speedup_of_turnout"] == 2.0
+    assert rows["dense-ffn"]["speedup_of_turnout_quartiles"] == [1.5, 2.5]
+    assert rows[layer.FUSED]["speedup_of_turnout"] == 1.0
+    (alone,) = layer.run(["a"], modes=["forward"], peers=["dense-ffn"], rounds=3, warmup=0)["rows"]
+    assert (alone["speedup_of_turnout"], alone["speedup_of_turnout_quartiles"]) == (None, None)
+
+
+@pytest.mark.parametrize("shape", ["a", "d1"])
+def test_on_a_narrow_screen_rows_keep_their_names_and_their_quartiles(
+    shape: str, turnout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setitem(layer.SHAPES, shape, replace(SMALL, tokens=48 if shape == "a" else 1, seq_len=1))
+    result = turnout("bench", "layer", "--shapes", shape, "--modes", "forward", "--rounds", "2", "--json")
+    assert result.code == 0, result.err
+    lines = result.err.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in result.err
+    for row in result.last["rows"]:
+        of_it = [line for line in lines if line.split()[:1] == [row["peer"]]]
+        assert len(of_it) == 2, row["peer"]
+        low, high = row["ratio_to_dense_quartiles"]
+        assert f"({low:.2f}-{high:.2f})" in result.err
+
+
+def _wrong_at(dim: int, change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What padded_bmm makes of rows of that width is changed."""
+    right = PaddedBMM.run
+
+    def run(self: PaddedBMM, experts: nn.Module, rows: Rows) -> Rows:
+        found = right(self, experts, rows)
+        assert isinstance(found, Padded)
+        return replace(found, x_LCD=change(found.x_LCD)) if found.x_LCD.shape[-1] == dim else found
+
+    monkeypatch.setattr(PaddedBMM, "run", run)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("skew", ["0", "3"])
+def test_a_backend_that_is_wrong_at_the_shape_alone_is_not_timed(
+    skew: str, dtype: str, turnout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(layer.SHAPES, "a", SMALL)
+    use = ["--shapes", "a", "--modes", "forward", "--skew", skew, "--dtype", dtype, "--rounds", "1", "--warmup", "0"]
+    _wrong_at(SMALL.dim, torch.zeros_like, monkeypatch)
+    result = turnout("bench", "layer", *use, "--peers", "turnout-padded_bmm,turnout-loop")
+    assert result.code == 1
+    where = rf"T=48 d=16 f=8 E=8 k=2 swiglu, forward, torch\.{dtype}, \d+ threads"
+    assert re.search(rf"red gate: turnout-padded_bmm at {where}: the output is off loop's by 1\.0e\+00", result.message)
+    assert "median ms" not in result.out
+    # the same of another shape, and the others of this one
+    assert turnout("bench", "layer", *use, "--peers", "turnout-grouped_mm,turnout-loop").code == 0
+    monkeypatch.setitem(layer.SHAPES, "a", replace(SMALL, dim=24))
+    assert turnout("bench", "layer", *use, "--peers", "turnout-padded_bmm").code == 0
+
+
+def test_a_backend_whose_gradients_alone_are_wrong_at_the_shape_is_not_timed(
+    turnout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(layer.SHAPES, "a", SMALL)
+    use = ["--shapes", "a", "--peers", "turnout-padded_bmm", "--rounds", "1", "--warmup", "0"]
+    # 2y - y, through which half of the gradient does not come back
+    _wrong_at(SMALL.dim, lambda y: 2 * y - y.detach(), monkeypatch)
+    assert turnout("bench", "layer", *use, "--modes", "forward").code == 0
+    result = turnout("bench", "layer", *use, "--modes", "train")
+    assert result.code == 1
+    assert re.search(r"red gate: turnout-padded_bmm at .*: the gradient of .* is off loop's", result.message)
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_answers_that_are_nan_or_slightly_off_are_wrong(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(layer.SHAPES, "a", SMALL)
+    settings = {"shape": "a", "mode": mode, "dtype": "float32", "skew": 0.0}
+    for change in (lambda y: y * math.nan, lambda y: y * (1 + 3e-5)):
+        with monkeypatch.context() as patch:
+            _wrong_at(SMALL.dim, change, patch)
+            gate = Gate(SMALL, torch.float32, train=mode == "train")
+            with pytest.raises(TurnoutError, match="red gate: turnout-padded_bmm"):
+                layer.contestant("turnout-padded_bmm", **settings, gate=gate)
+
+
+@pytest.mark.parametrize("expert", ["gelu", "swiglu"])
+@pytest.mark.parametrize("mode", ["forward", "train"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_block_is_judged_by_our_loop_on_its_weights(
+    dtype: str, mode: str, expert: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = pytest.importorskip("transformers.integrations.moe")
+    monkeypatch.setitem(layer.SHAPES, "a", replace(SMALL, expert=expert))
+    original = moe.ALL_EXPERTS_FUNCTIONS._global_mapping["grouped_mm"]
+    name, settings = "transformers-grouped_mm", {"shape": "a", "mode": mode, "dtype": dtype}
+
+    def gate() -> Gate:
+        return Gate(layer.SHAPES["a"], layer.DTYPES[dtype], train=mode == "train")
+
+    for skew in (0.0, 3.0):
+        layer.contestant(name, **settings, skew=skew, gate=gate())
+    wrong = {"grouped_mm": lambda *args, **kwargs: 1.05 * original(*args, **kwargs)}
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, *wrong.popitem())
+    with pytest.raises(TurnoutError, match=f"red gate: {name} at .*, {mode}, "):
+        layer.contestant(name, **settings, skew=0.0, gate=gate())
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 16])
 def test_all_layers_meet_the_experts_whose_weights_are_read(tokens: int) -> None:
     shape = Shape(tokens=tokens, dim=64, hidden=32, experts=32, k=4, seq_len=1)
@@ -548,6 +672,10 @@ LAYER_BAD_USES = {
     "refusing peer": (
         ["--shapes", "a", "--peers", "turnout-grouped", "--dtype", "bfloat16"],
         r"unknown peer 'turnout-grouped'; available: turnout-",
+    ),
+    "few tokens": (
+        ["--shapes", "a,d1,d16", "--modes", "train"],
+        r"few tokens have no backward pass here: --modes train leaves nothing of d1, d16; add forward",
     ),
     "skew": (["--shapes", "a", "--skew", "9"], r"--skew 9.0 must be above 0 and at most experts / k = 4"),
 }

@@ -1,6 +1,7 @@
 """Case layer: one MoE layer, forward alone or forward and backward, everybody in turns in one process.
 
-Ratios are to a dense network of the same active FLOPs, and to the products alone. Rows of `turnout-BACKEND` and
+Ratios are to a dense network of the same active FLOPs, and to the products alone; `speedup_of_turnout` is each one's
+time over that of `turnout-fused_cpu`. Rows of `turnout-BACKEND` and
 `transformers-IMPLEMENTATION` include each one's router, without auxiliary losses; with a `skew` the experts of every
 token are given instead, one expert at that many times the mean load. `turnout-int8` has weights of 8 bits and
 activations of 16, `turnout-int8-a8` both of 8; neither has a backward pass. `read-limit`, with few tokens, reads as
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from turnout.bench.layer_gate import Gate
 from turnout.bench.layer_peers import (
     DENSE,
     LIMIT,
@@ -44,6 +46,7 @@ SHAPES = ROUTED_SHAPES | {
     "c": replace(ROUTED_SHAPES["c"], expert="gelu"),
     **{f"d{n}": Shape(tokens=n, dim=1024, hidden=2048, experts=32, k=4, seq_len=1) for n in (1, 2, 4, 8, 16)},
 }
+FUSED = f"{OURS}fused_cpu"
 IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 
 
@@ -63,19 +66,38 @@ def run(
     Raises: ConfigError if a shape, mode, peer or dtype is unknown; TurnoutError, before anything is timed, if a backend
     does not compute what the oracle computes.
     """
-    _check(shapes, modes, dtype)
-    cases = [(shape, mode) for shape in shapes for mode in modes if mode == "forward" or not shape.startswith("d")]
-    names = {(shape, mode): _peers(SHAPES[shape], mode, DTYPES[dtype], peers) for shape, mode in cases}
+    names = _cases(shapes, modes, dtype, peers)
     check_gate()
     rows: list[dict[str, Any]] = []
-    for shape, mode in cases:
+    for shape, mode in names:
         settings = {"shape": shape, "mode": mode, "dtype": dtype, "skew": skew}
         rows += _rows(names[shape, mode], settings, rounds=rounds, warmup=warmup, memory=memory)
     return result(rows, "transformers")
 
 
-def contestant(name: str, *, shape: str, mode: str, dtype: str, skew: float) -> Callable[[], object]:
-    """One call of a peer on a fixed batch, which leaves no gradient behind."""
+def own_cases(shapes: Sequence[str], *, modes: Sequence[str], peers: Sequence[str], dtype: str) -> list[dict[str, str]]:
+    """Options of the command line that together measure ours of what `run` measures: one of a mode and of peers.
+
+    Raises: ConfigError as `run`, and if none of `peers` is ours.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for (shape, mode), names in _cases(shapes, modes, dtype, peers).items():
+        own = ",".join(name for name in names if name.startswith(OURS))
+        if not own:
+            raise ConfigError(f"--base compares ours alone; --peers {','.join(names)} has none that begins {OURS!r}")
+        found.setdefault((mode, own), []).append(shape)
+    return [
+        {"--shapes": ",".join(together), "--modes": mode, "--peers": own} for (mode, own), together in found.items()
+    ]
+
+
+def contestant(
+    name: str, *, shape: str, mode: str, dtype: str, skew: float, gate: Gate | None = None
+) -> Callable[[], object]:
+    """One call of a peer on a fixed batch, which leaves no gradient behind.
+
+    Raises: TurnoutError if `gate` finds the peer's answers wrong.
+    """
     sizes, train = SHAPES[shape], mode == "train"
     if name == LIMIT:
         return products(sizes, train=train, dtype=DTYPES[dtype])
@@ -83,6 +105,8 @@ def contestant(name: str, *, shape: str, mode: str, dtype: str, skew: float) -> 
         return reading(sizes, experts_met(sizes, skewed(sizes, skew) if skew else None), DTYPES[dtype])
     x_TD, y_grad_TD = batch(sizes, DTYPES[dtype])
     forward, parameters = forward_of(name, sizes, skewed(sizes, skew) if skew else None, DTYPES[dtype])
+    if gate is not None:
+        gate.check(name, forward)
 
     @torch.no_grad()
     def infer() -> Tensor:
@@ -122,7 +146,9 @@ def skewed(shape: Shape, skew: float) -> Tensor:
 def _rows(
     names: Sequence[str], settings: dict[str, Any], *, rounds: int, warmup: int, memory: bool
 ) -> list[dict[str, Any]]:
-    calls = {name: contestant(name, **settings) for name in names}
+    gate = Gate(SHAPES[settings["shape"]], DTYPES[settings["dtype"]], train=settings["mode"] == "train")
+    calls = {name: contestant(name, **settings, gate=gate) for name in names}
+    del gate
     timings = race(calls, rounds=rounds, warmup=warmup)
     calls.clear()
     found = []
@@ -132,6 +158,7 @@ def _rows(
         over = {
             other: ratio(timings[other], timings[name]) if other in timings else None for other in (DENSE, LIMIT, READ)
         }
+        ours = ratio(timings[name], timings[FUSED]) if FUSED in timings else None
         found.append(
             {
                 **row("layer", name, timings[name]),
@@ -139,6 +166,7 @@ def _rows(
                 "dtype": settings["dtype"],
                 "shape": asdict(SHAPES[settings["shape"]]) | {"name": settings["shape"]},
                 "skew": settings["skew"] or None,
+                **ratio_keys("speedup_of_turnout", ours),
                 **ratio_keys("ratio_to_dense", over[DENSE]),
                 **ratio_keys("ratio_to_limit", over[LIMIT]),
                 **ratio_keys("ratio_to_reading", over[READ]),
@@ -148,6 +176,21 @@ def _rows(
             }
         )
     return found
+
+
+def _cases(
+    shapes: Sequence[str], modes: Sequence[str], dtype: str, peers: Sequence[str]
+) -> dict[tuple[str, str], list[str]]:
+    """Shape and mode -> peers."""
+    _check(shapes, modes, dtype)
+    few = [shape for shape in shapes if SHAPES[shape].tokens <= FEW_ROWS]
+    if few and "forward" not in modes:
+        raise ConfigError(
+            f"few tokens have no backward pass here: --modes {','.join(modes)} leaves nothing of {', '.join(few)}; "
+            "add forward"
+        )
+    cases = [(shape, mode) for shape in shapes for mode in modes if mode == "forward" or shape not in few]
+    return {(shape, mode): _peers(SHAPES[shape], mode, DTYPES[dtype], peers) for shape, mode in cases}
 
 
 def _check(shapes: Sequence[str], modes: Sequence[str], dtype: str) -> None:

@@ -86,6 +86,24 @@ def reading(shape: Shape, num_experts: int, dtype: torch.dtype) -> Callable[[], 
     return weights.view(torch.int64).sum
 
 
+def run_experts(
+    experts: FFNExperts, backend: ExpertBackend, x_TD: Tensor, choices_TK: Tensor, weight_TK: Tensor
+) -> Tensor:
+    """What experts make of tokens whose choices and weights are given, (T, D)."""
+    num_tokens, k = choices_TK.shape
+    assignment = Assignment(
+        token_N=torch.arange(num_tokens).repeat_interleave(k),
+        expert_N=choices_TK.flatten(),
+        weight_N=weight_TK.flatten(),
+        choice_N=torch.arange(k).repeat(num_tokens),
+        num_tokens=num_tokens,
+        num_experts=experts.num_experts,
+        top_k=k,
+    )
+    admission: Admission = Dropless().admit(assignment)
+    return pass_experts(experts, backend, x_TD, assignment, admission, dispatcher=LocalDispatcher())
+
+
 class Dense(nn.Module):
     """A feed-forward network as wide as all experts of a token, as models are written: a linear map each."""
 
@@ -111,18 +129,8 @@ class _Routed(nn.Module):
         self.backend, self.choices_TK = ExpertBackend.TABLE[backend], choices_TK
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        num_tokens, k = self.choices_TK.shape
-        assignment = Assignment(
-            token_N=torch.arange(num_tokens).repeat_interleave(k),
-            expert_N=self.choices_TK.flatten(),
-            weight_N=torch.full((num_tokens * k,), 1 / k),
-            choice_N=torch.arange(k).repeat(num_tokens),
-            num_tokens=num_tokens,
-            num_experts=self.experts.num_experts,
-            top_k=k,
-        )
-        admission: Admission = Dropless().admit(assignment)
-        return pass_experts(self.experts, self.backend, x_TD, assignment, admission, dispatcher=LocalDispatcher())
+        weight_TK = torch.full(self.choices_TK.shape, 1 / self.choices_TK.shape[1])
+        return run_experts(self.experts, self.backend, x_TD, self.choices_TK, weight_TK)
 
 
 class _Output(nn.Module):

@@ -1,10 +1,12 @@
 """`turnout bench CASE`: gated measurements against named peers."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 
 from turnout.cli import bench_alltoall, bench_copies, bench_overlap, bench_train_ranks, bench_tuner, options
+from turnout.cli.bench_base import Base, Turns, compare_with, own_of
 from turnout.cli.console import console, print_json, table
 
 bench = typer.Typer(
@@ -30,6 +32,7 @@ bench.command("train-ranks", epilog=bench_train_ranks.EXAMPLES)(bench_train_rank
 
 @bench.command("train-step", epilog="Example: turnout bench train-step --json")
 def train_step(
+    context: typer.Context,
     recipe: Annotated[str, typer.Option(help="Recipe whose model is measured.")] = "tiny",
     dense: Annotated[str, typer.Option(help="Its dense twin.")] = "tiny-dense",
     rounds: Rounds = 20,
@@ -37,14 +40,20 @@ def train_step(
     peers: Annotated[str, typer.Option(help="Comma-separated peers; empty: all.")] = "",
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, in processes of their own.")] = True,
     split: Annotated[bool, typer.Option(help="Also say where the time of a step goes.")] = True,
+    base: Base = "",
+    turns: Turns = 3,
     threads: options.Threads = 0,
     as_json: options.Json = False,
 ) -> None:
     """A training step against transformers' Mixtral of the same shape, the dense twin and the bare products."""
-    from turnout.bench.train_step import run
+    from turnout.bench.train_step import LIKE, OURS, run
     from turnout.cli.process import own_process
     from turnout.train.recipes import load_recipe
 
+    if base:
+        own = own_of(options.words(peers), (OURS, LIKE))
+        compare_with(context, instead=[{"--peers": own}], also=["--no-memory", "--no-split"])
+        return
     process = own_process(threads)
     chosen = load_recipe(recipe)
     result = run(
@@ -64,6 +73,7 @@ def train_step(
 
 @bench.command("routers", epilog="Example: turnout bench routers --shapes a --routers topk,sinkhorn,soft_moe")
 def routers(
+    context: typer.Context,
     shapes: Annotated[
         str, typer.Option(help="Comma-separated shapes: a, b, c; the next options change them.")
     ] = "a,b,c",
@@ -76,6 +86,8 @@ def routers(
     only: Annotated[str, typer.Option("--routers", help="Comma-separated routers; empty: all, and soft_moe.")] = "",
     rounds: Rounds = 20,
     warmup: Warmup = 3,
+    base: Base = "",
+    turns: Turns = 3,
     threads: options.Threads = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -85,6 +97,9 @@ def routers(
 
     changes = {"tokens": tokens, "dim": dim, "hidden": hidden, "experts": experts, "k": k, "seq_len": seq_len}
     chosen = _shapes(options.words(shapes), {name: value for name, value in changes.items() if value})
+    if base:
+        compare_with(context, is_own=lambda _: True)
+        return
     process = own_process(threads)
     result = run(chosen, names=options.words(only), rounds=rounds, warmup=warmup)
     screen = console(as_json=as_json)
@@ -103,6 +118,7 @@ def routers(
 
 @bench.command("layer", epilog="Example: turnout bench layer --shapes a,c --modes train --threads 2 --json")
 def layer(
+    context: typer.Context,
     shapes: Annotated[str, typer.Option(help="Comma-separated shapes: a, b, c, d1, d2, d4, d8, d16.")] = "a,b,c",
     modes: Annotated[str, typer.Option(help="Comma-separated: forward, train (forward and backward).")] = (
         "forward,train"
@@ -113,12 +129,19 @@ def layer(
     rounds: Rounds = 20,
     warmup: Warmup = 3,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, in processes of their own.")] = False,
+    base: Base = "",
+    turns: Turns = 3,
     threads: options.Threads = 0,
     as_json: options.Json = False,
 ) -> None:
     """One MoE layer against transformers' block, a dense network of the same FLOPs and the bare products."""
-    from turnout.bench.layer import run
+    from turnout.bench.layer import own_cases, run
     from turnout.cli.process import own_process
+
+    if base:
+        own = own_cases(options.words(shapes), modes=options.words(modes), peers=options.words(peers), dtype=dtype)
+        compare_with(context, instead=own, also=["--no-memory"])
+        return
 
     process = own_process(threads)
     result = run(
@@ -210,35 +233,38 @@ def _router_times(title: str, rows: list[dict[str, Any]]) -> Any:
 
 
 def _splits(rows: list[dict[str, Any]]) -> Any:
+    """A column for each peer, since parts are many."""
     found = [row for row in rows if row["split"] is not None]
     parts = list(found[0]["split"]) if found else []
-    cells = [[row["peer"], *(f"{100 * row['split'][part]:.0f}" for part in parts)] for row in found]
-    return table("Where a step's time goes: percent", {"peer": "left", **dict.fromkeys(parts, "right")}, cells)
+    cells = [[part, *(f"{100 * row['split'][part]:.0f}" for row in found)] for part in parts]
+    # names are long, too
+    peers = [row["peer"].replace("-", "-\n", 1) for row in found]
+    return table("Where a step's time goes: percent", _columns("part", peers), cells)
 
 
 def _layer_times(title: str, rows: list[dict[str, Any]]) -> Any:
-    columns = {"peer": "left", "median ms": "right", "min": "right", "max": "right"}
-    columns |= {
-        "of dense": "right",
-        "of limit": "right",
-        "of reading": "right",
-        "peak MiB": "right",
-        "extra": "right",
-        "again": "right",
-    }
-    cells = [
-        [
-            *_ms(row),
-            _spread(row, "ratio_to_dense"),
-            _spread(row, "ratio_to_limit"),
-            _spread(row, "ratio_to_reading"),
-            _number(row["peak_mib"], ".0f"),
-            _number(row["extra_mib"], ".0f"),
-            _number(row["extra_again_mib"], ".0f"),
-        ]
-        for row in sorted(rows, key=lambda row: row["ms_median"])
-    ]
-    return table(title, columns, cells)
+    """Times, ratios and what memory was measured: side by side they would not fit a terminal."""
+    from rich.console import Group
+
+    rows = sorted(rows, key=lambda row: row["ms_median"])
+    columns = {"peer": "left", "median ms": "right", "min": "right", "max": "right", "over fused_cpu": "right"}
+    tables = [table(title, columns, [[*_ms(row), _spread(row, "speedup_of_turnout")] for row in rows])]
+    ratios = {f"of {name}": f"ratio_to_{name}" for name in ("dense", "limit", "reading")}
+    ratios = {heading: key for heading, key in ratios.items() if any(row[key] is not None for row in rows)}
+    if ratios:
+        cells = [[row["peer"], *(_spread(row, key) for key in ratios.values())] for row in rows]
+        tables.append(
+            table("Time of these over each one's: median over rounds (quartiles)", _columns("peer", ratios), cells)
+        )
+    memory = {"peak": "peak_mib", "extra": "extra_mib", "again": "extra_again_mib"}
+    if any(row["peak_mib"] is not None for row in rows):
+        cells = [[row["peer"], *(_number(row[key], ".0f") for key in memory.values())] for row in rows]
+        tables.append(table("Memory, MiB", _columns("peer", memory), cells))
+    return Group(*tables)
+
+
+def _columns(first: str, others: Iterable[str]) -> dict[str, str]:
+    return {first: "left", **dict.fromkeys(others, "right")}
 
 
 def _ms(row: dict[str, Any]) -> list[str]:

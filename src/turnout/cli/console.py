@@ -86,12 +86,15 @@ def write_pieces(out: TextIO, pieces: Iterable[str]) -> str:
 
 
 def table(title: str, columns: dict[str, str], rows: list[list[str]]) -> "Table":
-    """A table with (heading -> justification) columns."""
+    """A table with (heading -> justification) columns; the first one, which names the rows, is the last to be broken.
+
+    Where the screen is narrow, words go to the next line; none is cut.
+    """
     from rich.table import Table
 
     built = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for heading, justify in columns.items():
-        built.add_column(heading, justify=justify)  # pyright: ignore[reportArgumentType]
+    for number, (heading, justify) in enumerate(columns.items()):
+        built.add_column(heading, justify=justify, overflow="fold", no_wrap=number == 0)  # pyright: ignore[reportArgumentType]
     for row in rows:
         built.add_row(*row)
     return built
