@@ -665,7 +665,7 @@ def small_generation(monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
         vocab_size=64,
         dim=16,
         num_layers=2,
-        max_seq_len=64,
+        max_seq_len=256,
         attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
         moe=MoEConfig(num_experts=4, hidden=16, router=TopK(k=2)),
     )
