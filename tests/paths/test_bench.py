@@ -662,7 +662,6 @@ def test_bad_use_of_the_dispatch_case_is_one_clear_error(case: str, turnout) -> 
 def small_generation(monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
     pytest.importorskip("transformers")
     model = ModelConfig(
-        vocab_size=64,
         dim=16,
         num_layers=2,
         max_seq_len=256,
