@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from tests.contracts.cases import takers
-from turnout.bench import layer, layer_peers, routers, train_step
+from turnout import reference as oracle
+from turnout.bench import dispatch, dispatch_ways, generate, generate_peers, layer, layer_peers, routers, train_step
 from turnout.bench.gemms import products
 from turnout.bench.layer_gate import Gate
 from turnout.bench.memory import call_memory, peak_mib
@@ -28,9 +29,10 @@ from turnout.contracts import RouterConfig
 from turnout.errors import ConfigError, TurnoutError
 from turnout.experts import FFNExperts, PaddedBMM
 from turnout.experts.fused_int8 import trusted_int8
-from turnout.layers import MoE
+from turnout.layers import MoE, MoEConfig
+from turnout.layers.attention import AttentionConfig
 from turnout.losses import LoadBalance
-from turnout.models import Decoder
+from turnout.models import Decoder, ModelConfig
 from turnout.models.presets import PRESETS
 from turnout.models.size import matmul_flops_per_token
 from turnout.routers import TopK
@@ -688,3 +690,182 @@ def test_bad_use_of_the_layer_case_is_one_clear_error(case: str, turnout) -> Non
     assert result.code == 2, result
     assert re.search(pattern, " ".join(result.err.split())), result.err
     assert "Traceback" not in result.err
+
+
+DISPATCH = ["--dim", "16", "--hidden", "8", "--experts", "4", "--rounds", "2", "--warmup", "0"]
+
+
+@pytest.fixture
+def few_slots() -> dispatch_ways.Routed:
+    """Choices of which a third finds no slot."""
+    case = dispatch.DispatchCase(tokens=(96,), dim=16, hidden=8, experts=4, factor=0.7)
+    routed, _ = dispatch._batch(case, 96)
+    return routed
+
+
+@pytest.mark.parametrize("way", [*dispatch_ways.WAYS, "whole layer"])
+def test_every_way_sends_the_same_tokens_to_the_same_experts(way: str, few_slots: dispatch_ways.Routed) -> None:
+    routed, experts = few_slots, FFNExperts(16, 8, 4, kind="gelu")
+    taken, gate_TE = [0] * 4, torch.zeros(96, 4)
+    for choice in range(2):
+        for token in range(96):
+            expert = int(routed.choice_TK[token, choice])
+            if taken[expert] < routed.capacity:
+                gate_TE[token, expert] = routed.weight_TK[token, choice]
+                taken[expert] += 1
+    assert 0 < sum(taken) < 2 * 96
+    each = [lambda x, e=e: oracle.ffn(x, experts.up_EDG[e], experts.down_EFD[e], kind="gelu") for e in range(4)]
+    want = oracle.moe(routed.x_TD, gate_TE, each)
+    if way == "whole layer":
+        got = dispatch_ways.layer_of_ours(routed, experts)
+    else:
+        got = dispatch_ways.WAYS[way](routed, dispatch_ways.batched(experts))
+    torch.testing.assert_close(got, want)
+
+
+def test_dense_masks_beyond_the_bound_are_not_made_but_counted(turnout, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setitem(
+        dispatch_ways.WAYS,
+        "gshard-einsum",
+        lambda routed, experts: made.append(len(routed.x_TD)) or dispatch_ways.by_masks(routed, experts),
+    )
+    bound = str(64 * 64 * 2 * 13 / 2**30)
+    result = turnout("bench", "dispatch", "--tokens", "64,65", "--bound-gib", bound, "--no-memory", "--json", *DISPATCH)
+    assert result.code == 0, result.err
+    rows = json.loads(result.out.splitlines()[-1], parse_constant=pytest.fail)["rows"]
+    found = {(row["mode"], row["tokens"], row["peer"]): row for row in rows}
+    assert len(found) == len(rows) == 3 * 2 * 3
+    # without a backward pass there is one mask less
+    assert [key[:2] for key, row in found.items() if row["outcome"] != "measured"] == [("train", 65), ("layer", 65)]
+    refused, measured = found["train", 65, "gshard-einsum"], found["train", 64, "gshard-einsum"]
+    assert refused["ms_median"] is refused["speedup_of_turnout"] is None
+    # two choices, 33 slots of each of 4 experts: three masks of numbers and one of truth values
+    assert refused["masks_mib"] * 2**20 == 65 * 4 * 33 * 13
+    assert measured["ms_median"] > 0
+    assert measured["speedup_of_turnout"] > 0
+    assert found["train", 65, "turnout"]["speedup_of_turnout"] == 1.0
+    assert set(made) == {64, 65}
+    assert "out of bound" in result.err
+
+
+def test_no_way_is_timed_that_computes_something_else(turnout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        dispatch_ways.WAYS, "argsort", lambda routed, experts: 1.001 * dispatch_ways.by_argsort(routed, experts)
+    )
+    result = turnout("bench", "dispatch", "--tokens", "64", "--no-memory", *DISPATCH)
+    assert result.code == 1
+    assert "64 tokens, forward: argsort and turnout are" in " ".join(result.err.split())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_dense_masks_take_at_least_the_memory_that_is_computed_for_them() -> None:
+    case = dispatch.DispatchCase(tokens=(2048,), dim=16, hidden=8, experts=4)
+    needed = case.needed_bytes("gshard-einsum", 2048, "forward")
+    assert needed == 2048 * 2 * 2048 * 9
+    found = call_memory(functools.partial(dispatch.made_alone, "gshard-einsum", case, "forward", 2048))
+    assert found.extra is not None
+    assert needed / 2**20 < found.extra < 2.5 * needed / 2**20
+
+
+DISPATCH_BAD_USES = {
+    "mode": (["--modes", "sideways"], r"unknown mode 'sideways'; available: forward, train, layer"),
+    "tokens": (["--tokens", "many"], r"--tokens 'many' must be whole numbers"),
+    "k": (["--k", "17"], r"--k 17 must be at most --experts 16"),
+    "width": (["--dim", "0"], r"--dim 0 must be at least 1"),
+    "factor": (["--factor", "0"], r"capacity.factor=0.0 must be a number above 0"),
+    "bound": (["--bound-gib", "0"], r"--bound-gib 0.0 must be above 0"),
+}
+
+
+@pytest.mark.parametrize("case", DISPATCH_BAD_USES)
+def test_bad_use_of_the_dispatch_case_is_one_clear_error(case: str, turnout) -> None:
+    args, pattern = DISPATCH_BAD_USES[case]
+    result = turnout("bench", "dispatch", *args)
+    assert result.code == 2, result
+    assert re.search(pattern, " ".join(result.err.split())), result.err
+
+
+@pytest.fixture
+def small_generation(monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    pytest.importorskip("transformers")
+    model = ModelConfig(
+        dim=16,
+        num_layers=2,
+        max_seq_len=256,
+        attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
+        moe=MoEConfig(num_experts=4, hidden=16, router=TopK(k=2)),
+    )
+    monkeypatch.setitem(generate.MODELS, "tiny", lambda: model)
+    return model
+
+
+def test_ours_and_transformers_generate_the_same_from_the_same_weights(small_generation: ModelConfig) -> None:
+    shape = generate.shape_of("tiny")
+    ours, _, theirs = generate_peers.built(shape)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    ways = (generate_peers.generating(ours), generate_peers.by_loop(theirs), generate_peers.by_generate(theirs))
+    for batch in (1, 3):
+        prompt_BS = torch.randint(64, (batch, 9))
+        found = [way(prompt_BS, 7) for way in ways]
+        assert [len(tokens) for tokens, _ in found] == [7] * 3
+        assert found[0][0] == found[1][0] == found[2][0]
+        assert all(len(at_s) == 7 and sorted(at_s) == at_s and at_s[0] > 0 for _, at_s in found)
+
+
+def test_generation_against_its_peers(turnout, small_generation: ModelConfig) -> None:
+    args = ["--models", "tiny", "--batches", "1,2", "--prompt", "8", "--new", "4", "--rounds", "2", "--warmup", "1"]
+    result = turnout("bench", "generate", *args, "--json")
+    assert result.code == 0, result.err
+    rows = json.loads(result.out.splitlines()[-1], parse_constant=pytest.fail)["rows"]
+    assert [(row["batch"], row["peer"]) for row in rows] == [(b, p) for b in (1, 2) for p in generate_peers.PEERS]
+    for row in rows:
+        assert row["ms_median"] == pytest.approx(row["first_ms_median"] + 3 * row["token_ms_median"], rel=0.5)
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["token_ms_median"])
+        assert row["logits_apart"] < (generate.ROUNDED if row["peer"] == "turnout-int8" else generate.SAME)
+    for batch in (1, 2):
+        (peer,) = [row for row in rows if row["batch"] == batch and row["is_peer"]]
+        assert peer["peer"].startswith("transformers-")
+        assert peer["speedup_over_peer"] == peer["speedup_over_peer_token"] == 1.0
+    assert "* the peer" in result.err
+
+
+def test_generation_without_a_peer_has_no_ratios(small_generation: ModelConfig) -> None:
+    settings = {"batches": (1,), "prompt": 4, "new": 2, "rounds": 1, "warmup": 0}
+    (row,) = generate.run(["tiny"], peers=["turnout-int8"], **settings)["rows"]
+    assert row["speedup_over_peer"] is row["speedup_over_peer_token_quartiles"] is None
+    assert row["tokens_per_s"] > 0
+    assert not row["is_peer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("turnout", math.nan, "turnout has logits that are not finite"),
+        ("transformers-loop", 1.001, r"logits of transformers-loop are 0.001 of their norm away"),
+        ("turnout-int8", 1.02, r"logits of turnout-int8 are 0.02 of their norm away"),
+    ],
+)
+def test_nothing_is_timed_that_computes_other_logits(name: str, value: float, text: str) -> None:
+    own = torch.randn(2, 3, 8)
+    logits = dict.fromkeys(("turnout", "turnout-int8", "transformers-loop"), own)
+    assert generate.check_logits(logits) == dict.fromkeys(logits, 0.0)
+    with pytest.raises(TurnoutError, match=text):
+        generate.check_logits(logits | {name: own * value})
+
+
+GENERATE_BAD_USES = {
+    "model": (["--models", "huge"], r"unknown model 'huge'; available: tiny, wide"),
+    "peer": (["--peers", "tutel"], r"unknown peer 'tutel'; available: turnout, turnout-int8, transformers-loop"),
+    "batches": (["--batches", "0"], r"--batches '0' must be whole numbers with commas"),
+    "length": (["--models", "tiny", "--prompt", "1000", "--new", "64"], r"are more than max_seq_len=1024"),
+    "new": (["--models", "tiny", "--new", "1"], r"--new 1 at least 2"),
+}
+
+
+@pytest.mark.parametrize("case", GENERATE_BAD_USES)
+def test_bad_use_of_the_generate_case_is_one_clear_error(case: str, turnout) -> None:
+    args, pattern = GENERATE_BAD_USES[case]
+    result = turnout("bench", "generate", *args)
+    assert result.code == 2, result
+    assert re.search(pattern, " ".join(result.err.split())), result.err

@@ -5,7 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from turnout.cli import bench_alltoall, bench_copies, bench_overlap, bench_train_ranks, bench_tuner, options
+from turnout.cli import (
+    bench_alltoall,
+    bench_copies,
+    bench_dispatch,
+    bench_generate,
+    bench_overlap,
+    bench_train_ranks,
+    bench_tuner,
+    options,
+)
 from turnout.cli.bench_base import Base, Turns, compare_with, own_of
 from turnout.cli.console import console, print_json, table
 
@@ -25,6 +34,8 @@ def add_to(app: typer.Typer) -> None:
 
 bench.command("alltoall", epilog=bench_alltoall.EXAMPLES)(bench_alltoall.alltoall)
 bench.command("copies", epilog=bench_copies.EXAMPLES)(bench_copies.copies)
+bench.command("dispatch", epilog=bench_dispatch.EXAMPLES)(bench_dispatch.dispatch)
+bench.command("generate", epilog=bench_generate.EXAMPLES)(bench_generate.generate)
 bench.command("overlap", epilog=bench_overlap.EXAMPLES)(bench_overlap.overlap)
 bench.command("tuner", epilog=bench_tuner.EXAMPLES)(bench_tuner.tuner)
 bench.command("train-ranks", epilog=bench_train_ranks.EXAMPLES)(bench_train_ranks.train_ranks)

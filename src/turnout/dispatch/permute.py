@@ -83,7 +83,7 @@ def pack(x_TD: Tensor, plan: DispatchPlan, *, layout: Literal["ragged", "padded"
         return Ragged(x_MD=x_MD, counts_L=plan.counts_E)
     num_experts = len(plan.counts_E)
     width = int(plan.counts_E.max()) if capacity is None else capacity
-    padded = x_MD.new_zeros(num_experts * width, x_MD.shape[1]).index_copy(0, _slots(plan, width), x_MD)
+    padded = x_MD.new_zeros(num_experts * width, x_MD.shape[1]).index_copy_(0, _slots(plan, width), x_MD)
     return Padded(x_LCD=padded.view(num_experts, width, x_MD.shape[1]), counts_L=plan.counts_E)
 
 
