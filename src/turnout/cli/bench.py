@@ -114,13 +114,16 @@ def layer(
     warmup: Warmup = 3,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, in processes of their own.")] = False,
     threads: options.Threads = 0,
+    allocator: Annotated[str, typer.Option(help="tuned: freed memory is kept; default: the allocator as it is.")] = (
+        "tuned"
+    ),
     as_json: options.Json = False,
 ) -> None:
-    """One MoE layer against transformers' block, a dense network of the same FLOPs and the bare products."""
+    """One MoE layer against other systems', a dense network of the same FLOPs and the bare products."""
     from turnout.bench.layer import run
     from turnout.cli.process import own_process
 
-    process = own_process(threads)
+    process = own_process(threads, allocator)
     result = run(
         options.words(shapes),
         modes=options.words(modes),
@@ -136,8 +139,20 @@ def layer(
     for name, mode in dict.fromkeys((row["shape"]["name"], row["mode"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["shape"]["name"], row["mode"]) == (name, mode)]
         screen.print(_layer_times(f"Layer {name}, {mode}, {dtype}: everybody in turns in one process", rows))
+    for line in _not_alike(result):
+        screen.print(f"  {line}")
     if as_json:
-        print_json(result)
+        print_json(result | {"process": process})
+
+
+def _not_alike(result: dict[str, Any]) -> list[str]:
+    """What differs, and who was left out and why, a line for each peer and text."""
+    differ = dict.fromkeys((row["peer"], text) for row in result["rows"] for text in row["differences"])
+    where: dict[tuple[str, str], dict[str, None]] = {}
+    for one in result["left_out"]:
+        where.setdefault((one["peer"], one["reason"]), {})[one["shape"]] = None
+    left_out = [f"{peer} is not measured in {', '.join(at)}: {why}" for (peer, why), at in where.items()]
+    return [*(f"not alike: {peer} {text}" for peer, text in differ), *left_out]
 
 
 def _shapes(names: tuple[str, ...], changes: dict[str, int]) -> list[Any]:
