@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -469,7 +470,9 @@ def test_one_layer_against_its_peers(turnout, monkeypatch: pytest.MonkeyPatch) -
         assert row["ratio_to_limit"] > 0
         assert row["ratio_to_dense"] == 1.0 if row["peer"] == "dense-ffn" else row["ratio_to_dense"] > 0
     ours = {f"turnout-{name}" for name in takers(torch.float32)}
-    everybody = ours | {"transformers-grouped_mm", "transformers-eager", "dense-ffn", "gemm-limit"}
+    everybody = ours | {"transformers-grouped_mm", "transformers-eager", "sort-grouped_mm", "sort-mm"}
+    libraries = {"deepspeed": "deepspeed", "st-moe-pytorch": "st_moe_pytorch"}
+    everybody |= {"dense-ffn", "gemm-limit"} | {peer for peer, library in libraries.items() if find_spec(library)}
     inferring = everybody | (set() if isinstance(trusted_int8(), str) else {"turnout-int8", "turnout-int8-a8"})
     assert found == {
         ("a", "forward"): inferring,
@@ -544,7 +547,7 @@ LAYER_BAD_USES = {
     "shape": (["--shapes", "z"], r"unknown shape 'z'; available: a, b, c, d1"),
     "mode": (["--shapes", "a", "--modes", "sideways"], r"unknown mode 'sideways'; available: forward, train"),
     "dtype": (["--shapes", "a", "--dtype", "float8"], r"unknown dtype 'float8'; available: float32, bfloat16"),
-    "peer": (["--shapes", "a", "--peers", "tutel"], r"unknown peer 'tutel'; available: turnout-"),
+    "peer": (["--shapes", "a", "--peers", "megablocks"], r"unknown peer 'megablocks'; available: turnout-"),
     "refusing peer": (
         ["--shapes", "a", "--peers", "turnout-grouped", "--dtype", "bfloat16"],
         r"unknown peer 'turnout-grouped'; available: turnout-",

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from turnout.bench.layer_others import OTHERS
+from turnout.bench.layer_others import BENCH, OTHERS
 from turnout.bench.layer_peers import THEIRS
 from turnout.bench.routers import Shape
 from turnout.experts.activations import Activation
@@ -18,16 +18,14 @@ GIB = 2**30
 
 def other_refusals(shape: Shape, dtype: torch.dtype, *, skew: float, asked: Sequence[str] = ()) -> dict[str, str]:
     """For each peer that is not ours why it is not measured, empty if it is; `asked`: those that the user named."""
-    refused = dict.fromkeys(
-        (f"{THEIRS}{name}" for name in IMPLEMENTATIONS), _absent("transformers", "'turnout[bench]'")
-    )
+    refused = dict.fromkeys((f"{THEIRS}{name}" for name in IMPLEMENTATIONS), _absent("transformers", BENCH))
     batched = f"{THEIRS}batched_mm"
     refused[batched] = refused[batched] or _gathering(shape, dtype, asked=batched in asked)
     for name, peer in OTHERS.items():
         cannot = "its experts cannot be given, as --skew does" if skew and not peer.takes_choices else ""
         refused[name] = _absent(peer.library, peer.install) or cannot or peer.refuses(shape, dtype)
     # named because it is looked for
-    why = "its experts are bfloat16 whatever the dtype; its way in float32 is sort-grouped_mm"
+    why = "its experts compute in bfloat16 whatever the dtype; sort-grouped_mm goes its way in any"
     return refused | {"torchtitan": why}
 
 

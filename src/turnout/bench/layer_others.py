@@ -18,6 +18,8 @@ from turnout.bench.routers import Shape
 from turnout.experts.activations import Activation
 from turnout.verify.adapters.library import library_module
 
+BENCH = "'turnout[bench]'"
+TUTEL = "git+https://github.com/microsoft/tutel"
 UNUSED_LOSS = "computes its balance loss, which nothing reads"
 
 
@@ -72,8 +74,8 @@ class _OutputOf(nn.Module):
 
 def _deepspeed(shape: Shape, routing: Routing) -> nn.Module:
     """Its MOELayer in one process without a process group: no token dropped, nothing drawn."""
-    sharded = library_module("deepspeed.moe.sharded_moe", install="turnout[bench]")
-    experts = library_module("deepspeed.moe.experts", install="turnout[bench]")
+    sharded = library_module("deepspeed.moe.sharded_moe", install=BENCH)
+    experts = library_module("deepspeed.moe.experts", install=BENCH)
     settings = {"min_capacity": 0, "drop_tokens": False, "use_rts": False, "top2_2nd_expert_sampling": False}
     gate = sharded.TopKGate(shape.dim, shape.experts, shape.k, **settings)
     bank = experts.Experts(Expert(shape), shape.experts, "ep_size_1")
@@ -88,7 +90,7 @@ def _st_moe(shape: Shape, routing: Routing) -> nn.Module:
     capacity = most_of_a_sequence(shape, routing.choices_TK)
     # half a row more, because it rounds down
     factor = (capacity + 0.5) * shape.experts / shape.seq_len
-    layer = library_module("st_moe_pytorch", install="turnout[bench]").MoE(
+    layer = library_module("st_moe_pytorch", install=BENCH).MoE(
         dim=shape.dim,
         num_experts=shape.experts,
         gating_top_n=shape.k,
@@ -105,7 +107,7 @@ def _st_moe(shape: Shape, routing: Routing) -> nn.Module:
 
 def _tutel(shape: Shape, routing: Routing) -> nn.Module:
     """Its layer with a capacity that drops nothing; written to its documentation, not run by our tests."""
-    moe = library_module("tutel.moe", install="tutel, from its sources")
+    moe = library_module("tutel.moe", install=TUTEL)
     layer = moe.moe_layer(
         gate_type={"type": "top", "k": shape.k, "capacity_factor": 0, "fp32_gate": True},
         model_dim=shape.dim,
@@ -151,13 +153,13 @@ OTHERS: Mapping[str, Peer] = {
     "deepspeed": Peer(
         build=_deepspeed,
         library="deepspeed",
-        install="'turnout[bench]'",
+        install=BENCH,
         differs=("pads every expert's rows to those of the fullest (drop_tokens=False)", UNUSED_LOSS),
     ),
     "st-moe-pytorch": Peer(
         build=_st_moe,
         library="st_moe_pytorch",
-        install="'turnout[bench]'",
+        install=BENCH,
         refuses=_st_moe_refusal,
         differs=(
             "has a capacity, in this batch as large as the fullest expert of a sequence needs: nothing is dropped",
@@ -167,7 +169,7 @@ OTHERS: Mapping[str, Peer] = {
     "tutel": Peer(
         build=_tutel,
         library="tutel",
-        install="tutel, from its sources",
+        install=TUTEL,
         refuses=_tutel_refusal,
         differs=("pads every expert's rows to those of the fullest (capacity_factor=0)", UNUSED_LOSS),
     ),
