@@ -1,6 +1,5 @@
 """Who of others can run in the case `layer` on this machine, why not, and where they are not alike."""
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -10,6 +9,7 @@ from turnout.bench.layer_others import BENCH, OTHERS
 from turnout.bench.layer_peers import THEIRS
 from turnout.bench.routers import Shape
 from turnout.experts.activations import Activation
+from turnout.train.estimate import memory_here
 
 IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 FEW = 16  # tokens that take as long as reading weights does
@@ -47,7 +47,7 @@ def _gathering(shape: Shape, dtype: torch.dtype, *, asked: bool) -> str:
         return ""
     parts = 3 if Activation.TABLE[shape.expert].gated else 2
     needed = shape.tokens * shape.k * parts * shape.dim * shape.hidden * dtype.itemsize
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = memory_here(torch.device("cpu"))
     says = f"gathers {needed / GIB:.0f} GiB of weights"
     if 2 * needed > memory:
         return f"{says}, more than half of this machine's {memory / GIB:.0f}"
