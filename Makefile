@@ -41,7 +41,7 @@ static: $(STAMP)
 # tests against other systems, which `make test` does not install
 peers: $(STAMP)
 	$(BIN)/pip install $(PIP_FLAGS) --editable ".[peers]"
-	$(BIN)/pytest -q tests/contracts/test_deepspeed_gates.py tests/contracts/test_verify_peers.py tests/distributed/test_bench_ranks.py
+	$(BIN)/pytest -q tests/contracts/test_deepspeed_gates.py tests/contracts/test_verify_peers.py tests/distributed/test_bench_ranks.py tests/paths/test_bench_layer_peers.py
 
 # the Triton kernels on a machine without a GPU: 190 MB to fetch, 640 MB on disk, which `make test` does not install
 interpreter: $(STAMP)
@@ -55,7 +55,7 @@ format: $(STAMP)
 # the stamp is written last: an interrupted installation starts again
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(PIP_FLAGS) --editable ".[dev,bench,plot]"
+	$(BIN)/pip install $(PIP_FLAGS) --editable ".[dev,hf,plot]"
 	touch $(STAMP)
 
 clean:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -473,7 +474,9 @@ def test_one_layer_against_its_peers(turnout, monkeypatch: pytest.MonkeyPatch) -
         assert row["ratio_to_limit"] > 0
         assert row["ratio_to_dense"] == 1.0 if row["peer"] == "dense-ffn" else row["ratio_to_dense"] > 0
     ours = {f"turnout-{name}" for name in takers(torch.float32)}
-    everybody = ours | {"transformers-grouped_mm", "transformers-eager", "dense-ffn", "gemm-limit"}
+    everybody = ours | {"transformers-grouped_mm", "transformers-eager", "sort-grouped_mm", "sort-mm"}
+    libraries = {"deepspeed": "deepspeed", "st-moe-pytorch": "st_moe_pytorch"}
+    everybody |= {"dense-ffn", "gemm-limit"} | {peer for peer, library in libraries.items() if find_spec(library)}
     inferring = everybody | (set() if isinstance(trusted_int8(), str) else {"turnout-int8", "turnout-int8-a8"})
     assert found == {
         ("a", "forward"): inferring,
@@ -502,11 +505,10 @@ def test_times_over_fused_cpu_are_those_within_a_round(monkeypatch: pytest.Monke
     ms = {layer.FUSED: (10.0, 20.0, 90.0), "dense-ffn": (20.0, 60.0, 90.0)}
     monkeypatch.setattr(layer, "race", lambda calls, **_: {name: Timing(ms=ms[name]) for name in calls})
     rows = {row["peer"]: row for row in layer.run(["a"], modes=["forward"], peers=[*ms], rounds=3, warmup=0)["rows"]}
-    assert rows["dense-ffn"]["speedup_of_turnout"] == 2.0
-    assert rows["dense-ffn"]["speedup_of_turnout_quartiles"] == [1.5, 2.5]
-    assert rows[layer.FUSED]["speedup_of_turnout"] == 1.0
+    assert rows["dense-ffn"]["speedup_of"] == {layer.FUSED: (2.0, 1.5, 2.5)}
+    assert rows[layer.FUSED]["speedup_of"] == {layer.FUSED: (1.0, 1.0, 1.0)}
     (alone,) = layer.run(["a"], modes=["forward"], peers=["dense-ffn"], rounds=3, warmup=0)["rows"]
-    assert (alone["speedup_of_turnout"], alone["speedup_of_turnout_quartiles"]) == (None, None)
+    assert alone["speedup_of"] == {}
 
 
 @pytest.mark.parametrize("shape", ["a", "d1"])
@@ -670,7 +672,7 @@ LAYER_BAD_USES = {
     "shape": (["--shapes", "z"], r"unknown shape 'z'; available: a, b, c, d1"),
     "mode": (["--shapes", "a", "--modes", "sideways"], r"unknown mode 'sideways'; available: forward, train"),
     "dtype": (["--shapes", "a", "--dtype", "float8"], r"unknown dtype 'float8'; available: float32, bfloat16"),
-    "peer": (["--shapes", "a", "--peers", "tutel"], r"unknown peer 'tutel'; available: turnout-"),
+    "peer": (["--shapes", "a", "--peers", "megablocks"], r"unknown peer 'megablocks'; available: turnout-"),
     "refusing peer": (
         ["--shapes", "a", "--peers", "turnout-grouped", "--dtype", "bfloat16"],
         r"unknown peer 'turnout-grouped'; available: turnout-",

@@ -199,7 +199,7 @@ def _row(
         **keys,
         "logits_apart": logits_apart,
         # times of the peer over those of this row
-        **ratio_keys("speedup_over_peer", best and ratio(timings[best]["whole"], own["whole"])),
-        **ratio_keys("speedup_over_peer_first", best and ratio(timings[best]["first"], own["first"])),
-        **ratio_keys("speedup_over_peer_token", best and ratio(timings[best]["token"], own["token"])),
+        **ratio_keys("speedup_over_peer", ratio(timings[best]["whole"], own["whole"]) if best else None),
+        **ratio_keys("speedup_over_peer_first", ratio(timings[best]["first"], own["first"]) if best else None),
+        **ratio_keys("speedup_over_peer_token", ratio(timings[best]["token"], own["token"]) if best else None),
     }

@@ -1,28 +1,28 @@
 """Case layer: one MoE layer, forward alone or forward and backward, everybody in turns in one process.
 
-Ratios are to a dense network of the same active FLOPs, and to the products alone; `speedup_of_turnout` is each one's
-time over that of `turnout-fused_cpu`. Rows of `turnout-BACKEND` and
-`transformers-IMPLEMENTATION` include each one's router, without auxiliary losses; with a `skew` the experts of every
+Ratios are to a dense network of the same active FLOPs, and to the products alone; `speedup_of` has each one's time over
+that of each of ours. Rows of `turnout-BACKEND` and
+of other systems' layers include each one's router, without auxiliary losses; with a `skew` the experts of every
 token are given instead, one expert at that many times the mean load. `turnout-int8` has weights of 8 bits and
 activations of 16, `turnout-int8-a8` both of 8; neither has a backward pass. `read-limit`, with few tokens, reads as
 many weights as the batch's experts have, in its dtype, and computes nothing with them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from turnout.bench.layer_fit import differences, other_refusals
 from turnout.bench.layer_gate import Gate
 from turnout.bench.layer_peers import (
     DENSE,
     LIMIT,
     OURS,
     READ,
-    THEIRS,
     batch,
     experts_met,
     forward_of,
@@ -46,8 +46,7 @@ SHAPES = ROUTED_SHAPES | {
     "c": replace(ROUTED_SHAPES["c"], expert="gelu"),
     **{f"d{n}": Shape(tokens=n, dim=1024, hidden=2048, experts=32, k=4, seq_len=1) for n in (1, 2, 4, 8, 16)},
 }
-FUSED = f"{OURS}fused_cpu"
-IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
+PACKAGES = ("transformers", "deepspeed", "st-moe-pytorch", "tutel")
 
 
 def run(
@@ -66,13 +65,13 @@ def run(
     Raises: ConfigError if a shape, mode, peer or dtype is unknown; TurnoutError, before anything is timed, if a backend
     does not compute what the oracle computes.
     """
-    names = _cases(shapes, modes, dtype, peers)
+    names, left_out = _cases(shapes, modes, dtype, peers, skew)
     check_gate()
     rows: list[dict[str, Any]] = []
     for shape, mode in names:
         settings = {"shape": shape, "mode": mode, "dtype": dtype, "skew": skew}
         rows += _rows(names[shape, mode], settings, rounds=rounds, warmup=warmup, memory=memory)
-    return result(rows, "transformers")
+    return result(rows, *PACKAGES, left_out=left_out)
 
 
 def own_cases(shapes: Sequence[str], *, modes: Sequence[str], peers: Sequence[str], dtype: str) -> list[dict[str, str]]:
@@ -81,7 +80,7 @@ def own_cases(shapes: Sequence[str], *, modes: Sequence[str], peers: Sequence[st
     Raises: ConfigError as `run`, and if none of `peers` is ours.
     """
     found: dict[tuple[str, str], list[str]] = {}
-    for (shape, mode), names in _cases(shapes, modes, dtype, peers).items():
+    for (shape, mode), names in _cases(shapes, modes, dtype, peers, 0.0)[0].items():
         own = ",".join(name for name in names if name.startswith(OURS))
         if not own:
             raise ConfigError(f"--base compares ours alone; --peers {','.join(names)} has none that begins {OURS!r}")
@@ -151,6 +150,7 @@ def _rows(
     del gate
     timings = race(calls, rounds=rounds, warmup=warmup)
     calls.clear()
+    ours = [name for name in names if name.startswith(OURS)]
     found = []
     for name in names:
         asked = memory and name not in (LIMIT, READ)
@@ -158,7 +158,6 @@ def _rows(
         over = {
             other: ratio(timings[other], timings[name]) if other in timings else None for other in (DENSE, LIMIT, READ)
         }
-        ours = ratio(timings[name], timings[FUSED]) if FUSED in timings else None
         found.append(
             {
                 **row("layer", name, timings[name]),
@@ -166,7 +165,8 @@ def _rows(
                 "dtype": settings["dtype"],
                 "shape": asdict(SHAPES[settings["shape"]]) | {"name": settings["shape"]},
                 "skew": settings["skew"] or None,
-                **ratio_keys("speedup_of_turnout", ours),
+                "differences": differences(name, SHAPES[settings["shape"]]),
+                "speedup_of": {our: astuple(ratio(timings[name], timings[our])) for our in ours},
                 **ratio_keys("ratio_to_dense", over[DENSE]),
                 **ratio_keys("ratio_to_limit", over[LIMIT]),
                 **ratio_keys("ratio_to_reading", over[READ]),
@@ -179,9 +179,9 @@ def _rows(
 
 
 def _cases(
-    shapes: Sequence[str], modes: Sequence[str], dtype: str, peers: Sequence[str]
-) -> dict[tuple[str, str], list[str]]:
-    """Shape and mode -> peers."""
+    shapes: Sequence[str], modes: Sequence[str], dtype: str, peers: Sequence[str], skew: float
+) -> tuple[dict[tuple[str, str], list[str]], list[dict[str, str]]]:
+    """Shape and mode -> peers; and who was left out of which, and why."""
     _check(shapes, modes, dtype)
     few = [shape for shape in shapes if SHAPES[shape].tokens <= FEW_ROWS]
     if few and "forward" not in modes:
@@ -189,8 +189,13 @@ def _cases(
             f"few tokens have no backward pass here: --modes {','.join(modes)} leaves nothing of {', '.join(few)}; "
             "add forward"
         )
-    cases = [(shape, mode) for shape in shapes for mode in modes if mode == "forward" or shape not in few]
-    return {(shape, mode): _peers(SHAPES[shape], mode, DTYPES[dtype], peers) for shape, mode in cases}
+    names, left_out = {}, []
+    for shape, mode in [(shape, mode) for shape in shapes for mode in modes if mode == "forward" or shape not in few]:
+        refused = other_refusals(SHAPES[shape], DTYPES[dtype], skew=skew, asked=peers)
+        names[shape, mode] = _peers(SHAPES[shape], mode, DTYPES[dtype], refused, peers)
+        if not peers:
+            left_out += [{"peer": p, "shape": shape, "mode": mode, "reason": r} for p, r in refused.items() if r]
+    return names, left_out
 
 
 def _check(shapes: Sequence[str], modes: Sequence[str], dtype: str) -> None:
@@ -200,8 +205,8 @@ def _check(shapes: Sequence[str], modes: Sequence[str], dtype: str) -> None:
                 raise ConfigError(f"unknown {kind} {name!r}; available: {', '.join(legal)}")
 
 
-def _peers(shape: Shape, mode: str, dtype: torch.dtype, asked: Sequence[str]) -> list[str]:
-    """Those asked for, or all that fit: gathering every token's own weights, as batched_mm does, is for few tokens.
+def _peers(shape: Shape, mode: str, dtype: torch.dtype, others: dict[str, str], asked: Sequence[str]) -> list[str]:
+    """Those asked for, or all that fit; `others`: why each that is not ours cannot run, empty if it can.
 
     Raises: ConfigError if one of those asked for is unknown, or cannot run here or in this mode.
     """
@@ -211,11 +216,11 @@ def _peers(shape: Shape, mode: str, dtype: torch.dtype, asked: Sequence[str]) ->
         refused = available_backends(experts, dtype=dtype, device=torch.device("cpu"))
     refused |= dict.fromkeys(INT8_BITS, "it has no backward pass" if mode == "train" else _int8_refusal(dtype))
     ours = [f"{OURS}{name}" for name, reason in refused.items() if not reason]
-    theirs = [f"{THEIRS}{name}" for name in IMPLEMENTATIONS if name != "batched_mm" or shape.tokens <= FEW_ROWS]
+    theirs = [name for name, reason in others.items() if not reason]
     legal = [*ours, *theirs, DENSE, LIMIT, *([READ] if shape.tokens <= FEW_ROWS else [])]
     for name in asked:
         if name not in legal:
-            why = refused.get(name.removeprefix(OURS), "")
+            why = (others | refused).get(name.removeprefix(OURS), "")
             raise ConfigError(f"unknown peer {name!r}{': ' + why if why else ''}; available: {', '.join(legal)}")
     return list(asked) or legal
 

@@ -1,4 +1,7 @@
-"""Who runs in the case `layer`: ours, transformers' block, a dense network of the FLOPs, and bare products."""
+"""Who runs in the case `layer`: ours, transformers' block, a dense network of the FLOPs, and bare products.
+
+`layer_others` has other systems' layers.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from turnout.bench.layer_others import OTHERS, Routing
 from turnout.bench.routers import Shape
 from turnout.contracts import ExpertBackend
 from turnout.dispatch import Dropless, LocalDispatcher
@@ -26,13 +30,17 @@ Forward = Callable[[Tensor], Tensor]
 def forward_of(name: str, shape: Shape, choices_TK: Tensor | None, dtype: torch.dtype) -> tuple[Forward, list[Tensor]]:
     """The layer called `name` and its parameters; `choices_TK` are given experts, None: each has its own router.
 
-    Raises: ConfigError if transformers is not installed.
+    Raises: ConfigError if what the peer needs is not installed.
     """
     torch.manual_seed(0)
     if name == DENSE:
         layer: nn.Module = Dense(shape)
     elif name.startswith(OURS):
         layer = _ours(shape, name.removeprefix(OURS), choices_TK)
+    elif name in OTHERS:
+        chosen_TK = routed(shape) if choices_TK is None else choices_TK
+        routing = Routing(router_ED=router_weight(shape), choices_TK=chosen_TK, given=choices_TK is not None)
+        layer = OTHERS[name].build(shape, routing)
     else:
         layer = _theirs(shape, name.removeprefix(THEIRS), choices_TK)
     layer.to(dtype)
@@ -51,12 +59,15 @@ def router_weight(shape: Shape) -> Tensor:
     return torch.randn(shape.experts, shape.dim, generator=torch.Generator().manual_seed(1)) * 0.02
 
 
+def routed(shape: Shape) -> Tensor:
+    """(T, K), the experts that everybody's router gives to the tokens of the batch."""
+    x_TD, _ = batch(shape, torch.float32)
+    return (x_TD @ router_weight(shape).t()).topk(shape.k, dim=1).indices
+
+
 def experts_met(shape: Shape, choices_TK: Tensor | None) -> int:
     """Experts that the tokens of the batch go to."""
-    if choices_TK is None:
-        x_TD, _ = batch(shape, torch.float32)
-        choices_TK = (x_TD @ router_weight(shape).t()).topk(shape.k, dim=1).indices
-    return len(choices_TK.unique())
+    return len((routed(shape) if choices_TK is None else choices_TK).unique())
 
 
 def products(shape: Shape, *, train: bool, dtype: torch.dtype) -> Callable[[], None]:

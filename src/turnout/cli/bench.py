@@ -143,9 +143,12 @@ def layer(
     base: Base = "",
     turns: Turns = 3,
     threads: options.Threads = 0,
+    allocator: Annotated[str, typer.Option(help="tuned: freed memory is kept; default: the allocator as it is.")] = (
+        "tuned"
+    ),
     as_json: options.Json = False,
 ) -> None:
-    """One MoE layer against transformers' block, a dense network of the same FLOPs and the bare products."""
+    """One MoE layer against other systems', a dense network of the same FLOPs and the bare products."""
     from turnout.bench.layer import own_cases, run
     from turnout.cli.process import own_process
 
@@ -154,7 +157,7 @@ def layer(
         compare_with(context, instead=own, also=["--no-memory"])
         return
 
-    process = own_process(threads)
+    process = own_process(threads, allocator)
     result = run(
         options.words(shapes),
         modes=options.words(modes),
@@ -170,8 +173,20 @@ def layer(
     for name, mode in dict.fromkeys((row["shape"]["name"], row["mode"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["shape"]["name"], row["mode"]) == (name, mode)]
         screen.print(_layer_times(f"Layer {name}, {mode}, {dtype}: everybody in turns in one process", rows))
+    for line in _not_alike(result):
+        screen.print(f"  {line}")
     if as_json:
-        print_json(result)
+        print_json(result | {"process": process})
+
+
+def _not_alike(result: dict[str, Any]) -> list[str]:
+    """What differs, and who was left out and why, a line for each peer and text."""
+    differ = dict.fromkeys((row["peer"], text) for row in result["rows"] for text in row["differences"])
+    where: dict[tuple[str, str], dict[str, None]] = {}
+    for one in result["left_out"]:
+        where.setdefault((one["peer"], one["reason"]), {})[one["shape"]] = None
+    left_out = [f"{peer} is not measured in {', '.join(at)}: {why}" for (peer, why), at in where.items()]
+    return [*(f"not alike: {peer} {text}" for peer, text in differ), *left_out]
 
 
 def _shapes(names: tuple[str, ...], changes: dict[str, int]) -> list[Any]:
@@ -259,7 +274,7 @@ def _layer_times(title: str, rows: list[dict[str, Any]]) -> Any:
 
     rows = sorted(rows, key=lambda row: row["ms_median"])
     columns = {"peer": "left", "median ms": "right", "min": "right", "max": "right", "over fused_cpu": "right"}
-    tables = [table(title, columns, [[*_ms(row), _spread(row, "speedup_of_turnout")] for row in rows])]
+    tables = [table(title, columns, [[*_ms(row), _over(row["speedup_of"].get("turnout-fused_cpu"))] for row in rows])]
     ratios = {f"of {name}": f"ratio_to_{name}" for name in ("dense", "limit", "reading")}
     ratios = {heading: key for heading, key in ratios.items() if any(row[key] is not None for row in rows)}
     if ratios:
@@ -285,8 +300,11 @@ def _ms(row: dict[str, Any]) -> list[str]:
 def _spread(row: dict[str, Any], name: str) -> str:
     if row[name] is None:
         return ""
-    low, high = row[f"{name}_quartiles"]
-    return f"{row[name]:.2f} ({low:.2f}-{high:.2f})"
+    return _over((row[name], *row[f"{name}_quartiles"]))
+
+
+def _over(ratio: tuple[float, float, float] | None) -> str:
+    return "" if ratio is None else "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
 
 
 def _number(value: float | None, form: str) -> str:
