@@ -6,7 +6,7 @@ two: transformers' own `generate`, and a loop of its model and cache with nothin
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from turnout.bench.generate_peers import (
     logits_of,
 )
 from turnout.bench.mixtral import check_shape, routed_like_mixtral
-from turnout.bench.race import Timing, race, ratio
+from turnout.bench.race import Ratio, Timing, race, ratio
 from turnout.bench.run import check_gate, ratio_keys, result, row
 from turnout.errors import ConfigError, TurnoutError
 from turnout.layers.attention import AttentionConfig
@@ -108,7 +108,7 @@ def check_length(shape: ModelConfig, prompt: int, new: int) -> None:
         raise ConfigError(f"--prompt {prompt} and --new {new} are more than max_seq_len={shape.max_seq_len}")
 
 
-def check_logits(logits: dict[str, Tensor]) -> dict[str, float]:
+def check_logits(logits: Mapping[str, Tensor]) -> dict[str, float]:
     """How far each is from ours in float32, of the norm: at the worst position, and of 8 bits at the median one.
 
     Shapes: logits (B, S, V).
@@ -184,6 +184,10 @@ def _row(
     own = timings[peer]
     theirs = [name for name in (LOOP, THEIRS) if name in timings]
     best = min(theirs, key=lambda name: timings[name]["whole"].median, default=None)
+
+    def over(part: str) -> Ratio | None:
+        return ratio(timings[best][part], own[part]) if best else None
+
     keys = {
         f"{part}_ms_{kind}": measure(own[part].ms)
         for part in ("first", "token")
@@ -199,7 +203,7 @@ def _row(
         **keys,
         "logits_apart": logits_apart,
         # times of the peer over those of this row
-        **ratio_keys("speedup_over_peer", ratio(timings[best]["whole"], own["whole"]) if best else None),
-        **ratio_keys("speedup_over_peer_first", ratio(timings[best]["first"], own["first"]) if best else None),
-        **ratio_keys("speedup_over_peer_token", ratio(timings[best]["token"], own["token"]) if best else None),
+        **ratio_keys("speedup_over_peer", over("whole")),
+        **ratio_keys("speedup_over_peer_first", over("first")),
+        **ratio_keys("speedup_over_peer_token", over("token")),
     }
