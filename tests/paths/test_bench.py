@@ -41,6 +41,7 @@ from turnout.tensors import Padded, Rows
 from turnout.train.recipes import load_recipe
 from turnout.train.step import StepResult
 
+FUSED = "turnout-fused_cpu"
 SMALL = Shape(tokens=48, dim=16, hidden=8, experts=8, k=2, seq_len=12)
 
 
@@ -500,13 +501,13 @@ def test_a_layer_of_few_tokens_can_be_asked_for_beside_training_of_others(monkey
 
 def test_times_over_fused_cpu_are_those_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(layer.SHAPES, "a", SMALL)
-    if layer.FUSED not in {f"turnout-{name}" for name in takers(torch.float32)}:
+    if FUSED not in {f"turnout-{name}" for name in takers(torch.float32)}:
         pytest.skip("no C++ compiler here")
-    ms = {layer.FUSED: (10.0, 20.0, 90.0), "dense-ffn": (20.0, 60.0, 90.0)}
+    ms = {FUSED: (10.0, 20.0, 90.0), "dense-ffn": (20.0, 60.0, 90.0)}
     monkeypatch.setattr(layer, "race", lambda calls, **_: {name: Timing(ms=ms[name]) for name in calls})
     rows = {row["peer"]: row for row in layer.run(["a"], modes=["forward"], peers=[*ms], rounds=3, warmup=0)["rows"]}
-    assert rows["dense-ffn"]["speedup_of"] == {layer.FUSED: (2.0, 1.5, 2.5)}
-    assert rows[layer.FUSED]["speedup_of"] == {layer.FUSED: (1.0, 1.0, 1.0)}
+    assert rows["dense-ffn"]["speedup_of"] == {FUSED: (2.0, 1.5, 2.5)}
+    assert rows[FUSED]["speedup_of"] == {FUSED: (1.0, 1.0, 1.0)}
     (alone,) = layer.run(["a"], modes=["forward"], peers=["dense-ffn"], rounds=3, warmup=0)["rows"]
     assert alone["speedup_of"] == {}
 
