@@ -17,9 +17,9 @@ from torch import Tensor
 from turnout.bench.dispatch_ways import DENSE, OURS, WAYS, Routed, batched, layer_of_ours, mask_bytes
 from turnout.bench.memory import CallMemory, call_memory
 from turnout.bench.race import Timing, race, ratio
-from turnout.bench.run import check_gate, ratio_keys, result, row
+from turnout.bench.run import check_gate, ratio_keys, red_gate, result, row
 from turnout.dispatch import FixedCapacity
-from turnout.errors import ConfigError, TurnoutError
+from turnout.errors import ConfigError
 from turnout.experts import FFNExperts
 
 MODES = ("forward", "train", "layer")
@@ -131,10 +131,7 @@ def check_agreement(calls: dict[str, Callable[[], list[Tensor]]], what: str) -> 
         for mine, other in zip(want, tensors, strict=True):
             apart, largest = float((mine - other).abs().max()), float(mine.abs().max())
             if not apart <= TOLERANCE * largest:
-                raise TurnoutError(
-                    f"no number is printed on a red gate: {what}: {way} and {OURS} are {apart:.2g} apart, of "
-                    f"{largest:.2g}"
-                )
+                raise red_gate(f"{what}: {way} and {OURS} are {apart:.2g} apart, of {largest:.2g}")
 
 
 def _forward(way: str, routed: Routed, experts: FFNExperts | None) -> Tensor:

@@ -28,7 +28,7 @@ from turnout.bench.generate_peers import (
 )
 from turnout.bench.mixtral import check_shape, routed_like_mixtral
 from turnout.bench.race import Ratio, Timing, race, ratio
-from turnout.bench.run import check_gate, ratio_keys, result, row
+from turnout.bench.run import check_gate, ratio_keys, red_gate, result, row
 from turnout.errors import ConfigError, TurnoutError
 from turnout.layers.attention import AttentionConfig
 from turnout.layers.moe import MoEConfig
@@ -118,13 +118,13 @@ def check_logits(logits: Mapping[str, Tensor]) -> dict[str, float]:
     found = {}
     for name, logits_BSV in logits.items():
         if not logits_BSV.isfinite().all():
-            raise TurnoutError(f"no number is printed on a red gate: {name} has logits that are not finite")
+            raise red_gate(f"{name} has logits that are not finite")
         apart_BS = (logits_BSV - logits[OURS]).norm(dim=2) / logits[OURS].norm(dim=2)
         found[name] = float(apart_BS.median() if name == INT8 else apart_BS.max())
         most = ROUNDED if name == INT8 else SAME
         if found[name] > most:
-            raise TurnoutError(
-                f"no number is printed on a red gate: the logits of {name} are {found[name]:.2g} of their norm away "
+            raise red_gate(
+                f"the logits of {name} are {found[name]:.2g} of their norm away "
                 f"from those of {OURS}; allowed are {most}"
             )
     return found

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from turnout.bench.layer_peers import OURS, THEIRS, Forward, batch, run_experts
 from turnout.bench.routers import Shape
+from turnout.bench.run import red_gate
 from turnout.contracts import ExpertBackend
-from turnout.errors import TurnoutError
 from turnout.experts import INT8_BITS, FFNExperts
 from turnout.layers import MoE
 
@@ -59,7 +59,7 @@ class Gate:
         if words:
             where = f"{self.shape}, {'train' if self.train else 'forward'}, {self.dtype}"
             threads = torch.get_num_threads()
-            raise TurnoutError(f"no number is printed on a red gate: {name} at {where}, {threads} threads: {words}")
+            raise red_gate(f"{name} at {where}, {threads} threads: {words}")
 
     def _own(self, layer: nn.Module, *, quantized: bool) -> Answers:
         if quantized not in self._of_loop:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from turnout.bench.layer_sorted import Sorted
+from turnout.bench.layer_sorted import Sorted, activated
 from turnout.bench.routers import Shape
 from turnout.experts.activations import Activation
 from turnout.verify.adapters.library import library_module
@@ -54,10 +54,7 @@ class Expert(nn.Module):
         self.down = nn.Linear(shape.hidden, shape.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.gated:
-            return self.down(F.gelu(self.up(x)))
-        gate, up = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(activated(self.up(x), gated=self.gated))
 
 
 class _OutputOf(nn.Module):

@@ -43,14 +43,17 @@ class Sorted(nn.Module):
     def _experts(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         if self.grouped:
             end_E = counts_E.cumsum(0).to(torch.int32)
-            h_NF = self._activate(F.grouped_mm(x_ND, self.up_EGD.transpose(1, 2), offs=end_E))
+            h_NF = activated(F.grouped_mm(x_ND, self.up_EGD.transpose(1, 2), offs=end_E), gated=self.gated)
             return F.grouped_mm(h_NF, self.down_EDF.transpose(1, 2), offs=end_E)
         # unbound at once: indexing one expert would make a gradient as large as all for each
         each = zip(x_ND.split(counts_E.tolist()), self.up_EGD.unbind(), self.down_EDF.unbind(), strict=True)
-        return torch.cat([self._activate(x_MD @ up_GD.t()) @ down_DF.t() for x_MD, up_GD, down_DF in each])
+        outputs = [activated(x_MD @ up_GD.t(), gated=self.gated) @ down_DF.t() for x_MD, up_GD, down_DF in each]
+        return torch.cat(outputs)
 
-    def _activate(self, up_NG: Tensor) -> Tensor:
-        if not self.gated:
-            return F.gelu(up_NG)
-        gate_NF, up_NF = up_NG.chunk(2, dim=1)
-        return F.silu(gate_NF) * up_NF
+
+def activated(up: Tensor, *, gated: bool) -> Tensor:
+    """gelu, or silu of the first half of the columns times the other, by torch's own functions as others write it."""
+    if not gated:
+        return F.gelu(up)
+    gate, up = up.chunk(2, dim=-1)
+    return F.silu(gate) * up

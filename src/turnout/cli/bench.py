@@ -16,7 +16,7 @@ from turnout.cli import (
     options,
 )
 from turnout.cli.bench_base import Base, Turns, compare_with, own_of
-from turnout.cli.console import console, print_json, table
+from turnout.cli.console import console, measured_on, number, print_json, table
 
 bench = typer.Typer(
     help="Gated benchmarks against named peers: ratios from one run.",
@@ -71,7 +71,7 @@ def train_step(
         chosen, load_recipe(dense), peers=options.words(peers), rounds=rounds, warmup=warmup, memory=memory, split=split
     )
     screen = console(as_json=as_json)
-    screen.print(_measured_on(process, result))
+    screen.print(measured_on(process, result))
     screen.print(_times(f"Training step of {chosen.name}: everybody in turns in one process", result["rows"]))
     screen.print(_ratios(result["rows"]))
     if split:
@@ -114,7 +114,7 @@ def routers(
     process = own_process(threads)
     result = run(chosen, names=options.words(only), rounds=rounds, warmup=warmup)
     screen = console(as_json=as_json)
-    screen.print(_measured_on(process, result))
+    screen.print(measured_on(process, result))
     for shape in chosen:
         rows = _of_shape(result["rows"], shape)
         screen.print(_router_times(f"Layer {shape}, forward and backward; experts: of a token", rows))
@@ -169,7 +169,7 @@ def layer(
         memory=memory,
     )
     screen = console(as_json=as_json)
-    screen.print(_measured_on(process, result))
+    screen.print(measured_on(process, result))
     for name, mode in dict.fromkeys((row["shape"]["name"], row["mode"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["shape"]["name"], row["mode"]) == (name, mode)]
         screen.print(_layer_times(f"Layer {name}, {mode}, {dtype}: everybody in turns in one process", rows))
@@ -206,15 +206,10 @@ def _of_shape(found: list[dict[str, Any]], shape: Any) -> list[dict[str, Any]]:
     return [one for one in found if one["shape"] == vars(shape)]
 
 
-def _measured_on(process: str, result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    return f"  {process}; {machine['processor']}, {machine['cores']} cores"
-
-
 def _times(title: str, rows: list[dict[str, Any]]) -> Any:
     columns = {"peer": "left", "median ms": "right", "min": "right", "max": "right"}
     columns |= {"tokens/s": "right", "peak MiB": "right"}
-    cells = [[*_ms(row), f"{row['tokens_per_s']:,.0f}", _number(row["peak_mib"], ".0f")] for row in rows]
+    cells = [[*_ms(row), f"{row['tokens_per_s']:,.0f}", number(row["peak_mib"], ".0f")] for row in rows]
     return table(title, columns, cells)
 
 
@@ -231,8 +226,8 @@ def _ratios(rows: list[dict[str, Any]]) -> Any:
             row["peer"],
             _spread(row, "speedup_of_turnout"),
             _spread(row, "speedup_of_turnout_mixtral_routing"),
-            _number(row["ratio_to_dense"], ".2f"),
-            _number(row["ratio_to_limit"], ".2f"),
+            number(row["ratio_to_dense"], ".2f"),
+            number(row["ratio_to_limit"], ".2f"),
         ]
         for row in rows
     ]
@@ -284,7 +279,7 @@ def _layer_times(title: str, rows: list[dict[str, Any]]) -> Any:
         )
     memory = {"peak": "peak_mib", "extra": "extra_mib", "again": "extra_again_mib"}
     if any(row["peak_mib"] is not None for row in rows):
-        cells = [[row["peer"], *(_number(row[key], ".0f") for key in memory.values())] for row in rows]
+        cells = [[row["peer"], *(number(row[key], ".0f") for key in memory.values())] for row in rows]
         tables.append(table("Memory, MiB", _columns("peer", memory), cells))
     return Group(*tables)
 
@@ -305,7 +300,3 @@ def _spread(row: dict[str, Any], name: str) -> str:
 
 def _over(ratio: tuple[float, float, float] | None) -> str:
     return "" if ratio is None else "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"

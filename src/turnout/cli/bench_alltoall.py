@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from turnout.cli import options
-from turnout.cli.console import console, print_json, table
+from turnout.cli.console import console, number, print_json, table
 
 EXAMPLES = """Examples:
 
@@ -91,9 +91,9 @@ def _times(size: int, result: dict[str, Any]) -> Any:
         cells.append(
             [
                 name,
-                *(_number(wire[key]) for key in ("ms_median", "ms_min", "ms_max", "planned_ms", "speedup_over_flat")),
-                *(_number(rows[key] if rows else None) for key in ("ms_median", "speedup_over_flat")),
-                *(_number(shared[key] if shared else None) for key in ("ms_median", "speedup_over_gloo")),
+                *(number(wire[key]) for key in ("ms_median", "ms_min", "ms_max", "planned_ms", "speedup_over_flat")),
+                *(number(rows[key] if rows else None) for key in ("ms_median", "speedup_over_flat")),
+                *(number(shared[key] if shared else None) for key in ("ms_median", "speedup_over_gloo")),
             ][: len(columns)]
         )
     return table(f"A dispatch of rows of {size:,} bytes", columns, sorted(cells))
@@ -132,7 +132,3 @@ def _words(program: str, change: dict[str, Any]) -> str:
     if size is None:
         return f"{small} is faster than {other} at all sizes"
     return f"{small} is faster than {other} below {size:,.0f} bytes a row"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

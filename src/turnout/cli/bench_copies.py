@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from turnout.cli import options
-from turnout.cli.console import console, print_json, table
+from turnout.cli.console import console, measured_on, print_json, table
 
 EXAMPLES = "Example: turnout bench copies --ranks 4 --experts 32 --copies 4,8 --skew 1.2"
 
@@ -44,8 +44,7 @@ def copies(
     process = own_process(threads)
     result = run(case, rounds=rounds, warmup=warmup, threads=threads)
     screen = console(as_json=as_json)
-    machine = result["machine"]
-    screen.print(f"  {process}; {machine['processor']}, {machine['cores']} cores")
+    screen.print(measured_on(process, result))
     for mode, title in (("forward", "Forward"), ("train", "Forward, backward and sum over ranks")):
         screen.print(_table(f"{title}, {ranks} ranks", [row for row in result["rows"] if row["mode"] == mode]))
     screen.print("  fullest rank: rows over the mean of ranks; bytes: of all ranks, of one pass", soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from turnout.cli import options
-from turnout.cli.console import console, print_json, table
+from turnout.cli.console import console, measured_on, number, print_json, table
 
 EXAMPLES = "Example: turnout bench dispatch --tokens 1024,8192 --modes layer --no-memory --json"
 TITLES = {
@@ -49,8 +49,7 @@ def dispatch(
     process = own_process(threads)
     result = run(case, modes=options.words(modes), rounds=rounds, warmup=warmup, memory=memory)
     screen = console(as_json=as_json)
-    machine = result["machine"]
-    screen.print(f"  {process}; {machine['processor']}, {machine['cores']} cores")
+    screen.print(measured_on(process, result))
     for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["mode"] == mode]
         if memory:
@@ -89,7 +88,7 @@ def _times(title: str, rows: Sequence[dict[str, Any]]) -> Any:
         [
             f"{tokens:,}",
             *(_ms(of_size[peer]) for peer in peers),
-            *(_speedup(of_size[peer]) for peer in peers[:-1]),
+            *(number(of_size[peer]["speedup_of_turnout"]) for peer in peers[:-1]),
         ]
         for tokens, of_size in _by_tokens(rows).items()
     ]
@@ -118,12 +117,6 @@ def _ms(row: dict[str, Any]) -> str:
         return "out of bound"
     median, least, most = (row[f"ms_{kind}"] for kind in ("median", "min", "max"))
     return f"{median:,.0f} ({least:,.0f}-{most:,.0f})"
-
-
-def _speedup(row: dict[str, Any]) -> str:
-    if row["speedup_of_turnout"] is None:
-        return ""
-    return f"{row['speedup_of_turnout']:.2f}"
 
 
 def _saved(of_size: dict[str, dict[str, Any]]) -> str:

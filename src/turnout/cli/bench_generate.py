@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from turnout.cli import options
-from turnout.cli.console import console, print_json, table
+from turnout.cli.console import console, measured_on, number, print_json, table
 
 EXAMPLES = "Example: turnout bench generate --models tiny --batches 1 --new 32 --json"
 
@@ -32,8 +32,7 @@ def generate(
         options.words(models), peers=asked, batches=sizes, prompt=prompt, new=new, rounds=rounds, warmup=warmup
     )
     screen = console(as_json=as_json)
-    machine = result["machine"]
-    screen.print(f"  {process}; {machine['processor']}, {machine['cores']} cores")
+    screen.print(measured_on(process, result))
     for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["model"], row["batch"]) == (model, batch)]
         about = f"{model}, {rows[0]['params'] / 1e6:.1f} M parameters, batch {batch}"
@@ -54,15 +53,11 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Any:
             _ms(row, "first", ".1f"),
             _ms(row, "token", ".2f"),
             f"{row['tokens_per_s']:,.0f}",
-            *(_times(row[f"speedup_over_peer_{part}"]) for part in ("first", "token")),
+            *(number(row[f"speedup_over_peer_{part}"]) for part in ("first", "token")),
         ]
         for row in rows
     ]
     return table(title, columns, cells)
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def _ms(row: dict[str, Any], part: str, form: str) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from turnout.cli import options
-from turnout.cli.console import console, print_json, table
+from turnout.cli.console import console, measured_on, print_json, table
 
 EXAMPLES = "Example: turnout bench train-ranks --ranks 4 --json"
 
@@ -30,8 +30,7 @@ def train_ranks(
     names = options.words(peers)
     result = run(chosen, ranks, peers=names, threads=threads, rounds=rounds, warmup=warmup)
     screen = console(as_json=as_json)
-    machine = result["machine"]
-    screen.print(f"  {process}; {machine['processor']}, {machine['cores']} cores")
+    screen.print(measured_on(process, result))
     title = f"Training step of {chosen.name} on {ranks} ranks: everybody in turns in the same processes"
     screen.print(_table(title, result["rows"]))
     for row in result["rows"]:

@@ -74,6 +74,17 @@ def _finite(value: Any) -> Any:
     return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
+def measured_on(process: str, result: Mapping[str, Any]) -> str:
+    """The line above a benchmark's tables: how its process is set up, and the machine."""
+    machine = result["machine"]
+    return f"  {process}; {machine['processor']}, {machine['cores']} cores"
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """A cell of a table; empty where there is nothing."""
+    return "" if value is None else f"{value:{form}}"
+
+
 def write_pieces(out: TextIO, pieces: Iterable[str]) -> str:
     """Write text as it comes and return all of it; not through rich, which wraps lines and reads :x: as an emoji."""
     written = []

@@ -57,7 +57,7 @@ def validate(
 
 
 def _suites(report: Any) -> Any:
-    from turnout.cli.console import table
+    from turnout.cli.console import number, table
     from turnout.cli.plan_print import columns, percent
 
     headings = columns(
@@ -68,7 +68,7 @@ def _suites(report: Any) -> Any:
         [
             each.suite, SPLITS.get(each.split, each.split), str(each.n), str(each.refused or ""), percent(each.mape),
             percent(each.median), percent(each.p90), percent(each.max), percent(each.bias, signed=True),
-            percent(each.constant_mfu), _number(each.skill), _number(each.spearman), percent(each.regret),
+            percent(each.constant_mfu), number(each.skill), number(each.spearman), percent(each.regret),
             f"{each.peer} {percent(each.peer_mape)} on {each.peer_n}" if each.peer else "",
         ]
         for each in sorted(report.suites, key=lambda each: each.split not in ("", "validation"))
@@ -77,7 +77,7 @@ def _suites(report: Any) -> Any:
 
 
 def _print_rest(screen: Any, report: Any) -> None:
-    from turnout.cli.console import table
+    from turnout.cli.console import number, table
     from turnout.cli.plan_print import columns, percent
     from turnout.plan.validate import APART
 
@@ -109,9 +109,9 @@ def _print_rest(screen: Any, report: Any) -> None:
                 each.suite,
                 str(each.n),
                 str(each.refused),
-                _number(each.precision),
-                _number(each.recall),
-                _number(each.f1),
+                number(each.precision),
+                number(each.recall),
+                number(each.f1),
             ]
             for each in report.oom
         ]
@@ -127,7 +127,3 @@ def _refusals(report: Any) -> Any:
     named = {row for _, row, _ in report.refusals}
     cells = [*report.refusals, *(row for row in failed if row[1] not in named)]
     return table("Refused", headings, [list(row) for row in cells])
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
