@@ -23,7 +23,7 @@ from turnout import MoE
 from turnout.contracts import ExpertBackend
 from turnout.dispatch import LocalDispatcher
 from turnout.errors import ConfigError, ShapeError
-from turnout.experts import FFNExperts, available_backends, fused_op
+from turnout.experts import FFNExperts, available_backends, fused_cpu, fused_op
 from turnout.experts.fused_int8 import int8_by_matrix_unit, trusted_int8
 from turnout.experts.fused_op import float_by_matrix_unit, half_by_matrix_unit
 from turnout.kernels import KINDS, Kernel, build, proof, trusted_kernel
@@ -486,11 +486,21 @@ def test_only_what_is_wanted_is_computed() -> None:
 
 
 @with_kernel
+@pytest.mark.parametrize(("flags", "taken"), [("avx512_bf16", True), ("avx512_bf16 amx_bf16 amx_tile", False)])
+def test_bfloat16_is_left_to_torch_only_where_a_matrix_unit_is_torchs_alone(
+    monkeypatch: pytest.MonkeyPatch, flags: str, taken: bool
+) -> None:
+    monkeypatch.setattr(fused_cpu, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(fused_cpu, "half_by_matrix_unit", lambda: "AMX is switched off by TURNOUT_AMX=0")
+    assert ("fused_cpu" in takers(torch.bfloat16)) == taken
+
+
+@with_kernel
 def test_bfloat16_weights_are_widened_not_rounded_again() -> None:
     """As near to the float64 result of the same rounded weights as float32 itself, forward and backward."""
     experts = drawn_experts(64, 72, 4).bfloat16()
     if "fused_cpu" not in takers(torch.bfloat16):
-        pytest.skip("this processor multiplies bfloat16 itself")
+        pytest.skip("this processor multiplies bfloat16 by a matrix unit that is not to be used")
     x_TD, assignment = torch.randn(40, 64), drawn(40, 4, 2)
     wide = drawn_experts(64, 72, 4).double()
     wide.load_state_dict(experts.state_dict())
