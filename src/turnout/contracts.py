@@ -348,6 +348,19 @@ class ExpertBackend(ABC):
         """Outputs in the layout of the input; padding rows are unspecified but finite."""
 
 
+class FewCall(ABC):
+    """A layer's few tokens, routed and computed in one call that is put together once."""
+
+    reads: tuple[Tensor, ...]  # good for as long as these lie where they lay then
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> tuple[Tensor, Callable[[], RouterOutput]]:
+        """y, and what says how the tokens were routed.
+
+        Shapes: x (..., D), contiguous and not empty; y likewise, in its dtype.
+        """
+
+
 class FusedBackend(ExpertBackend):
     """A backend that also orders tokens by expert and adds up what the experts say, in one pass.
 
@@ -374,14 +387,9 @@ class FusedBackend(ExpertBackend):
         admission = Admission(keep_N=None, capacity=None, dropped_E={})
         return Ragged(x_MD=self.run_tokens(experts, rows.x_MD, assignment, admission), counts_L=rows.counts_L)
 
-    def run_few(
-        self, experts: nn.Module, x: Tensor, choice: SoftmaxChoice
-    ) -> tuple[Tensor, Callable[[], RouterOutput]] | None:
-        """Router and experts of a few tokens in one call, without gradients; None where there is no such call.
-
-        Shapes: x (..., D) contiguous; returns y in the shape and dtype of x, and what says how they were routed.
-        """
-        del experts, x, choice
+    def few_call(self, experts: nn.Module, choice: SoftmaxChoice, *, dtype: torch.dtype) -> "FewCall | None":
+        """Router and experts of a few tokens of `dtype` in one call, without gradients; None: there is no such call."""
+        del experts, choice, dtype
         return None
 
     @abstractmethod

@@ -321,19 +321,25 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+# None where there is no transform; torch has no public name for it
+_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+
+
+def is_transformed() -> bool:
+    """Whether this is within a transform of torch.func, or where forward-mode derivatives are taken."""
+    return _transform() is not None or getattr(forward_ad, "_current_level", -1) >= 0
+
+
 def check_derivatives(x: Tensor, layer: nn.Module) -> None:
     """Of a layer whose kernels have a backward pass and nothing else: a tangent beside what they read would be lost.
 
     Raises: ConfigError for forward-mode derivatives of x or of a parameter, and within any transform of torch.func.
     """
-    if torch.compiler.is_compiling():
+    # most calls have neither
+    if torch.compiler.is_compiling() or not is_transformed():
         return
-    # asked of torch's own tables: most calls have neither
-    transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
-    is_dual = getattr(forward_ad, "_current_level", -1) >= 0
-    if (transform is not None and transform() is not None) or (
-        is_dual and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, *layer.parameters()))
-    ):
+    tensors = (x, *layer.parameters())
+    if _transform() is not None or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise ConfigError(
             "a MoE layer has gradients by backward() and torch.autograd.grad alone: no forward-mode derivatives, no "
             "vmap, jvp or grad of torch.func; take finite differences, in float64 and with backend='loop'"

@@ -1,23 +1,31 @@
 """A layer of few tokens in one call does what the long way does, and is taken only where nothing is left out by it."""
 
+import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from tests.contracts.test_fused_cpu import with_kernel
 from turnout import MoE
 from turnout.dispatch import FixedCapacity
 from turnout.errors import ShapeError
 from turnout.experts import quantize_experts
+from turnout.experts.activations import Activation
 from turnout.experts.fused_int8 import trusted_int8
 from turnout.experts.fused_op import float_by_matrix_unit
 from turnout.kernels import Kernel, few_proof, trusted_kernel
+from turnout.kernels.few_call import CompiledFew
 from turnout.kernels.proof import prove
-from turnout.layers import moe
+from turnout.layers.few_tokens import FewTokens
 from turnout.losses import LoadBalance, RouterZ
 from turnout.routers import TopK
 from turnout.routers.pieces import LinearScore
@@ -34,14 +42,30 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     trusted_int8()
     float_by_matrix_unit()
     counted: list[int] = []
+    call = CompiledFew.__call__
+
+    def noted(self: CompiledFew, x: Tensor) -> Any:
+        counted.append(x.numel() // x.shape[-1])
+        return call(self, x)
+
+    monkeypatch.setattr(CompiledFew, "__call__", noted)
+    return counted
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Of the tokens for which a call was put together."""
+    trusted_int8()
+    float_by_matrix_unit()
+    dtypes: list[torch.dtype] = []
     few = Kernel.few
 
-    def noted(self: Kernel, x: Tensor, *args: Any, **named: Any) -> Any:
-        counted.append(x.numel() // x.shape[-1])
-        return few(self, x, *args, **named)
+    def noted(self: Kernel, *args: Any, dtype: torch.dtype, **named: Any) -> CompiledFew:
+        dtypes.append(dtype)
+        return few(self, *args, dtype=dtype, **named)
 
     monkeypatch.setattr(Kernel, "few", noted)
-    return counted
+    return dtypes
 
 
 def layer_of(router: TopK | nn.Module | None = None, **settings: Any) -> MoE:
@@ -58,7 +82,7 @@ def drawn(*shape: int) -> Tensor:
 def the_long_way(layer: MoE, x: Tensor, **asked: Any) -> MoEOutput:
     """Of the same call."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe, "run_few", lambda *args, **named: None)
+        patch.setattr(FewTokens, "run", lambda *args, **named: None)
         out = layer(x, **asked)
         assert out.losses
         assert out.stats
@@ -254,6 +278,209 @@ def test_what_the_long_way_refuses_is_refused(calls: list[int]) -> None:
     assert not calls
 
 
+def outcome(compute: Callable[[MoE, Tensor], MoEOutput], layer: MoE, x: Tensor) -> Tensor | type[Exception]:
+    try:
+        return compute(layer, x).y
+    except (RuntimeError, IndexError, ShapeError) as error:
+        return type(error)
+
+
+def _as_other_dtype(layer: MoE) -> None:
+    layer.experts.down_EFD.data = layer.experts.down_EFD.data.view(torch.float16)
+
+
+def _as_fewer(layer: MoE) -> None:
+    layer.experts.down_EFD.data = layer.experts.down_EFD.data[:5]
+
+
+def _as_turned(layer: MoE) -> None:
+    layer.experts.down_EFD.data = layer.experts.down_EFD.data.transpose(1, 2)
+
+
+@pytest.mark.parametrize("change", [_as_other_dtype, _as_fewer, _as_turned])
+def test_a_weight_that_lies_where_it_lay_may_be_another(change: Callable[[MoE], None]) -> None:
+    torch.manual_seed(0)
+    layer, x = MoE(DIM, DIM, 9, router=TopK(k=3), expert="gelu"), drawn(16, DIM)
+    layer.experts.bfloat16()
+    with torch.no_grad():
+        before = layer(x).y
+        change(layer)
+        got, want = outcome(MoE.__call__, layer, x), outcome(the_long_way, layer, x)
+    assert close(got, want) if isinstance(got, Tensor) and isinstance(want, Tensor) else got is want
+    assert not isinstance(got, Tensor) or not torch.equal(got, before)
+
+
+def test_tokens_of_another_dtype_or_width_are_not_read_as_those_before() -> None:
+    layer = layer_of()
+    layer.experts.bfloat16()
+    with torch.no_grad():
+        for x in (drawn(4, DIM).bfloat16(), drawn(4, DIM // 2)):
+            layer(drawn(4, DIM))
+            got, want = outcome(MoE.__call__, layer, x), outcome(the_long_way, layer, x)
+            assert torch.equal(got, want) if isinstance(got, Tensor) else got is want
+
+
+def test_a_hook_on_everything_is_called_from_then_on() -> None:
+    layer, x, seen = layer_of(), drawn(4, DIM), []
+    with torch.no_grad():
+        layer(x)
+        everywhere = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+        try:
+            layer(x)
+        finally:
+            everywhere.remove()
+    assert layer.router in seen
+
+
+def _hook_on(part: Callable[[MoE], nn.Module]) -> Callable[[MoE], None]:
+    return lambda layer: part(layer).register_forward_hook(lambda module, args, out: None)
+
+
+def _swap_score(layer: MoE) -> None:
+    torch.manual_seed(2)
+    layer.router = TopK(k=3).build(DIM, 9)
+
+
+def _pruned(layer: MoE) -> None:
+    prune.random_unstructured(layer.experts, "up_EDG", 0.5)
+
+
+def _turned(layer: MoE) -> None:
+    weight = layer.experts.down_EFD
+    weight.data = weight.detach().transpose(1, 2).contiguous().transpose(1, 2).mul_(2)
+
+
+def _other_settings(layer: MoE) -> None:
+    layer.router.config = TopK(k=1, renormalize=False)
+
+
+def _loaded(layer: MoE) -> None:
+    layer.load_state_dict({name: value * 2 for name, value in layer.state_dict().items()}, assign=True)
+
+
+def _other_activation(layer: MoE) -> None:
+    layer.experts.kind = "swiglu_clamped"
+    layer.experts.activation = Activation.TABLE["swiglu_clamped"]
+
+
+def _fewer_experts(layer: MoE) -> None:
+    # where they lie, and nothing else
+    layer.experts.up_EDG.data = layer.experts.up_EDG.data[:8]
+    layer.experts.down_EFD.data = layer.experts.down_EFD.data[:8]
+    layer.experts.num_experts = layer.router.num_experts = 8
+    layer.router.score.weight_ED.data = layer.router.score.weight_ED.data[:8]
+
+
+# between two calls: what is done to the layer
+CHANGES: dict[str, Callable[[MoE], object]] = {
+    "a hook on the experts": _hook_on(lambda layer: layer.experts),
+    "a hook on the router": _hook_on(lambda layer: layer.router),
+    "a hook on the score": _hook_on(lambda layer: layer.router.score),
+    "another forward": lambda layer: setattr(layer.router.score, "forward", lambda x: -(x @ drawn(DIM, 9))),
+    "another router": _swap_score,
+    "another score": lambda layer: setattr(layer.router, "score", _Turned(DIM, 9, bias=False, init_std=1.0)),
+    "weights of their own": lambda layer: layer.experts.up_EDG.data.mul_(2),
+    "weights elsewhere": lambda layer: setattr(layer.experts.up_EDG, "data", layer.experts.up_EDG.data * 2),
+    "weights that lie another way": _turned,
+    "other parameters": lambda layer: setattr(
+        layer.experts, "down_EFD", nn.Parameter(layer.experts.down_EFD.detach() * 2)
+    ),
+    "a router's weight elsewhere": lambda layer: setattr(
+        layer.router.score.weight_ED, "data", -layer.router.score.weight_ED.data
+    ),
+    "weights loaded": _loaded,
+    "weights pruned": _pruned,
+    "another dtype": lambda layer: layer.experts.bfloat16(),
+    "float64": lambda layer: layer.double(),
+    "other settings": _other_settings,
+    "another activation": _other_activation,
+    "fewer experts": _fewer_experts,
+    "8 bits": lambda layer: quantize_experts(nn.Sequential(layer)),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_layer_that_changed_since_is_not_what_it_was(case: str) -> None:
+    layer, x = layer_of(), drawn(4, DIM)
+    with torch.no_grad():
+        before = layer(x)
+        assert torch.equal(layer(x).y, before.y)
+        CHANGES[case](layer)
+        x = x.to(layer.router.score.weight_ED.dtype)
+        got, want = layer(x), the_long_way(layer, x)
+    alike(got, want)
+    assert case.startswith("a hook") or not torch.equal(got.y, before.y)
+
+
+def test_the_call_is_put_together_once(found: list[torch.dtype]) -> None:
+    layer, full, half = layer_of(), torch.float32, torch.bfloat16
+    with torch.no_grad():
+        for num_tokens in (1, 4, 16):
+            layer(drawn(num_tokens, DIM))
+        assert found == [full]
+        layer.experts.up_EDG.mul_(2)
+        layer(drawn(1, DIM))
+        assert found == [full]
+        layer.train().eval()
+        layer.bfloat16()
+        layer(drawn(1, DIM).bfloat16())
+        layer(drawn(2, DIM).bfloat16())
+    assert found == [full, half]
+
+
+def test_a_bias_that_was_widened_is_widened_anew(found: list[torch.dtype]) -> None:
+    layer, x = layer_of(bias=True).bfloat16(), drawn(2, DIM).bfloat16()
+    with torch.no_grad():
+        before = layer(x).y
+        layer.experts.down_bias_ED.add_(1)
+        got = layer(x)
+        alike(got, the_long_way(layer, x))
+    assert not torch.equal(got.y, before)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copied_layer_has_weights_of_its_own(copied: Callable[[MoE], MoE]) -> None:
+    layer, x = layer_of(), drawn(2, DIM)
+    with torch.no_grad():
+        y = layer(x).y
+        other = copied(layer)
+        assert torch.equal(other(x).y, y)
+        layer.experts.up_EDG.zero_()
+        assert torch.equal(other(x).y, y)
+        shared = copy.copy(layer)
+        shared._modules = {**layer._modules, "experts": other.experts}
+        assert torch.equal(shared(x).y, y)
+        assert not layer(x).y.any()
+
+
+def test_a_layer_that_nobody_has_goes_at_once() -> None:
+    layer = layer_of()
+    with torch.no_grad():
+        layer(drawn(2, DIM))
+    weight = weakref.ref(layer.experts.up_EDG)
+    gc.disable()
+    try:
+        del layer
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_threads_that_call_one_layer_at_once() -> None:
+    layer = layer_of()
+    tokens = [drawn(n, DIM) * (i + 1) for i, n in enumerate([1, 5, 16, 2] * 8)]
+    with torch.no_grad():
+        want = [layer(x).y for x in tokens]
+
+    def computed(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return layer(x).y
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(computed, tokens), want))
+
+
 def test_a_shared_expert_sees_rows_and_its_dtype_does_not_come_out() -> None:
     layer, seen = layer_of(shared_hidden=8).bfloat16(), []
 
@@ -278,17 +505,17 @@ def test_ranks_form_losses_at_once_for_some_are_sums_over_them(monkeypatch: pyte
 
 
 def test_a_call_that_is_wrong_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, few = trusted_kernel(), Kernel.few
+    kernel, call = trusted_kernel(), CompiledFew.__call__
     assert isinstance(kernel, Kernel)
 
     def off(change: Callable[[Tensor, RouterOutput], None]) -> str:
-        def wrong(self: Kernel, *args: Any, **named: Any) -> Any:
-            y, route = few(self, *args, **named)
+        def wrong(self: CompiledFew, x: Tensor) -> Any:
+            y, route = call(self, x)
             routing = route()
             change(y, routing)
             return y, lambda: routing
 
-        monkeypatch.setattr(Kernel, "few", wrong)
+        monkeypatch.setattr(CompiledFew, "__call__", wrong)
         return prove(kernel)
 
     monkeypatch.setattr(few_proof, "SIZES", few_proof.SIZES[-1:])

@@ -1,5 +1,7 @@
 """Experts whose rows a backend computes in a call of the module; and whether somebody wants such calls to be made."""
 
+from typing import Any
+
 import torch.nn.modules.module as every  # pyright: ignore[reportPrivateUsage]
 from torch import Tensor, nn
 
@@ -38,11 +40,16 @@ def is_watched(module: nn.Module) -> bool:
 
 def are_all_watched() -> bool:
     """The same of every module there is."""
-    return bool(
-        every._global_forward_hooks
-        or every._global_forward_pre_hooks
-        or every._global_backward_hooks
-        or every._global_backward_pre_hooks
+    return any(hooks_of_all())
+
+
+def hooks_of_all() -> tuple[dict[int, Any], ...]:
+    """Those of every module there is, as they stand in torch's own tables."""
+    return (
+        every._global_forward_hooks,
+        every._global_forward_pre_hooks,
+        every._global_backward_hooks,
+        every._global_backward_pre_hooks,
     )
 
 

@@ -1,19 +1,18 @@
 """All experts in one compiled pass on the CPU: gather, products, activation, weighted sum, while rows are in cache."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from turnout.contracts import ExpertBackend, FusedBackend, Refusal
+from turnout.contracts import ExpertBackend, FewCall, FusedBackend, Refusal
 from turnout.experts.activations import kernels_failure
 from turnout.experts.fused_op import fused_experts, half_by_matrix_unit, in_dtypes_of, kernel_weights, the_kernel
 from turnout.experts.weights import FFNExperts
 from turnout.kernels import Kernel, Routing, trusted_kernel
 from turnout.kernels.build import cpu_flags
 from turnout.kernels.consumed import is_last_pass, is_read_once, mapped_bytes
-from turnout.tensors import Admission, Assignment, RouterOutput, SoftmaxChoice, first_order
+from turnout.tensors import Admission, Assignment, SoftmaxChoice, first_order
 
 LEAST_BYTES = 1 << 20  # of values saved, whose memory is given back: of less the call would be most of it
 DTYPES = (torch.float32, torch.bfloat16)
@@ -76,17 +75,15 @@ class FusedCPU(FusedBackend):
         reason = _reason(experts, dtype, device)
         return Refusal(reason=f"{reason}; use backend='padded_bmm'") if reason else None
 
-    def run_few(
-        self, experts: nn.Module, x: Tensor, choice: SoftmaxChoice
-    ) -> tuple[Tensor, Callable[[], RouterOutput]] | None:
+    def few_call(self, experts: nn.Module, choice: SoftmaxChoice, *, dtype: torch.dtype) -> FewCall | None:
         assert isinstance(experts, FFNExperts)
-        if experts.up_EDG.dtype not in (x.dtype, torch.bfloat16):
+        if experts.up_EDG.dtype not in (dtype, torch.bfloat16):
             # rounded first, as many tokens are
             return None
         up_bias, down_bias = (None if b is None else b.float() for b in (experts.up_bias_EG, experts.added_bias_ED))
         weights = kernel_weights(experts.up_EDG, experts.down_EFD, up_bias, down_bias, experts.kind)
         # few rows are widened, whatever multiplies many
-        return the_kernel(torch.float32, weights.down_EFD).few(x, choice, weights)
+        return the_kernel(torch.float32, weights.down_EFD).few(choice, weights, dtype=dtype)
 
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         assert isinstance(experts, FFNExperts)

@@ -1,13 +1,12 @@
 """Experts of 8 bits in one compiled pass on the CPU, for inference."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from turnout.contracts import ExpertBackend, FusedBackend, Refusal
+from turnout.contracts import ExpertBackend, FewCall, FusedBackend, Refusal
 from turnout.experts.activations import kernels_failure
 from turnout.experts.int8_op import int8_experts
 from turnout.experts.quantized import QuantizedFFNExperts
@@ -16,7 +15,7 @@ from turnout.kernels.build import Library, compiled, has_vnni
 from turnout.kernels.int8_proof import prove_int8
 from turnout.kernels.matrix_unit import trusted_by_matrix_unit
 from turnout.kernels.proof import once
-from turnout.tensors import Admission, Assignment, RouterOutput, SoftmaxChoice
+from turnout.tensors import Admission, Assignment, SoftmaxChoice
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -34,13 +33,11 @@ class FusedInt8(FusedBackend):
         reason = _reason(experts, dtype, device)
         return Refusal(reason=f"{reason}; use backend='loop'") if reason else None
 
-    def run_few(
-        self, experts: nn.Module, x: Tensor, choice: SoftmaxChoice
-    ) -> tuple[Tensor, Callable[[], RouterOutput]] | None:
+    def few_call(self, experts: nn.Module, choice: SoftmaxChoice, *, dtype: torch.dtype) -> FewCall | None:
         assert isinstance(experts, QuantizedFFNExperts)
         kernel = trusted_int8()
         assert isinstance(kernel, Kernel)
-        return kernel.few(x, choice, int8_weights(experts), digits=experts.digits)
+        return kernel.few(choice, int8_weights(experts), dtype=dtype, digits=experts.digits)
 
     def run_tokens(self, experts: nn.Module, x_TD: Tensor, assignment: Assignment, admission: Admission) -> Tensor:
         """Raises: ConfigError if a gradient is to come back through the experts."""

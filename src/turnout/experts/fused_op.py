@@ -91,7 +91,11 @@ def fused_experts_backward(
     weights = kernel_weights(up_EDG, down_EFD, up_bias_EG, down_bias_ED, kind)
     # the number of rows stands at the end of the experts' starts
     routing = Routing(
-        routes=routes, num_rows=int(routes[1 + len(up_EDG)]), num_tokens=len(x_TD), num_assignments=len(weight_N)
+        routes=routes,
+        num_rows=int(routes[1 + len(up_EDG)]),
+        num_tokens=len(x_TD),
+        num_experts=len(up_EDG),
+        num_assignments=len(weight_N),
     )
     kernel, rows = the_kernel(x_TD.dtype, down_EFD), (y_grad_TD.contiguous(), x_TD.contiguous())
     found = kernel.backward(*rows, weight_N.contiguous(), weights, routing, saved, wanted=tuple(wanted))

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from turnout.errors import TurnoutError
+from turnout.errors import ShapeError, TurnoutError
 
 # everything by one operator: of few tokens the first use of each takes 50 to 100 us, since weights have pushed what is
 # not in use out of the caches; and whatever torch's default device is
 room = partial(torch.empty, device="cpu")
 # numbers in activation.h
 KINDS = {"relu": 0, "gelu": 1, "swiglu": 2, "swiglu_clamped": 3}
+PARTS = {"relu": 1, "gelu": 1, "swiglu": 2, "swiglu_clamped": 2}  # of the first product: a gate, and what it gates
 # up to so many rows of every expert are computed as few: FEW_ROWS in job.h
 FEW_ROWS = 16
 
@@ -88,6 +89,7 @@ class Routing:
     routes: Tensor
     num_rows: int
     num_tokens: int
+    num_experts: int
     num_assignments: int
 
 
@@ -110,6 +112,22 @@ class Gradients(NamedTuple):
     down_EFD: Tensor | None
     up_bias_EG: Tensor | None
     down_bias_ED: Tensor | None
+
+
+def check_fit(weights: Weights | Int8Weights, num_experts: int, dim: int) -> None:
+    """The kernel would read past the end of weights that somebody replaced by smaller ones.
+
+    Raises: ShapeError if they are not of so many experts for rows so wide.
+    """
+    up, down = weights.ends
+    fits = len(up) == len(down) == num_experts
+    if isinstance(weights, Weights):
+        fits = fits and up.shape[1] == down.shape[2] == dim and up.shape[2] == PARTS[weights.kind] * weights.hidden
+    if not fits:
+        raise ShapeError(
+            f"the experts' weights have shapes {tuple(up.shape)} and {tuple(down.shape)}; there are {num_experts} "
+            f"experts for rows of width {dim}"
+        )
 
 
 def like_first(first: Tensor, *_: object) -> Tensor:

@@ -37,7 +37,8 @@ def few_error(
         weight_ED = torch.randn(num_experts, dim, generator=generator).to(score)
         bias_E = torch.randn(num_experts, generator=generator) if renormalize else None
         weights = draw(num_experts, dim)
-        y_TD, route = kernel.few(x_TD, SoftmaxChoice(weight_ED, bias_E, k, renormalize), weights, digits=digits)
+        choice = SoftmaxChoice(weight_ED, bias_E, k, renormalize)
+        y_TD, route = kernel.few(choice, weights, dtype=dtype, digits=digits)(x_TD)
         got, rows_TD = route(), x_TD.float()
         want_RE = F.linear(x_TD.double(), weight_ED.double(), None if bias_E is None else bias_E.double())
         chosen = kernel.choose(got.logits_RE, got.token_R, k, renormalize=renormalize)

@@ -145,9 +145,10 @@ int turnout_choose_backward(const turnout::Gates* gates) {
   return guarded([&] { turnout::logits_gradient(*gates); });
 }
 
-int turnout_few(const turnout::Few* few) {
+int turnout_few(const turnout::Few* few, const void* x, void* y, int64_t* found, int64_t count, int64_t threads) {
   return guarded([&] {
-    turnout::few_tokens(*few, [few](const turnout::Int8Job& own) { experts_of(own, few->digits); });
+    const auto experts = [few](const turnout::Int8Job& own) { experts_of(own, few->digits); };
+    turnout::few_tokens(*few, {x, y, found, count, threads}, experts);
   });
 }
 

@@ -3,15 +3,15 @@
 import ctypes
 from array import array
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from turnout.errors import ShapeError
-from turnout.kernels.arguments import KINDS, Gradients, Int8Weights, Routing, Weights, at, check, room
-from turnout.kernels.gate_kernel import GateKernel
-from turnout.tensors import Assignment, RouterOutput, SoftmaxChoice
+from turnout.kernels.arguments import KINDS, Gradients, Int8Weights, Routing, Weights, at, check, check_fit, room
+from turnout.kernels.few_call import CompiledFew
+from turnout.kernels.gate_kernel import NUM_GATES, GateKernel
+from turnout.tensors import Assignment, SoftmaxChoice
 
 
 class Kernel(GateKernel):
@@ -29,7 +29,7 @@ class Kernel(GateKernel):
         self._int8.argtypes, self._int8.restype = [pointer, number], ctypes.c_int
         self.poison = library.turnout_poison
         self._few = library.turnout_few
-        self._few.argtypes, self._few.restype = [pointer], ctypes.c_int
+        self._few.argtypes, self._few.restype = [pointer] * 4 + [number] * 2, ctypes.c_int
         self._library, self.matrix_unit = library, matrix_unit
         self._tile_columns = library.turnout_tile_columns()
 
@@ -55,7 +55,9 @@ class Kernel(GateKernel):
                 f"the assignment has experts {int(expert_N.min())} to {int(expert_N.max())} and tokens "
                 f"{int(token_N.min())} to {int(token_N.max())}; there are {num_experts} experts and {num_tokens} tokens"
             )
-        return Routing(routes=routes, num_rows=num_rows, num_tokens=num_tokens, num_assignments=num)
+        return Routing(
+            routes=routes, num_rows=num_rows, num_tokens=num_tokens, num_experts=num_experts, num_assignments=num
+        )
 
     def forward(
         self, x_TD: Tensor, weight_N: Tensor, weights: Weights, routing: Routing, *, saved_rows: int | None
@@ -109,7 +111,9 @@ class Kernel(GateKernel):
         The matrix unit, which takes what has more than a few rows for some expert, has bfloat16 for either.
         """
         y_TD = room(*x_TD.shape, dtype=torch.float32)
-        sizes = (routing.num_tokens, x_TD.shape[1], weights.hidden, len(weights.up_codes), routing.num_assignments)
+        num_experts, dim = routing.num_experts, x_TD.shape[1]
+        check_fit(weights, num_experts, dim)
+        sizes = (routing.num_tokens, dim, weights.hidden, num_experts, routing.num_assignments)
         own = (*weights.ends, weights.up_bias_EG, weights.down_bias_ED)
         job = self._job((*sizes, KINDS[weights.kind], 0, 0), (routing.routes, x_TD, weight_N, *own, None, y_TD))
         job.extend(map(at, weights.scales))
@@ -117,38 +121,24 @@ class Kernel(GateKernel):
         return y_TD
 
     def few(
-        self, x: Tensor, choice: SoftmaxChoice, weights: Weights | Int8Weights, *, digits: int = 0
-    ) -> tuple[Tensor, Callable[[], RouterOutput]]:
-        """Router and experts of a few tokens: y, and how they were routed, put together when it is called.
+        self, choice: SoftmaxChoice, weights: Weights | Int8Weights, *, dtype: torch.dtype, digits: int = 0
+    ) -> CompiledFew:
+        """Router and experts of a few tokens of `dtype`, float32 or bfloat16; nothing is dropped.
 
-        Nothing is dropped. `digits` of activations where weights have 8 bits.
-        Shapes: x (..., D) float32 or bfloat16, contiguous, as is everything; y likewise.
+        `digits` of activations where weights have 8 bits.
         """
         num_experts, dim = choice.weight_ED.shape
-        num_tokens, k = x.numel() // dim, choice.k
-        num, size = num_tokens * k, num_tokens * num_experts
-        # as few pieces as can be, and no views of them: see `room`
-        y, found = room(x.shape, dtype=x.dtype), room(3 * num + (num + 2 * size + 1) // 2, dtype=torch.int64)
+        check_fit(weights, num_experts, dim)
         bias_E = None if choice.bias_E is None else choice.bias_E.float()
-        threads, numbers = torch.get_num_threads(), found.data_ptr()
-        weight = numbers + 3 * num * 8
-        scores = weight + num * 4
-        fields = array(
-            "q",
-            (
-                *(x.data_ptr(), choice.weight_ED.data_ptr(), at(bias_E)),
-                *(choice.weight_ED.dtype == torch.bfloat16, digits),
-                *(num_tokens, num_experts, k, choice.renormalize, threads, self._pool),
-                *(scores + size * 4, 0, scores, weight, numbers, numbers + num * 8, numbers + num * 16, 0, 0, 0),
-            ),
-        )
-        sizes = (num_tokens, dim, weights.hidden, num_experts, num, KINDS[weights.kind])
+        fields = array("q", (choice.weight_ED.data_ptr(), at(bias_E), choice.weight_ED.dtype == torch.bfloat16, digits))
+        gates = (0, num_experts, choice.k, choice.renormalize, 0, self._pool)
+        fields.extend((*gates, *(0,) * (NUM_GATES - len(gates))))
+        sizes = (0, dim, weights.hidden, num_experts, 0, KINDS[weights.kind])
         own = (*weights.ends, weights.up_bias_EG, weights.down_bias_ED)
-        half = (weights.is_half, x.dtype == torch.bfloat16)
-        fields.extend(self._job((*sizes, *half), (None, None, None, *own, None, y)))
+        fields.extend(self._job((*sizes, weights.is_half, dtype == torch.bfloat16), (None, None, None, *own)))
         fields.extend(map(at, weights.scales))
-        check(self._few(fields.buffer_info()[0]))
-        return y, partial(_routing, found, (num_tokens, num_experts, k))
+        reads = (choice.weight_ED, bias_E, *own, *weights.scales)
+        return CompiledFew(self._few, fields, choice, tuple(tensor for tensor in reads if tensor is not None))
 
     def saved_size(self, weights: Weights, num_rows: int, dtype: torch.dtype) -> int:
         """Numbers that are kept for the backward pass of so many rows of this dtype."""
@@ -170,7 +160,8 @@ class Kernel(GateKernel):
         *,
         give_back: bool = False,
     ) -> None:
-        num_experts, hidden, dim = weights.down_EFD.shape
+        num_experts, dim, hidden = routing.num_experts, x_TD.shape[1], weights.hidden
+        check_fit(weights, num_experts, dim)
         sizes = (routing.num_tokens, dim, hidden, num_experts, routing.num_assignments, KINDS[weights.kind])
         own = (*weights.ends, weights.up_bias_EG, weights.down_bias_ED)
         half_rows = x_TD.dtype == torch.bfloat16
@@ -184,29 +175,6 @@ class Kernel(GateKernel):
         job = array("q", (*numbers, *own, *map(at, tensors)))
         job.extend([0] * (NUM_FIELDS - len(job)))
         return job
-
-
-def _routing(found: Tensor, sizes: tuple[int, int, int]) -> RouterOutput:
-    """What `few` wrote, with the names it has elsewhere."""
-    num_tokens, num_experts, k = sizes
-    num, size = num_tokens * k, num_tokens * num_experts
-    expert_N, token_N, choice_N = found[: 3 * num].view(3, -1)
-    weight_N, scores, logits = found[3 * num :].view(torch.float32)[: num + 2 * size].split((num, size, size))
-    assignment = Assignment(
-        token_N=token_N,
-        expert_N=expert_N,
-        weight_N=weight_N,
-        choice_N=choice_N,
-        num_tokens=num_tokens,
-        num_experts=num_experts,
-        top_k=k,
-    )
-    return RouterOutput(
-        assignment=assignment,
-        logits_RE=logits.view(num_tokens, num_experts),
-        scores_RE=scores.view(num_tokens, num_experts),
-        token_R=torch.arange(num_tokens, device="cpu"),
-    )
 
 
 HALF_PANEL = 32  # of half_block.h

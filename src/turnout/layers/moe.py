@@ -18,7 +18,7 @@ from turnout.experts import FFNExperts, ModuleExperts, choose_backend
 from turnout.experts.activations import Activation
 from turnout.experts.cut import Cut
 from turnout.layers.expert_pass import pass_experts
-from turnout.layers.few_tokens import Admitted, run_few
+from turnout.layers.few_tokens import Admitted, FewTokens
 from turnout.layers.latent import Latent
 from turnout.layers.mlp import MLP
 from turnout.layers.stats import Decided, routed
@@ -147,6 +147,7 @@ class MoE(nn.Module):
         self.shared = shared
         self.latent = Latent(dim, latent_dim, init_std=init_std) if latent_dim else None
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self._few = FewTokens()
 
     @classmethod
     def from_config(cls, dim: int, config: MoEConfig) -> "MoE":
@@ -210,13 +211,11 @@ class MoE(nn.Module):
         Raises: ShapeError if they do not fit; ConfigError if the router or the policy cannot take such a change, and
         for derivatives other than a backward pass's.
         """
-        check_derivatives(x, self)
-        self._check(x, mask, token_ids)
         few = None
         # other ids are checked on the long way
-        whole_ids = token_ids is None or token_ids.dtype == torch.int64
-        if whole_ids and mask is None and top_k is None and capacity_factor is None and self.latent is None:
-            few = run_few(
+        fit = token_ids is None or (token_ids.dtype == torch.int64 and token_ids.shape == x.shape[:-1])
+        if fit and mask is None and top_k is None and capacity_factor is None and self.latent is None:
+            few = self._few.run(
                 x,
                 router=self.router,
                 experts=self.experts,
@@ -225,6 +224,8 @@ class MoE(nn.Module):
                 dispatcher=self.dispatcher,
             )
         if few is None:
+            check_derivatives(x, self)
+            self._check(x, mask, token_ids)
             y_TD, decided = self._run(x, mask, token_ids, generator, top_k, capacity_factor)
             y = y_TD.to(x.dtype).view_as(x)
         else:
