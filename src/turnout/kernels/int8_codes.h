@@ -35,6 +35,16 @@ inline int32_t largest_bits(const float* x) {
   return largest_of(most);
 }
 
+// Whole numbers that are bytes.
+inline void store_bytes(int8_t* p, ints v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+  *reinterpret_cast<bytes*>(p) = __builtin_convertvector(v, bytes);
+#endif
+}
+
 inline float float_of(int32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -53,7 +63,6 @@ inline float code_scale(int32_t largest) {
 // Group `group` of row `row`: GROUP values of x. A value that is not finite makes the scale, and so the result, NaN.
 template <int DIGITS>
 inline void encode(const float* x, const Codes<DIGITS>& codes, long group, long row) {
-  typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
   const float magic = 12582912.0f;  // adding it rounds to whole numbers, which then stand in the low bits
   const int32_t largest = largest_bits(x);
   const bool finite = largest < 0x7F800000;
@@ -66,8 +75,8 @@ inline void encode(const float* x, const Codes<DIGITS>& codes, long group, long 
     const ints code = (ints)(value * inverse + magic) - 0x4B400000;
     sum += code;
     const ints high = DIGITS == 1 ? code : (code + 128) >> 8;
-    *reinterpret_cast<bytes*>(to + j) = __builtin_convertvector(high, bytes);
-    if (DIGITS == 2) *reinterpret_cast<bytes*>(to + GROUP + j) = __builtin_convertvector(code - (high << 8), bytes);
+    store_bytes(to + j, high);
+    if (DIGITS == 2) store_bytes(to + GROUP + j, code - (high << 8));
   }
   codes.scales(group, row)[0] = scale;
   codes.scales(group, row)[1] = scale * float(sum_of(sum));

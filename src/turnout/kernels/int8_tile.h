@@ -73,12 +73,19 @@ struct Panel {
   bool fetch;  // from memory, while it is read: only the first rows of a block find it outside of the cache
 };
 
-inline vec widened(const uint8_t* p) {
+// LANES bytes; by hand, as GCC 12 widens them one by one.
+inline words widened(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (words)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
   typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-  return (vec)__builtin_convertvector(*reinterpret_cast<const bytes*>(p), words);
+  return __builtin_convertvector(*reinterpret_cast<const bytes*>(p), words);
+#endif
 }
 // A byte of four bits of exponent and four of fraction, of the largest scale in a column: 240 stands for 1.
-inline vec scale_of(const uint8_t* p, vec base) { return (vec)(((words)widened(p) << 19) + (112 << 23)) * base; }
+inline vec scale_of(const uint8_t* p, vec base) { return (vec)((widened(p) << 19) + (112 << 23)) * base; }
 inline vec zero_of(const uint8_t* p) { return __builtin_convertvector((ints)widened(p), vec); }
 
 // out[i][j] = sum over inner columns of x[first + i] w[j], for ROWS rows and PANEL columns.
