@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from turnout.experts import FFNExperts
+from turnout.kernels import pages
 from turnout.kernels.pages import LEAST_BYTES, on_large_pages
 
 CHOICE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -40,6 +42,23 @@ def test_memory_is_on_large_pages_filled_before_or_after(*, is_filled: bool) -> 
     # how many depends on how much of the machine's memory is in one piece: a run of CI got half
     assert int(piece["AnonHugePages"].split()[0]) > 0
     assert weights.min() == 7
+
+
+def test_a_cast_of_the_experts_is_on_large_pages_and_has_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, asked = FFNExperts(512, 1024, 16), []
+    want = experts.up_EDG.detach().bfloat16()
+    monkeypatch.setattr(pages, "_advise", lambda: lambda start, length, advice: asked.append((start, length, advice)))
+    cast = experts.bfloat16()
+    assert torch.equal(cast.up_EDG, want)
+    assert cast.up_EDG.requires_grad
+    at = cast.up_EDG.data_ptr()
+    # memory that the allocator had kept is not moved
+    assert [advice for _, _, advice in asked] == [pages.MADV_HUGEPAGE] * 2
+    assert at <= asked[0][0] <= at + pages.PAGE
+    assert asked[0][1] > want.nbytes - 2 * pages.PAGE
+    assert cast.bfloat16().up_EDG.data_ptr() == at
+    assert cast.share_memory().up_EDG.is_shared()
+    assert FFNExperts(512, 1024, 16).to("meta").up_EDG.is_meta
 
 
 def test_values_stay_and_what_has_no_memory_of_its_own_is_left_alone() -> None:

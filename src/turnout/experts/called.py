@@ -1,11 +1,13 @@
 """Experts whose rows a backend computes in a call of the module; and whether somebody wants such calls to be made."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch.nn.modules.module as every  # pyright: ignore[reportPrivateUsage]
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend
+from turnout.kernels.pages import copied_to_large_pages
 from turnout.tensors import Padded, Ragged
 
 
@@ -22,6 +24,15 @@ class CalledExperts(nn.Module):
         if x.ndim == 3:
             return backend.run(self, Padded(x_LCD=x, counts_L=counts_L)).x
         return backend.run(self, Ragged(x_MD=x, counts_L=counts_L)).x
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What a cast or a move makes anew lies on large pages, as what it was made of did."""
+
+        def applied(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            return made if made is tensor else copied_to_large_pages(made)
+
+        return super()._apply(applied, recurse)
 
 
 # asked in every call of a few tokens: no loops
