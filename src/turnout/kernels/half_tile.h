@@ -49,20 +49,17 @@ inline void add_groups(const bfloat* a, const bfloat* b, long groups) {
   constexpr long panel = 2 * HALF_TILE;
   for (long g = 0; g < groups; g++, a += P * HALF_PLANE, b += P * panel) {
     if (P > 1) {
-      // before the product of the first planes the five that are above a float's last bit, the smallest first
+      // five that are above a float's last bit, each with a factor of the one before it, then that of the first planes
       load_rows<BOTH>(a + 2 * HALF_PLANE);
       load_panel(b);
       add_product<BOTH>();
-      load_rows<BOTH>(a);
-      load_panel(b + 2 * panel);
-      add_product<BOTH>();
       load_rows<BOTH>(a + HALF_PLANE);
-      load_panel(b + panel);
       add_product<BOTH>();
-      load_panel(b);
+      load_panel(b + panel);
       add_product<BOTH>();
       load_rows<BOTH>(a);
-      load_panel(b + panel);
+      add_product<BOTH>();
+      load_panel(b + 2 * panel);
       add_product<BOTH>();
     } else {
       load_rows<BOTH>(a);
