@@ -124,7 +124,7 @@ class HalfForward {
     const int rows = std::min(UNIT_BLOCK_ROWS, unit.rows - r);
     j += p * width();
     HalfSums sums;
-    multiply_half(x, r, panels.panel(s.panels, p), half_groups(job_.dim), false, sums);
+    multiply_half(x, r, panels.panel(s.panels, p), false, sums);
     if (job_.up_bias) add_bias(unit.expert, j, rows, sums);
     if (job_.saved) save(unit, j, r, rows, sums);
     ahead.go_on();
@@ -140,11 +140,6 @@ class HalfForward {
       if (P == 1 && job_.kind == SWIGLU_CLAMPED) stay_clamped(first, second);
       hold(to, first, second);
     }
-  }
-  static void hold(bfloat* to, vec first, vec second) { store_halves(to, first, second); }
-  static void hold(float* to, vec first, vec second) {
-    store(to, first);
-    store(to + UNIT_ROWS, second);
   }
 
   void add_bias(int expert, long j, int rows, HalfSums& sums) const {
@@ -178,7 +173,7 @@ class HalfForward {
     d += p * HALF_PANEL;
     HalfSums own;
     HalfSums& sums = job_.hidden <= CHUNK_COLUMNS ? own : s.out[d / HALF_PANEL * tiles + t];
-    multiply_half(h, r, panels.panel(s.panels, p), half_groups(end - f), f > 0, sums);
+    multiply_half(h, r, panels.panel(s.panels, p), f > 0, sums);
     ahead.go_on();
     if (end == job_.hidden) put(index, sums, r, rows, d);
   }
