@@ -135,10 +135,11 @@ class HalfForward {
     const long panels = (job_.hidden + width() - 1) / width();
     Held<P>* to = half_saved(reinterpret_cast<Held<P>*>(job_.saved), routes_, unit.expert, panels, j / width(),
                              unit.first + r);
+    const bool streams = routes_.start[job_.experts] * panels > STREAMED / HALF_PANEL;
     for (int i = 0; i < rows; i++, to += HALF_PANEL) {
       vec first = load(sums.sum[0][i]), second = load(sums.sum[1][i]);
       if (P == 1 && job_.kind == SWIGLU_CLAMPED) stay_clamped(first, second);
-      hold(to, first, second);
+      put_line(to, first, second, HALF_PANEL, streams);
     }
   }
 
@@ -181,23 +182,18 @@ class HalfForward {
   void put(int index, const HalfSums& sums, int r, int rows, long d) const {
     const Unit& unit = units_[index];
     const long columns = job_.dim - d;
-    const __mmask16 mask[] = {__mmask16(first_lanes(columns)), __mmask16(first_lanes(columns - UNIT_ROWS))};
     const float* added = job_.down_bias ? job_.down_bias + unit.expert * job_.dim + d : nullptr;
     vec bias[2] = {};
     for (int tile = 0; added && tile < 2; tile++)
-      bias[tile] = (vec)_mm512_maskz_loadu_ps(mask[tile], added + tile * UNIT_ROWS);
+      bias[tile] = first_values(added + tile * UNIT_ROWS, columns - tile * UNIT_ROWS);
     for (int i = 0; i < rows; i++) {
       const int row = unit.first + r + i;
       const float weight = job_.weight[routes_.assignment[row]];
-      for (int tile = 0; tile < 2; tile++) {
-        const vec value = (load(sums.sum[tile][i]) + bias[tile]) * weight;
-        const long column = d + tile * UNIT_ROWS;
-        if (sums_.direct() && job_.half_rows)
-          _mm256_mask_storeu_epi16(sums_.half_place(row) + column, mask[tile],
-                                   (__m256i)_mm512_cvtneps_pbh((__m512)value));
-        else
-          _mm512_mask_storeu_ps(sums_.place(index, row) + column, mask[tile], (__m512)value);
-      }
+      const vec low = (load(sums.sum[0][i]) + bias[0]) * weight, high = (load(sums.sum[1][i]) + bias[1]) * weight;
+      if (sums_.direct() && job_.half_rows)
+        put_line(sums_.half_place(row) + d, low, high, columns, sums_.streams());
+      else
+        put_line(sums_.place(index, row) + d, low, high, columns, sums_.streams());
     }
   }
 
