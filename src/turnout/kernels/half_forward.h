@@ -113,7 +113,7 @@ class HalfForward {
     const long after = j + panels.number * width();
     Ahead ahead;
     (after < end ? weights_.up(unit.expert, after, end) : weights_.down(unit.expert, 0, f, end)).tell(ahead);
-    ahead.spread(panels.number * tiles_of(unit));
+    ahead.spread(panels.number * tiles_of(unit) * x.groups);
     for (int r = 0; r < unit.rows; r += UNIT_BLOCK_ROWS)
       for (int p = 0; p < panels.number; p++) up_tile(unit, x, h, panels, p, r, j, f, s, ahead);
   }
@@ -124,10 +124,9 @@ class HalfForward {
     const int rows = std::min(UNIT_BLOCK_ROWS, unit.rows - r);
     j += p * width();
     HalfSums sums;
-    multiply_half(x, r, panels.panel(s.panels, p), false, sums);
+    multiply_half(x, r, panels.panel(s.panels, p), false, sums, ahead);
     if (job_.up_bias) add_bias(unit.expert, j, rows, sums);
     if (job_.saved) save(unit, j, r, rows, sums);
-    ahead.go_on();
     activate_(sums, rows, h.at((j - f) / HALF_GROUP, r) + (j - f) % HALF_GROUP);
   }
 
@@ -161,7 +160,7 @@ class HalfForward {
     const long after = d + panels.number * HALF_PANEL, next = std::min(job_.hidden, end + CHUNK_COLUMNS);
     Ahead ahead;
     (after < job_.dim ? weights_.down(unit.expert, after, f, end) : weights_.up(unit.expert, end, next)).tell(ahead);
-    ahead.spread(panels.number * tiles_of(unit));
+    ahead.spread(panels.number * tiles_of(unit) * h.groups);
     for (int t = 0; t < tiles_of(unit); t++)
       for (int p = 0; p < panels.number; p++) down_tile(index, h, panels, p, t, d, f, end, s, ahead);
   }
@@ -174,8 +173,7 @@ class HalfForward {
     d += p * HALF_PANEL;
     HalfSums own;
     HalfSums& sums = job_.hidden <= CHUNK_COLUMNS ? own : s.out[d / HALF_PANEL * tiles + t];
-    multiply_half(h, r, panels.panel(s.panels, p), f > 0, sums);
-    ahead.go_on();
+    multiply_half(h, r, panels.panel(s.panels, p), f > 0, sums, ahead);
     if (end == job_.hidden) put(index, sums, r, rows, d);
   }
 
