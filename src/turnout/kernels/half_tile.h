@@ -44,11 +44,6 @@ inline void add_product() {
   if (TALL && WIDE) _tile_dpbf16ps(3, 5, 7);
 }
 
-// Nothing to do between groups.
-struct Nothing {
-  void go_on() {}
-};
-
 template <int P, bool TALL, bool WIDE, class Between>
 inline void add_groups(const bfloat* a, const bfloat* b, long groups, Between& between) {
   static_assert(P == 1 || P == PLANES, "planes are multiplied one by one");
@@ -97,9 +92,9 @@ inline void multiply_tiles(const bfloat* a, const bfloat* b, long groups, bool a
 
 // sums = (or +=) up to 32 rows of a block from `row` on, times a packed panel. After each group `between` goes on with
 // something else.
-template <int P, class Between = Nothing>
+template <int P, class Between>
 inline void multiply_half(const HalfBlock<P>& block, long row, const bfloat* panel, bool add, HalfSums& sums,
-                          Between&& between = {}) {
+                          Between& between) {
   if (block.rows - row > UNIT_ROWS)
     multiply_tiles<P, true, true>(block.at(0, row), panel, block.groups, add, sums, between);
   else
@@ -107,9 +102,9 @@ inline void multiply_half(const HalfBlock<P>& block, long row, const bfloat* pan
 }
 
 // The same of 32 rows, all groups and so many columns of the panel.
-template <int P, class Between = Nothing>
+template <int P, class Between>
 inline void multiply_columns(const HalfBlock<P>& block, long row, const bfloat* panel, long columns, bool add,
-                             HalfSums& sums, Between&& between = {}) {
+                             HalfSums& sums, Between& between) {
   if (columns > UNIT_ROWS)
     multiply_tiles<P, true, true>(block.at(0, row), panel, block.groups, add, sums, between);
   else
