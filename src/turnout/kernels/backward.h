@@ -169,9 +169,11 @@ class Backward {
     for (int part = 0; part < act_.parts; part++)
       pack_transposed(s.panel + part * width * TILE_COLUMNS, up + part * job_.hidden, before_, columns, width);
     const Split tiles(rows, TILE_ROWS);
-    for (int t = 0; t < tiles.parts; t++) {
+    // two lines of each row of the panel to come
+    const char* ahead = reinterpret_cast<const char*>(up + TILE_COLUMNS * before_);
+    for (int t = 0; t < tiles.parts; t++, ahead += 128) {
       const Product product = {s.d_before + tiles.begin(t) * STEP, long(rows) * STEP, s.panel, TILE_COLUMNS, act_.parts, width, width,
-                               reinterpret_cast<const char*>(s.panel), 0};
+                               ahead, before_ * long(sizeof(W))};
       put_tile(rows_tile(tiles.size(t)), product, tiles.size(t), columns, s.d_x + tiles.begin(t) * out_step_ + d,
                out_step_, put);
     }
