@@ -28,24 +28,17 @@ inline float inner(const T* row, const float* other, long n) {
 
 #if defined(TURNOUT_MATRIX_UNIT)
 
-// sum[c] += column c of up to 32 columns in pairs of rows, row after row; so many groups of rows.
+// sum[c] += column c of the block, row after row.
 template <int P>
-inline void add_panel(const bfloat* panel, long groups, long columns, float* sum) {
-  for (int tile = 0; tile < 2; tile++, panel += HALF_TILE, sum += UNIT_ROWS, columns -= UNIT_ROWS) {
-    vec all = first_values(sum, columns);
-    for (long line = 0; line < groups * UNIT_ROWS; line++) {
-      const bfloat* const from = panel + line / UNIT_ROWS * P * HALF_PLANE + line % UNIT_ROWS * HALF_GROUP;
-      vec even = {}, odd = {};
-#pragma GCC unroll 3
-      for (int p = P - 1; p >= 0; p--) {
-        const __m512i words = _mm512_load_si512(from + p * HALF_PLANE);
-        even += (vec)_mm512_slli_epi32(words, 16);
-        odd += (vec)upper_bits(words);
-      }
-      all += even;
-      all += odd;
+inline void add_block(const HalfBlock<P>& block, long columns, float* sum) {
+  for (long c = 0; c < columns; c += HALF_GROUP) {
+    vec sums[2] = {first_values(sum + c, columns - c), first_values(sum + c + LANES, columns - c - LANES)};
+    for (long r = 0; r < block.rows; r++) {
+      const bfloat* const from = block.at(c / HALF_GROUP, r);
+      for (int half = 0; half < 2; half++) sums[half] += whole_values<P>(from + half * LANES);
     }
-    _mm512_mask_storeu_ps(sum, __mmask16(first_lanes(columns)), (__m512)all);
+    for (int half = 0; half < 2; half++)
+      _mm512_mask_storeu_ps(sum + c + half * LANES, __mmask16(first_lanes(columns - c - half * LANES)), (__m512)sums[half]);
   }
 }
 

@@ -157,13 +157,7 @@ class Forward {
       const float weight = job_.weight[routes_.assignment[unit.first + r]];
       float* __restrict__ row = sums_->place(index, unit.first + r);
       const float* __restrict__ from = s.out + r * out_step_;
-      if (sums_->streams())
-        for (long d = 0; d < job_.dim; d += LANES) {
-          const vec sum = load(from + d);
-          stream(row + d, (bias ? sum + load(bias + d) : sum) * weight);
-        }
-      else
-        for (long d = 0; d < job_.dim; d++) row[d] = weight * (bias ? from[d] + bias[d] : from[d]);
+      for (long d = 0; d < job_.dim; d++) row[d] = weight * (bias ? from[d] + bias[d] : from[d]);
     }
   }
 

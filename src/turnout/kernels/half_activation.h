@@ -74,13 +74,6 @@ using Held = std::conditional_t<P == 1, bfloat, float>;
 template <int P, int KIND>
 using PlaneFormula = std::conditional_t<P == 1, HalfFormula<KIND>, Formula<KIND>>;
 
-// 32 values, or 16 and 16, as such.
-inline void hold(bfloat* to, vec first, vec second) { store_halves(to, first, second); }
-inline void hold(float* to, vec first, vec second) {
-  store(to, first);
-  store(to + UNIT_ROWS, second);
-}
-
 // A tile of columns of h, or two where there is no gate, from what the first product gave; rows lie HALF_GROUP apart.
 typedef void (*HalfActivation)(const HalfSums& before, int rows, bfloat* h);
 
@@ -121,11 +114,11 @@ T* half_saved(T* saved, const Routes& routes, int expert, long panels, long pane
 // weight * h and the gradients before the activation; dot += dh * h. Rows of h and of gradients lie HALF_GROUP apart.
 template <int P>
 using HalfSlopes = void (*)(const HalfSums& dh, const Held<P>* saved, const Held<P>* second_saved, const float* weight,
-                            int rows, Held<P>* h, Held<P>* d_before, Held<P>* d_second, float* dot);
+                            int rows, bfloat* h, bfloat* d_before, bfloat* d_second, float* dot);
 
 template <int P, int KIND>
 void half_slopes(const HalfSums& dh, const Held<P>* saved, const Held<P>* second_saved, const float* weight, int rows,
-                 Held<P>* h, Held<P>* d_before, Held<P>* d_second, float* dot) {
+                 bfloat* h, bfloat* d_before, bfloat* d_second, float* dot) {
   constexpr bool gated = Formula<KIND>::parts == 2;
   for (int i = 0; i < rows; i++) {
     vec product = load(dot + i * LANES), value[2] = {}, d_x[2] = {}, d_up[2] = {};
@@ -138,9 +131,9 @@ void half_slopes(const HalfSums& dh, const Held<P>* saved, const Held<P>* second
       product += own * value[tile];
     }
     store(dot + i * LANES, product);
-    hold(h + i * HALF_GROUP, value[0] * weight[i], value[1] * weight[i]);
-    hold(d_before + i * HALF_GROUP, d_x[0], d_x[1]);
-    if (gated) hold(d_second + i * HALF_GROUP, d_up[0], d_up[1]);
+    put_halves<P>(h + i * HALF_GROUP, value[0] * weight[i], value[1] * weight[i]);
+    put_halves<P>(d_before + i * HALF_GROUP, d_x[0], d_x[1]);
+    if (gated) put_halves<P>(d_second + i * HALF_GROUP, d_up[0], d_up[1]);
   }
 }
 

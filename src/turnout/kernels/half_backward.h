@@ -1,10 +1,8 @@
 // The backward pass on the matrix unit: what backward.h does, with rows, weights and their gradients of T: of bfloat, or
 // of float in planes of it.
 //
-// Products with a weight's transpose are computed transposed: down d_y^T in place of d_y down^T, and up d_before^T. The
-// weight is then the left factor, read as it lies, and what is turned (half_turns.h) are rows, of which a small expert has
-// fewer. Products over the rows of a block, for the gradients of weights, take one factor's columns as rows and the
-// other's rows in pairs.
+// Products over the rows of a block, for the gradients of weights, take one factor's columns as rows (half_turns.h) and
+// the other's rows in pairs; products with a weight's transpose exchange words of two of its columns.
 #pragma once
 
 #include <vector>
@@ -23,7 +21,6 @@ template <class T>
 class HalfBackward {
   static constexpr int P = sizeof(T) == sizeof(bfloat) ? 1 : PLANES;
   typedef HalfBlock<P> Rows;
-  static constexpr long SQUARE = P * HALF_PLANE;  // values of 32 rows and columns
 
  public:
   explicit HalfBackward(const Job& job)
@@ -42,15 +39,18 @@ class HalfBackward {
     for (int e = 0; e < job_.experts; e++)
       if (blocks(e).parts) rows = std::max<long>(rows, blocks(e).size(0));
     const long wide = half_groups(job_.dim) * HALF_GROUP, chunk = std::min(job_.hidden, CHUNK_COLUMNS);
-    const long tiles = tiles_of(rows), panel = half_groups(rows) * SQUARE;
-    const long before = parts_ * half_groups(chunk) * HALF_GROUP;
+    const long tiles = (rows + UNIT_BLOCK_ROWS - 1) / UNIT_BLOCK_ROWS, panel = half_groups(rows) * P * 2 * HALF_TILE;
+    const long depths[] = {job_.dim, rows, parts_ * half_groups(chunk) * HALF_GROUP};
+    panel_ = 0;
+    for (long depth : depths) panel_ = std::max(panel_, half_groups(depth) * P * 2 * HALF_TILE + 5 * HALF_GROUP);
     const size_t sizes[] = {half_block_floats<P>(rows, job_.dim),
+                            half_block_floats<P>(rows, job_.dim),
                             half_block_floats<P>(wide, rows),
                             size_t(out_panels() * panel / 2),
+                            half_block_floats<P>(rows, chunk),
+                            half_block_floats<P>(rows, parts_ * half_groups(chunk) * HALF_GROUP),
                             half_block_floats<P>(half_groups(chunk) * HALF_GROUP, rows),
-                            size_t(parts_ * half_groups(chunk) * panel / 2),
-                            half_block_floats<P>(rows, before),
-                            half_block_floats<P>(STRIP * UNIT_BLOCK_ROWS, std::max(job_.dim, before)),
+                            size_t(STRIP * panel_ / 2),
                             size_t(out_panels() * tiles * (sizeof(HalfSums) / 4)),
                             size_t(rows * LANES),
                             size_t(rows)};
@@ -58,11 +58,11 @@ class HalfBackward {
     for (size_t size : sizes) each += Workspace::padded(size);
     Workspace space(job_.threads * each + Workspace::padded(sums_.floats()) + gradients_.floats());
     for (int i = 0; i < job_.threads; i++) {
-      float* taken[10];
-      for (int p = 0; p < 10; p++) taken[p] = space.take(sizes[p]);
+      float* taken[11];
+      for (int p = 0; p < 11; p++) taken[p] = space.take(sizes[p]);
       const auto half = [&](int p) { return reinterpret_cast<bfloat*>(taken[p]); };
-      scratch_.push_back({half(0), half(1), half(2), half(3), half(4), half(5), half(6),
-                          reinterpret_cast<HalfSums*>(taken[7]), taken[8], taken[9]});
+      scratch_.push_back({half(0), half(1), half(2), half(3), half(4), half(5), half(6), half(7),
+                          reinterpret_cast<HalfSums*>(taken[8]), taken[9], taken[10]});
     }
     sums_.use(space.take(sums_.floats()));
     gradients_.use(space.take(gradients_.floats()));
@@ -82,15 +82,13 @@ class HalfBackward {
 
  private:
   static constexpr int64_t CHUNK_COLUMNS = 256;  // of h at a time
-  static constexpr int STRIP = 8;                // tiles of a weight's rows that are split at once,
-  static constexpr int SHORT_STRIP = 2;          // or so many where the rows of a block are no more than FEW_TILES
-  static constexpr int FEW_TILES = 8;
-  static_assert(CHUNK_COLUMNS <= STRIP * HALF_PANEL, "a chunk's gradients are one strip of panels");
+  static constexpr int STRIP = 8;                // panels that are packed at once
+  static_assert(CHUNK_COLUMNS <= STRIP * HALF_PANEL, "a chunk's columns are packed at once");
 
   struct Scratch {
-    bfloat* d_y_turned;
-    bfloat *x_turned, *d_y_panels, *h_turned, *d_before_panels;  // for the products over rows
-    bfloat *d_before_turned, *weights;
+    bfloat *x, *d_y;
+    bfloat *x_turned, *d_y_panels;  // for the products over rows
+    bfloat *h, *d_before, *h_turned, *panel;
     HalfSums* d_x;
     float *dot, *weight;
   };
@@ -123,176 +121,127 @@ class HalfBackward {
   }
 
   void block(const Block& b, const HalfGradients& g, const Scratch& s) {
-    Ahead ahead;
-    tell_down(b, ahead, 0);
-    ahead.spread(tiles_of(b.rows) * half_groups(job_.dim));
-    for (int r = 0; r < b.rows; r += UNIT_BLOCK_ROWS) take_rows(b, r, s, ahead);
+    const int32_t* const token = routes_.token + b.first;
+    const Rows x = x_of(b, s.x), d_y = x_of(b, s.d_y), x_turned = turned_of(b, s.x_turned, job_.dim);
+    gather_half(d_y, reinterpret_cast<const T*>(job_.d_y), job_.dim, token);
+    if (job_.d_up) {
+      gather_half(x, reinterpret_cast<const T*>(job_.x), job_.dim, token);
+      turn_block(x_turned, x, half_groups(job_.dim));
+    }
+    if (job_.d_down)
+      for (long p = 0; p < out_panels(); p++) pack_rows(s.d_y_panels + p * rows_panel(b), d_y, p);
     for (int r = 0; r < b.rows; r++) s.weight[r] = job_.weight[routes_.assignment[b.first + r]];
     std::memset(s.dot, 0, sizeof(float) * LANES * b.rows);
     for (long f = 0; f < job_.hidden; f += CHUNK_COLUMNS) {
       const long width = std::min(job_.hidden - f, CHUNK_COLUMNS);
-      for (long j = 0; j < width; j += strip_rows(b)) h_strip(b, s, f, j, width);
+      for (long j = 0; j < width; j += STRIP * HALF_PANEL) h_panels(b, s, f, j, width);
       down_chunk(b, g, s, f, width);
       for (int part = 0; part < parts_; part++) up_chunk(b, g, s, f, width, part);
       if (job_.d_x)
-        for (long d = 0; d < job_.dim; d += strip_rows(b)) x_strip(b, s, f, width, d);
+        for (long d = 0; d < job_.dim; d += STRIP * HALF_PANEL) x_panels(b, s, f, width, d);
     }
     finish(b, g, s);
   }
 
-  // Up to 32 rows of x and d_y from r on, as factors.
-  void take_rows(const Block& b, int r, const Scratch& s, Ahead& ahead) const {
-    const int32_t* const token = routes_.token + b.first + r;
-    const auto rows_of = [&](const float* matrix) {
-      return HalfRows<T>(b.rows - r, [=](int i) { return reinterpret_cast<const T*>(matrix) + token[i] * job_.dim; });
-    };
-    HalfRows<T> x = rows_of(job_.x), d_y = rows_of(job_.d_y);
-    const Rows x_turned = turned_of(b, s.x_turned, job_.dim);
-    const int next_end = std::min(2 * UNIT_BLOCK_ROWS, b.rows - r);
-    for (long g = 0; g < half_groups(job_.dim); g++, x.go_on(), d_y.go_on()) {
-      const long c = g * HALF_GROUP;
-      for (int i = UNIT_BLOCK_ROWS; i < next_end; i++)
-        for (const float* matrix : {job_.x, job_.d_y})
-          for (long line = c; line < c + HALF_GROUP; line += long(64 / sizeof(T)))
-            __builtin_prefetch(reinterpret_cast<const T*>(matrix) + token[i] * job_.dim + line, 0, 3);
-      ahead.go_on();
-      if (job_.d_up) pair_rows_turned(x_turned.at(r / HALF_GROUP, c), x, job_.dim - c);
-      if (job_.d_down) pair_rows(panel_of(b, s.d_y_panels, g, r), d_y, job_.dim - c);
-      pair_columns_turned(turned_panel(s.d_y_turned, half_groups(job_.dim), r) + g * SQUARE, d_y, job_.dim - c);
-    }
-  }
-
-  // In a panel of 32 columns, for a product over rows, those from r on.
-  bfloat* panel_of(const Block& b, bfloat* panels, long which, long row) const {
-    return panels + (which * half_groups(b.rows) + row / HALF_GROUP) * SQUARE;
-  }
-  // The panel that has 32 rows as columns.
-  static bfloat* turned_panel(bfloat* panels, long groups, long row) {
-    return panels + row / UNIT_BLOCK_ROWS * groups * SQUARE;
+  long rows_panel(const Block& b) const { return half_groups(b.rows) * P * 2 * HALF_TILE; }
+  Rows x_of(const Block& b, bfloat* values) const { return {values, b.rows, half_groups(job_.dim)}; }
+  Rows h_of(const Block& b, const Scratch& s, long width) const { return {s.h, b.rows, half_groups(width)}; }
+  Rows before_of(const Block& b, const Scratch& s, long width, int part) const {
+    return Rows{s.d_before, b.rows, parts_ * half_groups(width)}.from(part * half_groups(width));
   }
   // A row for each of so many columns.
   static Rows turned_of(const Block& b, bfloat* values, long columns) {
     return {values, half_groups(columns) * HALF_GROUP, half_groups(b.rows)};
   }
-  T* saved_of(int expert, long panel, int row) const {
-    return half_saved(reinterpret_cast<T*>(job_.saved), routes_, expert, saved_panels(), panel, row);
+  Held<P>* saved_of(int expert, long panel, int row) const {
+    return half_saved(reinterpret_cast<Held<P>*>(job_.saved), routes_, expert, saved_panels(), panel, row);
   }
 
-  // Short strips are split while their panels stay in the second cache, and the next is fetched meanwhile; of many rows
-  // panels are read from beyond it, for every strip.
-  static bool is_short(const Block& b) { return b.rows <= FEW_TILES * UNIT_BLOCK_ROWS; }
-  static long strip_rows(const Block& b) { return (is_short(b) ? SHORT_STRIP : STRIP) * UNIT_BLOCK_ROWS; }
-  static int tiles_of(long rows) { return int((rows + UNIT_BLOCK_ROWS - 1) / UNIT_BLOCK_ROWS); }
-
-  // What a strip of down from row f on is split from, and one of up from row d on, of a chunk's columns.
-  void tell_down(const Block& b, Ahead& ahead, long f) const {
-    if (!is_short(b)) return;
-    const long rows = std::min(strip_rows(b), job_.hidden - f), bytes = job_.dim * long(sizeof(T));
-    ahead.add(static_cast<const T*>(job_.down) + (b.expert * job_.hidden + f) * job_.dim, rows, bytes, bytes);
-  }
-  void tell_up(const Block& b, Ahead& ahead, long d, long f, long width) const {
-    if (!job_.d_x || !is_short(b)) return;
-    const long rows = std::min(strip_rows(b), job_.dim - d);
-    const T* up = static_cast<const T*>(job_.up) + (b.expert * job_.dim + d) * before_ + f;
-    for (int part = 0; part < parts_; part++)
-      ahead.add(up + part * job_.hidden, rows, width * long(sizeof(T)), before_ * long(sizeof(T)));
+  // Panels of a strip that begins with `done` of `all` columns behind it.
+  static int panels_of(long done, long all) {
+    return int(std::min<long>(STRIP, (all - done + HALF_PANEL - 1) / HALF_PANEL));
   }
 
   // A strip of columns of h and of the gradients before the activation: d_y down^T, and what the activation makes.
-  void h_strip(const Block& b, const Scratch& s, long f, long j, long width) const {
-    const Rows down = {s.weights, std::min(strip_rows(b), width - j), half_groups(job_.dim)};
-    split_rows(down, static_cast<const T*>(job_.down) + (b.expert * job_.hidden + f + j) * job_.dim, job_.dim, job_.dim);
-    Ahead ahead;
-    if (j + down.rows < width)
-      tell_down(b, ahead, f + j + down.rows);
-    else
-      tell_up(b, ahead, 0, f, width);
-    ahead.spread(tiles_of(b.rows) * tiles_of(down.rows) * down.groups);
+  void h_panels(const Block& b, const Scratch& s, long f, long j, long width) const {
+    const Rows d_y = x_of(b, s.d_y);
+    const T* down = static_cast<const T*>(job_.down) + (b.expert * job_.hidden + f) * job_.dim;
+    const int panels = panels_of(j, width);
+    for (int p = 0; p < panels; p++) {
+      const long column = j + p * HALF_PANEL;
+      pack_turned<P>(s.panel + p * panel_, down + column * job_.dim, job_.dim, job_.dim, width - column);
+    }
     for (int r = 0; r < b.rows; r += UNIT_BLOCK_ROWS)
-      for (long i = 0; i < down.rows; i += UNIT_BLOCK_ROWS) {
-        HalfSums sums, dh;
-        multiply_columns(down, i, turned_panel(s.d_y_turned, down.groups, r), b.rows - r, false, sums, ahead);
-        turn_sums(dh, sums);
-        h_tile(b, s, dh, r, f, j + i, width);
+      for (int p = 0; p < panels; p++) {
+        HalfSums dh;
+        multiply_half(d_y, r, s.panel + p * panel_, half_groups(job_.dim), false, dh);
+        h_tile(b, s, dh, r, f, j + p * HALF_PANEL, width);
       }
   }
 
   void h_tile(const Block& b, const Scratch& s, const HalfSums& dh, int r, long f, long j, long width) const {
     const int rows = std::min(UNIT_BLOCK_ROWS, b.rows - r);
-    const long panel = (f + j) / half_saved_width(gated()), group = j / HALF_GROUP, groups = half_groups(width);
-    const T* const saved = saved_of(b.expert, panel, b.first + r);
+    const long panel = (f + j) / half_saved_width(gated()), group = j / HALF_GROUP;
+    const Held<P>* const saved = saved_of(b.expert, panel, b.first + r);
     // of the second tile's gates, which may be past the last panel
-    const T* const second = panel + 1 < saved_panels() ? saved_of(b.expert, panel + 1, b.first + r) : nullptr;
-    alignas(64) T h[UNIT_BLOCK_ROWS][HALF_GROUP], d_before[2][UNIT_BLOCK_ROWS][HALF_GROUP];
-    slopes_(dh, saved, gated() ? second : saved + UNIT_ROWS, s.weight + r, rows, h[0], d_before[0][0], d_before[1][0],
+    const Held<P>* const second = panel + 1 < saved_panels() ? saved_of(b.expert, panel + 1, b.first + r) : nullptr;
+    slopes_(dh, saved, gated() ? second : saved + UNIT_ROWS, s.weight + r, rows, h_of(b, s, width).at(group, r),
+            before_of(b, s, width, 0).at(group, r), gated() ? before_of(b, s, width, 1).at(group, r) : nullptr,
             s.dot + r * LANES);
-    const auto rows_of = [&](const T(&tile)[UNIT_BLOCK_ROWS][HALF_GROUP]) {
-      return HalfRows<T>(rows, [&](int i) { return tile[i]; });
-    };
-    if (job_.d_down) pair_rows_turned(turned_of(b, s.h_turned, width).at(r / HALF_GROUP, j), rows_of(h), HALF_GROUP);
-    for (int part = 0; part < parts_; part++) {
-      const HalfRows<T> own = rows_of(d_before[part]);
-      const long at = part * groups + group;
-      pair_rows(panel_of(b, s.d_before_panels, at, r), own, HALF_GROUP);
-      if (job_.d_x)
-        pair_columns_turned(turned_panel(s.d_before_turned, parts_ * groups, r) + at * SQUARE, own, HALF_GROUP);
-    }
   }
 
   // Rows [f, f + width) of the gradient of down: h^T d_y.
   void down_chunk(const Block& b, const HalfGradients& g, const Scratch& s, long f, long width) {
+    const Rows h = h_of(b, s, width), turned = turned_of(b, s.h_turned, width);
+    if (job_.d_down) turn_block(turned, h, half_groups(width));
     relay_.in_turn(b.unit, [&] {
       for (long d = 0; job_.d_down && d < job_.dim; d += STRIP * HALF_PANEL)
-        over_rows(b, turned_of(b, s.h_turned, width), width, panel_of(b, s.d_y_panels, d / HALF_PANEL, 0),
-                  std::min<long>(STRIP * HALF_PANEL, job_.dim - d), g.down, g.half_down, f * job_.dim + d, job_.dim);
+        over_rows(b, turned, width, s.d_y_panels + d / HALF_PANEL * rows_panel(b), rows_panel(b), job_.dim - d, g.down,
+                  g.half_down, f * job_.dim + d, job_.dim);
     });
   }
 
   // Columns [f, f + width) of a part of the gradient of up: x^T d_before; and of its bias's.
   void up_chunk(const Block& b, const HalfGradients& g, const Scratch& s, long f, long width, int part) {
-    const bfloat* const panels = panel_of(b, s.d_before_panels, part * half_groups(width), 0);
-    const long column = part * job_.hidden + f, groups = half_groups(b.rows);
+    const Rows d_before = before_of(b, s, width, part);
+    const Rows x_turned = turned_of(b, s.x_turned, job_.dim);
+    const long column = part * job_.hidden + f;
+    for (int p = 0; job_.d_up && p < panels_of(0, width); p++) pack_rows(s.panel + p * panel_, d_before, p);
     relay_.in_turn(b.unit, [&] {
-      if (job_.d_up)
-        over_rows(b, turned_of(b, s.x_turned, job_.dim), job_.dim, panels, width, g.up, g.half_up, column, before_);
-      for (long j = 0; g.up_bias && j < width; j += HALF_PANEL)
-        add_panel<P>(panels + j / HALF_PANEL * groups * SQUARE, groups, width - j, g.up_bias + column + j);
+      if (job_.d_up) over_rows(b, x_turned, job_.dim, s.panel, panel_, width, g.up, g.half_up, column, before_);
+      if (g.up_bias) add_block(d_before, width, g.up_bias + column);
     });
   }
 
-  // A product over the rows of a block, to `size` rows of a gradient and so many columns. What one tile of it is goes to
-  // the gradient while the next is multiplied.
-  void over_rows(const Block& b, const Rows& turned, long size, const bfloat* panels, long columns, float* sum,
-                 bfloat* half, long place, long step) const {
-    const int share = int((UNIT_BLOCK_ROWS + turned.groups - 1) / turned.groups);
-    PutGradient puts[2];
-    int turn = 0;
+  // A product over the rows of a block, to `size` rows of a gradient and up to a strip of its columns.
+  void over_rows(const Block& b, const Rows& turned, long size, const bfloat* panels, long panel, long columns,
+                 float* sum, bfloat* half, long place, long step) const {
     for (long i = 0; i < size; i += UNIT_BLOCK_ROWS)
-      for (long c = 0; c < columns; c += HALF_PANEL, turn ^= 1) {
-        const long at = place + i * step + c;
-        puts[turn].begin(int(std::min<long>(UNIT_BLOCK_ROWS, size - i)), columns - c, sum ? sum + at : nullptr,
-                         half ? half + at : nullptr, step, b.add, share);
-        multiply_half(turned, i, panels + c / HALF_PANEL * turned.groups * SQUARE, false, puts[turn].sums, puts[turn ^ 1]);
+      for (int p = 0; p < panels_of(0, columns); p++) {
+        const int rows = int(std::min<long>(UNIT_BLOCK_ROWS, size - i));
+        const long at = place + i * step + p * HALF_PANEL;
+        HalfSums sums;
+        multiply_half(turned, i, panels + p * panel, half_groups(b.rows), false, sums);
+        put_gradient(sums, rows, columns - p * HALF_PANEL, sum ? sum + at : nullptr, half ? half + at : nullptr, step,
+                     b.add);
       }
-    puts[turn ^ 1].finish();
   }
 
-  // A strip of columns of d_x, from d on, turned: what a chunk's gradients before the activation add to them.
-  void x_strip(const Block& b, const Scratch& s, long f, long width, long d) const {
-    const long groups = half_groups(width), tiles = tiles_of(b.rows);
-    const Rows up = {s.weights, std::min(strip_rows(b), job_.dim - d), parts_ * groups};
-    const T* const from = static_cast<const T*>(job_.up) + (b.expert * job_.dim + d) * before_ + f;
-    for (int part = 0; part < parts_; part++) split_rows(up.from(part * groups), from + part * job_.hidden, before_, width);
-    Ahead ahead;
-    if (d + up.rows < job_.dim)
-      tell_up(b, ahead, d + up.rows, f, width);
-    else
-      tell_down(b, ahead, f + width);
-    ahead.spread(tiles * tiles_of(up.rows) * up.groups);
-    for (int r = 0; r < b.rows; r += UNIT_BLOCK_ROWS)
-      for (long i = 0; i < up.rows; i += UNIT_BLOCK_ROWS)
-        multiply_columns(up, i, turned_panel(s.d_before_turned, up.groups, r), b.rows - r, f > 0,
-                         s.d_x[(d + i) / HALF_PANEL * tiles + r / UNIT_BLOCK_ROWS], ahead);
+  // A strip of columns of d_x, from d on: what a chunk's gradients before the activation add to them.
+  void x_panels(const Block& b, const Scratch& s, long f, long width, long d) const {
+    const T* up = static_cast<const T*>(job_.up) + (b.expert * job_.dim + d) * before_ + f;
+    const long groups = half_groups(width), tiles = (b.rows + UNIT_BLOCK_ROWS - 1) / UNIT_BLOCK_ROWS;
+    const int panels = panels_of(d, job_.dim);
+    for (int p = 0; p < panels; p++)
+      for (int part = 0; part < parts_; part++)
+        pack_turned<P>(s.panel + p * panel_ + part * groups * P * 2 * HALF_TILE,
+                       up + p * HALF_PANEL * before_ + part * job_.hidden, before_, width,
+                       job_.dim - d - p * HALF_PANEL);
+    const Rows d_before = before_of(b, s, width, 0);
+    for (int t = 0; t < tiles; t++)
+      for (int p = 0; p < panels; p++)
+        multiply_half(d_before, t * UNIT_BLOCK_ROWS, s.panel + p * panel_, parts_ * groups, f > 0,
+                      s.d_x[(d / HALF_PANEL + p) * tiles + t]);
   }
 
   void finish(const Block& b, const HalfGradients& g, const Scratch& s) {
@@ -301,30 +250,28 @@ class HalfBackward {
     for (int r = 0; r < b.rows; r++) {
       const float through_bias = bias ? inner(d_y(r), bias, job_.dim) : 0.0f;
       if (job_.d_weight) job_.d_weight[routes_.assignment[b.first + r]] = total(load(s.dot + r * LANES)) + through_bias;
+      if (job_.d_x) put_x(b, r, s);
     }
-    for (int r = 0; job_.d_x && r < b.rows; r += UNIT_BLOCK_ROWS) put_x(b, r, s);
     relay_.in_turn(b.unit, [&] {
       for (int r = 0; g.down_bias && r < b.rows; r++) add_scaled(g.down_bias, d_y(r), s.weight[r], job_.dim);
     });
   }
 
-  // Up to 32 rows of d_x from r on.
   void put_x(const Block& b, int r, const Scratch& s) const {
-    const long tiles = tiles_of(b.rows);
-    const int rows = std::min(UNIT_BLOCK_ROWS, b.rows - r);
+    const long tiles = (b.rows + UNIT_BLOCK_ROWS - 1) / UNIT_BLOCK_ROWS;
+    const int row = b.first + r, i = r % UNIT_BLOCK_ROWS;
     for (long d = 0; d < job_.dim; d += HALF_PANEL) {
-      HalfSums sums;
-      turn_sums(sums, s.d_x[d / HALF_PANEL * tiles + r / UNIT_BLOCK_ROWS]);
-      for (int i = 0; i < rows; i++) put_columns(b, r + i, d, load(sums.sum[0][i]), load(sums.sum[1][i]));
+      const HalfSums& sums = s.d_x[d / HALF_PANEL * tiles + r / UNIT_BLOCK_ROWS];
+      const __m512 low = (__m512)load(sums.sum[0][i]), high = (__m512)load(sums.sum[1][i]);
+      const __mmask32 mask = first_lanes(job_.dim - d);
+      if (P == 1 && sums_.direct()) {
+        _mm512_mask_storeu_epi16(sums_.half_place(row) + d, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      } else {
+        float* const place = sums_.place(b.unit, row) + d;
+        _mm512_mask_storeu_ps(place, __mmask16(mask), low);
+        _mm512_mask_storeu_ps(place + UNIT_ROWS, __mmask16(mask >> UNIT_ROWS), high);
+      }
     }
-  }
-
-  void put_columns(const Block& b, int r, long d, vec low, vec high) const {
-    const int row = b.first + r;
-    if (P == 1 && sums_.direct())
-      put_line(sums_.half_place(row) + d, low, high, job_.dim - d, sums_.streams());
-    else
-      put_line(sums_.place(b.unit, row) + d, low, high, job_.dim - d, sums_.streams());
   }
 
   const Job& job_;
@@ -332,6 +279,7 @@ class HalfBackward {
   const int parts_;
   const HalfSlopes<P> slopes_;
   const long before_;  // columns before the activation
+  long panel_ = 0;     // values of the largest panel, and from one of a strip to the next
   HalfWeightGradients<T> gradients_;
   const std::vector<Unit> units_;
   Relay relay_;

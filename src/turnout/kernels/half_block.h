@@ -18,8 +18,6 @@ constexpr int PLANES = 3;                                // of a float: 24 bits 
 inline long half_groups(long columns) { return (columns + HALF_GROUP - 1) / HALF_GROUP; }
 constexpr long HALF_PLANE = UNIT_BLOCK_ROWS * HALF_GROUP;  // values, from a plane of a block's value to the next plane's
 
-constexpr long STREAMED = 1 << 20;  // values: of more a core's caches have lost the first when the last is written
-
 // In floats, of a block of whole tiles.
 template <int P>
 size_t half_block_floats(long rows, long columns) {
@@ -50,24 +48,6 @@ inline void store_halves(bfloat* p, vec low, vec high) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 inline __mmask32 first_lanes(long n) { return n >= 32 ? ~__mmask32(0) : n <= 0 ? 0 : (__mmask32(1) << n) - 1; }
-
-// 32 values of which `n` are there, past the caches where they `stream` and fill lines of their own.
-inline void put_line(bfloat* to, vec low, vec high, long n, bool streams) {
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  if (streams && n >= HALF_GROUP && uintptr_t(to) % 64 == 0)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
-  else
-    _mm512_mask_storeu_epi16(to, first_lanes(n), both);
-}
-inline void put_line(float* to, vec low, vec high, long n, bool streams) {
-  if (streams && n >= HALF_GROUP && uintptr_t(to) % 64 == 0) {
-    stream(to, low);
-    stream(to + UNIT_ROWS, high);
-  } else {
-    _mm512_mask_storeu_ps(to, __mmask16(first_lanes(n)), (__m512)low);
-    _mm512_mask_storeu_ps(to + UNIT_ROWS, __mmask16(first_lanes(n - UNIT_ROWS)), (__m512)high);
-  }
-}
 
 // n values of float as bfloat.
 inline void to_half(bfloat* out, const float* x, long n) {
@@ -105,6 +85,15 @@ inline void put_half(bfloat* to, vec v) {
 #pragma GCC unroll 3
   for (int p = 0; p < P; p++, to += HALF_PLANE, v = below_upper(v))
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)v, 16)));
+}
+
+// 16 values of a block.
+template <int P>
+inline vec whole_values(const bfloat* from) {
+  vec sum = {};
+#pragma GCC unroll 3
+  for (int p = P - 1; p >= 0; p--) sum += load(from + p * HALF_PLANE);
+  return sum;
 }
 
 // 16 values of which `n` are there.

@@ -113,7 +113,7 @@ class HalfForward {
     const long after = j + panels.number * width();
     Ahead ahead;
     (after < end ? weights_.up(unit.expert, after, end) : weights_.down(unit.expert, 0, f, end)).tell(ahead);
-    ahead.spread(panels.number * tiles_of(unit) * x.groups);
+    ahead.spread(panels.number * tiles_of(unit));
     for (int r = 0; r < unit.rows; r += UNIT_BLOCK_ROWS)
       for (int p = 0; p < panels.number; p++) up_tile(unit, x, h, panels, p, r, j, f, s, ahead);
   }
@@ -124,9 +124,10 @@ class HalfForward {
     const int rows = std::min(UNIT_BLOCK_ROWS, unit.rows - r);
     j += p * width();
     HalfSums sums;
-    multiply_half(x, r, panels.panel(s.panels, p), false, sums, ahead);
+    multiply_half(x, r, panels.panel(s.panels, p), half_groups(job_.dim), false, sums);
     if (job_.up_bias) add_bias(unit.expert, j, rows, sums);
     if (job_.saved) save(unit, j, r, rows, sums);
+    ahead.go_on();
     activate_(sums, rows, h.at((j - f) / HALF_GROUP, r) + (j - f) % HALF_GROUP);
   }
 
@@ -134,12 +135,16 @@ class HalfForward {
     const long panels = (job_.hidden + width() - 1) / width();
     Held<P>* to = half_saved(reinterpret_cast<Held<P>*>(job_.saved), routes_, unit.expert, panels, j / width(),
                              unit.first + r);
-    const bool streams = routes_.start[job_.experts] * panels > STREAMED / HALF_PANEL;
     for (int i = 0; i < rows; i++, to += HALF_PANEL) {
       vec first = load(sums.sum[0][i]), second = load(sums.sum[1][i]);
       if (P == 1 && job_.kind == SWIGLU_CLAMPED) stay_clamped(first, second);
-      put_line(to, first, second, HALF_PANEL, streams);
+      hold(to, first, second);
     }
+  }
+  static void hold(bfloat* to, vec first, vec second) { store_halves(to, first, second); }
+  static void hold(float* to, vec first, vec second) {
+    store(to, first);
+    store(to + UNIT_ROWS, second);
   }
 
   void add_bias(int expert, long j, int rows, HalfSums& sums) const {
@@ -160,7 +165,7 @@ class HalfForward {
     const long after = d + panels.number * HALF_PANEL, next = std::min(job_.hidden, end + CHUNK_COLUMNS);
     Ahead ahead;
     (after < job_.dim ? weights_.down(unit.expert, after, f, end) : weights_.up(unit.expert, end, next)).tell(ahead);
-    ahead.spread(panels.number * tiles_of(unit) * h.groups);
+    ahead.spread(panels.number * tiles_of(unit));
     for (int t = 0; t < tiles_of(unit); t++)
       for (int p = 0; p < panels.number; p++) down_tile(index, h, panels, p, t, d, f, end, s, ahead);
   }
@@ -173,25 +178,31 @@ class HalfForward {
     d += p * HALF_PANEL;
     HalfSums own;
     HalfSums& sums = job_.hidden <= CHUNK_COLUMNS ? own : s.out[d / HALF_PANEL * tiles + t];
-    multiply_half(h, r, panels.panel(s.panels, p), f > 0, sums, ahead);
+    multiply_half(h, r, panels.panel(s.panels, p), half_groups(end - f), f > 0, sums);
+    ahead.go_on();
     if (end == job_.hidden) put(index, sums, r, rows, d);
   }
 
   void put(int index, const HalfSums& sums, int r, int rows, long d) const {
     const Unit& unit = units_[index];
     const long columns = job_.dim - d;
+    const __mmask16 mask[] = {__mmask16(first_lanes(columns)), __mmask16(first_lanes(columns - UNIT_ROWS))};
     const float* added = job_.down_bias ? job_.down_bias + unit.expert * job_.dim + d : nullptr;
     vec bias[2] = {};
     for (int tile = 0; added && tile < 2; tile++)
-      bias[tile] = first_values(added + tile * UNIT_ROWS, columns - tile * UNIT_ROWS);
+      bias[tile] = (vec)_mm512_maskz_loadu_ps(mask[tile], added + tile * UNIT_ROWS);
     for (int i = 0; i < rows; i++) {
       const int row = unit.first + r + i;
       const float weight = job_.weight[routes_.assignment[row]];
-      const vec low = (load(sums.sum[0][i]) + bias[0]) * weight, high = (load(sums.sum[1][i]) + bias[1]) * weight;
-      if (sums_.direct() && job_.half_rows)
-        put_line(sums_.half_place(row) + d, low, high, columns, sums_.streams());
-      else
-        put_line(sums_.place(index, row) + d, low, high, columns, sums_.streams());
+      for (int tile = 0; tile < 2; tile++) {
+        const vec value = (load(sums.sum[tile][i]) + bias[tile]) * weight;
+        const long column = d + tile * UNIT_ROWS;
+        if (sums_.direct() && job_.half_rows)
+          _mm256_mask_storeu_epi16(sums_.half_place(row) + column, mask[tile],
+                                   (__m256i)_mm512_cvtneps_pbh((__m512)value));
+        else
+          _mm512_mask_storeu_ps(sums_.place(index, row) + column, mask[tile], (__m512)value);
+      }
     }
   }
 

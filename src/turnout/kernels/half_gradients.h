@@ -16,50 +16,33 @@ struct HalfGradients {
   bfloat *half_up, *half_down;
 };
 
-// A tile of sums on its way to a gradient, row by row: as they are, added, or rounded.
-class PutGradient {
- public:
-  HalfSums sums;
-
-  // To columns of which there are `columns`, `share` rows at a time.
-  void begin(int rows, long columns, float* sum, bfloat* half, long step, bool add, int share) {
-    row_ = 0, rows_ = rows, columns_ = columns, sum_ = sum, half_ = half, step_ = step, add_ = add, share_ = share;
-    // what is there is read a product later
-    for (int i = 0; add && i < rows; i++) {
-      __builtin_prefetch(sum + i * step, 1, 3);
-      __builtin_prefetch(sum + i * step + UNIT_ROWS, 1, 3);
+// A tile of sums to row `row` and columns from `column` on, of which there are `columns`: as they are, added, or rounded.
+inline void put_gradient(const HalfSums& sums, int rows, long columns, float* sum, bfloat* half, long step, bool add) {
+  const __mmask32 mask = first_lanes(columns);
+  if (half) {
+    const bool streams = columns >= HALF_PANEL && uintptr_t(half) % 64 == 0 && step % HALF_PANEL == 0;
+    for (int i = 0; i < rows; i++, half += step) {
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(sums.sum[1][i]), (__m512)load(sums.sum[0][i]));
+      if (streams)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(half), both);
+      else
+        _mm512_mask_storeu_epi16(half, mask, both);
     }
+    return;
   }
-  void go_on() { put(share_); }
-  void finish() { put(rows_); }
-
- private:
-  void put(int most) {
-    const int end = std::min(rows_, row_ + most);
-    if (half_)
-      put_half(end);
-    else
-      put_sums(end);
-  }
-  void put_half(int end) {
-    for (; row_ < end; row_++)
-      put_line(half_ + row_ * step_, load(sums.sum[0][row_]), load(sums.sum[1][row_]), columns_, true);
-  }
-  void put_sums(int end) {
-    for (; row_ < end; row_++) {
-      float* const to = sum_ + row_ * step_;
-      vec low = load(sums.sum[0][row_]), high = load(sums.sum[1][row_]);
-      if (add_) low += first_values(to, columns_), high += first_values(to + UNIT_ROWS, columns_ - UNIT_ROWS);
-      put_line(to, low, high, columns_, !add_);
+  const bool streams = columns >= HALF_PANEL && uintptr_t(sum) % 64 == 0 && step % UNIT_ROWS == 0;
+  for (int i = 0; i < rows; i++, sum += step)
+    for (int tile = 0; tile < 2; tile++) {
+      float* const to = sum + tile * UNIT_ROWS;
+      const __mmask16 own = __mmask16(mask >> (tile * UNIT_ROWS));
+      vec value = load(sums.sum[tile][i]);
+      if (add) value += (vec)_mm512_maskz_loadu_ps(own, to);
+      if (streams && !add)
+        stream(to, value);
+      else
+        _mm512_mask_storeu_ps(to, own, (__m512)value);
     }
-  }
-
-  int row_ = 0, rows_ = 0, share_ = 0;
-  long columns_ = 0, step_ = 0;
-  float* sum_ = nullptr;
-  bfloat* half_ = nullptr;
-  bool add_ = false;
-};
+}
 
 // The gradients of all experts' weights, of T. Of float they are written and added up in place. Of bfloat an expert whose
 // rows are one block has them rounded at once; of one with more they are added up in a room for its sums in float. There

@@ -52,10 +52,6 @@ class RowSums {
     if (half_out_) out_ = buffer + rows_floats_;
   }
   bool direct() const { return direct_; }
-  // Whether rows that are written straight are too many to be in a cache when they are read, and are whole vectors.
-  bool streams() const {
-    return direct_ && tokens_ * dim_ > STREAMED && dim_ % LANES == 0 && uintptr_t(out_) % sizeof(vec) == 0;
-  }
 
   // Where row `row` of a unit is to be written.
   float* place(int unit, int row) const {
