@@ -265,12 +265,24 @@ class MoEOutput:
         return self.routed.decided[1]
 
 
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether operators on these are recorded or replaced, rather than run on numbers that lie in memory.
+
+    So do torch.compile, a dispatch mode (fake tensors, make_fx, a counter of FLOPs) and most kinds of tensor that are
+    not torch's own: a function that reads addresses would read what is not there, or be left out of the record.
+    """
+    # torch has no public name for the second
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(type(tensor) is not Tensor and type(tensor) is not nn.Parameter for tensor in tensors)
+
+
 def counted(index_N: Tensor, size: int) -> Tensor:
     """How often each number below `size` occurs, without a host copy: bincount asks for the largest one.
 
     Shapes: index_N (N,) int64; returns (size,) int64.
     """
-    if index_N.device.type == "cpu" and not torch.compiler.is_compiling():
+    if index_N.device.type == "cpu" and not is_traced(index_N):
         return torch.bincount(index_N, minlength=size)
     return index_N.new_zeros(size).scatter_add_(0, index_N, torch.ones_like(index_N))
 

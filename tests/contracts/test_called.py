@@ -6,12 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from turnout import MoE
 from turnout.errors import ConfigError
 from turnout.experts import FFNExperts, available_backends, quantize_experts
+from turnout.routers import TopK
 
 CPU = torch.device("cpu")
 DIM = 24
@@ -122,3 +126,37 @@ def test_what_torch_func_asks_for_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=r"vmap, jvp or grad of torch\.func"):
             transformed()
+
+
+class _Counted(TorchDispatchMode):
+    """Sees every operator, as counters of FLOPs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_tokens", [5, 40])
+@pytest.mark.parametrize("precision", ["", "int8"])
+def test_where_operators_are_recorded_the_experts_are_one(num_tokens: int, precision: str) -> None:
+    layer = MoE(16, 24, 6, router=TopK(k=2)).eval()
+    if precision:
+        quantize_experts(nn.Sequential(layer), precision=precision)
+    x = torch.randn(num_tokens, 16)
+    with torch.no_grad():
+        want = layer(x).y
+        with _Counted() as counted:
+            assert torch.allclose(layer(x).y, want, atol=1e-6)
+        # no addresses are read of what has none
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert layer(fake.from_tensor(x)).y.shape == x.shape
+        graph = make_fx(lambda x: layer(x).y)(x)
+        assert torch.allclose(graph(2 * x), layer(2 * x).y, atol=1e-6)
+    refused = available_backends(layer.experts, dtype=torch.float32, device=CPU)[
+        "fused_int8" if precision else "fused_cpu"
+    ]
+    assert refused or any("turnout" in name for name in counted.names)

@@ -12,7 +12,7 @@ from turnout.experts.weights import FFNExperts
 from turnout.kernels import Kernel, Routing, trusted_kernel
 from turnout.kernels.build import cpu_flags
 from turnout.kernels.consumed import is_last_pass, is_read_once, mapped_bytes
-from turnout.tensors import Admission, Assignment, SoftmaxChoice, first_order
+from turnout.tensors import Admission, Assignment, SoftmaxChoice, first_order, is_traced
 
 LEAST_BYTES = 1 << 20  # of values saved, whose memory is given back: of less the call would be most of it
 DTYPES = (torch.float32, torch.bfloat16)
@@ -100,7 +100,7 @@ class FusedCPU(FusedBackend):
             None if experts.added_bias_ED is None else experts.added_bias_ED.float(),
         )
         keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        if torch.compiler.is_compiling():
+        if is_traced(*(tensor for tensor in inputs if tensor is not None)):
             routes = (assignment.token_N, assignment.expert_N, admission.keep_N)
             return fused_experts(*inputs, *routes, experts.kind, keep)[0].to(x_TD.dtype)
         kernel = the_kernel(inputs[0].dtype, matrices[1])

@@ -15,7 +15,7 @@ from turnout.kernels.build import Library, compiled, has_vnni
 from turnout.kernels.int8_proof import prove_int8
 from turnout.kernels.matrix_unit import trusted_by_matrix_unit
 from turnout.kernels.proof import once
-from turnout.tensors import Admission, Assignment, SoftmaxChoice
+from turnout.tensors import Admission, Assignment, SoftmaxChoice, is_traced
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -45,7 +45,7 @@ class FusedInt8(FusedBackend):
         experts.check_inference(x_TD, assignment.weight_N)
         weights, digits = int8_weights(experts), experts.digits
         rows = x_TD.detach().float().contiguous(), assignment.weight_N.detach().float().contiguous()
-        if torch.compiler.is_compiling():
+        if is_traced(*rows, *weights.matrices):
             own = list(weights.matrices), weights.up_bias_EG, weights.down_bias_ED
             routes = assignment.token_N, assignment.expert_N, admission.keep_N
             y_TD = int8_experts(*rows, *own, *routes, weights.hidden, weights.kind, digits, _uses_matrix_unit())

@@ -9,6 +9,7 @@ from turnout.kernels.arguments import KINDS, Chosen, Gradients, Int8Weights, Rou
 from turnout.kernels.build import compiled
 from turnout.kernels.kernel import Kernel
 from turnout.kernels.proof import once, prove
+from turnout.tensors import is_traced
 
 __all__ = [
     "KINDS",
@@ -37,8 +38,8 @@ def trusted_kernel() -> Kernel | str:
 
 
 def kernel_for(rows: Tensor) -> Kernel | None:
-    """The kernel, where it can read such rows: float32 in this machine's memory, outside of torch.compile."""
-    if rows.dtype != torch.float32 or rows.device.type != "cpu" or torch.compiler.is_compiling():
+    """The kernel, where it can read such rows: float32 in this machine's memory, which nothing traces."""
+    if rows.dtype != torch.float32 or rows.device.type != "cpu" or is_traced(rows):
         return None
     kernel = trusted_kernel()
     return kernel if isinstance(kernel, Kernel) else None

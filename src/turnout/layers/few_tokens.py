@@ -15,7 +15,7 @@ from turnout.experts import choose_backend
 from turnout.experts.called import are_all_watched, hooks_of_all, is_called, is_watched
 from turnout.kernels.arguments import FEW_ROWS
 from turnout.routers.pieces import MOST_ARGMAX_PASSES
-from turnout.tensors import Admission, RouterOutput, is_transformed
+from turnout.tensors import Admission, RouterOutput, is_traced, is_transformed
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -48,7 +48,7 @@ class FewTokens:
 
         Shapes: x (..., D), without padding; y likewise.
         """
-        if torch.is_grad_enabled() or x.numel() > FEW_ROWS * x.shape[-1] or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or x.numel() > FEW_ROWS * x.shape[-1] or is_traced(x):
             # no expert has more rows than there are tokens
             return None
         if not _is_plain(x) or is_transformed():
