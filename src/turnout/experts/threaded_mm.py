@@ -59,7 +59,7 @@ class _ThreadedFFN(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         width = up_EDG.shape[2]
-        up_MG = on_large_pages(x_MD.new_empty(len(x_MD), width)) if keep else None
+        up_MG = on_large_pages(x_MD.new_empty(len(x_MD), width), move=False) if keep else None
         y_MD = _room(x_MD)
         shares = _shares(counts, width)
 
@@ -101,7 +101,7 @@ class _ThreadedFFN(torch.autograd.Function):
 
 
 def _room(like: Tensor) -> Tensor:
-    return on_large_pages(torch.empty_like(like, memory_format=torch.contiguous_format))
+    return on_large_pages(torch.empty_like(like, memory_format=torch.contiguous_format), move=False)
 
 
 def _shares(counts: Sequence[int], width: int) -> list[_Share]:
