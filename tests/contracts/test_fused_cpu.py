@@ -466,6 +466,17 @@ def test_experts_on_threads_of_their_own_compute_what_the_loop_does(num_experts:
         assert_equals_the_loop(experts, torch.randn(40, 20), assignment, num_threads=3, backend="threaded_mm")
 
 
+@pytest.mark.parametrize("kind", ["relu", "gelu", "swiglu", "swiglu_clamped"])
+def test_a_thread_that_takes_several_experts_at_once_computes_what_the_loop_does(kind: str) -> None:
+    # so few rows of so large weights that gradients are made by some of their columns at a time
+    experts, assignment = drawn_experts(256, 516, 5, kind=kind, bias=True), drawn(90, 5, 2)
+    x_TD = torch.randn(90, 256)
+    assert_equals_the_loop(experts, x_TD, assignment, num_threads=2, backend="threaded_mm")
+    with threads(2):
+        first = run("threaded_mm", experts, x_TD, assignment)
+        assert all(map(torch.equal, first, run("threaded_mm", experts, x_TD, assignment)))
+
+
 @with_kernel
 @pytest.mark.usefixtures("unit")
 def test_only_what_is_wanted_is_computed() -> None:

@@ -23,6 +23,17 @@ class Activation(ABC):
         """Shapes: up_MG (..., G); returns (..., F)."""
 
 
+class Differentiated(Activation):
+    """One that knows its own derivative, where autograd would keep books and take new memory for each expert."""
+
+    @abstractmethod
+    def backward(self, up_MG: Tensor, h_grad_MF: Tensor) -> tuple[Tensor, Tensor]:
+        """h once more, and the gradient before the activation, which may lie where `h_grad_MF` was.
+
+        Shapes: up_MG (..., G) and h_grad_MF (..., F) contiguous; returns (..., F) and (..., G).
+        """
+
+
 def kernels_failure(backend: str, kind: str, own: object) -> str:
     """Why kernels cannot compute experts of that kind, whose activation is `own`; or nothing."""
     if kind not in KINDS:
@@ -32,21 +43,28 @@ def kernels_failure(backend: str, kind: str, own: object) -> str:
     return ""
 
 
-class _ReLU(Activation):
+class _ReLU(Differentiated):
     gated = False
 
     def __call__(self, up_MG: Tensor) -> Tensor:
         return F.relu(up_MG)
 
+    def backward(self, up_MG: Tensor, h_grad_MF: Tensor) -> tuple[Tensor, Tensor]:
+        h_MF = F.relu(up_MG)
+        return h_MF, torch.ops.aten.threshold_backward.grad_input(h_grad_MF, h_MF, 0, grad_input=h_grad_MF)
 
-class _GELU(Activation):
+
+class _GELU(Differentiated):
     gated = False
 
     def __call__(self, up_MG: Tensor) -> Tensor:
         return F.gelu(up_MG)
 
+    def backward(self, up_MG: Tensor, h_grad_MF: Tensor) -> tuple[Tensor, Tensor]:
+        return F.gelu(up_MG), torch.ops.aten.gelu_backward.grad_input(h_grad_MF, up_MG, grad_input=h_grad_MF)
 
-class _SwiGLU(Activation):
+
+class _SwiGLU(Differentiated):
     """silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202."""
 
     gated = True
@@ -57,6 +75,15 @@ class _SwiGLU(Activation):
             gate, up = up_MG.chunk(2, dim=-1)
             return F.silu(gate) * up
         return _FusedSwiGLU.apply(up_MG)
+
+    def backward(self, up_MG: Tensor, h_grad_MF: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = up_MG.chunk(2, dim=-1)
+        grad_MG = torch.empty_like(up_MG)
+        grad_gate, grad_up = grad_MG.chunk(2, dim=-1)
+        h_MF = F.silu(gate)
+        torch.mul(h_grad_MF, h_MF, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(h_grad_MF.mul_(up), gate, grad_input=grad_gate)
+        return h_MF.mul_(up), grad_MG
 
 
 class _ClampedSwiGLU(Activation):

@@ -7,6 +7,8 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, repeat
 from queue import Empty, SimpleQueue
 from threading import Barrier
 from typing import Any
@@ -15,9 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from turnout.contracts import ExpertBackend, Refusal
-from turnout.experts.activations import Activation
+from turnout.experts.activations import Differentiated
 from turnout.experts.weights import FFNExperts
+from turnout.kernels.pages import on_large_pages
 from turnout.tensors import Ragged, Rows, first_order
+
+# before the activation, of the experts that a thread computes together: a MiB in float32 is still near it afterwards,
+# and many small experts are few calls of torch
+VALUES_TOGETHER = 1 << 18
+# MKL multiplies few rows by so many columns without copying them first: 1.2 times as fast where an expert of several
+# together has a matrix of at least so many values, slower elsewhere
+NARROW, LEAST_NARROWED = 128, 1 << 17
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """Consecutive experts that one thread computes together, and their rows."""
+
+    experts: slice
+    rows: slice
+    counts: list[int]
+
+    def of(self, rows_MD: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each of the experts, of all those of the share."""
+        return rows_MD.split(self.counts)
 
 
 class _ThreadedFFN(torch.autograd.Function):
@@ -32,68 +55,101 @@ class _ThreadedFFN(torch.autograd.Function):
         up_bias_EG: Tensor | None,
         down_bias_ED: Tensor | None,
         counts: list[int],
-        activation: Activation,
+        activation: Callable[[Tensor], Tensor],
         keep: bool,
     ) -> Tensor:
         width = up_EDG.shape[2]
-        up_MG = x_MD.new_empty(len(x_MD), width) if keep else None
-        y_MD = torch.empty_like(x_MD, memory_format=torch.contiguous_format)
-        xs, ys = x_MD.split(counts), y_MD.split(counts)
-        ups = None if up_MG is None else up_MG.split(counts)
+        up_MG = on_large_pages(x_MD.new_empty(len(x_MD), width), move=False) if keep else None
+        y_MD = _room(x_MD)
+        shares = _shares(counts, width)
 
-        def compute(e: int) -> None:
-            if not counts[e]:
-                return
-            up = xs[e].new_empty(counts[e], width) if ups is None else ups[e]
-            _product(xs[e], up_EDG[e], None if up_bias_EG is None else up_bias_EG[e], out=up)
-            _product(activation(up), down_EFD[e], None if down_bias_ED is None else down_bias_ED[e], out=ys[e])
+        def compute(share: _Share) -> None:
+            x = x_MD[share.rows]
+            up = x.new_empty(len(x), width) if up_MG is None else up_MG[share.rows]
+            _products(share, x, up_EDG, up_bias_EG, out=up)
+            _products(share, activation(up), down_EFD, down_bias_ED, out=y_MD[share.rows])
 
-        _side_by_side(compute, counts)
+        _side_by_side(compute, shares)
         if keep:
             ctx.save_for_backward(x_MD, up_EDG, down_EFD, up_bias_EG, down_bias_ED, up_MG)
-            ctx.counts, ctx.activation = counts, activation
+            ctx.shares, ctx.activation = shares, activation
         return y_MD
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_MD, up_EDG, down_EFD, up_bias_EG, down_bias_ED, up_MG = ctx.saved_tensors
+        *inputs, up_MG = ctx.saved_tensors
+        x_MD, up_EDG, down_EFD, _, _ = inputs
         y_grad_MD = grads[0].contiguous()
-        inputs = (x_MD, up_EDG, down_EFD, up_bias_EG, down_bias_ED)
-        found = [
-            torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else None
-            for tensor, wanted in zip(inputs, ctx.needs_input_grad[:5], strict=True)
-        ]
-        x_grad, *weight_grads = found
-        parts = [tensor.split(ctx.counts) for tensor in (x_MD, up_MG, y_grad_MD)]
-        x_grads = None if x_grad is None else x_grad.split(ctx.counts)
+        found = [_room(value) if wanted else None for value, wanted in zip(inputs, ctx.needs_input_grad, strict=False)]
+        x_grad_MD, up_grad_EDG, down_grad_EFD, up_bias_grad_EG, down_bias_grad_ED = found
 
-        def compute(e: int) -> None:
-            x, up, y_grad = (part[e] for part in parts)
-            own = [None if grad is None else grad[e] for grad in weight_grads]
-            h, up_grad = _through_activation(ctx.activation, up, y_grad @ down_EFD[e].t())
-            for out, left, right in ((own[0], x, up_grad), (own[1], h, y_grad)):
-                if out is not None:
-                    torch.mm(left.t(), right, out=out)
-            for out, rows in ((own[2], up_grad), (own[3], y_grad)):
-                if out is not None:
-                    torch.sum(rows, dim=0, out=out)
-            if x_grads is not None:
-                torch.mm(up_grad, up_EDG[e].t(), out=x_grads[e])
+        def compute(share: _Share) -> None:
+            x, up, y_grad = x_MD[share.rows], up_MG[share.rows], y_grad_MD[share.rows]
+            h_grad = up.new_empty(len(up), down_EFD.shape[1])
+            _products(share, y_grad, down_EFD.mT, None, out=h_grad)
+            h, up_grad = _through_activation(ctx.activation, up, h_grad)
+            _weight_gradients(share, h, y_grad, out=down_grad_EFD)
+            _weight_gradients(share, x, up_grad, out=up_grad_EDG)
+            _sums(share, up_grad, out=up_bias_grad_EG)
+            _sums(share, y_grad, out=down_bias_grad_ED)
+            if x_grad_MD is not None:
+                _products(share, up_grad, up_EDG.mT, None, out=x_grad_MD[share.rows])
 
-        _side_by_side(compute, ctx.counts)
+        _side_by_side(compute, ctx.shares)
         return (*found, None, None, None)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight, out=out)
-    else:
-        torch.addmm(bias, x, weight, out=out)
+def _room(like: Tensor) -> Tensor:
+    return on_large_pages(torch.empty_like(like, memory_format=torch.contiguous_format), move=False)
 
 
-def _through_activation(activation: Activation, up_MG: Tensor, h_grad_MF: Tensor) -> tuple[Tensor, Tensor]:
+def _shares(counts: Sequence[int], width: int) -> list[_Share]:
+    """All experts in their order: one, or several with few rows."""
+    most_rows = VALUES_TOGETHER // width
+    starts, ends = [0], list(accumulate(counts, initial=0))
+    for e in range(1, len(counts)):
+        if ends[e + 1] - ends[starts[-1]] > most_rows:
+            starts.append(e)
+    return [
+        _Share(experts=slice(start, stop), rows=slice(ends[start], ends[stop]), counts=list(counts[start:stop]))
+        for start, stop in pairwise([*starts, len(counts)])
+    ]
+
+
+def _products(share: _Share, rows: Tensor, weight_EDG: Tensor, bias_EG: Tensor | None, *, out: Tensor) -> None:
+    weights = weight_EDG[share.experts].unbind()
+    biases = repeat(None) if bias_EG is None else bias_EG[share.experts].unbind()
+    for own, weight, bias, into in zip(share.of(rows), weights, biases, share.of(out), strict=False):
+        if bias is None:
+            torch.mm(own, weight, out=into)
+        else:
+            torch.addmm(bias, own, weight, out=into)
+
+
+def _weight_gradients(share: _Share, left: Tensor, right: Tensor, *, out: Tensor | None) -> None:
+    if out is None:
+        return
+    is_narrowed = len(share.counts) > 1 and out[0].numel() >= LEAST_NARROWED
+    columns = NARROW if is_narrowed else out.shape[2]
+    for own, grad, into in zip(share.of(left), share.of(right), out[share.experts].unbind(), strict=True):
+        for some, place in zip(grad.split(columns, dim=1), into.split(columns, dim=1), strict=True):
+            torch.mm(own.t(), some, out=place)
+
+
+def _sums(share: _Share, rows: Tensor, *, out: Tensor | None) -> None:
+    if out is None:
+        return
+    for own, into in zip(share.of(rows), out[share.experts].unbind(), strict=True):
+        torch.sum(own, dim=0, out=into)
+
+
+def _through_activation(
+    activation: Callable[[Tensor], Tensor], up_MG: Tensor, h_grad_MF: Tensor
+) -> tuple[Tensor, Tensor]:
     """The activation once more, and the gradient before it."""
+    if isinstance(activation, Differentiated):
+        return activation.backward(up_MG, h_grad_MF)
     with torch.enable_grad():
         leaf = up_MG.detach().requires_grad_()
         h_MF = activation(leaf)
@@ -101,17 +157,17 @@ def _through_activation(activation: Activation, up_MG: Tensor, h_grad_MF: Tensor
     return h_MF.detach(), up_grad_MG
 
 
-def _side_by_side(compute: Callable[[int], None], counts: Sequence[int]) -> None:
-    """Every expert, the fullest first, on as many threads as torch has."""
-    order = sorted(range(len(counts)), key=lambda e: -counts[e])
+def _side_by_side(compute: Callable[[_Share], None], shares: Sequence[_Share]) -> None:
+    """Every share, the fullest first, on as many threads as torch has."""
+    order = sorted(shares, key=lambda share: share.rows.start - share.rows.stop)
     num_workers = min(torch.get_num_threads(), len(order))
     if num_workers < 2:
-        for e in order:
-            compute(e)
+        for share in order:
+            compute(share)
         return
-    queue: SimpleQueue[int] = SimpleQueue()
-    for e in order:
-        queue.put(e)
+    queue: SimpleQueue[_Share] = SimpleQueue()
+    for share in order:
+        queue.put(share)
     workers = _workers(torch.get_num_threads())
     for done in [workers.submit(_drain, queue, compute) for _ in range(num_workers)]:
         done.result()
@@ -119,13 +175,13 @@ def _side_by_side(compute: Callable[[int], None], counts: Sequence[int]) -> None
 
 # gradients and autocast are settings of a thread: a new one has neither switched off
 @torch.no_grad()
-def _drain(queue: "SimpleQueue[int]", compute: Callable[[int], None]) -> None:
+def _drain(queue: "SimpleQueue[_Share]", compute: Callable[[_Share], None]) -> None:
     while True:
         try:
-            e = queue.get_nowait()
+            share = queue.get_nowait()
         except Empty:
             return
-        compute(e)
+        compute(share)
 
 
 @functools.cache
