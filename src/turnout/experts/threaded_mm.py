@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from turnout.contracts import ExpertBackend, Refusal
 from turnout.experts.activations import Differentiated
 from turnout.experts.weights import FFNExperts
-from turnout.kernels.pages import on_large_pages
 from turnout.tensors import Ragged, Rows, first_order
 
 # before the activation, of the experts that a thread computes together: a MiB in float32 is still near it afterwards,
@@ -60,8 +59,8 @@ class _ThreadedFFN(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         width = up_EDG.shape[2]
-        up_MG = on_large_pages(x_MD.new_empty(len(x_MD), width), move=False) if keep else None
-        y_MD = _room(x_MD)
+        up_MG = x_MD.new_empty(len(x_MD), width) if keep else None
+        y_MD = _contiguous(x_MD)
         shares = _shares(counts, width)
 
         def compute(share: _Share) -> None:
@@ -82,7 +81,9 @@ class _ThreadedFFN(torch.autograd.Function):
         *inputs, up_MG = ctx.saved_tensors
         x_MD, up_EDG, down_EFD, _, _ = inputs
         y_grad_MD = grads[0].contiguous()
-        found = [_room(value) if wanted else None for value, wanted in zip(inputs, ctx.needs_input_grad, strict=False)]
+        found = [
+            _contiguous(value) if wanted else None for value, wanted in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
         x_grad_MD, up_grad_EDG, down_grad_EFD, up_bias_grad_EG, down_bias_grad_ED = found
 
         def compute(share: _Share) -> None:
@@ -101,8 +102,8 @@ class _ThreadedFFN(torch.autograd.Function):
         return (*found, None, None, None)
 
 
-def _room(like: Tensor) -> Tensor:
-    return on_large_pages(torch.empty_like(like, memory_format=torch.contiguous_format), move=False)
+def _contiguous(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _shares(counts: Sequence[int], width: int) -> list[_Share]:
