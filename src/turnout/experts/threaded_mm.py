@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from turnout.contracts import ExpertBackend, Refusal
 from turnout.experts.activations import Differentiated
 from turnout.experts.weights import FFNExperts
-from turnout.kernels.pages import on_large_pages
 from turnout.tensors import Ragged, Rows, first_order
 
 # before the activation, of the experts that a thread computes together: a MiB in float32 is still near it afterwards,
 # and many small experts are few calls of torch
 VALUES_TOGETHER = 1 << 18
-# MKL multiplies few rows by so many columns without copying them first: 1.2 times as fast where an expert of several
-# together has a matrix of at least so many values, slower elsewhere
-NARROW, LEAST_NARROWED = 128, 1 << 17
+SHARES_A_THREAD = 4  # at least, where there are as many experts: the last to end must not be far behind
+# MKL multiplies the columns of few rows by so many others without copying them first: 1.2 times as fast for a gradient
+# of once to twice 2^17 values (256 x 512), slower for smaller and larger ones
+NARROW, MOST_ROWS_NARROWED, VALUES_NARROWED = 128, 256, 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class _ThreadedFFN(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         width = up_EDG.shape[2]
-        up_MG = on_large_pages(x_MD.new_empty(len(x_MD), width), move=False) if keep else None
-        y_MD = _room(x_MD)
+        up_MG = x_MD.new_empty(len(x_MD), width) if keep else None
+        y_MD = _contiguous(x_MD)
         shares = _shares(counts, width)
 
         def compute(share: _Share) -> None:
@@ -69,7 +69,7 @@ class _ThreadedFFN(torch.autograd.Function):
             _products(share, x, up_EDG, up_bias_EG, out=up)
             _products(share, activation(up), down_EFD, down_bias_ED, out=y_MD[share.rows])
 
-        _side_by_side(compute, shares)
+        _side_by_side(compute, [share for share in shares if any(share.counts)])
         if keep:
             ctx.save_for_backward(x_MD, up_EDG, down_EFD, up_bias_EG, down_bias_ED, up_MG)
             ctx.shares, ctx.activation = shares, activation
@@ -81,7 +81,9 @@ class _ThreadedFFN(torch.autograd.Function):
         *inputs, up_MG = ctx.saved_tensors
         x_MD, up_EDG, down_EFD, _, _ = inputs
         y_grad_MD = grads[0].contiguous()
-        found = [_room(value) if wanted else None for value, wanted in zip(inputs, ctx.needs_input_grad, strict=False)]
+        found = [
+            _contiguous(value) if wanted else None for value, wanted in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
         x_grad_MD, up_grad_EDG, down_grad_EFD, up_bias_grad_EG, down_bias_grad_ED = found
 
         def compute(share: _Share) -> None:
@@ -100,14 +102,14 @@ class _ThreadedFFN(torch.autograd.Function):
         return (*found, None, None, None)
 
 
-def _room(like: Tensor) -> Tensor:
-    return on_large_pages(torch.empty_like(like, memory_format=torch.contiguous_format), move=False)
+def _contiguous(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _shares(counts: Sequence[int], width: int) -> list[_Share]:
     """All experts in their order: one, or several with few rows."""
-    most_rows = VALUES_TOGETHER // width
     starts, ends = [0], list(accumulate(counts, initial=0))
+    most_rows = min(VALUES_TOGETHER // width, ends[-1] // (SHARES_A_THREAD * torch.get_num_threads()))
     for e in range(1, len(counts)):
         if ends[e + 1] - ends[starts[-1]] > most_rows:
             starts.append(e)
@@ -130,9 +132,9 @@ def _products(share: _Share, rows: Tensor, weight_EDG: Tensor, bias_EG: Tensor |
 def _weight_gradients(share: _Share, left: Tensor, right: Tensor, *, out: Tensor | None) -> None:
     if out is None:
         return
-    is_narrowed = len(share.counts) > 1 and out[0].numel() >= LEAST_NARROWED
-    columns = NARROW if is_narrowed else out.shape[2]
+    is_middling = VALUES_NARROWED <= out[0].numel() < 2 * VALUES_NARROWED
     for own, grad, into in zip(share.of(left), share.of(right), out[share.experts].unbind(), strict=True):
+        columns = NARROW if is_middling and len(own) <= MOST_ROWS_NARROWED else out.shape[2]
         for some, place in zip(grad.split(columns, dim=1), into.split(columns, dim=1), strict=True):
             torch.mm(own.t(), some, out=place)
 

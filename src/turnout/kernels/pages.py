@@ -12,18 +12,17 @@ LEAST_BYTES = 4 * PAGE  # of less the processor remembers the addresses
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux
 
 
-def on_large_pages(tensor: Tensor, *, move: bool = True) -> Tensor:
+def on_large_pages(tensor: Tensor) -> Tensor:
     """The same tensor, its memory on pages of 2 MiB where Linux has such; copies do not inherit it.
 
-    Asked of memory that is new it costs nothing. What was written before, if only by a tensor that had the same memory,
-    is moved at about 1 GB/s, or with `move` False stays where it is.
+    Asked before a tensor is filled it costs nothing; of one that is, the values are moved, at about 1 GB/s.
     """
     advise = _advise() if _is_large(tensor) else None
     if advise is not None:
         start = -(-tensor.data_ptr() // PAGE) * PAGE
         length = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE - start
         # what Linux cannot do it leaves as it was: memory is as good, only slower
-        for advice in (MADV_HUGEPAGE, MADV_COLLAPSE) if move else (MADV_HUGEPAGE,):
+        for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
             advise(start, length, advice)
     return tensor
 
