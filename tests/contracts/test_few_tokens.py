@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from tests.contracts.test_fused_cpu import with_kernel
 from turnout import MoE
@@ -465,6 +465,83 @@ def test_a_layer_that_nobody_has_goes_at_once() -> None:
         assert weight() is None
     finally:
         gc.enable()
+
+
+FREED: dict[str, Callable[[MoE], object]] = {
+    "8 bits": lambda layer: quantize_experts(nn.Sequential(layer)),
+    "fp8": lambda layer: quantize_experts(nn.Sequential(layer), precision="fp8"),
+    "no memory": lambda layer: layer.to("meta"),
+    "loaded": _loaded,
+    "no experts": lambda layer: setattr(layer, "experts", None),
+}
+
+
+@pytest.mark.parametrize("case", FREED)
+def test_weights_that_a_layer_no_longer_has_go_at_once(case: str) -> None:
+    layer = layer_of()
+    with torch.no_grad():
+        layer(drawn(2, DIM))
+    # a move leaves the parameter what it was, with other memory
+    weight = weakref.ref(layer.experts.up_EDG.untyped_storage())
+    gc.disable()
+    try:
+        FREED[case](layer)
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_not_the_layers_own_is_not_kept(found: list[torch.dtype]) -> None:
+    layer, x = layer_of(), drawn(2, DIM)
+    _turned(layer)
+    with torch.no_grad():
+        for _ in range(2):
+            layer(x)
+    assert len(found) == 2
+    assert layer._few._kept is None
+
+
+def test_a_parametrization_that_starts_to_act_is_heeded() -> None:
+    layer, x = layer_of(), drawn(4, DIM)
+
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("on", torch.zeros(1))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return -weight if self.on else weight
+
+    switch = Switched()
+    parametrize.register_parametrization(layer.experts, "down_EFD", switch)
+    with torch.no_grad():
+        before = layer(x).y
+        switch.on.fill_(1)
+        assert torch.allclose(layer(x).y, -before, atol=1e-6)
+
+
+def _short_bias(layer: MoE) -> None:
+    layer.experts.down_bias_ED.data = torch.ones(2, DIM)
+
+
+def _few_biases(layer: MoE) -> None:
+    layer.experts.up_bias_EG.data = torch.ones(2, 48)
+
+
+def _meta(layer: MoE) -> None:
+    layer.experts.to("meta")
+
+
+@pytest.mark.parametrize("num_tokens", [4, 40])
+@pytest.mark.parametrize("spoil", [_short_bias, _few_biases, _meta])
+def test_weights_that_end_too_early_are_refused_not_read_past(num_tokens: int, spoil: Callable[[MoE], None]) -> None:
+    layer = layer_of(bias=True)
+    x = drawn(num_tokens, DIM)
+    with torch.no_grad():
+        layer(x)
+        spoil(layer)
+        with pytest.raises(ShapeError, match="the experts' weights"):
+            layer(x)
 
 
 def test_threads_that_call_one_layer_at_once() -> None:

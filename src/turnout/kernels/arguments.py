@@ -115,19 +115,26 @@ class Gradients(NamedTuple):
 
 
 def check_fit(weights: Weights | Int8Weights, num_experts: int, dim: int) -> None:
-    """The kernel would read past the end of weights that somebody replaced by smaller ones.
+    """The kernel would read past the end of weights that somebody replaced by smaller ones, or where there are none.
 
     Raises: ShapeError if they are not of so many experts for rows so wide.
     """
     up, down = weights.ends
+    width = PARTS[weights.kind] * weights.hidden
     fits = len(up) == len(down) == num_experts
     if isinstance(weights, Weights):
-        fits = fits and up.shape[1] == down.shape[2] == dim and up.shape[2] == PARTS[weights.kind] * weights.hidden
+        fits = fits and up.shape[1] == down.shape[2] == dim and up.shape[2] == width
+    biases = ((weights.up_bias_EG, width), (weights.down_bias_ED, dim))
+    fits = fits and all(bias is None or bias.shape == (num_experts, size) for bias, size in biases)
     if not fits:
         raise ShapeError(
-            f"the experts' weights have shapes {tuple(up.shape)} and {tuple(down.shape)}; there are {num_experts} "
-            f"experts for rows of width {dim}"
+            f"the experts' weights have shapes {tuple(up.shape)} and {tuple(down.shape)}, their biases "
+            f"{[None if bias is None else tuple(bias.shape) for bias, _ in biases]}; there are {num_experts} experts "
+            f"for rows of width {dim}"
         )
+    for tensor in (up, down, weights.up_bias_EG, weights.down_bias_ED):
+        if tensor is not None and tensor.numel() > 0 and tensor.data_ptr() == 0:
+            raise ShapeError(f"the experts' weights on {tensor.device} have no memory to read; materialise them first")
 
 
 def like_first(first: Tensor, *_: object) -> Tensor:

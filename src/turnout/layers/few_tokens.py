@@ -1,18 +1,19 @@
 """A layer's few tokens in inference: router and experts in one compiled call."""
 
+import weakref
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from turnout.contracts import CapacityPolicy, Dispatcher, FewCall, FusedBackend, Router
 from turnout.dispatch import Dropless, LocalDispatcher
 from turnout.experts import choose_backend
-from turnout.experts.called import are_all_watched, hooks_of_all, is_called, is_watched
+from turnout.experts.called import are_all_watched, is_called, is_watched
 from turnout.kernels.arguments import FEW_ROWS
 from turnout.routers.pieces import MOST_ARGMAX_PASSES
 from turnout.tensors import Admission, RouterOutput, is_traced, is_transformed
@@ -54,48 +55,82 @@ class FewTokens:
         if not _is_plain(x) or is_transformed():
             return None
         kept, layer = self._kept, (router, experts, backend, capacity, dispatcher)
-        if kept is None or not kept.holds(x, layer):
-            call = _found(x, *layer)
-            if call is None:
-                return None
-            kept = self._kept = _Kept(call, x, layer)
-        return kept.call(x)
+        # alive during the call, whatever other threads do
+        reads = None if kept is None else kept.reads(x, layer)
+        if kept is not None and reads is not None:
+            return kept.call(x)
+        call = _found(x, *layer)
+        self._kept = None if call is None else _kept(call, x, layer)
+        return None if call is None else call(x)
+
+
+def _kept(call: FewCall, x: Tensor, layer: tuple[object, ...]) -> "_Kept | None":
+    """The call, where what it reads is the layer's own: a copy, in another dtype, does not see its weight change."""
+    parts = [part for part in layer if isinstance(part, nn.Module)]
+    own = {id(tensor) for part in parts for tensor in chain(part.parameters(), part.buffers())}
+    modules = [module for part in parts for module in part.modules()]
+    # what a parametrization makes may be the weight itself today
+    if not own.issuperset(map(id, call.reads)) or any(map(is_parametrized, modules)):
+        return None
+    return _Kept(call, x, layer, modules)
 
 
 class _Kept:
-    """A call, and what it was found for."""
+    """A call, and what it was found for. It keeps neither modules nor weights alive that the layer no longer has."""
 
-    def __init__(self, call: FewCall, x: Tensor, layer: tuple[object, ...]) -> None:
+    def __init__(self, call: FewCall, x: Tensor, layer: tuple[object, ...], modules: list[nn.Module]) -> None:
         self.call = call
-        self._dtype, self._dim, self._layer = x.dtype, x.shape[-1], layer
-        self._reads = [(tensor, tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in call.reads]
-        parts = [part for part in layer if isinstance(part, nn.Module)]
-        own = {id(tensor) for part in parts for tensor in chain(part.parameters(), part.buffers())}
-        # a copy, in another dtype, does not see its weight change
-        self._is_copy = not own.issuperset(map(id, call.reads))
-        held: list[dict[Any, Any]] = [vars(module) for part in parts for module in part.modules()]
-        held += [value for attributes in held for value in attributes.values() if isinstance(value, dict)]
-        held += hooks_of_all()
-        self._empty = [each for each in held if not each]
-        self._filled = [(each, tuple(each.values())) for each in held if each]
+        self._dtype, self._dim = x.dtype, x.shape[-1]
+        self._layer = [weakref.ref(part) if isinstance(part, nn.Module) else partial(_same, part) for part in layer]
+        self._tensors = [(weakref.ref(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in call.reads]
+        call.reads = ()
+        self._modules = [(weakref.ref(module), names := _dicts(module), _ids(module, names)) for module in modules]
+        # no two things that live have one id
+        values = [value for module in modules for held in _contents(module, _dicts(module)) for value in held.values()]
+        self._weak = [weakref.ref(value) for value in values if isinstance(value, Tensor | nn.Module)]
+        self._own = [value for value in values if not isinstance(value, Tensor | nn.Module | dict)]
 
-    def holds(self, x: Tensor, layer: tuple[object, ...]) -> bool:
-        """Whether these are such tokens, and that layer: the same parts, settings, weights and hooks."""
-        if self._is_copy or x.dtype is not self._dtype or x.shape[-1] != self._dim:
-            return False
-        # most dictionaries of a module hold hooks, of which there are none
-        if not all(map(is_, self._layer, layer)) or any(self._empty):
-            return False
-        for held, values in self._filled:
-            if len(held) != len(values) or not all(map(is_, held.values(), values)):
-                return False
-        # and whatever was done to a weight's `.data`
-        for tensor, at, dtype, shape in self._reads:
-            if tensor.data_ptr() != at or tensor.dtype is not dtype or tensor.shape != shape:
-                return False
+    def reads(self, x: Tensor, layer: tuple[object, ...]) -> list[Tensor] | None:
+        """What the call reads, where these are such tokens, and that layer has the parts, weights and hooks it had."""
+        if x.dtype is not self._dtype or x.shape[-1] != self._dim or are_all_watched():
+            return None
+        if any(part is not known() for part, known in zip(layer, self._layer, strict=True)):
+            return None
+        for known, names, ids in self._modules:
+            module = known()
+            if module is None or _ids(module, names) != ids:
+                return None
+        if any(known() is None for known in self._weak):
+            return None
+        found: list[Tensor] = []
+        for known, at, dtype, shape in self._tensors:
+            tensor = known()
+            # whatever was done to `.data`
+            if tensor is None or tensor.data_ptr() != at or tensor.dtype is not dtype or tensor.shape != shape:
+                return None
             if not tensor.is_contiguous():
-                return False
-        return True
+                return None
+            found.append(tensor)
+        return found
+
+
+def _same(part: object) -> object:
+    return part
+
+
+def _dicts(module: nn.Module) -> tuple[str, ...]:
+    """Attributes that hold others: parameters, hooks."""
+    return tuple(name for name, value in vars(module).items() if isinstance(value, dict))
+
+
+def _contents(module: nn.Module, names: tuple[str, ...]) -> list[dict[Any, Any]]:
+    own = vars(module)
+    return [own, *(own.get(name, own) for name in names)]
+
+
+def _ids(module: nn.Module, names: tuple[str, ...]) -> list[int]:
+    """Of everything that the module has, and of its dictionaries."""
+    return [id(value) for held in _contents(module, names) for value in held.values()]
 
 
 def _found(
@@ -115,9 +150,12 @@ def _found(
     if any(map(is_watched, router.modules())):
         return None
     weight_ED, bias_E = choice.weight_ED, choice.bias_E
-    if not _is_read(weight_ED) or not (bias_E is None or _is_read(bias_E)):
+    # FSDP and others take memory away by resizing the storage
+    if any(not _is_read(tensor) or tensor.data_ptr() == 0 for tensor in (weight_ED, bias_E) if tensor is not None):
         return None
-    if weight_ED.shape[0] != experts.num_experts or weight_ED.shape[1] != x.shape[-1]:
+    if weight_ED.shape != (experts.num_experts, x.shape[-1]) or (
+        bias_E is not None and bias_E.shape != weight_ED.shape[:1]
+    ):
         return None
     chosen = choose_backend(experts, backend, dtype=x.dtype, device=x.device)
     return chosen.few_call(experts, choice, dtype=x.dtype) if isinstance(chosen, FusedBackend) else None
